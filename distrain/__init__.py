@@ -1,0 +1,28 @@
+"""Train on WebDataset shards with any number of processes, and get the same result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["train"]
+
+
+def train(config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> dict[str, Any]:
+    """Train a run: `distrain.train({"data": {"dir": "data/synthetic"}, "run": {"dir": "runs/first"}})`.
+
+    Args:
+        config: nested mappings of the keys that `distrain config` prints, the path of a YAML file, or a
+            `distrain.config.Config`.
+
+    Returns:
+        What is in RUN/result.json.
+
+    Raises:
+        distrain.errors.UserError: configuration or data cannot be used, or the loss diverged.
+    """
+    from distrain import trainer  # imports torch: seconds
+
+    return trainer.train(config)

@@ -1,0 +1,159 @@
+"""Checkpoints that are whole or not there.
+
+    RUN/checkpoints/step-00001234/   model.safetensors  optimizer.safetensors  state.json  digests.json
+
+Commit: write a temporary folder, fsync its files, digests last, fsync the folder, rename, fsync the parent; only then
+prune. `step-N` was saved after N steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import xxhash
+from torch import Tensor
+
+from distrain.errors import DataError
+
+_FOLDER = re.compile(r"step-(\d{8,})")
+_MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "digests.json",
+)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds."""
+
+    path: Path
+    state: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was saved."""
+        return int(self.state["step"])
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Any) -> Path:
+    """Commit a checkpoint. A readable one of the same step is kept as it is.
+
+    Args:
+        folder: RUN/checkpoints.
+        step: steps done.
+        model: the model's state dict.
+        optimizer: the optimizer's tensors (`optim.state_tensors`).
+        state: what else the run needs, for JSON; gets `step` added.
+    """
+    target = path_of(folder, step)
+    if target.exists():
+        try:
+            load(target)
+            return target
+        except DataError:
+            shutil.rmtree(target)  # damaged: nothing verified is lost
+    work = folder / f".{target.name}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    files = {
+        _MODEL: safetensors.torch.save(_owned(model)),
+        _OPTIMIZER: safetensors.torch.save(_owned(optimizer)),
+        _STATE: json.dumps({**state, "step": step}, indent=1).encode(),
+    }
+    digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in files.items()}
+    for name, data in {**files, _DIGESTS: json.dumps(digests, indent=1).encode()}.items():
+        with (work / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync_folder(work)
+    work.rename(target)
+    _sync_folder(folder)
+    return target
+
+
+def load(path: Path) -> Saved:
+    """A checkpoint, every file checked against its digest.
+
+    Raises:
+        DataError: not a whole checkpoint.
+    """
+    files = {}
+    try:
+        digests = json.loads((path / _DIGESTS).read_bytes())
+        for name in (_MODEL, _OPTIMIZER, _STATE):
+            files[name] = (path / name).read_bytes()
+            if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:
+                raise DataError(f"{path / name}: damaged (its digest differs)")
+        state = json.loads(files[_STATE])
+        model, optimizer = (safetensors.torch.load(files[name]) for name in (_MODEL, _OPTIMIZER))
+    except OSError as error:
+        raise DataError(f"{path}: no whole checkpoint ({error.filename}: {error.strerror})") from error
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: no checkpoint ({error})") from error
+    return Saved(path, state, model, optimizer)
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, newest first, readable or not."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))), reverse=True)
+
+
+def newest(folder: Path) -> tuple[Saved | None, list[str]]:
+    """The newest readable checkpoint, and one line for each newer one that is not readable."""
+    skipped: list[str] = []
+    for step in steps(folder):
+        try:
+            return load(path_of(folder, step)), skipped
+        except DataError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def prune(folder: Path, keep: int, best: int | None) -> None:
+    """Delete all but the `keep` newest (0: none is deleted) and the best."""
+    for step in steps(folder)[keep:] if keep else []:
+        if step != best:
+            shutil.rmtree(path_of(folder, step))
+
+
+def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """One line for each identity field in which a checkpoint's run differs from the one asked for."""
+    return [
+        f"{key}: {saved.get(key)!r} in the checkpoint, {asked.get(key)!r} now"
+        for key in sorted({*saved, *asked})
+        if saved.get(key) != asked.get(key)
+    ]
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory (tied weights): each gets its own.
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,231 @@
+"""The command line: thin, and quick to answer; torch is imported by the commands that need it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distrain import __version__, config
+from distrain.errors import EXIT_NEVER_AGAIN, EXIT_OK, ShardError, UserError
+
+_AFTER_FIRST_SECONDS = 5
+"""How long a node's other processes hold back an error that its first one will probably tell."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 78 never again unchanged, 1 a fault of the program."""
+    try:
+        return cli.main(arguments, prog_name="distrain", standalone_mode=False) or EXIT_OK
+    except click.ClickException as error:
+        error.show()
+    except click.Abort:
+        print("stopped", file=sys.stderr)
+        return 130
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0 and not isinstance(error, ShardError):
+            # The launcher ends the others when one process ends: the first one's message comes out once, whole.
+            time.sleep(_AFTER_FIRST_SECONDS)
+        print(f"distrain: error: {error}", file=sys.stderr, flush=True)
+    return EXIT_NEVER_AGAIN
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Train a CNN on WebDataset shards with any number of processes, and get the same result.
+
+    \b
+    distrain prepare synthetic --out data/synthetic
+    distrain train data.dir=data/synthetic run.dir=runs/first
+    torchrun --nproc-per-node 4 -m distrain train --config configs/cifar10.yaml
+
+    Exit codes: 0 done; 78 wrong configuration or data, never again unchanged; 1 a fault of the program.
+    """
+
+
+class _WithKeys(click.Command):
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(f"\nKeys, with their defaults:\n\n{config.keys_help()}\n")
+
+
+@cli.command(cls=_WithKeys)
+@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys go over the defaults.")
+@click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
+def train(file: Path | None, overrides: tuple[str, ...]) -> None:
+    """Train, evaluate and save a run.
+
+    Under torchrun, accelerate launch or alone. Values: defaults < --config < section.key=value.
+    """
+    resolved = config.load(file, overrides)
+    from distrain import trainer
+
+    trainer.train(resolved)
+
+
+@cli.command("config")
+def show_config() -> None:
+    """Print every key with its default and meaning, as YAML."""
+    click.echo(config.commented_yaml(), nl=False)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
+@click.option("--split", default="test", show_default=True, help="train, val or test.")
+@click.option("--checkpoint", "which", help="best, last or a folder's name; default: best, where there is a val split.")
+def evaluate(run: Path, overrides: tuple[str, ...], split: str, which: str | None) -> None:
+    """Score a checkpoint of RUN, on any number of processes."""
+    from distrain import trainer
+
+    trainer.evaluate_run(run, split, list(overrides), which)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check every digest and count of the data set in FOLDER."""
+    from distrain import manifest, prepare
+    from distrain.errors import DataError
+
+    dataset = manifest.read(folder)
+    wrong = list(prepare.verify(dataset))
+    if wrong:
+        raise DataError("\n  ".join([f"{folder}: {len(wrong)} found wrong:", *wrong]))
+    click.echo(f"{folder}: {_describe(dataset)}: all as written")
+
+
+@cli.group("prepare")
+def prepare_group() -> None:
+    """Write a data set that training can stream."""
+
+
+def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that all sources share."""
+    for option in (
+        click.option(
+            "--skip-bad",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Unreadable sources that are left out, not an error.",
+        ),
+        click.option(
+            "--test-fraction",
+            default=0.1,
+            show_default=True,
+            type=click.FloatRange(0, 1, max_open=True),
+            help="Of train, where the source has no test; stratified.",
+        ),
+        click.option(
+            "--val-fraction",
+            default=0.0,
+            show_default=True,
+            type=click.FloatRange(0, 1, max_open=True),
+            help="Of train, to choose the best checkpoint by; stratified.",
+        ),
+        click.option("--limit", type=click.IntRange(1), help="Most samples of each split; stratified."),
+        click.option(
+            "--lanes",
+            type=click.IntRange(1),
+            help="Parallel streams an epoch is dealt from: at most so many processes. [default: 64]",
+        ),
+        click.option(
+            "--shards",
+            type=click.IntRange(1),
+            help="Tar files of each split, a multiple of the lanes. [default: of at most 32 MiB]",
+        ),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Draws the splits, the shuffle and the generator's pictures.",
+        ),
+        click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write."),
+    ):
+        command = option(command)
+    return command
+
+
+@prepare_group.command("cifar10")
+@click.option(
+    "--root",
+    default="data/downloads",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where torchvision keeps, or puts, its files.",
+)
+@_prepare_options
+def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
+    """CIFAR-10 as torchvision downloads and verifies it."""
+
+    def open_source(work: Path) -> Any:
+        from distrain.sources.cifar10 import Cifar10
+
+        return Cifar10(root, work)
+
+    _prepare(out, "cifar10", {}, open_source, options)
+
+
+@prepare_group.command("folder")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.option(
+    "--image-size",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Height and width that images are resized and centre-cropped to.",
+)
+@_prepare_options
+def prepare_folder(paths: tuple[Path, ...], image_size: int, out: Path, **options: Any) -> None:
+    """Your own images: a folder per class under train/ and test/, or .tar(.gz) archives of such folders."""
+
+    def open_source(work: Path) -> Any:
+        from distrain.sources.folder import Folder
+
+        return Folder(paths, image_size, work)
+
+    _prepare(out, "folder", {"image_size": image_size}, open_source, options)
+
+
+@prepare_group.command("synthetic")
+@click.option("--samples", default=20000, show_default=True, type=click.IntRange(1), help="Training pictures.")
+@click.option("--test-samples", default=4000, show_default=True, type=click.IntRange(1), help="Test pictures.")
+@click.option("--image-size", default=32, show_default=True, type=click.IntRange(8), help="Height and width.")
+@click.option("--classes", default=10, show_default=True, type=click.IntRange(2), help="Classes.")
+@_prepare_options
+def prepare_synthetic(
+    samples: int, test_samples: int, image_size: int, classes: int, out: Path, **options: Any
+) -> None:
+    """The embedded data set: pictures drawn by a generator from a seed. No download."""
+
+    def open_source(work: Path) -> Any:
+        from distrain.sources.synthetic import Synthetic
+
+        return Synthetic(samples, test_samples, image_size, classes, options["seed"])
+
+    asked = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": classes}
+    _prepare(out, "synthetic", asked, open_source, options)
+
+
+def _prepare(out: Path, kind: str, asked: dict[str, Any], open_source: Callable[[Path], Any], options: Any) -> None:
+    from distrain import prepare
+
+    dataset, made = prepare.prepare(out, kind, asked, open_source, prepare.Options(**options))
+    skipped = dataset.manifest.source.get("skipped")
+    note = f"; {skipped} unreadable left out" if skipped else ""
+    click.echo(f"{out}: {_describe(dataset)}{note}" + ("" if made else ": already prepared, left alone"))
+
+
+def _describe(dataset: Any) -> str:
+    found = dataset.manifest
+    splits = ", ".join(
+        f"{name} {split.samples:,} in {len(split.shards)} shards" for name, split in found.splits.items()
+    )
+    return f"{splits}; {len(found.classes)} classes, {'×'.join(map(str, found.image_shape))}"

@@ -1,0 +1,338 @@
+"""Every key of a run: its meaning, its default, and whether it is part of the run's identity.
+
+    defaults  <  YAML file  <  section.key=value
+
+All values pass through the same door (`load`), which reports every problem at once. Scalars are read as text and
+given their type by the key they belong to, so `1e-3` is a number wherever a number is wanted.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from distrain.errors import ConfigError
+
+
+def _key(default: Any, meaning: str, *, identity: bool = False, **limits: Any) -> Any:
+    """A configuration key. `identity`: it changes what is trained, so a run cannot be resumed with another value."""
+    return Field(default, description=meaning, json_schema_extra={"identity": identity}, **limits)
+
+
+def _whole(value: Any) -> Any:
+    """Accept `1e4` where a whole number is wanted; refuse true and false."""
+    if isinstance(value, bool):
+        raise ValueError("should be a whole number")
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() and "_" not in value else value
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+PerChannel = Annotated[list[float], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A group of keys; unknown ones are errors, and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """Where the run lives, and its seed."""
+
+    dir: str = _key(
+        "runs/default",
+        "folder of the run: checkpoints, metrics, result; shared by all processes",
+        min_length=1,
+    )
+    seed: Whole = _key(0, "draws the weights, the order and the augmentation", identity=True, ge=0, lt=2**63)
+    resume: Literal["never", "auto", "must"] = _key(
+        "never",
+        "a folder that already holds a run: an error, or go on from its newest checkpoint (auto, must)",
+    )
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: GPUs where there are any, else the CPU")
+    cpu_threads: Whole = _key(1, "threads per process for computing on the CPU (they change the last bits)", ge=1)
+    timeout_seconds: Whole = _key(1800, "longest wait of a process for its peers", ge=1)
+
+
+class Data(Section):
+    """The data set, as `distrain prepare` wrote it."""
+
+    dir: str = _key("data/synthetic", "folder with manifest.json", min_length=1)
+    mean: PerChannel | None = _key(
+        None, "subtracted, per channel of images in 0 … 1; null: the train split's", identity=True
+    )
+    std: PerChannel | None = _key(None, "divided by, per channel; null: the train split's", identity=True)
+    audit: bool = _key(False, "every process writes the ids it trained on to RUN/audit/")
+    read_ahead: Whole = _key(1, "rounds of shards read before they are needed; memory grows with it", ge=1, le=16)
+
+
+class Model(Section):
+    """What is trained."""
+
+    name: str = _key(
+        "net",
+        "net, or package.module:Class (called with num_classes=…, image_shape=(C, H, W))",
+        identity=True,
+    )
+    activation: Literal["relu", "sigmoid", "tanh"] = _key("relu", "activation of net", identity=True)
+
+
+class Augment(Section):
+    """Changes to training images, drawn anew for every sample and step."""
+
+    flip: bool = _key(False, "mirror half of the images, left to right", identity=True)
+    crop_padding: Whole = _key(
+        0, "shift by up to so many pixels in both directions, edges reflected", identity=True, ge=0
+    )
+
+
+class Train(Section):
+    """Steps, batch, optimizer, learning rate, precision."""
+
+    epochs: Whole | None = _key(
+        None, "length of the run in epochs; 10 where max_steps is not given either", identity=True, ge=1
+    )
+    max_steps: Whole | None = _key(None, "length of the run in steps, instead of epochs", identity=True, ge=1)
+    global_batch_size: Whole = _key(128, "samples per step, over all processes together", identity=True, ge=1)
+    micro_batch_size: Whole | None = _key(
+        None, "most samples a device computes at once; null: its whole share of a step", ge=1
+    )
+    optimizer: Literal["sgd", "adam", "adamw"] = _key("sgd", "torch.optim's SGD, Adam or AdamW", identity=True)
+    lr: float = _key(0.05, "learning rate; the peak, where the schedule has one", identity=True, gt=0)
+    schedule: Literal["constant", "one_cycle", "cosine"] = _key(
+        "one_cycle",
+        "one_cycle: linear up, linear down to 0; cosine: linear up, cosine down to 0",
+        identity=True,
+    )
+    warmup_fraction: float = _key(0.25, "part of the steps in which the schedule goes up", identity=True, ge=0, lt=1)
+    momentum: float = _key(0.9, "of SGD", identity=True, ge=0, lt=1)
+    nesterov: bool = _key(False, "Nesterov's momentum, for SGD", identity=True)
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = _key(
+        [0.9, 0.999], "of Adam and AdamW", identity=True
+    )
+    weight_decay: float = _key(0.0, "L2 (SGD, Adam) or decoupled (AdamW)", identity=True, ge=0)
+    clip_norm: float | None = _key(None, "largest norm of the gradient; null: no clipping", identity=True, gt=0)
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = _key(
+        "fp32", "bf16 and fp16: mixed; fp16 needs a GPU; fp64 for proofs", identity=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("epochs") is None and values.get("max_steps") is None:
+            return {**values, "epochs": 10}
+        return values
+
+    @model_validator(mode="after")
+    def _agree(self) -> Train:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give epochs or max_steps, not both")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs optimizer sgd and a momentum above 0")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas lie in 0 ≤ beta < 1")
+        return self
+
+
+class Eval(Section):
+    """Evaluation during the run: on val where the data set has one, else on test."""
+
+    every_steps: Whole | None = _key(None, "steps between evaluations; null: once an epoch; 0: only at the end", ge=0)
+    batch_size: Whole = _key(512, "most samples evaluated at once", ge=1)
+
+
+class Checkpoint(Section):
+    """What is kept, and how often."""
+
+    every_steps: Whole = _key(1000, "steps between checkpoints; 0: only at the end", ge=0)
+    keep: Whole = _key(2, "newest checkpoints kept, beside the best one; 0: all", ge=0)
+
+
+class Log(Section):
+    """Progress and metrics.jsonl."""
+
+    every_steps: Whole = _key(50, "steps between lines", ge=1)
+
+
+class Wandb(Section):
+    """Weights & Biases, from the main process."""
+
+    mode: Literal["disabled", "offline", "online"] = _key("disabled", "online needs WANDB_API_KEY or `wandb login`")
+    project: str = _key("distrain", "project that the run is filed under")
+    name: str | None = _key(None, "name shown; null: the run's folder")
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: Run = Run()
+    data: Data = Data()
+    model: Model = Model()
+    augment: Augment = Augment()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    wandb: Wandb = Wandb()
+
+
+def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file and `section.key=value` overrides, over the defaults.
+
+    Raises:
+        ConfigError: naming every problem: unreadable file, duplicate or unknown key, wrong type, value out of range.
+    """
+    problems: list[str] = []
+    tree = _read_yaml(Path(file), problems) if file is not None else {}
+    for override in overrides:
+        _override(tree, override, problems)
+    return from_tree(tree, problems)
+
+
+def from_tree(tree: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
+    """The configuration of nested mappings, as `load`; `problems` found before are reported with the others."""
+    problems = list(problems)
+    config = Config()
+    try:
+        config = Config.model_validate({k: v for k, v in tree.items() if v is not None})
+    except ValidationError as error:
+        problems += [_explain(item) for item in error.errors()]
+    if problems:
+        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
+    return config
+
+
+def keys() -> list[tuple[str, str, Any, str, bool]]:
+    """(section, key, default, meaning, identity) of every key, in order."""
+    return [
+        (section, name, field.default, field.description or "", _is_identity(field))
+        for section, part in Config.model_fields.items()
+        for name, field in type(part.default).model_fields.items()
+    ]
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What decides what is trained: `section.key` → value. Paths, cadences, logging and micro-batch are not in it."""
+    return {
+        f"{section}.{name}": getattr(getattr(config, section), name)
+        for section, name, _, _, is_identity in keys()
+        if is_identity
+    }
+
+
+def commented_yaml() -> str:
+    """The defaults as YAML, each key with its meaning."""
+    lines: list[str] = ["# distrain: every key with its default. [id]: part of the run's identity."]
+    section = ""
+    for part, name, default, meaning, is_identity in keys():
+        if part != section:
+            section = part
+            lines += ["", f"# {type(Config.model_fields[part].default).__doc__}", f"{part}:"]
+        lines.append(f"  # {meaning}{' [id]' if is_identity else ''}")
+        lines.append(f"  {name}: {_scalar(default)}")
+    return "\n".join(lines) + "\n"
+
+
+def keys_help() -> str:
+    """The defaults and meanings as lines for `--help`."""
+    return "\n".join(
+        f"  {section}.{name}={_scalar(default)}\n      {meaning}" for section, name, default, meaning, _ in keys()
+    )
+
+
+def _is_identity(field: Any) -> bool:
+    return bool(isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity"))
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+
+
+class _Loader(yaml.BaseLoader):
+    """YAML whose scalars stay text: PyYAML's own rules make `1e-3` a string and `no` false."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        return None if node.style is None and value in ("", "~", "null", "Null", "NULL") else value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from BaseLoader: builds only text, lists and dicts
+
+
+def _read_yaml(file: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        tree = _parse(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}")
+        return {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        problems.append(f"{file}{where}: {getattr(error, 'problem', None) or error}")
+        return {}
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        problems.append(f"{file}: should hold sections with keys, as `distrain config` prints them")
+        return {}
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    path, equals, text = override.partition("=")
+    section, dot, name = path.partition(".")
+    if not (equals and dot and section and name):
+        problems.append(f"{override}: should be section.key=value")
+        return
+    try:
+        value = _parse(text) if text[:1] in ("[", "{", "'", '"') or text in ("null", "~", "") else text
+    except yaml.YAMLError:
+        problems.append(f"{override}: not a value that YAML understands")
+        return
+    part = tree.get(section)
+    if part is None:
+        part = tree[section] = {}
+    if isinstance(part, dict):  # otherwise the file's own mistake is reported by the validation
+        part[name] = value
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = [f"{section}.{name}" for section, name, *_ in keys()] if "." in path else list(Config.model_fields)
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+        tail = path.rpartition(".")[2]  # the right key in the wrong section
+        same = [k for k in known if k.endswith(f".{tail}")]
+        hint = f"did you mean {(same or close)[0]}?" if same or close else "`distrain config` lists all keys"
+        return f"{path}: unknown key; {hint}"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message.replace("should be a valid dictionary or instance of", "should hold the keys of section")
+    if isinstance(item["input"], (dict, BaseModel)):
+        return f"{path}: {message}"
+    return f"{path}: {message}; got {item['input']!r}"

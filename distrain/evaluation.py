@@ -1,0 +1,89 @@
+"""Exact evaluation: each process scores the samples that it alone owns, counts are summed once, and the total must
+be the manifest's.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distrain.augment import normalize
+from distrain.errors import DataError
+from distrain.manifest import Dataset
+from distrain.runtime import Runtime
+from distrain.stream import evaluation_batches
+
+
+@dataclass(frozen=True)
+class Scores:
+    """confusion: int64 [K, K], row = true class, column = predicted; loss: mean cross-entropy."""
+
+    confusion: Tensor
+    loss: float
+
+    @property
+    def total(self) -> int:
+        """Samples scored."""
+        return int(self.confusion.sum())
+
+    @property
+    def correct(self) -> int:
+        """Samples whose class was predicted."""
+        return int(self.confusion.diagonal().sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the samples whose class was predicted."""
+        return self.correct / self.total
+
+    def as_dict(self, classes: list[str]) -> dict[str, Any]:
+        """For JSON; the accuracy of a class without samples is null."""
+        by_class = zip(classes, self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True)
+        return {
+            "accuracy": self.accuracy,
+            "correct": self.correct,
+            "total": self.total,
+            "loss": self.loss,
+            "accuracy_by_class": {name: right / count if count else None for name, right, count in by_class},
+            "confusion_matrix": self.confusion.tolist(),
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    split: str,
+    mean: Tensor,
+    std: Tensor,
+    batch_size: int,
+    runtime: Runtime,
+) -> Scores:
+    """Score a model on a split, on all processes together; the result is the same on each of them.
+
+    Raises:
+        DataError: the number of samples scored is not the manifest's.
+    """
+    num_classes = len(dataset.manifest.classes)
+    # Counts and the loss travel in one vector of fp64, which holds integers exactly up to 2**53.
+    sums = torch.zeros(num_classes**2 + 1, dtype=torch.float64, device=runtime.device)
+    training = model.training
+    model.eval()
+    with closing(evaluation_batches(dataset, split, runtime.world, batch_size)) as batches:  # type: ignore[type-var]
+        for images, labels in batches:
+            truth = labels.to(runtime.device)
+            logits = model(normalize(images.to(runtime.device), mean, std))
+            sums[:-1] += torch.bincount(truth * num_classes + logits.argmax(1), minlength=num_classes**2)
+            sums[-1] += F.cross_entropy(logits, truth, reduction="sum")
+    model.train(training)
+    runtime.sum(sums)
+    total, promised = int(sums[:-1].sum()), dataset.split(split).samples
+    if total != promised:
+        raise DataError(f"{dataset.root}: {total} samples of {split} were scored, the manifest has {promised}")
+    confusion = sums[:-1].to(torch.int64).reshape(num_classes, num_classes).cpu()
+    return Scores(confusion, float(sums[-1]) / total)

@@ -1,0 +1,60 @@
+"""Optimizers by name, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def build(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    betas: Sequence[float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW over the parameters."""
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return kind(parameters, lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
+
+
+def learning_rate(step: int, total_steps: int, schedule: str, peak: float, warmup_fraction: float) -> float:
+    """Learning rate of step 0 … total_steps - 1, taken at the middle of the step so that none is 0.
+
+    one_cycle: up and down in straight lines, after Smith, "Super-convergence" (2018); cosine: the way down after
+    Loshchilov and Hutter, "SGDR" (2017).
+    """
+    done = (step + 0.5) / total_steps
+    if schedule == "constant":
+        return peak
+    if done < warmup_fraction:
+        return peak * done / warmup_fraction
+    left = (1 - done) / (1 - warmup_fraction)
+    return peak * (left if schedule == "one_cycle" else 0.5 * (1 - math.cos(math.pi * left)))
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer remembers, flat: `parameter number.name` → tensor. Settings come from the configuration."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": value
+        for number, values in state.items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The reverse of `state_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

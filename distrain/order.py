@@ -1,0 +1,126 @@
+"""Which sample is trained when, and by whom: arithmetic, without files, tensors or processes.
+
+1. An epoch visits the S shards in a permutation drawn from (seed, epoch). It is cut into ROUNDS of C shards;
+   the l-th shard of a round belongs to LANE l. S is a multiple of C.
+2. A round takes the same number of samples, m, from each of its shards: m is the size of the smallest shard.
+   Shard sizes differ by at most one, so an epoch loses at most a sample a shard, another one in each epoch.
+3. Inside a shard the samples are permuted by (seed, epoch, shard).
+4. Row t of the epoch holds the t-th sample of every lane; position p = t·C + l.
+5. Step s of the epoch trains positions [s·G, (s+1)·G), G being the global batch size.
+6. Rank r of W owns the lanes l with l mod W = r.
+
+The samples of a step do not depend on W, and any step of any epoch can be computed without those before it.
+All draws are raw words of the counter-based generator Philox-4x64-10 (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", SC 2011): numpy promises that stream for all its versions, unlike `Generator.permutation`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+# What a draw is for: with the seed it makes the generator's key, so that no two uses share a stream.
+_SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC = range(1, 6)
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those that share the work."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of training: of S shards in C lanes, m samples used of each, global batch G, under a seed."""
+
+    num_shards: int
+    lanes: int
+    samples_per_shard: int
+    global_batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_shards % self.lanes:
+            raise ValueError(f"{self.lanes} lanes do not divide {self.num_shards} shards")
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of an epoch: S / C."""
+        return self.num_shards // self.lanes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
+        return self.num_shards * self.samples_per_shard // self.global_batch_size
+
+    def epoch_shards(self, epoch: int) -> Ints:
+        """Shard read by each lane in each round: int64 [rounds, lanes]."""
+        shards = permutation(self.num_shards, self.seed, _SHARDS, epoch)
+        return shards.reshape(self.rounds, self.lanes)
+
+    def shard_samples(self, epoch: int, shard: int, size: int) -> Ints:
+        """Indices of the samples used of a shard that holds `size`, in their order: int64 [m]."""
+        return permutation(size, self.seed, _SAMPLES, epoch, shard)[: self.samples_per_shard]
+
+    def owned_before(self, position: int, world: World) -> int:
+        """How many positions of an epoch below `position` a rank owns: its samples of step s are the
+        owned_before(s·G) … owned_before((s+1)·G) - 1 th of its own, in order.
+        """
+        row, lane = divmod(position, self.lanes)
+        return row * len(self.owned_lanes(world)) + max(0, -(-(lane - world.rank) // world.size))
+
+    def places(self, step: int, world: World) -> Ints:
+        """Places in the global batch of a step of an epoch that a rank owns, ascending: int64 [n]."""
+        lane = (np.arange(self.global_batch_size) + step * self.global_batch_size) % self.lanes
+        return np.flatnonzero(lane % world.size == world.rank)
+
+    def owned_lanes(self, world: World) -> range:
+        """Lanes of a rank, ascending."""
+        return range(world.rank, self.lanes, world.size)
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        """Rounds that the steps of an epoch reach into."""
+        return -(-self.steps_per_epoch * self.global_batch_size // (self.lanes * self.samples_per_shard))
+
+    def largest_share(self, world_size: int) -> int:
+        """Most samples that one rank has in one step; the ideal is G / W. The step waits for that rank."""
+        steps = range(min(self.steps_per_epoch, self.lanes))  # the shares repeat after C steps at the latest
+        return max(
+            self.owned_before((s + 1) * self.global_batch_size, world)
+            - self.owned_before(s * self.global_batch_size, world)
+            for s in steps
+            for world in (World(rank, world_size) for rank in range(world_size))
+        )
+
+
+def augmentation_words(seed: int, step: int, global_batch_size: int) -> Words:
+    """One random word for each sample of a global batch, by its place in it: uint64 [G]."""
+    return _philox(seed, _AUGMENT, step).random_raw(global_batch_size)
+
+
+def permutation(n: int, seed: int, purpose: int, a: int = 0, b: int = 0) -> Ints:
+    """A permutation of 0 … n-1 that depends on nothing but its arguments: int64 [n]."""
+    return np.argsort(_philox(seed, purpose, a, b).random_raw(n), kind="stable")
+
+
+def split_permutation(n: int, seed: int, part: int = 0) -> Ints:
+    """The permutation that `prepare` shuffles and splits with."""
+    return permutation(n, seed, _SPLIT, part)
+
+
+def generator(seed: int, a: int, b: int) -> np.random.Generator:
+    """Random numbers for what `prepare synthetic` draws."""
+    return np.random.Generator(_philox(seed, _SYNTHETIC, a, b))
+
+
+def _philox(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Philox:
+    # Words are counted in counter[0]; a and b lie above it, so streams of 2**64 words never meet.
+    return np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=np.array([0, 0, a, b], np.uint64))

@@ -1,0 +1,188 @@
+"""What a run writes down: metrics.jsonl (the truth), the audit, progress for people, wandb as a mirror."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from tqdm import tqdm
+
+METRICS, AUDIT = "metrics.jsonl", "audit"
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line; it is on disk after `sync`."""
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    def flush(self) -> None:
+        """Let readers see what was written."""
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Put what was written on disk: before the checkpoint that counts on it commits."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
+        self._file.close()
+
+
+def cut_back(run: Path, steps_done: int) -> None:
+    """Drop from metrics and from every rank's audit what came after a checkpoint, half-written lines included.
+
+    Metrics count steps done (1 … N); the audit names the step trained (0 … N-1).
+    """
+    _cut(run / METRICS, lambda line: line["step"] <= steps_done)
+    for path in sorted((run / AUDIT).glob("rank-*.jsonl")):
+        _cut(path, lambda line: line["step"] < steps_done)
+
+
+def _cut(path: Path, keep: Callable[[Any], bool]) -> None:
+    if not path.exists():
+        return
+    end = 0
+    with path.open("r+b") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or not keep(json.loads(line)):
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            end += len(line)
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+def audit_path(run: Path, rank: int) -> Path:
+    """Where a rank writes the ids that it trained on."""
+    return run / AUDIT / f"rank-{rank:05d}.jsonl"
+
+
+class Progress:
+    """Progress on the main process: a bar in a terminal, plain lines elsewhere. Silent where `show` is false."""
+
+    def __init__(self, show: bool, total: int, done: int) -> None:
+        self._show = show
+        self._bar: Any = None
+        if show and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc="train", unit="step", dynamic_ncols=True)
+        self._total = total
+
+    def step(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def train(self, step: int, epoch: float, loss: float, lr: float, rate: float, seconds_left: float) -> None:
+        """Loss since the last call, learning rate, images per second, time left."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2g}, {rate:,.0f} images/s")
+        else:
+            self.say(
+                f"step {step}/{self._total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
+                f"{rate:,.0f} images/s  {_clock(seconds_left)} left"
+            )
+
+    def say(self, line: str) -> None:
+        """A line for people, above the bar if there is one."""
+        if self._show:
+            tqdm.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class WandbMirror:
+    """wandb on the main process. Whatever goes wrong there costs one warning, never the run."""
+
+    _CLOSE_SECONDS = 60
+
+    def __init__(
+        self,
+        mode: Literal["disabled", "offline", "online"],
+        project: str,
+        name: str,
+        run: Path,
+        config: dict[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._warn, self._run, self._wandb = warn, None, None
+        if mode == "disabled":
+            return
+        id_file = run / "wandb-id"
+        try:
+            import wandb
+
+            if mode == "online" and not wandb.api.api_key:
+                warn("wandb.mode=online: no API key (set WANDB_API_KEY or run `wandb login`); logging offline")
+                mode = "offline"
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            self._wandb = wandb
+            start = {
+                "project": project,
+                "name": name,
+                "dir": str(run),
+                "config": config,
+                "id": id_file.read_text(encoding="utf-8"),
+                "resume": "allow",
+                "settings": wandb.Settings(silent=True, init_timeout=30, console="off"),
+            }
+            try:
+                self._run = wandb.init(mode=mode, **start)
+            except Exception as error:
+                if mode == "offline":
+                    raise
+                warn(f"wandb cannot be reached ({error}); logging offline")
+                with contextlib.suppress(Exception):
+                    wandb.teardown()
+                self._run = wandb.init(mode="offline", **start)
+        except Exception as error:
+            warn(f"wandb is off: {error}; {METRICS} has everything")
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Mirror one line of the metrics."""
+        self._try(lambda run: run.log(values, step=step))
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Send the result; wait a bounded time for the server."""
+        self._try(lambda run: run.summary.update(summary))
+        if self._run is None:
+            return
+        finishing = threading.Thread(target=self._try, args=(lambda run: run.finish(),), daemon=True)
+        finishing.start()
+        finishing.join(self._CLOSE_SECONDS)
+        if finishing.is_alive():
+            self._warn(f"wandb did not finish within {self._CLOSE_SECONDS} s; `wandb sync` sends what is missing")
+
+    def _try(self, action: Callable[[Any], Any]) -> None:
+        if self._run is not None:
+            try:
+                action(self._run)
+            except Exception as error:
+                self._run = None
+                self._warn(f"wandb is off from here: {error}; {METRICS} has everything")
