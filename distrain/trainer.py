@@ -395,8 +395,6 @@ def fit(job: Job, logs: Logs) -> None:
     eval_every = config.eval.every_steps if config.eval.every_steps is not None else job.order.steps_per_epoch
     losses: list[Tensor] = []
     logged, clock = state.step, time.monotonic()
-    if state.step == 0 and config.checkpoint.every_steps and not job.total_steps:
-        return
     with closing(batches):  # type: ignore[type-var]
         for batch in batches:
             losses.append(train_step(job, batch))

@@ -1,7 +1,7 @@
 """The embedded data set: silhouettes drawn from a seed, no download.
 
 A class is a shape r(θ) = 1 + Σ a_j cos(jθ + φ_j) whose coefficients belong to the class alone. A picture shows its
-class's shape shifted, turned, scaled and bent, in two random colours over a gradient, under noise and a bar.
+class's shape shifted, turned, scaled and bent, in a random colour on a darker gradient, under noise and a bar.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ class Synthetic:
         axis = np.linspace(-1, 1, size)
         x, y = np.meshgrid(axis, axis)
         inside = _silhouette(x, y, int(self.labels[split][index]), random)
-        colours = random.uniform(0, 1, (2, 3))
-        while np.abs(colours[0] - colours[1]).max() < 0.25:  # invisible otherwise; bounded by the odds
-            colours = random.uniform(0, 1, (2, 3))
-        slope = random.uniform(-0.25, 0.25, (2, 3))
-        image = colours[0] + (colours[1] - colours[0]) * inside[..., None]
+        ground = random.uniform(0.1, 0.5, 3)
+        lighter = random.uniform(0.05, 0.5, 3)
+        slope = random.uniform(-0.15, 0.15, (2, 3))
+        image = ground + lighter * inside[..., None]
         image += x[..., None] * slope[0] + y[..., None] * slope[1]
         angle, where = random.uniform(0, np.pi), random.uniform(-0.8, 0.8)
         bar = np.abs(np.cos(angle) * x + np.sin(angle) * y - where) < 0.08
         image[bar] = random.uniform(0, 1, 3)
-        image += random.normal(0, random.uniform(0.03, 0.18), image.shape)
+        image += random.normal(0, random.uniform(0.02, 0.12), image.shape)
         return np.asarray((image.clip(0, 1) * 255).round(), np.uint8)
 
 
@@ -58,11 +57,11 @@ def _silhouette(
     """How much of each pixel the shape covers: float64 [H, W] in 0 … 1."""
     shape = generator(_SHAPES_SEED, label, _CLASSES)
     strength = shape.uniform(-0.4, 0.4, len(_HARMONICS)) / np.sqrt(_HARMONICS - 1)
-    strength += random.normal(0, 0.025, len(_HARMONICS))  # no two pictures show quite the same outline
+    strength += random.normal(0, 0.02, len(_HARMONICS))  # no two pictures show quite the same outline
     phase = shape.uniform(0, 2 * np.pi, len(_HARMONICS))
-    x0, y0 = random.uniform(-0.3, 0.3, 2)
-    radius = random.uniform(0.35, 0.6)
-    theta = np.arctan2(y - y0, x - x0) + random.uniform(-0.35, 0.35)
+    x0, y0 = random.uniform(-0.2, 0.2, 2)
+    radius = random.uniform(0.45, 0.7)
+    theta = np.arctan2(y - y0, x - x0) + random.uniform(-0.3, 0.3)
     outline = 1 + (strength * np.cos(theta[..., None] * _HARMONICS + phase)).sum(-1)
     distance = np.hypot(x - x0, y - y0) / radius
     sharpness = x.shape[0] * radius / 4

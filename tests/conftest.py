@@ -1,0 +1,57 @@
+"""Data sets and groups of processes that tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from distrain.manifest import Dataset
+from distrain.prepare import Options, prepare
+from distrain.sources.synthetic import Synthetic
+from group import Group
+
+CIFAR10 = Path(os.environ.get("DISTRAIN_CIFAR10_JPEG", Path(__file__).parent.parent.parent / "shared" / "data"))
+"""Folder with cifar10-train.tar.gz and cifar10-test.tar.gz, JPEG files in class folders."""
+
+
+def make(out: Path, samples: int, test_samples: int = 100, image_size: int = 16, **options: object) -> Dataset:
+    """A synthetic data set."""
+    asked = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": 10}
+    dataset, made = prepare(
+        out, "synthetic", asked, lambda _: Synthetic(samples, test_samples, image_size, 10, 0), Options(**options)
+    )
+    assert made
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """1,003 samples in 24 shards of 12 lanes, and 203 test samples: nothing divides evenly."""
+    return make(tmp_path_factory.mktemp("small") / "data", 1003, 203, shards=24, lanes=12)
+
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[Callable[[int], Group]]:
+    """`group(W)`: the session's group of W ranks."""
+    groups: dict[int, Group] = {}
+
+    def get(size: int) -> Group:
+        if size not in groups:
+            groups[size] = Group(size)
+        return groups[size]
+
+    yield get
+    for one in groups.values():
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def cifar10_archives() -> list[Path]:
+    """The archives of real images; skips where they are missing."""
+    archives = [CIFAR10 / f"cifar10-{split}.tar.gz" for split in ("train", "test")]
+    if not all(archive.is_file() for archive in archives):
+        pytest.skip(f"no CIFAR-10 archives in {CIFAR10} (set DISTRAIN_CIFAR10_JPEG)")
+    return archives

@@ -1,0 +1,282 @@
+"""The promise, on real processes: what is trained depends on data, configuration and seed alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import make
+from distrain import augment, manifest, model, optim, shards
+from distrain.config import from_tree
+from distrain.manifest import Dataset
+from group import Group, GroupError, wait_for
+
+pytestmark = pytest.mark.ranks
+Groups = Callable[[int], Group]
+Weights = dict[str, torch.Tensor]
+
+
+def configuration(dataset: Dataset, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, dict[str, Any]] = {
+        "data": {"dir": str(dataset.root), "audit": True},
+        "run": {"dir": str(folder), "seed": 7},
+        "train": {"epochs": 1, "global_batch_size": 16, "precision": "fp64", "lr": 0.1},
+        "augment": {"flip": True, "crop_padding": 2},
+        "eval": {"every_steps": 0},
+        "checkpoint": {"every_steps": 0},
+    }
+    for section, values in sections.items():
+        tree.setdefault(section, {}).update(values)
+    return tree
+
+
+def weights(run: Path, step: int | None = None) -> Weights:
+    folders = sorted((run / "checkpoints").glob("step-*" if step is None else f"step-{step:08d}"))
+    return load_file(folders[-1] / "model.safetensors")
+
+
+def trained(run: Path) -> dict[int, list[int]]:
+    """step → the ids that all ranks together trained on, sorted."""
+    steps: dict[int, list[int]] = {}
+    for path in sorted((run / "audit").glob("rank-*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len({line["step"] for line in lines}) == len(lines), f"{path}: a step twice"
+        for line in lines:
+            steps.setdefault(line["step"], []).extend(line["ids"])
+    return {step: sorted(ids) for step, ids in sorted(steps.items())}
+
+
+def distance(a: Weights, b: Weights) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def same_bits(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def epoch500(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """An epoch of 501 steps of 16; one sample and some are left over."""
+    return make(tmp_path_factory.mktemp("epoch") / "data", 8035, 203, shards=24, lanes=12)
+
+
+def test_epoch_in_fp64_is_the_same_on_1_to_4_processes(epoch500: Dataset, group: Groups, tmp_path: Path) -> None:
+    results = {w: group(w).train(configuration(epoch500, tmp_path / str(w))) for w in (1, 2, 3, 4)}
+    steps = results[1]["steps"]
+    assert steps >= 500
+    ids = trained(tmp_path / "1")
+    assert list(ids) == list(range(steps))
+    seen = Counter(i for step in ids.values() for i in step)
+    assert max(seen.values()) == 1
+    assert len(seen) + results[1]["dropped_per_epoch"] == 8035
+    torch.manual_seed(7)
+    start = model.build("net", "relu", 10, (3, 16, 16)).double().state_dict()
+    end = weights(tmp_path / "1")
+    assert all(not torch.equal(start[name], end[name]) for name in end), "a parameter never moved"
+    for w in (2, 3, 4):
+        assert trained(tmp_path / str(w)) == ids
+        assert distance(weights(tmp_path / str(w)), end) < 1e-10
+        assert results[w]["world_size"] == w
+        for key in ("correct", "total", "confusion_matrix", "dropped_per_epoch", "steps"):
+            assert results[w][key] == results[1][key]
+
+
+@pytest.mark.parametrize(
+    ("train", "bound"),
+    [
+        ({"precision": "fp32"}, 1e-5),
+        ({"precision": "fp32", "micro_batch_size": 3}, 1e-5),
+        ({"precision": "fp32", "clip_norm": 0.5, "nesterov": True}, 1e-5),
+        # Adam divides by the gradient's size, and so blows up the rounding of gradients near 0: fp64 alone can tell.
+        ({"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1}, 1e-10),
+    ],
+    ids=["sgd", "accumulated", "clipped", "adamw"],
+)
+def test_50_steps_are_the_same_on_1_to_4_processes(
+    train: dict[str, Any], bound: float, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    changes = {"epochs": None, "max_steps": 50, "lr": 0.05, **train}
+    for w in (1, 2, 3, 4):
+        group(w).train(configuration(small, tmp_path / str(w), train=changes))
+    for w in (2, 3, 4):
+        assert trained(tmp_path / str(w)) == trained(tmp_path / "1")
+        assert distance(weights(tmp_path / str(w)), weights(tmp_path / "1")) < bound
+
+
+def test_empty_shares_take_part(tmp_path: Path, group: Groups) -> None:
+    # 5 lanes on 4 ranks: rank 0 owns two, and steps of 4 leave some rank without a sample.
+    dataset = make(tmp_path / "data", 103, lanes=5)
+    for w in (1, 4):
+        group(w).train(configuration(dataset, tmp_path / str(w), train={"global_batch_size": 4}))
+    lines = [json.loads(line) for line in (tmp_path / "4/audit/rank-00003.jsonl").read_text().splitlines()]
+    assert any(not line["ids"] for line in lines)
+    assert trained(tmp_path / "4") == trained(tmp_path / "1")
+    assert distance(weights(tmp_path / "4"), weights(tmp_path / "1")) < 1e-12
+
+
+def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    group(2).train(configuration(small, run, train={"epochs": 3, "precision": "fp32"}))
+    found = {w: group(w).call("evaluate", str(run), "test") for w in (1, 2, 3, 4)}
+    for w, answers in found.items():
+        for answer in answers:
+            assert answer["confusion_matrix"] == found[1][0]["confusion_matrix"], w
+            assert answer["loss"] == pytest.approx(found[1][0]["loss"], abs=1e-12)
+    # A plain loop over the source's own pictures.
+    from distrain.sources.synthetic import Synthetic
+
+    source = Synthetic(1003, 203, 16, 10, 0)
+    net = model.build("net", "relu", 10, (3, 16, 16))
+    net.load_state_dict(weights(run))
+    mean, std = (torch.tensor(values) for values in (small.manifest.mean, small.manifest.std))
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    for index in range(203):
+        image = torch.from_numpy(source.load("test", index)).float().permute(2, 0, 1) / 255
+        logits = net(((image - mean[:, None, None]) / std[:, None, None])[None])
+        confusion[source.labels["test"][index], logits.argmax()] += 1
+    assert confusion.tolist() == found[1][0]["confusion_matrix"]
+    assert found[1][0]["total"] == 203
+
+
+@pytest.mark.parametrize("w", [1, 2, 3, 4])
+def test_killed_twice_in_an_epoch_ends_with_the_same_bits(
+    w: int, epoch500: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    changes = {
+        "train": {"precision": "fp32", "momentum": 0.9, "micro_batch_size": 5},
+        "checkpoint": {"every_steps": 50, "keep": 0},
+        "run": {"resume": "auto"},
+    }
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    group(w).train(configuration(epoch500, whole, **changes))
+    for step in (100, 250):
+        victims = Group(w)
+        try:
+            victims.start("train", configuration(epoch500, killed, **changes))
+            wait_for(killed / f"checkpoints/step-{step:08d}")
+            victims.kill()
+        finally:
+            victims.close()
+        assert not (killed / "result.json").exists(), "killed too late to prove anything"
+    group(w).train(configuration(epoch500, killed, **changes))
+    assert same_bits(weights(killed), weights(whole))
+    assert trained(killed) == trained(whole)
+    metrics = [[json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] for run in (whole, killed)]
+    assert metrics[0] == metrics[1]
+
+
+def test_resumed_on_other_numbers_of_processes(epoch500: Dataset, group: Groups, tmp_path: Path) -> None:
+    run = tmp_path / "elastic"
+    group(1).train(configuration(epoch500, tmp_path / "whole"))
+    for w, killed_at in ((2, 100), (4, 200), (1, 300), (3, None)):
+        changes = {"checkpoint": {"every_steps": 50}, "run": {"resume": "auto"}}
+        if killed_at is None:
+            group(w).train(configuration(epoch500, run, **changes))
+            break
+        victims = Group(w)
+        try:
+            victims.start("train", configuration(epoch500, run, **changes))
+            wait_for(run / f"checkpoints/step-{killed_at:08d}")
+            victims.kill()
+        finally:
+            victims.close()
+    assert trained(run) == trained(tmp_path / "whole")
+    assert distance(weights(run), weights(tmp_path / "whole")) < 1e-10
+
+
+def test_plain_loop_fed_with_the_audit_gives_the_same_weights_step_by_step(
+    small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    changes = {
+        "train": {"max_steps": 40, "epochs": None, "schedule": "one_cycle", "weight_decay": 0.01},
+        "augment": {"flip": False, "crop_padding": 0},
+        "checkpoint": {"every_steps": 1, "keep": 0},
+    }
+    group(3).train(configuration(small, run, **changes))
+    images, labels = by_id(small)
+    settings = from_tree(configuration(small, run, **changes)).train
+    torch.manual_seed(7)
+    net = model.build("net", "relu", 10, (3, 16, 16)).double()
+    sgd = torch.optim.SGD(net.parameters(), 1.0, momentum=0.9, weight_decay=0.01)
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (small.manifest.mean, small.manifest.std))
+    for step, ids in trained(run).items():
+        rate = optim.learning_rate(step, 40, settings.schedule, settings.lr, settings.warmup_fraction)
+        sgd.param_groups[0]["lr"] = rate
+        inputs = augment.normalize(images[ids], mean, std)
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(net(inputs), labels[ids]).backward()
+        sgd.step()
+        assert distance(weights(run, step + 1), dict(net.state_dict())) < 1e-12, f"step {step}"
+
+
+def by_id(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = [
+        block
+        for shard in dataset.split("train").shards
+        for block in shards.read(dataset.root, shard, dataset.manifest.image_shape, 10)
+    ]
+    images = torch.zeros(dataset.split("train").samples, *dataset.manifest.image_shape, dtype=torch.uint8)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    for block in blocks:
+        images[block.ids.copy()] = torch.from_numpy(block.images.copy())
+        labels[block.ids.copy()] = torch.from_numpy(block.labels.copy())
+    return images, labels
+
+
+def test_swapped_ids_inside_a_shard_show_in_the_audit(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    import shutil
+
+    swapped = tmp_path / "data"
+    shutil.copytree(small.root, swapped)
+    dataset = manifest.read(swapped)
+    entries = list(dataset.split("train").shards)
+    (block,) = shards.read(swapped, entries[3], dataset.manifest.image_shape, 10)
+    ids = block.ids.copy()
+    ids[[0, 1]] = ids[[1, 0]]
+    shards.write(swapped / entries[3].name, shards.Block(block.images, block.labels, ids))
+    entries[3] = shards.describe(swapped / entries[3].name, entries[3].name, entries[3].samples)
+    splits = {**dataset.manifest.splits, "train": dataset.split("train").model_copy(update={"shards": entries})}
+    again = dataset.manifest.model_copy(update={"splits": splits})
+    (swapped / manifest.NAME).write_text(manifest.to_json(again))
+    for data, name in ((small, "before"), (manifest.read(swapped), "after")):
+        group(2).train(configuration(data, tmp_path / name, train={"global_batch_size": 8}))
+    before, after = trained(tmp_path / "before"), trained(tmp_path / "after")
+    differ = [step for step in before if before[step] != after[step]]
+    assert len(differ) in (1, 2)
+    swapped_ids = {i for step in differ for i in set(before[step]) ^ set(after[step])}
+    assert swapped_ids == set(block.ids[:2].tolist())
+
+
+def test_a_diverging_run_stops_on_every_rank(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    changes = {
+        "train": {"lr": 1e6, "precision": "fp32", "epochs": 5, "schedule": "constant"},
+        "checkpoint": {"every_steps": 1, "keep": 0},
+    }
+    with pytest.raises(GroupError) as caught:
+        group(3).train(configuration(small, tmp_path / "run", **changes))
+    assert caught.value.kinds == ["DivergedError"] * 3
+    message = caught.value.messages[0]
+    assert "learning rate 1e+06" in message
+    named = Path(message.split("last good checkpoint: ")[1].split(". Lower")[0])
+    assert all(value.isfinite().all() for value in load_file(named / "model.safetensors").values())
+    group(3).train(configuration(small, tmp_path / "next", train={"max_steps": 2, "epochs": None}))
+
+
+def test_too_many_processes_are_refused(tmp_path: Path, group: Groups) -> None:
+    dataset = make(tmp_path / "data", 50, lanes=3)
+    with pytest.raises(GroupError) as caught:
+        group(4).train(configuration(dataset, tmp_path / "run"))
+    assert "4 processes for 3 lanes" in caught.value.messages[0]
+    with pytest.raises(GroupError) as caught:
+        group(3).train(configuration(dataset, tmp_path / "run", train={"global_batch_size": 2}))
+    assert "smaller than the number of processes" in caught.value.messages[0]
+    assert not (tmp_path / "run").exists()
