@@ -213,7 +213,7 @@ def from_tree(tree: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
     return config
 
 
-def keys() -> list[tuple[str, str, Any, str, bool]]:
+def every_key() -> list[tuple[str, str, Any, str, bool]]:
     """(section, key, default, meaning, identity) of every key, in order."""
     return [
         (section, name, field.default, field.description or "", _is_identity(field))
@@ -226,7 +226,7 @@ def identity(config: Config) -> dict[str, Any]:
     """What decides what is trained: `section.key` → value. Paths, cadences, logging and micro-batch are not in it."""
     return {
         f"{section}.{name}": getattr(getattr(config, section), name)
-        for section, name, _, _, is_identity in keys()
+        for section, name, _, _, is_identity in every_key()
         if is_identity
     }
 
@@ -235,7 +235,7 @@ def commented_yaml() -> str:
     """The defaults as YAML, each key with its meaning."""
     lines: list[str] = ["# distrain: every key with its default. [id]: part of the run's identity."]
     section = ""
-    for part, name, default, meaning, is_identity in keys():
+    for part, name, default, meaning, is_identity in every_key():
         if part != section:
             section = part
             lines += ["", f"# {type(Config.model_fields[part].default).__doc__}", f"{part}:"]
@@ -247,7 +247,7 @@ def commented_yaml() -> str:
 def keys_help() -> str:
     """The defaults and meanings as lines for `--help`."""
     return "\n".join(
-        f"  {section}.{name}={_scalar(default)}\n      {meaning}" for section, name, default, meaning, _ in keys()
+        f"  {section}.{name}={_scalar(default)}\n      {meaning}" for section, name, default, meaning, _ in every_key()
     )
 
 
@@ -325,7 +325,7 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
 def _explain(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        known = [f"{section}.{name}" for section, name, *_ in keys()] if "." in path else list(Config.model_fields)
+        known = [f"{section}.{name}" for section, name, *_ in every_key()] if "." in path else list(Config.model_fields)
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
         tail = path.rpartition(".")[2]  # the right key in the wrong section
         same = [k for k in known if k.endswith(f".{tail}")]

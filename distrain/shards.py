@@ -143,7 +143,7 @@ def _parse_npy(data: bytes, dtype: np.dtype[Any], tail: tuple[int, ...], where: 
         if version != (1, 0):
             raise ValueError(f"npy version {version}")
         shape, fortran, found = np.lib.format.read_array_header_1_0(file, max_header_size=_HEADER_BYTES)
-    except ValueError as error:
+    except Exception as error:  # numpy's header parser raises more than ValueError on damaged text
         raise ShardError(f"{where}: not an npy array ({error})") from None
     if found != dtype or fortran or not shape or shape[1:] != tail:
         wanted = f"{dtype} [N{''.join(f', {n}' for n in tail)}]"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from group import Group
 
 from distrain.manifest import Dataset
 from distrain.prepare import Options, prepare
 from distrain.sources.synthetic import Synthetic
-from group import Group
 
 CIFAR10 = Path(os.environ.get("DISTRAIN_CIFAR10_JPEG", Path(__file__).parent.parent.parent / "shared" / "data"))
 """Folder with cifar10-train.tar.gz and cifar10-test.tar.gz, JPEG files in class folders."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make
+from group import Group, GroupError, wait_for
 from safetensors.torch import load_file
 
-from conftest import make
 from distrain import augment, manifest, model, optim, shards
 from distrain.config import from_tree
 from distrain.manifest import Dataset
-from group import Group, GroupError, wait_for
 
 pytestmark = pytest.mark.ranks
 Groups = Callable[[int], Group]

@@ -1,0 +1,100 @@
+"""Checkpoints: whole or not there, verified when read, deleted only when another one stands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from distrain import checkpoint
+from distrain.errors import DataError
+
+
+def save(folder: Path, step: int, value: float = 1.0) -> Path:
+    model = {"weight": torch.full((3, 2), value), "tied": torch.ones(2)}
+    model["tied again"] = model["tied"]
+    return checkpoint.save(folder, step, model, {"0.momentum_buffer": torch.ones(3)}, {"identity": {"a": 1}})
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    saved = checkpoint.load(save(tmp_path, 12, 0.5))
+    assert saved.step == 12
+    assert saved.state["identity"] == {"a": 1}
+    assert torch.equal(saved.model["weight"], torch.full((3, 2), 0.5))
+    assert torch.equal(saved.model["tied again"], torch.ones(2))
+    assert torch.equal(saved.optimizer["0.momentum_buffer"], torch.ones(3))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "digests.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, file: str, damage: str) -> None:
+    save(tmp_path, 1)
+    victim = save(tmp_path, 2) / file
+    content = victim.read_bytes()
+    middle = len(content) // 2
+    if damage == "delete":
+        victim.unlink()
+    else:
+        damaged = {"flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]}
+        victim.write_bytes({**damaged, "truncate": content[:-1], "empty": b""}[damage])
+    found, skipped = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(skipped) == 1
+    assert "step-00000002" in skipped[0]
+
+
+def test_a_half_written_one_is_no_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / ".step-00000002.partial").mkdir()
+    (tmp_path / "step-x").mkdir()
+    assert checkpoint.steps(tmp_path) == [1]
+    assert checkpoint.steps(tmp_path / "nowhere") == []
+    assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
+
+
+def test_a_readable_one_of_the_same_step_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
+    first = save(tmp_path, 1, 1.0)
+    inode = os.stat(first).st_ino
+    save(tmp_path, 1, 1.0)
+    assert os.stat(first).st_ino == inode
+    (first / "state.json").write_bytes(b"{}")
+    save(tmp_path, 1, 2.0)
+    assert float(checkpoint.load(first).model["weight"][0, 0]) == 2.0
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, 0, None)
+    assert checkpoint.steps(tmp_path) == [5, 4, 3, 2, 1]
+    checkpoint.prune(tmp_path, 2, 2)
+    assert checkpoint.steps(tmp_path) == [5, 4, 2]
+
+
+def test_no_pickle_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    trap = tmp_path / "trap"
+    import json
+    import pickle
+
+    import xxhash
+
+    class Trap:
+        def __reduce__(self) -> object:
+            return (os.mkdir, (str(trap),))
+
+    (path / "model.safetensors").write_bytes(pickle.dumps({"weight": Trap()}))
+    digests = json.loads((path / "digests.json").read_text())
+    digests["model.safetensors"] = xxhash.xxh3_128_hexdigest((path / "model.safetensors").read_bytes())
+    (path / "digests.json").write_text(json.dumps(digests))
+    with pytest.raises(DataError):
+        checkpoint.load(path)
+    assert not trap.exists()
+
+
+def test_differences_name_the_fields(tmp_path: Path) -> None:
+    found = checkpoint.differences({"train.lr": 0.1, "run.seed": 1}, {"train.lr": 0.2, "run.seed": 1, "new": None})
+    assert found == ["train.lr: 0.1 in the checkpoint, 0.2 now"]

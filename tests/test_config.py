@@ -1,0 +1,160 @@
+"""Configuration: strict, all problems at once, people's scalars."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distrain import config
+from distrain.config import Config, from_tree, load
+from distrain.errors import ConfigError
+
+REPO = Path(__file__).parent.parent
+
+
+def problems(file: Path | None = None, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(file, overrides)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_overrides_go_over_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {lr: 0.3, momentum: 0.5}\n")
+    found = load(file, ["train.lr=0.2", "train.lr=0.1"]).train
+    assert (found.lr, found.momentum, found.weight_decay) == (0.1, 0.5, Config().train.weight_decay)
+
+
+def test_scalars_mean_what_people_mean(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "train: {lr: 1e-3, global_batch_size: 1e2, clip_norm: null}\n"
+        "data: {audit: yes, mean: [0.5, 1e-1, .5], dir: 007}\n"
+        "wandb: {name: no}\n"
+        "run:\n"
+    )
+    found = load(file, ["train.weight_decay=5e-4", "data.std=[1, 2, 3]", "model.name=a.b:C", "wandb.project=1e5"])
+    assert found.train.lr == 0.001
+    assert found.train.global_batch_size == 100
+    assert found.train.clip_norm is None
+    assert found.data.audit is True
+    assert found.data.mean == [0.5, 0.1, 0.5]
+    assert found.data.std == [1, 2, 3]
+    assert (found.data.dir, found.wandb.name, found.wandb.project) == ("007", "no", "1e5")
+    assert found.train.weight_decay == 0.0005
+    assert found.model.name == "a.b:C"
+
+
+def test_no_value_is_spelt_like_a_yaml_boolean() -> None:
+    for section, name, *_ in config.every_key():
+        field = type(getattr(Config(), section)).model_fields[name]
+        choices = getattr(field.annotation, "__args__", ())
+        assert not {"no", "on", "off", "yes", "y", "n"} & set(choices), f"{section}.{name}"
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train:\n  epoch: 3\n  lr: fast\nmodell:\n  name: net\n")
+    found = problems(file, "data.batch=4", "run.seed=-1", "train.momentum=1.5", "nonsense", "data.audit=maybe")
+    assert len(found) == 8
+    text = "\n".join(found)
+    assert "train.epoch: unknown key; did you mean train.epochs?" in text
+    assert "train.lr: should be a valid number" in text
+    assert "'fast'" in text
+    assert "modell: unknown key; did you mean model?" in text
+    assert "run.seed: should be greater than or equal to 0; got -1" in text
+    assert "nonsense: should be section.key=value" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("train.global_batchsize=4", "train.global_batch_size"), ("data.lr=1", "train.lr"), ("run.sed=1", "run.seed")],
+)
+def test_the_nearest_key_is_suggested(key: str, meant: str) -> None:
+    assert problems(None, key) == [f"{key.split('=', maxsplit=1)[0]}: unknown key; did you mean {meant}?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train:\n  lr: 1\n  lr: 2\n", "a.yaml:3: duplicate key 'lr'"),
+        ("train: {lr: 1}\ntrain: {lr: 2}\n", "a.yaml:2: duplicate key 'train'"),
+        ("train: [1, 2", "a.yaml:1: expected"),
+        ("- 1\n", "should hold sections with keys"),
+        ("train: 3\n", "train: should hold the keys of section Train"),
+        ("? [a, b]\n: 1\n", "a key must be a word"),
+        ("a: !!python/object/apply:os.system [exit]\n", "a: unknown key"),  # tags build nothing
+    ],
+)
+def test_a_bad_file_is_told_with_its_line(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    assert told in "\n".join(problems(file))
+
+
+def test_a_missing_file_is_told() -> None:
+    assert problems(Path("nowhere.yaml")) == ["nowhere.yaml: cannot be read: No such file or directory"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train.epochs=2", "train.max_steps=9"], "give epochs or max_steps, not both"),
+        (["train.nesterov=true", "train.optimizer=adam"], "nesterov needs optimizer sgd"),
+        (["train.betas=[0.9, 1.0]"], "betas lie in 0"),
+        (["train.epochs=2.5"], "valid integer"),
+        (["train.epochs=true"], "valid integer"),
+        (["train.lr=nan"], "finite"),
+        (["train.lr=0"], "greater than 0"),
+    ],
+)
+def test_values_out_of_range_are_told(overrides: list[str], told: str) -> None:
+    assert told in "\n".join(problems(None, *overrides))
+
+
+def test_mappings_are_held_to_the_same_rules() -> None:
+    assert from_tree({"train": {"lr": 0.5}}).train.lr == 0.5
+    with pytest.raises(ConfigError, match="whole number"):
+        from_tree({"train": {"epochs": True}})
+    with pytest.raises(ConfigError, match="did you mean train?"):
+        from_tree({"trian": {}})
+
+
+def test_the_printed_defaults_are_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "defaults.yaml"
+    file.write_text(config.commented_yaml())
+    assert load(file) == Config()
+    for section, name, _, meaning, _ in config.every_key():
+        assert meaning, f"{section}.{name} has no meaning"
+        assert f"  # {meaning}" in file.read_text()
+
+
+def test_a_resolved_configuration_reads_back(tmp_path: Path) -> None:
+    found = load(None, ["train.max_steps=5", "data.mean=[0.1, 0.2, 0.3]", "train.lr=1e-7"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(found.model_dump()))
+    assert load(file) == found
+    assert load(file).train.epochs is None
+
+
+def test_identity_is_what_decides_what_is_trained() -> None:
+    identity = config.identity(Config())
+    assert {"run.seed", "model.name", "train.lr", "train.global_batch_size", "augment.flip"} <= identity.keys()
+    free = {"run.dir", "run.resume", "data.dir", "data.audit", "train.micro_batch_size", "checkpoint.every_steps"}
+    assert not free & identity.keys()
+    assert not any(key.startswith(("log.", "wandb.", "eval.", "checkpoint.")) for key in identity)
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_shipped_configuration_is_valid(file: Path) -> None:
+    assert load(file) != Config()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["config"], ["train", "--help"], ["train", "train.lrr=1"]])
+def test_quick_answers_do_not_import_torch(arguments: list[str]) -> None:
+    code = f"import sys; from distrain.cli import main; main({arguments!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

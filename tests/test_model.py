@@ -1,0 +1,180 @@
+"""Models, augmentation, learning rates and optimizers: torch alone, no data, no processes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from distrain import model, optim
+from distrain.augment import augment, normalize
+from distrain.errors import ConfigError
+
+
+class TutorialNet(nn.Module):
+    """The shape of PyTorch's CIFAR-10 tutorial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+
+def test_net_is_the_tutorials() -> None:
+    net = model.build("net", "relu", 10, (3, 32, 32))
+    assert sum(parameter.numel() for parameter in net.parameters()) == 62_006
+    TutorialNet().load_state_dict(net.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize(("shape", "classes"), [((3, 32, 32), 10), ((1, 28, 28), 3), ((3, 64, 48), 100)])
+def test_net_takes_other_images_and_classes(activation: str, shape: tuple[int, int, int], classes: int) -> None:
+    net = model.build("net", activation, classes, shape)
+    assert net(torch.zeros(2, *shape)).shape == (2, classes)
+
+
+def test_activations_differ() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 3, 32, 32)
+    outputs = []
+    for activation in model.ACTIVATIONS:
+        torch.manual_seed(0)
+        outputs.append(model.build("net", activation, 10, (3, 32, 32))(inputs))
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_for_test.py").write_text(
+        "from torch import nn\n"
+        "class Linear(nn.Sequential):\n"
+        "    def __init__(self, num_classes, image_shape):\n"
+        "        c, h, w = image_shape\n"
+        "        super().__init__(nn.Flatten(), nn.Dropout(0.1), nn.Linear(c * h * w, num_classes))\n"
+        "def nothing(num_classes, image_shape):\n"
+        "    return nn.Flatten()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    mine = model.build("mine_for_test:Linear", "relu", 7, (3, 8, 8))
+    assert mine(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
+    assert model.world_size_dependent(mine) == ["Dropout"]
+    with pytest.raises(ConfigError, match="nothing to train"):
+        model.build("mine_for_test:nothing", "relu", 7, (3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("nett", "unknown"), ("no.such:Model", "No module named 'no'"), ("torch.nn:Nothing", "no attribute 'Nothing'")],
+)
+def test_an_unknown_model_is_told(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        model.build(name, "relu", 10, (3, 32, 32))
+
+
+def test_images_too_small_for_net_are_told() -> None:
+    with pytest.raises(ConfigError, match="at least 16 pixels"):
+        model.build("net", "relu", 10, (3, 15, 32))
+
+
+def test_net_keeps_the_promise_and_batch_norm_does_not() -> None:
+    assert model.world_size_dependent(model.build("net", "relu", 10, (3, 32, 32))) == []
+    assert model.world_size_dependent(nn.Sequential(nn.BatchNorm2d(3), nn.Dropout2d())) == ["BatchNorm2d", "Dropout2d"]
+
+
+def test_normalize_is_the_textbook_formula() -> None:
+    images = torch.randint(0, 256, (4, 5, 6, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 0.6, 0.7]).double()
+    found = normalize(images, mean, std)
+    expected = (images.double() / 255 - mean) / std
+    assert found.shape == (4, 3, 5, 6)
+    assert torch.allclose(found, expected.permute(0, 3, 1, 2), atol=1e-14)
+
+
+@given(st.booleans(), st.integers(0, 5), st.integers(0, 2**32))
+def test_augmentation_does_to_each_image_what_its_own_word_says(flip: bool, padding: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (6, 9, 8, 3), dtype=torch.uint8, generator=random)
+    words = torch.randint(-(2**63), 2**63 - 1, (6,), generator=random)
+    together = augment(images, words, flip, padding)
+    for number in range(6):
+        alone = augment(images[number : number + 1], words[number : number + 1], flip, padding)
+        assert torch.equal(alone[0], together[number])
+        assert torch.equal(together[number], by_hand(images[number], int(words[number]), flip, padding))
+
+
+def by_hand(image: torch.Tensor, word: int, flip: bool, padding: int) -> torch.Tensor:
+    """Reflect-pad, crop, flip, with torch's own functions."""
+    word %= 2**64
+    down, right = ((word >> at & 0xFFFFF) * (2 * padding + 1) >> 20 for at in (8, 28))
+    mirrored = flip and word & 1
+    if mirrored:
+        image = image.flip(1)
+        right = 2 * padding - right
+    padded = nn.functional.pad(image.permute(2, 0, 1).float()[None], [padding] * 4, mode="reflect")[0]
+    height, width, _ = image.shape
+    return padded[:, down : down + height, right : right + width].permute(1, 2, 0).to(torch.uint8)
+
+
+def test_all_shifts_and_both_sides_are_drawn_alike() -> None:
+    from distrain.order import augmentation_words
+
+    words = torch.from_numpy(augmentation_words(0, 0, 20_000).view("int64"))
+    image = torch.arange(8 * 8, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(20_000, 8, 8, 1)
+    centre = augment(image, words, True, 1)[:, 4, 4, 0]
+    values, counts = centre.unique(return_counts=True)
+    assert len(values) == 12  # 3 shifts down × (3 shifts × 2 sides; the middle columns 3 and 4 meet 4 places)
+    assert counts.min() > 900
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+@given(st.integers(1, 500), st.floats(0, 0.9))
+def test_schedules_rise_to_the_peak_and_fall_to_nothing(schedule: str, total: int, warmup: float) -> None:
+    rates = [optim.learning_rate(step, total, schedule, 2.0, warmup) for step in range(total)]
+    assert all(0 < rate <= 2.0 for rate in rates)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    if total > 100:
+        assert max(rates) > 1.9
+        assert rates[-1] < 0.2
+
+
+def test_a_constant_rate_is_constant() -> None:
+    assert {optim.learning_rate(step, 10, "constant", 0.3, 0.5) for step in range(10)} == {0.3}
+
+
+def test_cosine_is_half_way_down_in_the_middle() -> None:
+    assert math.isclose(optim.learning_rate(50, 101, "cosine", 1.0, 0.0), 0.5, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
+def test_optimizer_state_survives_the_way_through_flat_tensors(name: str, kind: str) -> None:
+    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for number in range(count):
+            optimizer.zero_grad()
+            net(torch.full((1, 3), number + 1.0)).sum().backward()
+            optimizer.step()
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Linear(3, 2)
+        return net, optim.build(name, net.parameters(), 0.1, 0.9, False, [0.9, 0.99], 0.01)
+
+    net, optimizer = fresh()
+    assert type(optimizer).__name__ == kind
+    steps(net, optimizer, 3)
+    other, restored = fresh()
+    other.load_state_dict(net.state_dict())
+    optim.load_state_tensors(restored, {k: v.clone() for k, v in optim.state_tensors(optimizer).items()})
+    steps(net, optimizer, 2)
+    steps(other, restored, 2)
+    assert torch.equal(net.weight, other.weight)

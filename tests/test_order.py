@@ -1,0 +1,150 @@
+"""The order of training, for any number of shards, lanes, samples, processes."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from distrain.order import Ints, Order, World, augmentation_words, permutation
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    lanes = draw(st.integers(1, 12))
+    order = Order(
+        num_shards=lanes * draw(st.integers(1, 4)),
+        lanes=lanes,
+        samples_per_shard=draw(st.integers(1, 20)),
+        global_batch_size=draw(st.integers(1, 70)),
+        seed=draw(st.integers(0, 2**63 - 1)),
+    )
+    assume(order.steps_per_epoch > 0)
+    return order
+
+
+def share(order: Order, step: int, world: World) -> list[int]:
+    """Positions of a rank in a step, as `places` tells them."""
+    return (order.places(step, world) + step * order.global_batch_size).tolist()
+
+
+def locate(order: Order, positions: Ints) -> tuple[Ints, Ints, Ints]:
+    """Round, lane and place within the shard of positions, as the module's text defines them."""
+    row, lane = np.divmod(positions, order.lanes)
+    round_, index = np.divmod(row, order.samples_per_shard)
+    return round_, lane, index
+
+
+def position_of(order: Order, own: Ints, world: World) -> Ints:
+    """Positions of the own-th samples of a rank."""
+    row, lane = np.divmod(own, len(order.owned_lanes(world)))
+    return row * order.lanes + world.rank + lane * world.size
+
+
+@given(orders(), st.data())
+def test_ranks_share_each_step_without_gap_or_overlap(order: Order, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, order.lanes))
+    step = data.draw(st.integers(0, order.steps_per_epoch - 1))
+    shares = [share(order, step, World(rank, size)) for rank in range(size)]
+    start = step * order.global_batch_size
+    assert sorted(sum(shares, [])) == list(range(start, start + order.global_batch_size))
+
+
+@given(orders(), st.data())
+def test_a_share_is_a_stretch_of_the_ranks_own_sequence(order: Order, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, order.lanes))
+    world = World(data.draw(st.integers(0, size - 1)), size)
+    step = data.draw(st.integers(0, order.steps_per_epoch - 1))
+    every = np.arange(order.num_shards * order.samples_per_shard)
+    owned = every[every % order.lanes % size == world.rank].tolist()
+    start = order.owned_before(step * order.global_batch_size, world)
+    stop = order.owned_before((step + 1) * order.global_batch_size, world)
+    assert owned[start:stop] == share(order, step, world)
+
+
+@given(orders(), st.integers(0, 1000), st.data())
+def test_an_epoch_uses_each_sample_at_most_once_and_all_shards_alike(
+    order: Order, epoch: int, data: st.DataObject
+) -> None:
+    sizes = [order.samples_per_shard + data.draw(st.integers(0, 1)) for _ in range(order.num_shards)]
+    shards = order.epoch_shards(epoch)
+    assert sorted(shards.ravel().tolist()) == list(range(order.num_shards))
+    round_, lane, index = locate(order, np.arange(order.steps_per_epoch * order.global_batch_size))
+    trained = {
+        (shard := int(shards[r, column]), int(order.shard_samples(epoch, shard, sizes[shard])[i]))
+        for r, column, i in zip(round_, lane, index, strict=True)
+    }
+    assert len(trained) == order.steps_per_epoch * order.global_batch_size
+    assert all(sample < sizes[shard] for shard, sample in trained)
+    unused = order.num_shards * order.samples_per_shard - len(trained)
+    assert unused < order.global_batch_size
+
+
+@given(orders(), st.integers(0, 1000))
+def test_rounds_per_epoch_reach_the_last_step_and_no_further(order: Order, epoch: int) -> None:
+    last = np.array([order.steps_per_epoch * order.global_batch_size - 1])
+    assert locate(order, last)[0].tolist() == [order.rounds_per_epoch - 1]
+
+
+@given(orders(), st.data())
+def test_largest_share_is_the_largest_of_all_steps(order: Order, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, order.lanes))
+    every = [
+        len(share(order, step, World(rank, size))) for step in range(order.steps_per_epoch) for rank in range(size)
+    ]
+    assert order.largest_share(size) == max(every)
+    if order.lanes % size == 0 and order.global_batch_size % size == 0:
+        assert set(every) == {order.global_batch_size // size}
+
+
+@given(st.integers(0, 300), st.integers(0, 2**63 - 1), st.integers(0, 9), st.integers(0, 2**40))
+def test_permutations_are_permutations_and_repeat(n: int, seed: int, purpose: int, a: int) -> None:
+    drawn = permutation(n, seed, purpose, a)
+    assert sorted(drawn.tolist()) == list(range(n))
+    assert (permutation(n, seed, purpose, a) == drawn).all()
+
+
+def test_epochs_shards_and_seeds_draw_differently() -> None:
+    order = Order(64, 64, 100, 128, 3)
+    other = Order(64, 64, 100, 128, 4)
+    assert (order.epoch_shards(0) != order.epoch_shards(1)).any()
+    assert (order.epoch_shards(0) != other.epoch_shards(0)).any()
+    assert (order.shard_samples(0, 1, 101) != order.shard_samples(0, 2, 101)).any()
+    assert (order.shard_samples(0, 1, 101) != order.shard_samples(1, 1, 101)).any()
+    assert (augmentation_words(3, 0, 8) != augmentation_words(3, 1, 8)).all()
+
+
+def test_the_order_never_changes_between_versions() -> None:
+    # A change of these numbers makes every checkpoint of a run in progress go on with another order.
+    order = Order(8, 4, 5, 4, 42)
+    assert order.epoch_shards(3).tolist() == EPOCH_SHARDS
+    assert order.shard_samples(3, 2, 6).tolist() == SHARD_SAMPLES
+    assert augmentation_words(42, 7, 2).tolist() == WORDS
+
+
+EPOCH_SHARDS = [[5, 1, 2, 0], [6, 3, 4, 7]]
+SHARD_SAMPLES = [1, 4, 2, 5, 0]
+WORDS = [4202150953783839104, 13832021549108628852]
+
+
+@settings(max_examples=3, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 10**6))
+def test_4096_ranks_and_65536_shards(seed: int, epoch: int) -> None:
+    """Sampled steps of a run of that size: all ranks together train each position once, from distinct samples."""
+    order = Order(num_shards=65536, lanes=8192, samples_per_shard=1000, global_batch_size=30000, seed=seed)
+    shards = order.epoch_shards(epoch)
+    assert (np.sort(shards.ravel()) == np.arange(65536)).all()
+    worlds = [World(rank, 4096) for rank in range(4096)]
+    for step in (0, 1, 777, order.steps_per_epoch - 1):
+        start, stop = step * order.global_batch_size, (step + 1) * order.global_batch_size
+        positions = [
+            position_of(order, np.arange(order.owned_before(start, world), order.owned_before(stop, world)), world)
+            for world in worlds
+        ]
+        everything = np.concatenate(positions)
+        assert (np.sort(everything) == np.arange(start, stop)).all()
+        for rank in (0, 1, 4095):
+            assert positions[rank].tolist() == share(order, step, worlds[rank])
+        round_, lane, index = locate(order, everything)
+        samples = shards[round_, lane] * order.samples_per_shard + index
+        assert len(np.unique(samples)) == order.global_batch_size

@@ -1,0 +1,294 @@
+"""A run from end to end in one process: its folder, its result, resuming it, and refusing what cannot be run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import make
+from safetensors.torch import load_file
+
+import distrain
+from distrain import cli, config, manifest, runtime, trainer
+from distrain.errors import ConfigError, DataError
+from distrain.manifest import Dataset
+
+
+def tree(dataset: Dataset, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {
+        "data": {"dir": str(dataset.root)},
+        "run": {"dir": str(folder)},
+        "train": {"epochs": 2, "global_batch_size": 64},
+    }
+    for section, values in sections.items():
+        found.setdefault(section, {}).update(values)
+    return found
+
+
+def arguments(found: dict[str, Any]) -> list[str]:
+    return [f"{section}.{key}={value}" for section, values in found.items() for key, value in values.items()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_leaves_what_is_documented(small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    result = distrain.train(tree(small, run, data={"audit": True}))
+    assert json.loads((run / "result.json").read_text()) == result
+    assert result["total"] == 203
+    assert result["correct"] == sum(result["confusion_matrix"][k][k] for k in range(10))
+    assert result["accuracy"] == result["correct"] / 203
+    assert sum(map(sum, result["confusion_matrix"])) == 203
+    for k, name in enumerate(small.manifest.classes):
+        row = result["confusion_matrix"][k]
+        assert result["accuracy_by_class"][name] == row[k] / sum(row)
+    assert (result["steps"], result["epochs"], result["world_size"]) == (2 * 15, 2, 1)
+    assert result["dropped_per_epoch"] == 1003 - 15 * 64
+    assert result["seconds"] > 0
+    assert result["images_per_second"] > 0
+    assert sorted(path.name for path in run.iterdir()) == [
+        "audit", "checkpoints", "config.yaml", "metrics.jsonl", "result.json",
+    ]  # fmt: skip
+    assert config.load(run / "config.yaml") == config.from_tree(tree(small, run, data={"audit": True}))
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "train/loss", "train/lr", "train/images_per_second"} <= metrics[0].keys()
+    assert metrics[-1]["test/accuracy"] == result["accuracy"]
+    last = capsys.readouterr().out.splitlines()[-3:]
+    assert last == [
+        "Finished Training",
+        f"Accuracy of the network on the 203 test images: {100 * result['accuracy']:.1f} %",
+        f"Run: {run}",
+    ]
+
+
+def test_losses_logged_are_means_over_the_steps_since_the_last_line(small: Dataset, tmp_path: Path) -> None:
+    def losses(name: str, every: int) -> list[float]:
+        distrain.train(tree(small, tmp_path / name, log={"every_steps": every}, eval={"every_steps": 0}))
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [line["train/loss"] for line in lines if "train/loss" in line]
+
+    each, fives = losses("each", 1), losses("fives", 5)
+    assert len(each) == 30
+    assert fives == pytest.approx([sum(each[i : i + 5]) / 5 for i in range(0, 30, 5)], rel=1e-6)
+
+
+def test_a_run_that_stands_is_not_overwritten(small: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    distrain.train(tree(small, run))
+    before = files(run)
+    with pytest.raises(DataError, match="already holds a run"):
+        distrain.train(tree(small, run))
+    assert files(run) == before
+
+
+def test_a_finished_run_goes_on_to_the_same_result(small: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = distrain.train(tree(small, run))
+    weights = files(run / "checkpoints")
+    again = distrain.train(tree(small, run, run={"resume": "must"}))
+    assert files(run / "checkpoints") == weights
+    for key in ("accuracy", "loss", "steps", "confusion_matrix"):
+        assert again[key] == first[key]
+
+
+def test_must_needs_a_run_and_auto_does_not(small: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"run.resume=must: .* holds no run"):
+        distrain.train(tree(small, tmp_path / "run", run={"resume": "must"}))
+    assert not (tmp_path / "run").exists()
+    assert distrain.train(tree(small, tmp_path / "run", run={"resume": "auto"}))["steps"] == 30
+
+
+def test_a_run_of_another_identity_is_refused_by_the_fields_that_differ(small: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    distrain.train(tree(small, run))
+    before = files(run)
+    changes = {"run": {"resume": "auto", "seed": 5}, "train": {"lr": 0.3}, "checkpoint": {"every_steps": 3}}
+    with pytest.raises(DataError) as caught:
+        distrain.train(tree(small, run, **changes))
+    told = str(caught.value)
+    assert "run.seed: 0 in the checkpoint, 5 now" in told
+    assert "train.lr: 0.05 in the checkpoint, 0.3 now" in told
+    assert "checkpoint.every_steps" not in told
+    other = make(tmp_path / "other", 700, shards=24, lanes=12)
+    with pytest.raises(DataError, match="data.manifest"):
+        distrain.train(tree(other, run, run={"resume": "auto"}))
+    assert files(run) == before
+
+
+def test_moved_data_and_other_cadences_go_on(small: Dataset, tmp_path: Path) -> None:
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    distrain.train(tree(small, whole))
+    distrain.train(tree(small, moved, checkpoint={"every_steps": 7, "keep": 0}))
+    for step in (28, 30):
+        shutil.rmtree(moved / f"checkpoints/step-{step:08d}")
+    shutil.copytree(small.root, tmp_path / "data")
+    again = manifest.read(tmp_path / "data")
+    changes = {"run": {"resume": "auto"}, "log": {"every_steps": 3}, "train": {"micro_batch_size": 64}}
+    distrain.train(tree(again, moved, **changes))
+    ends = [load_file(run / "checkpoints/step-00000030/model.safetensors") for run in (whole, moved)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_damaged_checkpoint_is_skipped_by_name(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    distrain.train(tree(small, run, checkpoint={"every_steps": 10}))
+    expected = (run / "checkpoints/step-00000030/model.safetensors").read_bytes()
+    (run / "checkpoints/step-00000030/model.safetensors").write_bytes(expected[:-1] + b"x")
+    distrain.train(tree(small, run, run={"resume": "auto"}))
+    told = capsys.readouterr()
+    assert "skipped" in told.err
+    assert "step-00000030/model.safetensors: damaged" in told.err
+    assert "going on from" in told.out
+    assert (run / "checkpoints/step-00000030/model.safetensors").read_bytes() == expected
+    for step in (20, 30):
+        (run / f"checkpoints/step-{step:08d}/state.json").unlink()
+    with pytest.raises(DataError, match="no readable checkpoint"):
+        distrain.train(tree(small, run, run={"resume": "auto"}))
+
+
+def test_the_best_on_val_is_kept_and_scored(tmp_path: Path) -> None:
+    dataset = make(tmp_path / "data", 2000, 200, val_fraction=0.2)
+    run = tmp_path / "run"
+    # A rate that falls apart late: the last checkpoint is not the best one.
+    changes = {
+        "train": {"epochs": 6, "schedule": "constant", "lr": 0.2, "global_batch_size": 32},
+        "checkpoint": {"keep": 1},
+    }
+    result = distrain.train(tree(dataset, run, **changes))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["val/accuracy"] for line in lines if "val/accuracy" in line}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert result["checkpoint"] == f"step-{best:08d}"
+    assert result["val_accuracy"] == scores[best]
+    assert (run / "checkpoints" / result["checkpoint"]).is_dir()
+    assert cli.main(["evaluate", str(run)]) == 0
+    scored = json.loads((run / f"evaluations/test-{result['checkpoint']}.json").read_text())
+    assert scored["confusion_matrix"] == result["confusion_matrix"]
+
+
+def test_evaluate_scores_any_split_and_checkpoint(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    result = distrain.train(tree(small, run, checkpoint={"every_steps": 20}))
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run)]) == 0
+    assert f"203 test images: {100 * result['accuracy']:.1f} %" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(run), "--split", "train", "--checkpoint", "step-00000020"]) == 0
+    assert json.loads((run / "evaluations/train-step-00000020.json").read_text())["total"] == 1003
+    for wrong in (["--split", "val"], ["--checkpoint", "best"], ["--checkpoint", "step-99"]):
+        assert cli.main(["evaluate", str(run), *wrong]) == 78
+    assert cli.main(["evaluate", str(tmp_path / "nowhere")]) == 78
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data": {"dir": "nowhere"}}, "nowhere"),
+        ({"train": {"global_batch_size": 5000}}, "larger than the"),
+        ({"train": {"precision": "fp16"}}, "fp16 needs a GPU"),
+        ({"run": {"device": "cuda"}}, "sees no GPU"),
+        ({"data": {"mean": "[0.5]"}}, "1 values for images of 3 channels"),
+        ({"data": {"std": "[1, 1, 0]"}}, "must be above 0"),
+        ({"model": {"name": "nett"}}, "model.name=nett"),
+        ({"model": {"name": "torch.nn:Identity"}}, "nothing to train"),
+        ({"train": {"lrr": 1}}, "did you mean train.lr?"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU makes possible is no error")
+def test_what_cannot_be_run_is_told_in_one_message(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], told: str
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", *arguments(tree(small, run, **changes))]) == 78
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
+    assert error.count("error:") == 1
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_a_damaged_shard_is_named(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    shutil.copytree(small.root, tmp_path / "data")
+    dataset = manifest.read(tmp_path / "data")
+    victim = dataset.root / dataset.split("train").shards[7].name
+    content = victim.read_bytes()
+    victim.unlink()
+    if damage != "missing":
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        victim.write_bytes(content[:-512] if damage == "truncated" else flipped)
+    assert cli.main(["train", *arguments(tree(dataset, tmp_path / "run"))]) == 78
+    error = capsys.readouterr().err
+    assert "train/00007.tar" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_a_model_that_gives_something_else_is_told(small: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gives \[2, 3\] for 2 images, not \[2, 10\]"):
+        distrain.train(tree(small, tmp_path / "run", model={"name": "models_for_tests:ThreeClasses"}))
+
+
+def test_a_model_with_batch_norm_and_dropout_trains_and_is_warned_of(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {"model": {"name": "models_for_tests:Coupled"}, "train": {"epochs": 1}}
+    distrain.train(tree(small, tmp_path / "whole", **changes))
+    assert "BatchNorm1d, Dropout" in capsys.readouterr().err
+    distrain.train(tree(small, tmp_path / "cut", checkpoint={"every_steps": 5, "keep": 0}, **changes))
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000015")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000010")
+    changes["run"] = {"resume": "auto"}
+    distrain.train(tree(small, tmp_path / "cut", **changes))
+    ends = [load_file(tmp_path / name / "checkpoints/step-00000015/model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_precisions_train(small: Dataset, tmp_path: Path, precision: str) -> None:
+    result = distrain.train(tree(small, tmp_path / "run", train={"precision": precision, "epochs": 1}))
+    assert result["precision"] == precision
+    saved = load_file(tmp_path / "run/checkpoints/step-00000015/model.safetensors")
+    assert saved["fc1.weight"].dtype == (torch.float64 if precision == "fp64" else torch.float32)
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "ACCELERATE_MIXED_PRECISION=bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4",
+        "ACCELERATE_USE_FSDP=true",
+        "ACCELERATE_USE_DEEPSPEED=true",
+        "ACCELERATE_DYNAMO_BACKEND=INDUCTOR",
+    ],
+)
+def test_what_accelerate_is_asked_for_and_we_are_not_is_an_error(variable: str) -> None:
+    name, _, value = variable.partition("=")
+    (line,) = runtime.accelerate_conflicts({name: value}, "fp32", True)
+    assert variable in line
+    assert ("train.precision=fp32" in line) == (name == "ACCELERATE_MIXED_PRECISION")
+    harmless = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_FSDP": "false"}
+    assert runtime.accelerate_conflicts(harmless, "bf16", True) == []
+
+
+def test_the_identity_in_a_checkpoint_has_no_paths(small: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    distrain.train(tree(small, run))
+    state = json.loads((run / "checkpoints/step-00000030/state.json").read_text())
+    assert str(tmp_path) not in json.dumps(state)
+    assert state["identity"]["data.manifest"] == small.digest
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 2
+    assert trainer.holds_run(run)

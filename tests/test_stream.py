@@ -1,0 +1,172 @@
+"""Batches from real shards: the order's samples, for any number of processes and any step to start from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distrain import shards
+from distrain.errors import ShardError
+from distrain.manifest import Dataset
+from distrain.order import Order, World, augmentation_words
+from distrain.stream import Background, evaluation_batches, memory, training_batches
+
+
+def order_of(dataset: Dataset, global_batch_size: int, seed: int = 1) -> Order:
+    split = dataset.split("train")
+    sizes = [shard.samples for shard in split.shards]
+    return Order(len(sizes), split.lanes, min(sizes), global_batch_size, seed)
+
+
+def planned(dataset: Dataset, order: Order, step: int) -> list[int]:
+    """Ids of a step, from the definition in `distrain.order` and the shards alone."""
+    epoch, in_epoch = divmod(step, order.steps_per_epoch)
+    ids = []
+    for position in range(in_epoch * order.global_batch_size, (in_epoch + 1) * order.global_batch_size):
+        row, lane = divmod(position, order.lanes)
+        round_, index = divmod(row, order.samples_per_shard)
+        shard = int(order.epoch_shards(epoch)[round_, lane])
+        content = ids_of(dataset, shard)
+        ids.append(content[order.shard_samples(epoch, shard, len(content))[index]])
+    return ids
+
+
+_IDS: dict[tuple[str, int], list[int]] = {}
+
+
+def ids_of(dataset: Dataset, index: int) -> list[int]:
+    key = (dataset.digest, index)
+    if key not in _IDS:
+        entry = dataset.split("train").shards[index]
+        blocks = shards.read(dataset.root, entry, dataset.manifest.image_shape, len(dataset.manifest.classes))
+        _IDS[key] = [i for block in blocks for i in block.ids.tolist()]
+    return _IDS[key]
+
+
+def streamed(dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int = 1) -> list[list[int]]:
+    batches = training_batches(dataset, order, world, steps, read_ahead, with_words=False, pin=False)
+    with closing(batches):
+        return [batch.ids.tolist() for batch in batches]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2), st.integers(0, 2**62), st.data())
+def test_any_world_streams_what_the_order_says_from_any_step(
+    small: Dataset, global_batch_size: int, size: int, ahead: int, seed: int, data: st.DataObject
+) -> None:
+    order = order_of(small, global_batch_size, seed)
+    first = data.draw(st.integers(0, 3 * order.steps_per_epoch))
+    steps = range(first, min(first + 6, 3 * order.steps_per_epoch))
+    shares = [streamed(small, order, World(rank, size), steps, ahead + 1) for rank in range(size)]
+    for number, step in enumerate(steps):
+        expected = planned(small, order, step)
+        assert sorted(sum((share[number] for share in shares), [])) == sorted(expected)
+        if size == 1:
+            assert shares[0][number] == expected
+
+
+def test_whole_epochs_use_every_sample_once_but_for_the_dropped(small: Dataset) -> None:
+    order = order_of(small, 32)
+    ids = streamed(small, order, World(), range(3 * order.steps_per_epoch))
+    left_out = []
+    for epoch in range(3):
+        seen = sum(ids[epoch * order.steps_per_epoch : (epoch + 1) * order.steps_per_epoch], [])
+        assert len(set(seen)) == len(seen) == order.steps_per_epoch * 32
+        left_out.append(set(range(1003)) - set(seen))
+    assert left_out[0] != left_out[1] != left_out[2]
+
+
+def test_images_labels_and_words_belong_to_their_ids(small: Dataset) -> None:
+    from distrain.sources.synthetic import Synthetic
+
+    source = Synthetic(1003, 203, 16, 10, 0)
+    order = order_of(small, 50)
+    for rank in range(3):
+        world = World(rank, 3)
+        batches = training_batches(small, order, world, range(30), 1, with_words=True, pin=False)
+        with closing(batches):
+            for step, batch in enumerate(batches):
+                for image, label, index in zip(batch.images, batch.labels, batch.ids, strict=True):
+                    assert (image.numpy() == source.load("train", int(index))).all()
+                    assert label == source.labels["train"][index]
+                drawn = augmentation_words(order.seed, step, 50).view(np.int64)
+                places = order.places(step % order.steps_per_epoch, world)
+                assert batch.words.tolist() == drawn[places].tolist()
+
+
+def test_evaluation_batches_are_the_same_for_every_world_and_own_each_sample_once(small: Dataset) -> None:
+    def batches(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rank in range(size):
+            yield from evaluation_batches(small, "test", World(rank, size), 7)
+
+    def content(size: int) -> list[tuple[bytes, tuple[int, ...]]]:
+        return sorted((images.numpy().tobytes(), tuple(labels.tolist())) for images, labels in batches(size))
+
+    alone = content(1)
+    assert sum(len(labels) for _, labels in alone) == 203
+    for size in (2, 3, 5, 12, 20):  # more processes than lanes: some own nothing
+        assert content(size) == alone
+
+
+def test_a_damaged_shard_ends_the_stream_naming_it(small: Dataset, tmp_path) -> None:
+    import shutil
+
+    from distrain import manifest
+
+    shutil.copytree(small.root, tmp_path / "data")
+    dataset = manifest.read(tmp_path / "data")
+    victim = dataset.root / dataset.split("train").shards[5].name
+    content = bytearray(victim.read_bytes())
+    content[2000] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(ShardError, match=f"{victim}.*changed"):
+        streamed(dataset, order_of(dataset, 8), World(), range(200))
+
+
+def test_closing_ends_the_reading_thread(small: Dataset) -> None:
+    before = set(threading.enumerate())
+    batches = training_batches(small, order_of(small, 8), World(), range(1000), 1, with_words=False, pin=False)
+    next(batches)
+    assert set(threading.enumerate()) - before
+    batches.close()
+    assert not set(threading.enumerate()) - before
+
+
+def test_background_keeps_to_its_bound_and_hands_on_errors() -> None:
+    made, taken = [], []
+    reached = threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(6):
+            made.append(number)
+            if number == 2:
+                reached.set()
+            yield number
+        raise OSError("broken")
+
+    background = Background(items(), ahead=2)
+    assert reached.wait(30)
+    assert made == [0, 1, 2]  # nothing is in use yet: ahead + 1 items may exist
+    for _ in range(6):
+        taken.append(next(background))
+        assert made[-1] <= taken[-1] + 2
+    with pytest.raises(OSError, match="broken"):
+        next(background)
+    assert taken == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(OSError, match="broken"):
+        next(background)
+    background.close()
+
+
+def test_memory_is_what_the_buffers_take(small: Dataset) -> None:
+    order = order_of(small, 8)
+    per_sample = 16 * 16 * 3 + 16
+    assert memory(small, order, World(0, 1), 1) == 2 * 12 * order.samples_per_shard * per_sample
+    assert memory(small, order, World(0, 12), 2) == 3 * order.samples_per_shard * per_sample
