@@ -81,9 +81,9 @@ def show_config() -> None:
 @click.option("--checkpoint", "which", help="best, last or a folder's name; default: best, where there is a val split.")
 def evaluate(run: Path, overrides: tuple[str, ...], split: str, which: str | None) -> None:
     """Score a checkpoint of RUN, on any number of processes."""
-    from distrain import trainer
+    from distrain import scoring
 
-    trainer.evaluate_run(run, split, list(overrides), which)
+    scoring.evaluate_run(run, split, overrides, which)
 
 
 @cli.command()

@@ -41,6 +41,10 @@ class Scores:
         """Fraction of the samples whose class was predicted."""
         return self.correct / self.total
 
+    def line(self, split: str) -> str:
+        """The line that a run closes with."""
+        return f"Accuracy of the network on the {self.total} {split} images: {100 * self.accuracy:.1f} %"
+
     def as_dict(self, classes: list[str]) -> dict[str, Any]:
         """For JSON; the accuracy of a class without samples is null."""
         by_class = zip(classes, self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True)

@@ -9,6 +9,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -186,3 +187,42 @@ class WandbMirror:
             except Exception as error:
                 self._run = None
                 self._warn(f"wandb is off from here: {error}; {METRICS} has everything")
+
+
+@dataclass
+class Logs:
+    """Where a run reports to; on other processes than the main one, only the audit is real."""
+
+    progress: Progress
+    metrics: JsonLines | None
+    wandb: WandbMirror | None
+    audit: JsonLines | None
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, mirrored to wandb."""
+        if self.metrics is not None and self.wandb is not None:
+            self.metrics.write({"step": step, **values})
+            self.metrics.flush()
+            self.wandb.log(values, step)
+
+    def sync(self) -> None:
+        """Put everything on disk."""
+        for lines in (self.metrics, self.audit):
+            if lines is not None:
+                lines.sync()
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Close everything; `summary` goes to wandb."""
+        self.progress.close()
+        for lines in (self.metrics, self.audit):
+            if lines is not None:
+                lines.close()
+        if self.wandb is not None:
+            self.wandb.close(summary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is whole or not there."""
+    work = path.with_name(f".{path.name}.partial")
+    work.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    work.replace(path)

@@ -1,118 +1,28 @@
-"""The run: set up, fit, finish.
-
-1. `set_up`: data set → order → process group → model and optimizer → the checkpoint to go on from, if any
-2. `fit`: one step after the other; log, evaluate and save where they fall due
-3. `finish`: score the test split, write RUN/result.json
-
-What is trained depends on data, configuration and seed alone: see docs/design.md.
-"""
+"""The run: `fit` trains, evaluates and saves, step after step; `finish` scores the test split."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
-from distrain import augment, checkpoint, evaluation, manifest, model, optim, runtime, tracking
-from distrain.checkpoint import Saved
-from distrain.config import Config, from_tree, identity, load
-from distrain.errors import ConfigError, DataError, DivergedError
+from distrain import augment, checkpoint, evaluation
+from distrain.config import Config, from_tree, load
+from distrain.errors import DivergedError
 from distrain.evaluation import Scores
-from distrain.manifest import Dataset
-from distrain.order import Order
-from distrain.runtime import Runtime
-from distrain.stream import Batch, memory, training_batches
-from distrain.tracking import JsonLines, Progress, WandbMirror
-
-CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
-
-
-@dataclass
-class State:
-    """What changes as the run goes on, beside weights and optimizer; all of it is in a checkpoint's state.json."""
-
-    step: int = 0
-    train_seconds: float = 0.0
-    seconds: float = 0.0
-    best: dict[str, Any] | None = None
-
-
-@dataclass
-class Job:
-    """Everything that a run works with."""
-
-    config: Config
-    run: Path
-    dataset: Dataset
-    order: Order
-    total_steps: int
-    runtime: Runtime
-    module: nn.Module
-    """The model itself; evaluated and saved."""
-    ddp: nn.Module
-    """The model as accelerate prepared it; trained."""
-    optimizer: Any
-    mean: Tensor
-    std: Tensor
-    identity: dict[str, Any]
-    started: float
-    state: State = field(default_factory=State)
-
-    @property
-    def checkpoints(self) -> Path:
-        """RUN/checkpoints."""
-        return self.run / CHECKPOINTS
-
-    @property
-    def elapsed(self) -> float:
-        """Wall seconds of all lives that led here."""
-        return self.state.seconds + time.monotonic() - self.started
-
-
-@dataclass
-class Logs:
-    """Where a run reports to; on other processes than the main one, only the audit is real."""
-
-    progress: Progress
-    metrics: JsonLines | None
-    wandb: WandbMirror | None
-    audit: JsonLines | None
-
-    def record(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, mirrored to wandb."""
-        if self.metrics is not None and self.wandb is not None:
-            self.metrics.write({"step": step, **values})
-            self.metrics.flush()
-            self.wandb.log(values, step)
-
-    def sync(self) -> None:
-        """Put everything on disk."""
-        for lines in (self.metrics, self.audit):
-            if lines is not None:
-                lines.sync()
-
-    def close(self, summary: dict[str, Any]) -> None:
-        """Close everything; `summary` goes to wandb."""
-        self.progress.close()
-        for lines in (self.metrics, self.audit):
-            if lines is not None:
-                lines.close()
-        if self.wandb is not None:
-            self.wandb.close(summary)
+from distrain.job import RESULT, Job, save, set_up
+from distrain.stream import Batch, training_batches
+from distrain.tracking import METRICS, JsonLines, Logs, Progress, WandbMirror, audit_path, write_json
 
 
 def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
@@ -144,240 +54,6 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[s
         return result
     finally:
         job.runtime.close()
-
-
-# --- set up ----------------------------------------------------------------------------------------------------------
-
-
-def set_up(config: Config, started: float) -> Job:
-    """Everything that a run needs, at the step it goes on from."""
-    dataset = manifest.read(config.data.dir)
-    splits = [split for split in ("train", "val", "test") if split in dataset.manifest.splits]
-    for needed in ("train", "test"):
-        dataset.split(needed)
-    run = Path(config.run.dir)
-    rt = runtime.start(config.run.device, config.train.precision, config.run.cpu_threads, config.run.timeout_seconds)
-    try:
-        _agree_on_data(rt, dataset, splits)
-        order = _order(config, dataset, rt.world.size)
-        steps = config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch
-        mean, std = _normalization(config, dataset)
-        job = Job(
-            config,
-            run,
-            dataset,
-            order,
-            steps,
-            rt,
-            *_model_and_optimizer(config, dataset, rt),
-            torch.tensor(mean, dtype=rt.dtype, device=rt.device),
-            torch.tensor(std, dtype=rt.dtype, device=rt.device),
-            {**identity(config), "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
-            started,
-        )
-        _settle(job)
-        _resume(job)
-        if rt.is_main:
-            _summary(job)
-    except BaseException:
-        rt.close()
-        raise
-    return job
-
-
-def _agree_on_data(rt: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
-    """All processes see the same data set, and the main one sees every shard of it."""
-    if rt.from_main(dataset.digest) != dataset.digest:
-        raise DataError(f"{dataset.root}: another data set than the main process has; share one folder")
-    missing = rt.from_main(list(dataset.missing(splits)) if rt.is_main else None)
-    if missing:
-        more = [f"and {len(missing) - 5} more"] if len(missing) > 5 else []
-        raise DataError(
-            "\n  ".join([f"{dataset.root}: shards are missing or damaged:", *missing[:5], *more])
-            + "\nrestore them or prepare the data set again; `distrain verify` checks all shards"
-        )
-
-
-def _order(config: Config, dataset: Dataset, world_size: int) -> Order:
-    split = dataset.split("train")
-    batch = config.train.global_batch_size
-    order = Order(len(split.shards), split.lanes, min(shard.samples for shard in split.shards), batch, config.run.seed)
-    if world_size > split.lanes:
-        raise ConfigError(
-            f"{world_size} processes for {split.lanes} lanes of {dataset.root}: start at most {split.lanes},"
-            f" or prepare the data set with --lanes {world_size} or more"
-        )
-    if world_size > batch:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is smaller than the number of processes, {world_size}: "
-            f"raise it, or start at most {batch}"
-        )
-    if order.steps_per_epoch == 0:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard} samples"
-            f" that an epoch of {dataset.root} can use; lower it"
-        )
-    return order
-
-
-def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
-    channels = dataset.manifest.image_shape[2]
-    values = []
-    for key, asked, found in (
-        ("mean", config.data.mean, dataset.manifest.mean),
-        ("std", config.data.std, dataset.manifest.std),
-    ):
-        value = asked if asked is not None else found
-        if len(value) != channels:
-            raise ConfigError(f"data.{key}: {len(value)} values for images of {channels} channels")
-        values.append(value)
-    if min(values[1]) <= 0:
-        raise ConfigError(f"data.std={values[1]}: must be above 0; a channel that never changes needs data.std set")
-    return values[0], values[1]
-
-
-def _model_and_optimizer(config: Config, dataset: Dataset, rt: Runtime) -> tuple[nn.Module, nn.Module, Any]:
-    torch.manual_seed(config.run.seed)  # weights are drawn on the CPU, so every device starts from the same
-    height, width, channels = dataset.manifest.image_shape
-    module = model.build(
-        config.model.name, config.model.activation, len(dataset.manifest.classes), (channels, height, width)
-    ).to(rt.dtype)
-    kinds = model.world_size_dependent(module)
-    if kinds and rt.is_main:
-        print(
-            f"warning: model {config.model.name} has {', '.join(kinds)}: what it learns depends on the number of"
-            " processes",
-            file=sys.stderr,
-        )
-    settings = config.train
-    optimizer = optim.build(
-        settings.optimizer,
-        module.parameters(),
-        settings.lr,
-        settings.momentum,
-        settings.nesterov,
-        settings.betas,
-        settings.weight_decay,
-    )
-    ddp, prepared = rt.accelerator.prepare(module, optimizer)
-    return module, ddp, prepared
-
-
-def _settle(job: Job) -> None:
-    """Two backward passes whose gradients are thrown away, before anything is loaded.
-
-    DDP rebuilds its buckets after the first backward pass of a life, and sums in another order from then on: without
-    this, a resumed run differs in the last bits from one that was not interrupted, on three processes or more.
-    """
-    buffers = {name: buffer.clone() for name, buffer in job.module.named_buffers()}
-    images = torch.zeros(2, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
-    classes = len(job.dataset.manifest.classes)
-    for _ in range(2):
-        logits = job.ddp(augment.normalize(images, job.mean, job.std))
-        if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ConfigError(f"model.name={job.config.model.name}: gives {shape} for 2 images, not [2, {classes}]")
-        job.runtime.accelerator.backward(logits.sum() * 0)
-    job.optimizer.zero_grad()
-    for name, buffer in job.module.named_buffers():
-        buffer.copy_(buffers[name])
-
-
-# --- resume ----------------------------------------------------------------------------------------------------------
-
-
-def _resume(job: Job) -> None:
-    """Go on from the newest readable checkpoint, or start fresh: the main process decides for all."""
-    rt = job.runtime
-    found: tuple[Path | None, str | None] = (None, None)
-    if rt.is_main:
-        try:
-            found = (_choose(job), None)
-        except (ConfigError, DataError) as error:
-            found = (None, str(error))
-    path, problem = rt.from_main(found)
-    if problem is not None:
-        raise DataError(problem)
-    if path is not None:
-        _restore(job, checkpoint.load(path))
-    if rt.is_main:
-        job.run.mkdir(parents=True, exist_ok=True)
-        (job.run / RESULT).unlink(missing_ok=True)
-        tracking.cut_back(job.run, job.state.step)
-        text = yaml.safe_dump(job.config.model_dump(), sort_keys=False)
-        (job.run / CONFIG).write_text(text, encoding="utf-8")
-    rt.barrier()
-
-
-def _choose(job: Job) -> Path | None:
-    mode = job.config.run.resume
-    if job.run.exists() and not job.run.is_dir():
-        raise ConfigError(f"run.dir={job.run}: is a file; choose another folder")
-    if not holds_run(job.run):
-        if mode == "must":
-            raise DataError(f"run.resume=must: {job.run} holds no run to go on from")
-        return None
-    if mode == "never":
-        raise ConfigError(
-            f"{job.run}: already holds a run; go on with it by run.resume=auto, or choose another run.dir"
-        )
-    saved, skipped = checkpoint.newest(job.checkpoints)
-    for line in skipped:
-        print(f"warning: skipped {line}", file=sys.stderr)
-    if saved is None:
-        if skipped or mode == "must":
-            raise DataError(f"{job.run}: has no readable checkpoint to go on from; choose another run.dir")
-        print(f"{job.run}: has no checkpoint yet; starting from the beginning")
-        return None
-    differ = checkpoint.differences(saved.state["identity"], job.identity)
-    if differ:
-        raise ConfigError(
-            f"{saved.path}: belongs to another run; choose another run.dir, or set these back:\n"
-            + "\n".join(f"  {line}" for line in differ)
-        )
-    # Newer ones, all damaged, would stand in the way of this life's own.
-    for step in checkpoint.steps(job.checkpoints):
-        if step > saved.step:
-            shutil.rmtree(checkpoint.path_of(job.checkpoints, step))
-    print(f"going on from {saved.path}")
-    return saved.path
-
-
-def holds_run(run: Path) -> bool:
-    """Whether a folder has anything of a run in it."""
-    return any((run / name).exists() for name in (CONFIG, RESULT, CHECKPOINTS, tracking.METRICS))
-
-
-def _restore(job: Job, saved: Saved) -> None:
-    job.module.load_state_dict(saved.model)
-    optim.load_state_tensors(job.optimizer, saved.optimizer)
-    if job.runtime.accelerator.scaler is not None:
-        job.runtime.accelerator.scaler.load_state_dict(saved.state["scaler"])
-    job.state = State(**{name: saved.state[name] for name in State.__dataclass_fields__})
-
-
-def _save(job: Job, logs: Logs) -> None:
-    """Commit a checkpoint of this step. What it counts on, on every process, is on disk before."""
-    logs.sync()
-    job.runtime.barrier()
-    if job.runtime.is_main:
-        scaler = job.runtime.accelerator.scaler
-        state = {
-            **vars(job.state),
-            "seconds": job.elapsed,
-            "identity": job.identity,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "epoch": job.state.step // job.order.steps_per_epoch,
-            "world_size": job.runtime.world.size,
-            "cpu_threads": job.config.run.cpu_threads,
-        }
-        tensors = optim.state_tensors(job.optimizer)
-        checkpoint.save(job.checkpoints, job.state.step, job.module.state_dict(), tensors, state)
-        best = job.state.best["step"] if job.state.best else None
-        checkpoint.prune(job.checkpoints, job.config.checkpoint.keep, best)
-
-
-# --- fit -------------------------------------------------------------------------------------------------------------
 
 
 def fit(job: Job, logs: Logs) -> None:
@@ -417,7 +93,7 @@ def fit(job: Job, logs: Logs) -> None:
             if evaluates and _evaluate(job, logs):
                 saves = True
             if saves:
-                _save(job, logs)
+                save(job, logs)
             logged, clock = state.step, time.monotonic()
 
 
@@ -435,11 +111,10 @@ def train_step(job: Job, batch: Batch) -> Tensor:
         The sum of this rank's losses, fp64, not yet synchronised with the device.
     """
     config, rt = job.config.train, job.runtime
-    rate = optim.learning_rate(job.state.step, job.total_steps, config.schedule, config.lr, config.warmup_fraction)
     for group in job.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = job.learning_rate(job.state.step)
     # Layers that draw random numbers draw the same after a resume.
-    torch.manual_seed(hash((job.config.run.seed, job.state.step, rt.world.rank)) & (2**63 - 1))
+    torch.manual_seed(job.layer_seed())
     scale = rt.world.size / config.global_batch_size
     images, labels, weight = _to_device(job, batch)
     micro = min(config.micro_batch_size or len(labels), len(labels))
@@ -484,13 +159,9 @@ def _mean_loss(job: Job, losses: list[Tensor]) -> float:
         if not math.isfinite(value):
             good = [step for step in checkpoint.steps(job.checkpoints) if step <= number]
             where = checkpoint.path_of(job.checkpoints, good[0]) if good else "none"
-            settings = job.config.train
-            rate = optim.learning_rate(
-                number, job.total_steps, settings.schedule, settings.lr, settings.warmup_fraction
-            )
             raise DivergedError(
-                f"the loss of step {number} is {value / batch}, at learning rate {rate:.3g}; last good checkpoint:"
-                f" {where}. Lower train.lr, or set train.clip_norm"
+                f"the loss of step {number + 1} is {value / batch}, at learning rate {job.learning_rate(number):.3g};"
+                f" last good checkpoint: {where}. Lower train.lr, or set train.clip_norm"
             )
     return float(sum(sums)) / (len(sums) * batch)
 
@@ -498,7 +169,7 @@ def _mean_loss(job: Job, losses: list[Tensor]) -> float:
 def _log_train(job: Job, logs: Logs, loss: float, steps: int, seconds: float) -> None:
     step, settings = job.state.step, job.config.train
     rate = steps * settings.global_batch_size / max(seconds, 1e-9)
-    lr = optim.learning_rate(step - 1, job.total_steps, settings.schedule, settings.lr, settings.warmup_fraction)
+    lr = job.learning_rate(step - 1)
     epoch = step / job.order.steps_per_epoch
     left = (job.total_steps - step) * seconds / max(steps, 1)
     logs.progress.train(step, epoch, loss, lr, rate, left)
@@ -512,9 +183,6 @@ def _log_train(job: Job, logs: Logs, loss: float, steps: int, seconds: float) ->
             "seconds": job.elapsed,
         },
     )
-
-
-# --- evaluate and finish ---------------------------------------------------------------------------------------------
 
 
 def _evaluate(job: Job, logs: Logs) -> bool:
@@ -566,81 +234,14 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     if job.runtime.is_main:
         write_json(job.run / RESULT, result)
         print("Finished Training")
-        print(accuracy_line(scores, "test"))
+        print(scores.line("test"))
         print(f"Run: {job.run}", flush=True)
     return result
 
 
-def accuracy_line(scores: Scores, split: str) -> str:
-    """The line that a run closes with."""
-    return f"Accuracy of the network on the {scores.total} {split} images: {100 * scores.accuracy:.1f} %"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is whole or not there."""
-    work = path.with_name(f".{path.name}.partial")
-    work.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    work.replace(path)
-
-
-def evaluate_run(run: Path, split: str, overrides: list[str], which: str | None) -> tuple[Scores, str, list[str]]:
-    """Score a checkpoint of a run: `which` (best, last, or a folder's name), by default the one its result is of.
-
-    Returns:
-        The scores, the checkpoint's name and the classes.
-    """
-    if not (run / CONFIG).exists():
-        raise DataError(f"{run}: holds no run (no {CONFIG})")
-    config = load(run / CONFIG, overrides)
-    dataset = manifest.read(config.data.dir)
-    dataset.split(split)
-    saved, skipped = _checkpoint_of(run, which)
-    rt = runtime.start(config.run.device, config.train.precision, config.run.cpu_threads, config.run.timeout_seconds)
-    try:
-        for line in skipped if rt.is_main else []:
-            print(f"warning: skipped {line}", file=sys.stderr)
-        _agree_on_data(rt, dataset, [split])
-        if saved.state["identity"]["data.manifest"] != dataset.digest:
-            raise DataError(f"{dataset.root}: another data set than {saved.path} was trained on")
-        module, _, _ = _model_and_optimizer(config, dataset, rt)
-        module.load_state_dict(saved.model)
-        mean, std = (
-            torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
-            for key in ("mean", "std")
-        )
-        scores = evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt)
-        classes = dataset.manifest.classes
-        if rt.is_main:
-            out = run / "evaluations" / f"{split}-{saved.path.name}.json"
-            out.parent.mkdir(exist_ok=True)
-            write_json(out, {**scores.as_dict(classes), "split": split, "world_size": rt.world.size})
-            print(accuracy_line(scores, split))
-            print(f"{saved.path.name}, written to {out}", flush=True)
-    finally:
-        rt.close()
-    return scores, saved.path.name, classes
-
-
-def _checkpoint_of(run: Path, which: str | None) -> tuple[Saved, list[str]]:
-    if which is not None and which not in ("best", "last"):
-        return checkpoint.load(run / CHECKPOINTS / which), []
-    saved, skipped = checkpoint.newest(run / CHECKPOINTS)
-    if saved is None:
-        raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
-    best = saved.state["best"]
-    if best is None and which == "best":
-        raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; take last")
-    if best is not None and which != "last":
-        return checkpoint.load(checkpoint.path_of(run / CHECKPOINTS, best["step"])), skipped
-    return saved, skipped
-
-
-# --- what people see -------------------------------------------------------------------------------------------------
-
-
 def _open_logs(job: Job) -> Logs:
     rt, config = job.runtime, job.config
-    audit = JsonLines(tracking.audit_path(job.run, rt.world.rank)) if config.data.audit else None
+    audit = JsonLines(audit_path(job.run, rt.world.rank)) if config.data.audit else None
     progress = Progress(rt.is_main, job.total_steps, job.state.step)
     if not rt.is_main:
         return Logs(progress, None, None, audit)
@@ -650,22 +251,4 @@ def _open_logs(job: Job) -> Logs:
 
     name = config.wandb.name or job.run.resolve().name
     wandb = WandbMirror(config.wandb.mode, config.wandb.project, name, job.run, config.model_dump(), warn)
-    return Logs(progress, JsonLines(job.run / tracking.METRICS), wandb, audit)
-
-
-def _summary(job: Job) -> None:
-    """What is about to run, before it does."""
-    rt, order, train = job.runtime, job.order, job.config.train
-    found = job.dataset.manifest
-    splits = ", ".join(f"{name} {split.samples:,}" for name, split in found.splits.items())
-    parameters = sum(parameter.numel() for parameter in job.module.parameters())
-    largest, ideal = order.largest_share(rt.world.size), order.global_batch_size / rt.world.size
-    buffers = memory(job.dataset, order, rt.world, job.config.data.read_ahead) / 2**20
-    print(
-        f"data     {job.dataset.root}: {splits}; {len(found.classes)} classes, {'×'.join(map(str, found.image_shape))}"
-    )
-    print(f"model    {job.config.model.name}, {parameters:,} parameters; {train.optimizer}, {train.precision}")
-    print(f"devices  {rt.world.size} × {rt.device.type}; slowest share {largest / ideal:.2f} × the ideal of {ideal:g}")
-    print(f"memory   {buffers:,.0f} MiB per process for reading")
-    print(f"steps    {job.total_steps:,} of {order.global_batch_size}, {order.steps_per_epoch:,} an epoch")
-    print(f"run      {job.run}", flush=True)
+    return Logs(progress, JsonLines(job.run / METRICS), wandb, audit)

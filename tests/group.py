@@ -134,9 +134,9 @@ def _train(config: dict[str, Any]) -> Any:
 
 
 def _evaluate(run: str, split: str) -> Any:
-    from distrain import trainer
+    from distrain import scoring
 
-    scores, checkpoint, classes = trainer.evaluate_run(Path(run), split, [], None)
+    scores, checkpoint, classes = scoring.evaluate_run(Path(run), split, [], None)
     return {**scores.as_dict(classes), "checkpoint": checkpoint}
 
 

@@ -14,7 +14,7 @@ from conftest import make
 from safetensors.torch import load_file
 
 import distrain
-from distrain import cli, config, manifest, runtime, trainer
+from distrain import cli, config, job, manifest, runtime
 from distrain.errors import ConfigError, DataError
 from distrain.manifest import Dataset
 
@@ -291,4 +291,4 @@ def test_the_identity_in_a_checkpoint_has_no_paths(small: Dataset, tmp_path: Pat
     assert str(tmp_path) not in json.dumps(state)
     assert state["identity"]["data.manifest"] == small.digest
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 2
-    assert trainer.holds_run(run)
+    assert job.holds_run(run)

@@ -1,0 +1,69 @@
+"""`distrain evaluate`: score a checkpoint of a run, on any number of processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from distrain import checkpoint, evaluation, manifest, runtime
+from distrain.checkpoint import Saved
+from distrain.config import load
+from distrain.errors import DataError
+from distrain.evaluation import Scores
+from distrain.job import CHECKPOINTS, CONFIG, agree_on_data, build_model
+from distrain.tracking import write_json
+
+
+def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | None) -> tuple[Scores, str, list[str]]:
+    """Score a checkpoint of a run: `which` (best, last, or a folder's name), by default the one its result is of.
+
+    Returns:
+        The scores, the checkpoint's name and the classes.
+    """
+    if not (run / CONFIG).exists():
+        raise DataError(f"{run}: holds no run (no {CONFIG})")
+    config = load(run / CONFIG, overrides)
+    dataset = manifest.read(config.data.dir)
+    dataset.split(split)
+    saved, skipped = _checkpoint_of(run, which)
+    rt = runtime.start(config.run.device, config.train.precision, config.run.cpu_threads, config.run.timeout_seconds)
+    try:
+        for line in skipped if rt.is_main else []:
+            print(f"warning: skipped {line}", file=sys.stderr)
+        agree_on_data(rt, dataset, [split])
+        if saved.state["identity"]["data.manifest"] != dataset.digest:
+            raise DataError(f"{dataset.root}: another data set than {saved.path} was trained on")
+        module, _, _ = build_model(config, dataset, rt)
+        module.load_state_dict(saved.model)
+        mean, std = (
+            torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
+            for key in ("mean", "std")
+        )
+        scores = evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt)
+        classes = dataset.manifest.classes
+        if rt.is_main:
+            out = run / "evaluations" / f"{split}-{saved.path.name}.json"
+            out.parent.mkdir(exist_ok=True)
+            write_json(out, {**scores.as_dict(classes), "split": split, "world_size": rt.world.size})
+            print(scores.line(split))
+            print(f"{saved.path.name}, written to {out}", flush=True)
+    finally:
+        rt.close()
+    return scores, saved.path.name, classes
+
+
+def _checkpoint_of(run: Path, which: str | None) -> tuple[Saved, list[str]]:
+    if which is not None and which not in ("best", "last"):
+        return checkpoint.load(run / CHECKPOINTS / which), []
+    saved, skipped = checkpoint.newest(run / CHECKPOINTS)
+    if saved is None:
+        raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
+    best = saved.state["best"]
+    if best is None and which == "best":
+        raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; take last")
+    if best is not None and which != "last":
+        return checkpoint.load(checkpoint.path_of(run / CHECKPOINTS, best["step"])), skipped
+    return saved, skipped
