@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from distrain.augment import normalize
 from distrain.errors import DataError
@@ -79,7 +80,7 @@ def evaluate(
     training = model.training
     model.eval()
     with closing(evaluation_batches(dataset, split, runtime.world, batch_size)) as batches:  # type: ignore[type-var]
-        for images, labels in batches:
+        for images, labels in tqdm(batches, split, leave=False, disable=None if runtime.is_main else True):
             truth = labels.to(runtime.device)
             logits = model(normalize(images.to(runtime.device), mean, std))
             sums[:-1] += torch.bincount(truth * num_classes + logits.argmax(1), minlength=num_classes**2)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ class Split(_Record):
 
 
 class Manifest(_Record):
-    """The whole data set; `mean` and `std` are the train split's, per channel, of images in 0 … 1."""
+    """The whole data set; `mean` and `std` are the train split's, per channel, of images in 0 … 1 (a std of 0 is told
+    as 1).
+    """
 
     format: Literal["distrain-blocks"]
     version: Literal[1]
@@ -69,6 +72,15 @@ class Manifest(_Record):
     mean: list[float]
     std: list[float]
     splits: dict[Literal["train", "val", "test"], Split]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Manifest:
+        channels = self.image_shape[2]
+        if not len(self.mean) == len(self.std) == channels:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} stds for {channels} channels")
+        if not all(0 < value < math.inf for value in self.std) or not all(map(math.isfinite, self.mean)):
+            raise ValueError("means and stds must be finite, stds above 0")
+        return self
 
     @property
     def sample_bytes(self) -> int:

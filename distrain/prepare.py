@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +137,7 @@ def verify(dataset: Dataset) -> Iterator[str]:
 
 
 def choose(
-    labels: Mapping[str, NDArray[np.int64]], bad: Mapping[str, set[int]], options: Options
+    labels: Mapping[str, NDArray[np.int64]], bad: Mapping[str, Collection[int]], options: Options
 ) -> dict[SplitName, _Chosen]:
     """The samples of each split, shuffled. Val and test are drawn from train where the source has none."""
     chosen: dict[SplitName, _Chosen] = {}
@@ -169,12 +169,13 @@ def choose(
 def stratified(labels: NDArray[np.int64], count: int, seed: int, draw: int) -> Ints:
     """Indices of `count` samples drawn at random, each class in proportion: int64 [count]."""
     shuffled = split_permutation(len(labels), seed, draw)
-    shuffled_labels = labels[shuffled]
-    quantile = np.empty(len(labels))  # how far through its class a sample comes
-    for label in np.unique(labels):
-        where = np.flatnonzero(shuffled_labels == label)
-        quantile[where] = (np.arange(len(where)) + 0.5) / len(where)
-    return shuffled[np.argsort(quantile, kind="stable")[:count]]
+    _, first, sizes = np.unique(labels[shuffled], return_index=True, return_counts=True)
+    taken, remainder = np.divmod(count * sizes, max(1, len(labels)))
+    # The largest remainders get what rounding down has left; of equal ones, those that the shuffle has first.
+    taken[np.lexsort((first, -remainder))[: count - taken.sum()]] += 1
+    by_class = np.argsort(labels[shuffled], kind="stable")
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return shuffled[np.sort(by_class[place < np.repeat(taken, sizes)])]
 
 
 def layout(samples: int, sample_bytes: int, num_shards: int | None, lanes: int | None) -> tuple[int, int]:
@@ -204,9 +205,11 @@ class _Result:
 
 
 def _write(source: Source, work: Path, options: Options) -> tuple[_Result, list[str], int]:
-    """Write all shards; what cannot be read is left out and the rest dealt again. At most two rounds."""
+    """Write all shards; what cannot be read is left out and the rest dealt again: with a limit, others take its place
+    and may be unreadable as well.
+    """
     _check_labels(source)
-    bad: dict[str, set[int]] = {}
+    bad: dict[str, dict[int, str]] = {}
     while True:
         chosen = choose(source.labels, bad, options)
         if "train" not in chosen or not len(chosen["train"].ids):
@@ -220,22 +223,20 @@ def _write(source: Source, work: Path, options: Options) -> tuple[_Result, list[
         newly_bad = [(result.split, index, why) for result in written for index, why in result.bad]
         if not newly_bad:
             return _collect(lanes, written, source), source.classes, sum(len(ids) for ids in bad.values())
-        for split, index, _ in newly_bad:
-            bad.setdefault(chosen[split].source_split, set()).add(index)
+        for split, index, why in newly_bad:
+            bad.setdefault(chosen[split].source_split, {})[index] = why
         if sum(len(ids) for ids in bad.values()) > options.skip_bad:
-            _refuse(source, chosen, newly_bad, options.skip_bad)
+            _refuse(source, bad, options.skip_bad)
         for split in chosen:
             shutil.rmtree(work / split)
 
 
-def _refuse(
-    source: Source, chosen: Mapping[SplitName, _Chosen], bad: list[tuple[SplitName, int, str]], allowed: int
-) -> None:
-    shown = [f"  {source.name(chosen[split].source_split, index)}: {why}" for split, index, why in bad[:10]]
-    more = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
+def _refuse(source: Source, bad: Mapping[str, Mapping[int, str]], allowed: int) -> None:
+    lines = [f"  {source.name(split, index)}: {why}" for split, found in bad.items() for index, why in found.items()]
+    more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
     raise DataError(
-        "\n".join([f"{len(bad)} unreadable among the sources, {allowed} allowed:", *shown, *more])
-        + f"\nmend or delete them, or leave them out with --skip-bad {len(bad)}"
+        "\n".join([f"{len(lines)} unreadable among the sources, {allowed} allowed:", *lines[:10], *more])
+        + f"\nmend or delete them, or leave them out with --skip-bad {len(lines)}"
     )
 
 
@@ -337,6 +338,7 @@ def _collect(lanes: Mapping[SplitName, int], written: Iterable[_Written], source
     weight = histogram / histogram.sum(1, keepdims=True)
     mean = (weight * level).sum(1)
     std = np.sqrt((weight * (level - mean[:, None]) ** 2).sum(1))
+    std[std == 0] = 1  # a channel that is the same everywhere becomes 0 and not 0 / 0
     splits = {
         split: Split(samples=sum(shard.samples for shard in found), lanes=lanes[split], shards=found)
         for split, found in sorted(entries.items(), key=lambda item: _SPLITS.index(item[0]))

@@ -113,8 +113,7 @@ def train_step(job: Job, batch: Batch) -> Tensor:
     config, rt = job.config.train, job.runtime
     for group in job.optimizer.param_groups:
         group["lr"] = job.learning_rate(job.state.step)
-    # Layers that draw random numbers draw the same after a resume.
-    torch.manual_seed(job.layer_seed())
+    rt.seed(job.layer_seed())  # layers that draw random numbers draw the same after a resume
     scale = rt.world.size / config.global_batch_size
     images, labels, weight = _to_device(job, batch)
     micro = min(config.micro_batch_size or len(labels), len(labels))
@@ -128,8 +127,7 @@ def train_step(job: Job, batch: Batch) -> Tensor:
         total += loss.detach()
     if config.clip_norm is not None:
         rt.accelerator.clip_grad_norm_(job.ddp.parameters(), config.clip_norm)
-    job.optimizer.step()
-    job.optimizer.zero_grad()
+    rt.step(job.optimizer)
     return total
 
 

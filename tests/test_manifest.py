@@ -153,6 +153,11 @@ def test_a_name_that_could_lead_out_of_the_folder_is_refused(name: str, tmp_path
         (lambda t: t.update(image_shape=[4, 0, 3]), "image_shape.1"),
         (lambda t: t.update(new_key=1), "new_key"),
         (lambda t: t.pop("mean"), "mean"),
+        (lambda t: t["mean"].pop(), "2 means and 3 stds for 3 channels"),
+        (lambda t: t["std"].pop(), "3 means and 2 stds for 3 channels"),
+        (lambda t: t["std"].__setitem__(1, 0.0), "must be finite, stds above 0"),
+        (lambda t: t["std"].__setitem__(1, float("inf")), "must be finite, stds above 0"),
+        (lambda t: t["mean"].__setitem__(1, float("nan")), "must be finite, stds above 0"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(

@@ -6,19 +6,20 @@ files go to one spool file.
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import shutil
 import tarfile
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from distrain.errors import DataError
 from distrain.sources import UnreadableError
@@ -69,9 +70,12 @@ class Folder:
         """Decode one image: uint8 [image_size, image_size, 3].
 
         Raises:
-            UnreadableError: not an image, damaged, or of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+            UnreadableError: not an image, damaged, of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or of pixels
+                that have no known white.
         """
         file = self._files[split][index]
+        if not file.path.is_file():  # a pipe would never end
+            raise UnreadableError("not a file")
         try:
             with file.path.open("rb") as stream:
                 stream.seek(file.offset)
@@ -82,12 +86,19 @@ class Folder:
                     return _square(image, self.image_shape[0])
         except MemoryError:
             raise
+        except UnidentifiedImageError as error:
+            raise UnreadableError("not an image of a known format") from error
         except Exception as error:  # PIL's decoders raise nearly anything on damaged files
             raise UnreadableError(str(error)) from error
 
 
 def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # PIL would clip these to 0 … 255
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    if upright.mode in ("I", "F"):
+        raise ValueError(f"pixels of PIL's mode {upright.mode}; convert them to 8 bits")
+    upright = upright.convert("RGB")
     if upright.size != (size, size):
         upright = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(upright)
@@ -126,7 +137,13 @@ def _check(found: dict[tuple[str, str], list[_File]], paths: Sequence[Path]) -> 
     splits = [split for split in _SPLITS if any(part == split for part, _ in found)]
     if "train" not in splits:
         raise DataError(f"{where}: has {' and '.join(splits)} but no train/")
-    for name in sorted({name for _, name in found}):
+    names = sorted({name for _, name in found})
+    if len(names) == 1:
+        raise DataError(
+            f"{where}: one class alone, {names[0]!r}; class folders go right into the folder or archive that is named,"
+            " or into its train/ and test/"
+        )
+    for name in names:
         for split in splits:
             if not found.get((split, name)):
                 raise DataError(f"{where}: class {name!r} has no image in {split}/; add some or delete the folder")
@@ -152,7 +169,11 @@ def _list_folder(top: Path) -> Iterator[tuple[str, tuple[str, ...], _File | None
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}") from error
 
-    for folder, _, files in os.walk(top, onerror=fail):
+    for folder, folders, files in os.walk(top, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [path for path in (Path(folder, name) for name in folders) if path.is_symlink()]
+        if links:
+            raise DataError(f"{links[0]}: is a link, which is not followed; put the folder itself there or delete it")
         parts = prefix + Path(folder).relative_to(top).parts
         yield folder, parts, None
         for file in files:
@@ -177,5 +198,20 @@ def _list_archive(path: Path, spool_path: Path, spool: BinaryIO) -> Iterator[tup
                 offset = spool.tell()
                 shutil.copyfileobj(content, spool)
                 yield name, parts, _File(name, spool_path, offset, spool.tell() - offset)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            assert archive.fileobj is not None
+            _check_end(archive.fileobj.read)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise DataError(f"{path}: cannot be read as a tar archive: {error}") from error
+
+
+def _check_end(read: Callable[[int], bytes]) -> None:
+    """tarfile takes a cut or damaged header for the end; an archive ends with two blocks of zeros, of which it has
+    read one. Reading on also lets gzip compare its checksum.
+    """
+    zeros = 0
+    while data := read(2**20):
+        if data.strip(b"\0"):
+            raise tarfile.ReadError("damaged, or more behind its end")
+        zeros += len(data)
+    if zeros < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("cut off")
