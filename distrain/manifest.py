@@ -71,7 +71,7 @@ class Manifest(_Record):
     image_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
     mean: list[float]
     std: list[float]
-    splits: dict[Literal["train", "val", "test"], Split]
+    splits: Annotated[dict[Literal["train", "val", "test"], Split], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _fits(self) -> Manifest:

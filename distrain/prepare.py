@@ -111,9 +111,11 @@ def prepare(
             splits=splits.splits,
         )
         _finish(out, work, made)
+    except OSError as error:
+        _remove(out, work, created)
+        raise DataError(f"{error.filename or out}: {error.strerror or error}; nothing is left in {out}") from error
     except BaseException:
-        for leftover in (out if created else work, *(out / split for split in _SPLITS)):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove(out, work, created)
         raise
     return manifest.read(out), True
 
@@ -375,6 +377,11 @@ def _start(out: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"{out}: cannot be made: {error.strerror}") from error
     return work
+
+
+def _remove(out: Path, work: Path, created: bool) -> None:
+    for leftover in (out if created else work, *(out / split for split in _SPLITS)):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _finish(out: Path, work: Path, made: Manifest) -> None:

@@ -47,6 +47,8 @@ class Folder:
             DataError: a path that is missing or no archive, a member that is refused, a class with no image.
         """
         self.image_shape = (image_size, image_size, 3)
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise DataError("a folder or archive is named twice; each image would be in the data set twice")
         found: dict[tuple[str, str], list[_File]] = {}
         for name, parts, file in _listing(paths, work):
             images = found.setdefault(_place(name, parts, is_file=file is not None), [])
