@@ -53,7 +53,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Any) -> Path:
-    """Commit a checkpoint. A readable one of the same step is kept as it is.
+    """Commit a checkpoint.
 
     Args:
         folder: RUN/checkpoints.
@@ -63,12 +63,6 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappin
         state: what else the run needs, for JSON; gets `step` added.
     """
     target = path_of(folder, step)
-    if target.exists():
-        try:
-            load(target)
-            return target
-        except DataError:
-            shutil.rmtree(target)  # damaged: nothing verified is lost
     work = folder / f".{target.name}.partial"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -115,8 +109,9 @@ def load(path: Path) -> Saved:
 
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, newest first, readable or not."""
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))), reverse=True)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = [int(match[1]) for entry in entries if (match := _FOLDER.fullmatch(entry.name)) and entry.is_dir()]
+    return sorted((step for step in found if path_of(folder, step).is_dir()), reverse=True)
 
 
 def newest(folder: Path) -> tuple[Saved | None, list[str]]:
@@ -131,10 +126,23 @@ def newest(folder: Path) -> tuple[Saved | None, list[str]]:
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Delete all but the `keep` newest (0: none is deleted) and the best."""
-    for step in steps(folder)[keep:] if keep else []:
-        if step != best:
+    """Delete all but the `keep` newest (0: none is deleted), the best, and what the newest ones call the best: a run
+    that has to go on from one of them needs it.
+    """
+    if not keep:
+        return
+    wanted = {best} | {_best_of(path_of(folder, step)) for step in steps(folder)[:keep]}
+    for step in steps(folder)[keep:]:
+        if step not in wanted:
             shutil.rmtree(path_of(folder, step))
+
+
+def _best_of(path: Path) -> int | None:
+    try:
+        best = json.loads((path / _STATE).read_bytes())["best"]
+        return best["step"] if best else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # damaged: nothing goes on from it
 
 
 def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

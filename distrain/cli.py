@@ -22,6 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 78 never again unchanged, 1 a fault of the program."""
     try:
         return cli.main(arguments, prog_name="distrain", standalone_mode=False) or EXIT_OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return EXIT_OK
     except click.ClickException as error:
         error.show()
     except click.Abort:
@@ -220,12 +223,15 @@ def _prepare(out: Path, kind: str, asked: dict[str, Any], open_source: Callable[
     dataset, made = prepare.prepare(out, kind, asked, open_source, prepare.Options(**options))
     skipped = dataset.manifest.source.get("skipped")
     note = f"; {skipped} unreadable left out" if skipped else ""
-    click.echo(f"{out}: {_describe(dataset)}{note}" + ("" if made else ": already prepared, left alone"))
+    click.echo(
+        f"{out}: {_describe(dataset)}{note}" + ("" if made else ": already prepared, left alone; sources not compared")
+    )
 
 
 def _describe(dataset: Any) -> str:
     found = dataset.manifest
     splits = ", ".join(
-        f"{name} {split.samples:,} in {len(split.shards)} shards" for name, split in found.splits.items()
+        f"{name} {split.samples:,} in {len(split.shards)} shards of {split.lanes} lanes"
+        for name, split in found.splits.items()
     )
     return f"{splits}; {len(found.classes)} classes, {'×'.join(map(str, found.image_shape))}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from distrain.errors import ConfigError
 
@@ -30,15 +30,20 @@ def _whole(value: Any) -> Any:
         raise ValueError("should be a whole number")
     if isinstance(value, str):
         try:
+            return int(value)  # not through float, which loses digits
+        except ValueError:
+            pass
+        try:
             number = float(value)
         except ValueError:
             return value
-        return int(number) if number.is_integer() and "_" not in value else value
+        return int(number) if number.is_integer() else value
     return value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
+PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -61,7 +66,7 @@ class Run(Section):
         "a folder that already holds a run: an error, or go on from its newest checkpoint (auto, must)",
     )
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: GPUs where there are any, else the CPU")
-    cpu_threads: Whole = _key(1, "threads per process for computing on the CPU (they change the last bits)", ge=1)
+    cpu_threads: Whole = _key(1, "threads per process on the CPU (they change the last bits)", ge=1, le=1024)
     timeout_seconds: Whole = _key(1800, "longest wait of a process for its peers", ge=1)
 
 
@@ -72,7 +77,7 @@ class Data(Section):
     mean: PerChannel | None = _key(
         None, "subtracted, per channel of images in 0 … 1; null: the train split's", identity=True
     )
-    std: PerChannel | None = _key(None, "divided by, per channel; null: the train split's", identity=True)
+    std: PositivePerChannel | None = _key(None, "divided by, per channel; null: the train split's", identity=True)
     audit: bool = _key(False, "every process writes the ids it trained on to RUN/audit/")
     read_ahead: Whole = _key(1, "rounds of shards read before they are needed; memory grows with it", ge=1, le=16)
 
@@ -136,12 +141,15 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Train:
+        problems = []
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("give epochs or max_steps, not both")
+            problems.append("give epochs or max_steps, not both; train.epochs=null takes the file's away")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            raise ValueError("nesterov needs optimizer sgd and a momentum above 0")
+            problems.append("nesterov needs optimizer sgd and a momentum above 0")
         if any(not 0 <= beta < 1 for beta in self.betas):
-            raise ValueError("betas lie in 0 ≤ beta < 1")
+            problems.append("betas lie in 0 ≤ beta < 1")
+        if problems:
+            raise ValueError("\n  train: ".join(problems))
         return self
 
 

@@ -95,6 +95,8 @@ def set_up(config: Config, started: float) -> Job:
         order = _order(config, dataset, rt.world.size)
         steps = config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch
         mean, std = _normalization(config, dataset)
+        _check_crop(config, dataset)
+        module = build_model(config, dataset, rt)
         job = Job(
             config,
             run,
@@ -102,7 +104,8 @@ def set_up(config: Config, started: float) -> Job:
             order,
             steps,
             rt,
-            *build_model(config, dataset, rt),
+            module,
+            *_prepare(config, module, rt),
             torch.tensor(mean, dtype=rt.dtype, device=rt.device),
             torch.tensor(std, dtype=rt.dtype, device=rt.device),
             {**identity(config), "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
@@ -164,18 +167,26 @@ def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[
         if len(value) != channels:
             raise ConfigError(f"data.{key}: {len(value)} values for images of {channels} channels")
         values.append(value)
-    if min(values[1]) <= 0:
-        raise ConfigError(f"data.std={values[1]}: must be above 0; a channel that never changes needs data.std set")
     return values[0], values[1]
 
 
-def build_model(config: Config, dataset: Dataset, rt: Runtime) -> tuple[nn.Module, nn.Module, Any]:
-    """(model, model as accelerate prepared it, optimizer as accelerate prepared it)."""
+def _check_crop(config: Config, dataset: Dataset) -> None:
+    largest = min(dataset.manifest.image_shape[:2]) - 1
+    if config.augment.crop_padding > largest:
+        raise ConfigError(f"augment.crop_padding={config.augment.crop_padding}: at most {largest} for these images")
+
+
+def build_model(config: Config, dataset: Dataset, rt: Runtime) -> nn.Module:
+    """The model that the configuration names, with its first weights; tried on two black pictures.
+
+    Raises:
+        ConfigError: it cannot be built, or does not give one logit for each class.
+    """
     torch.manual_seed(config.run.seed)  # weights are drawn on the CPU, so every device starts from the same
     height, width, channels = dataset.manifest.image_shape
-    module = model.build(
-        config.model.name, config.model.activation, len(dataset.manifest.classes), (channels, height, width)
-    ).to(rt.dtype)
+    classes = len(dataset.manifest.classes)
+    module = model.build(config.model.name, config.model.activation, classes, (channels, height, width)).to(rt.dtype)
+    model.check_output(config.model.name, module, torch.zeros(2, channels, height, width, dtype=rt.dtype), classes)
     kinds = model.world_size_dependent(module)
     if kinds and rt.is_main:
         print(
@@ -183,6 +194,11 @@ def build_model(config: Config, dataset: Dataset, rt: Runtime) -> tuple[nn.Modul
             " processes",
             file=sys.stderr,
         )
+    return module
+
+
+def _prepare(config: Config, module: nn.Module, rt: Runtime) -> tuple[nn.Module, Any]:
+    """The model and its optimizer, as accelerate prepares them."""
     settings = config.train
     optimizer = optim.build(
         settings.optimizer,
@@ -193,8 +209,7 @@ def build_model(config: Config, dataset: Dataset, rt: Runtime) -> tuple[nn.Modul
         settings.betas,
         settings.weight_decay,
     )
-    ddp, prepared = rt.accelerator.prepare(module, optimizer)
-    return module, ddp, prepared
+    return rt.prepare(module, optimizer)
 
 
 def _settle(job: Job) -> None:
@@ -205,13 +220,8 @@ def _settle(job: Job) -> None:
     """
     buffers = {name: buffer.clone() for name, buffer in job.module.named_buffers()}
     images = torch.zeros(2, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
-    classes = len(job.dataset.manifest.classes)
     for _ in range(2):
-        logits = job.ddp(augment.normalize(images, job.mean, job.std))
-        if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ConfigError(f"model.name={job.config.model.name}: gives {shape} for 2 images, not [2, {classes}]")
-        job.runtime.accelerator.backward(logits.sum() * 0)
+        job.runtime.backward(job.ddp(augment.normalize(images, job.mean, job.std)).sum() * 0)
     job.optimizer.zero_grad()
     for name, buffer in job.module.named_buffers():
         buffer.copy_(buffers[name])
@@ -223,7 +233,9 @@ def _resume(job: Job) -> None:
     found: tuple[Path | None, str | None] = (None, None)
     if rt.is_main:
         try:
-            found = (_choose(job), None)
+            saved = _choose(job)
+            _open_folder(job, saved.step if saved is not None else 0)
+            found = (saved.path if saved is not None else None, None)
         except (ConfigError, DataError) as error:
             found = (None, str(error))
     path, problem = rt.from_main(found)
@@ -231,16 +243,19 @@ def _resume(job: Job) -> None:
         raise DataError(problem)
     if path is not None:
         _restore(job, checkpoint.load(path))
-    if rt.is_main:
+
+
+def _open_folder(job: Job, done: int) -> None:
+    """Make the run's folder, or cut it back to the steps that are done."""
+    try:
         job.run.mkdir(parents=True, exist_ok=True)
-        (job.run / RESULT).unlink(missing_ok=True)
-        tracking.cut_back(job.run, job.state.step)
-        text = yaml.safe_dump(job.config.model_dump(), sort_keys=False)
-        (job.run / CONFIG).write_text(text, encoding="utf-8")
-    rt.barrier()
+        tracking.cut_back(job.run, done)
+        tracking.write_text(job.run / CONFIG, yaml.safe_dump(job.config.model_dump(), sort_keys=False))
+    except OSError as error:
+        raise ConfigError(f"run.dir={job.run}: cannot be written: {error.strerror}; choose another folder") from error
 
 
-def _choose(job: Job) -> Path | None:
+def _choose(job: Job) -> Saved | None:
     mode = job.config.run.resume
     if job.run.exists() and not job.run.is_dir():
         raise ConfigError(f"run.dir={job.run}: is a file; choose another folder")
@@ -271,19 +286,20 @@ def _choose(job: Job) -> Path | None:
         if step > saved.step:
             shutil.rmtree(checkpoint.path_of(job.checkpoints, step))
     print(f"going on from {saved.path}")
-    return saved.path
+    return saved
 
 
 def holds_run(run: Path) -> bool:
-    """Whether a folder has anything of a run in it."""
-    return any((run / name).exists() for name in (CONFIG, RESULT, CHECKPOINTS, tracking.METRICS))
+    """Whether a folder has anything of a run in it that would be lost: a step logged, a checkpoint, a result."""
+    metrics = run / tracking.METRICS
+    logged = metrics.exists() and metrics.stat().st_size > 0
+    return logged or (run / RESULT).exists() or bool(checkpoint.steps(run / CHECKPOINTS))
 
 
 def _restore(job: Job, saved: Saved) -> None:
     job.module.load_state_dict(saved.model)
     optim.load_state_tensors(job.optimizer, saved.optimizer)
-    if job.runtime.accelerator.scaler is not None:
-        job.runtime.accelerator.scaler.load_state_dict(saved.state["scaler"])
+    job.runtime.load_scaler_state(saved.state["scaler"])
     job.state = State(**{name: saved.state[name] for name in State.__dataclass_fields__})
 
 
@@ -292,12 +308,11 @@ def save(job: Job, logs: Logs) -> None:
     logs.sync()
     job.runtime.barrier()
     if job.runtime.is_main:
-        scaler = job.runtime.accelerator.scaler
         state = {
             **vars(job.state),
             "seconds": job.elapsed,
             "identity": job.identity,
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "scaler": job.runtime.scaler_state,
             "epoch": job.state.step // job.order.steps_per_epoch,
             "world_size": job.runtime.world.size,
             "cpu_threads": job.config.run.cpu_threads,

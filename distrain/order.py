@@ -51,11 +51,6 @@ class Order:
             raise ValueError(f"{self.lanes} lanes do not divide {self.num_shards} shards")
 
     @property
-    def rounds(self) -> int:
-        """Rounds of an epoch: S / C."""
-        return self.num_shards // self.lanes
-
-    @property
     def steps_per_epoch(self) -> int:
         """Whole global batches in an epoch."""
         return self.num_shards * self.samples_per_shard // self.global_batch_size
@@ -63,7 +58,7 @@ class Order:
     def epoch_shards(self, epoch: int) -> Ints:
         """Shard read by each lane in each round: int64 [rounds, lanes]."""
         shards = permutation(self.num_shards, self.seed, _SHARDS, epoch)
-        return shards.reshape(self.rounds, self.lanes)
+        return shards.reshape(-1, self.lanes)
 
     def shard_samples(self, epoch: int, shard: int, size: int) -> Ints:
         """Indices of the samples used of a shard that holds `size`, in their order: int64 [m]."""

@@ -92,6 +92,9 @@ def prepare(
         ConfigError: `out` holds something else, or the numbers do not fit together.
         DataError: the source cannot be read.
     """
+    for name in ("val_fraction", "test_fraction"):
+        if not 0 <= getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 0 or more and below 1")
     request = {"kind": kind, **asked, **{k: v for k, v in vars(options).items() if k != "skip_bad"}}
     if (out / manifest.NAME).exists():
         return _found(out, request), False
@@ -220,6 +223,13 @@ def _write(source: Source, work: Path, options: Options) -> tuple[_Result, list[
             if not len(part.ids):
                 raise DataError(f"no samples are left for {split}; give more images or a larger --{split}-fraction")
             (work / split).mkdir(exist_ok=True)
+        train = chosen["train"]
+        present = np.bincount(source.labels[train.source_split][train.ids], minlength=len(source.classes))
+        if not present.all():
+            raise DataError(
+                f"class {source.classes[int(present.argmin())]!r} has no training sample; give more images, or a"
+                " larger --limit"
+            )
         lanes, tasks = _deal(source, chosen, work, options)
         written = list(_run(source, tasks))
         newly_bad = [(result.split, index, why) for result in written for index, why in result.bad]
@@ -380,6 +390,7 @@ def _start(out: Path) -> Path:
 
 
 def _remove(out: Path, work: Path, created: bool) -> None:
+    (out / manifest.NAME).unlink(missing_ok=True)  # first: without it nothing looks finished
     for leftover in (out if created else work, *(out / split for split in _SPLITS)):
         shutil.rmtree(leftover, ignore_errors=True)
 

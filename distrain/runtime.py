@@ -6,6 +6,7 @@ is already split, and prepared schedulers step once per process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import Tensor
+from torch import Tensor, nn
 
 from distrain.errors import ConfigError
 from distrain.order import World
@@ -30,7 +31,7 @@ MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 class Runtime:
     """One process of a run, and how it talks to the others."""
 
-    accelerator: Accelerator
+    _accelerator: Accelerator
     world: World
     dtype: torch.dtype
     owns_group: bool
@@ -38,12 +39,49 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
-        return torch.device(self.accelerator.device)
+        return torch.device(self._accelerator.device)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the run's folder and speaks to the user."""
         return self.world.rank == 0
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""
+        prepared: tuple[nn.Module, AcceleratedOptimizer] = self._accelerator.prepare(module, optimizer)
+        return prepared
+
+    def prepare_scoring(self, module: nn.Module) -> nn.Module:
+        """The model on the device and under autocast, without DDP."""
+        prepared: nn.Module = self._accelerator.prepare_model(module, evaluation_mode=True)
+        return prepared
+
+    def accumulating(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch: gradients are reduced with the last one of a step alone."""
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients."""
+        self._accelerator.backward(loss)
+
+    def clip(self, model: nn.Module, norm: float) -> None:
+        """Bound the norm of the whole gradient."""
+        self._accelerator.clip_grad_norm_(model.parameters(), norm)
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give all processes the main one's buffers: BatchNorm's statistics are each process's own."""
+        for buffer in module.buffers() if self.world.size > 1 else ():
+            dist.broadcast(buffer, src=0)
+
+    @property
+    def scaler_state(self) -> dict[str, Any] | None:
+        """State of fp16's scaler, to save; None for other precisions."""
+        return self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        """The reverse of `scaler_state`."""
+        if self._accelerator.scaler is not None and state is not None:
+            self._accelerator.scaler.load_state_dict(state)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on each of them; the tensor itself is overwritten."""
@@ -68,7 +106,7 @@ class Runtime:
     def step(self, optimizer: AcceleratedOptimizer) -> None:
         """One step of the prepared optimizer; with fp16's scaler, one that may be skipped. Clears the gradients."""
         # The wrapper looks for a package on disk twice a step (0.1 ms): it is only asked where its scaler is needed.
-        direct = optimizer if self.accelerator.scaler is not None else optimizer.optimizer
+        direct = optimizer if self._accelerator.scaler is not None else optimizer.optimizer
         direct.step()
         direct.zero_grad()
 
@@ -79,7 +117,7 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the group, so that another run can start in this process."""
-        self.accelerator.free_memory()
+        self._accelerator.free_memory()
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -101,7 +139,6 @@ def start(device: str, precision: str, cpu_threads: int, timeout_seconds: int) -
     conflicts = accelerate_conflicts(os.environ, precision, on_cpu)
     if conflicts:
         raise ConfigError("accelerate's configuration contradicts distrain's:\n" + "\n".join(conflicts))
-    torch.set_num_threads(cpu_threads)
     owns_group = not dist.is_initialized()
     accelerator = Accelerator(
         # Without cpu=True each CPU process that torchrun started believes that it is alone.
@@ -113,6 +150,7 @@ def start(device: str, precision: str, cpu_threads: int, timeout_seconds: int) -
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
+    torch.set_num_threads(cpu_threads)  # after accelerate, which sets its own number on CPUs
     world = World(accelerator.process_index, accelerator.num_processes)
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if owns_group and world.size != asked:

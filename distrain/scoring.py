@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ import torch
 
 from distrain import checkpoint, evaluation, manifest, runtime
 from distrain.checkpoint import Saved
-from distrain.config import load
-from distrain.errors import DataError
+from distrain.config import Config, identity, load
+from distrain.errors import ConfigError, DataError
 from distrain.evaluation import Scores
 from distrain.job import CHECKPOINTS, CONFIG, agree_on_data, build_model
-from distrain.tracking import write_json
+from distrain.manifest import Dataset
+from distrain.tracking import write_text
 
 
 def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | None) -> tuple[Scores, str, list[str]]:
@@ -34,10 +36,10 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
         for line in skipped if rt.is_main else []:
             print(f"warning: skipped {line}", file=sys.stderr)
         agree_on_data(rt, dataset, [split])
-        if saved.state["identity"]["data.manifest"] != dataset.digest:
-            raise DataError(f"{dataset.root}: another data set than {saved.path} was trained on")
-        module, _, _ = build_model(config, dataset, rt)
+        _check_identity(config, dataset, saved)
+        module = build_model(config, dataset, rt)
         module.load_state_dict(saved.model)
+        module = rt.prepare_scoring(module)
         mean, std = (
             torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
             for key in ("mean", "std")
@@ -47,12 +49,25 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
         if rt.is_main:
             out = run / "evaluations" / f"{split}-{saved.path.name}.json"
             out.parent.mkdir(exist_ok=True)
-            write_json(out, {**scores.as_dict(classes), "split": split, "world_size": rt.world.size})
+            scored = {**scores.as_dict(classes), "split": split, "world_size": rt.world.size}
+            write_text(out, json.dumps(scored, indent=1) + "\n")
             print(scores.line(split))
             print(f"{saved.path.name}, written to {out}", flush=True)
     finally:
         rt.close()
     return scores, saved.path.name, classes
+
+
+def _check_identity(config: Config, dataset: Dataset, saved: Saved) -> None:
+    """What is scored is what was trained; only the precision to score in may differ."""
+    asked = {**identity(config), "data.manifest": dataset.digest}
+    free = ("train.precision", "data.mean", "data.std")  # mean and std are taken from the checkpoint
+    trained = saved.state["identity"]
+    differ = checkpoint.differences(
+        *({k: v for k, v in fields.items() if k not in free} for fields in (trained, asked))
+    )
+    if differ:
+        raise ConfigError("\n  ".join([f"{saved.path}: was not trained with this configuration:", *differ]))
 
 
 def _checkpoint_of(run: Path, which: str | None) -> tuple[Saved, list[str]]:

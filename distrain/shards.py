@@ -79,7 +79,7 @@ def read(
     """
 
     def opened() -> Iterator[dict[str, Any]]:
-        yield {"url": shard.name, "stream": io.BytesIO(_read_checked(root, shard, digests))}
+        yield {"url": str(root / shard.name), "stream": io.BytesIO(_read_checked(root, shard, digests))}
 
     def decoded(samples: Iterator[dict[str, Any]]) -> Iterator[Block]:
         for sample in samples:
@@ -88,7 +88,7 @@ def read(
     pipeline = wds.DataPipeline(opened, tariterators.tar_file_expander, tariterators.group_by_keys, decoded)
     try:
         blocks = list(pipeline)
-    except ShardError:
+    except (ShardError, MemoryError):
         raise
     except Exception as error:
         # The digest fits, so the file is as it was written: whoever wrote it did not write a shard.

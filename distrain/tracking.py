@@ -221,8 +221,8 @@ class Logs:
             self.wandb.close(summary)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is whole or not there."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
     work = path.with_name(f".{path.name}.partial")
-    work.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    work.write_text(text, encoding="utf-8")
     work.replace(path)

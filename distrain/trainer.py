@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import math
 import os
 import sys
@@ -22,7 +22,7 @@ from distrain.errors import DivergedError
 from distrain.evaluation import Scores
 from distrain.job import RESULT, Job, save, set_up
 from distrain.stream import Batch, training_batches
-from distrain.tracking import METRICS, JsonLines, Logs, Progress, WandbMirror, audit_path, write_json
+from distrain.tracking import METRICS, JsonLines, Logs, Progress, WandbMirror, audit_path, write_text
 
 
 def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def fit(job: Job, logs: Logs) -> None:
         pin=job.runtime.device.type == "cuda",
     )
     eval_every = config.eval.every_steps if config.eval.every_steps is not None else job.order.steps_per_epoch
+    has_val = "val" in job.dataset.manifest.splits
     losses: list[Tensor] = []
     logged, clock = state.step, time.monotonic()
     with closing(batches):  # type: ignore[type-var]
@@ -80,7 +81,8 @@ def fit(job: Job, logs: Logs) -> None:
             state.step += 1
             logs.progress.step()
             last = state.step == job.total_steps
-            evaluates = last or _due(state.step, eval_every)
+            # Where there is no val, `finish` scores test after the last step.
+            evaluates = has_val if last else _due(state.step, eval_every)
             saves = last or _due(state.step, config.checkpoint.every_steps)
             if not (evaluates or saves or _due(state.step, config.log.every_steps)):
                 continue
@@ -90,6 +92,8 @@ def fit(job: Job, logs: Logs) -> None:
             state.train_seconds += seconds
             _log_train(job, logs, loss, state.step - logged, seconds)
             losses.clear()
+            if evaluates or saves:
+                _check_weights(job)
             if evaluates and _evaluate(job, logs):
                 saves = True
             if saves:
@@ -119,14 +123,13 @@ def train_step(job: Job, batch: Batch) -> Tensor:
     micro = min(config.micro_batch_size or len(labels), len(labels))
     total = torch.zeros((), dtype=torch.float64, device=rt.device)
     for start in range(0, len(labels), micro):
-        last = start + micro >= len(labels)
-        with contextlib.nullcontext() if last else rt.accelerator.no_sync(job.ddp):
+        with rt.accumulating(job.ddp, last=start + micro >= len(labels)):
             logits = job.ddp(augment.normalize(images[start : start + micro], job.mean, job.std))
             loss = F.cross_entropy(logits, labels[start : start + micro], reduction="sum") * weight
-            rt.accelerator.backward(loss * scale)
+            rt.backward(loss * scale)
         total += loss.detach()
     if config.clip_norm is not None:
-        rt.accelerator.clip_grad_norm_(job.ddp.parameters(), config.clip_norm)
+        rt.clip(job.ddp, config.clip_norm)
     rt.step(job.optimizer)
     return total
 
@@ -155,13 +158,24 @@ def _mean_loss(job: Job, losses: list[Tensor]) -> float:
     batch = job.config.train.global_batch_size
     for number, value in enumerate(sums, job.state.step - len(sums)):
         if not math.isfinite(value):
-            good = [step for step in checkpoint.steps(job.checkpoints) if step <= number]
-            where = checkpoint.path_of(job.checkpoints, good[0]) if good else "none"
-            raise DivergedError(
-                f"the loss of step {number + 1} is {value / batch}, at learning rate {job.learning_rate(number):.3g};"
-                f" last good checkpoint: {where}. Lower train.lr, or set train.clip_norm"
-            )
+            raise _diverged(job, number, f"the loss is {value / batch}")
     return float(sum(sums)) / (len(sums) * batch)
+
+
+def _check_weights(job: Job) -> None:
+    """The last update is seen by no loss yet: nothing is saved or scored before its weights are known to be finite."""
+    if not all(bool(parameter.isfinite().all()) for parameter in job.module.parameters()):
+        raise _diverged(job, job.state.step - 1, "the weights are no longer finite")
+
+
+def _diverged(job: Job, step: int, what: str) -> DivergedError:
+    # The checkpoint of `step` steps done holds the weights that this step failed with.
+    good = [done for done in checkpoint.steps(job.checkpoints) if done < max(step, 1)]
+    where = checkpoint.path_of(job.checkpoints, good[0]) if good else "none"
+    return DivergedError(
+        f"{what} at step {step + 1}, at learning rate {job.learning_rate(step):.3g};"
+        f" last good checkpoint: {where}. Lower train.lr, or set train.clip_norm"
+    )
 
 
 def _log_train(job: Job, logs: Logs, loss: float, steps: int, seconds: float) -> None:
@@ -200,6 +214,7 @@ def _evaluate(job: Job, logs: Logs) -> bool:
 
 
 def _score(job: Job, split: str) -> Scores:
+    job.runtime.share_buffers(job.module)
     size = job.config.eval.batch_size
     return evaluation.evaluate(job.module, job.dataset, split, job.mean, job.std, size, job.runtime)
 
@@ -230,7 +245,7 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     logs.record(job.state.step, {"test/accuracy": scores.accuracy, "test/loss": scores.loss})
     logs.progress.close()
     if job.runtime.is_main:
-        write_json(job.run / RESULT, result)
+        write_text(job.run / RESULT, json.dumps(result, indent=1) + "\n")
         print("Finished Training")
         print(scores.line("test"))
         print(f"Run: {job.run}", flush=True)

@@ -22,3 +22,18 @@ class Coupled(nn.Sequential):
         super().__init__(
             nn.Flatten(), hidden, nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, num_classes)
         )
+
+
+class Broken(nn.Module):
+    """Cannot be built."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.nothing = 1 / 0
+
+
+class Picky(nn.Sequential):
+    """Takes images of another size."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(7, num_classes))

@@ -12,10 +12,11 @@ from distrain import checkpoint
 from distrain.errors import DataError
 
 
-def save(folder: Path, step: int, value: float = 1.0) -> Path:
+def save(folder: Path, step: int, value: float = 1.0, best: int | None = None) -> Path:
     model = {"weight": torch.full((3, 2), value), "tied": torch.ones(2)}
+    state = {"identity": {"a": 1}, "best": {"step": best} if best else None}
     model["tied again"] = model["tied"]
-    return checkpoint.save(folder, step, model, {"0.momentum_buffer": torch.ones(3)}, {"identity": {"a": 1}})
+    return checkpoint.save(folder, step, model, {"0.momentum_buffer": torch.ones(3)}, state)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -55,16 +56,6 @@ def test_a_half_written_one_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
 
 
-def test_a_readable_one_of_the_same_step_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
-    first = save(tmp_path, 1, 1.0)
-    inode = os.stat(first).st_ino
-    save(tmp_path, 1, 1.0)
-    assert os.stat(first).st_ino == inode
-    (first / "state.json").write_bytes(b"{}")
-    save(tmp_path, 1, 2.0)
-    assert float(checkpoint.load(first).model["weight"][0, 0]) == 2.0
-
-
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
@@ -72,6 +63,21 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [5, 4, 3, 2, 1]
     checkpoint.prune(tmp_path, 2, 2)
     assert checkpoint.steps(tmp_path) == [5, 4, 2]
+
+
+def test_prune_keeps_what_a_kept_one_calls_the_best(tmp_path: Path) -> None:
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
+        save(tmp_path, step, best=best)
+    checkpoint.prune(tmp_path, 2, 4)
+    assert checkpoint.steps(tmp_path) == [4, 3, 1]
+
+
+def test_foreign_things_beside_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    (tmp_path / "step-00000009").write_text("a file")
+    (tmp_path / "step-000000010").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert checkpoint.steps(tmp_path) == [3]
 
 
 def test_no_pickle_is_read(tmp_path: Path) -> None:

@@ -115,13 +115,10 @@ def by_hand(image: torch.Tensor, word: int, flip: bool, padding: int) -> torch.T
     """Reflect-pad, crop, flip, with torch's own functions."""
     word %= 2**64
     down, right = ((word >> at & 0xFFFFF) * (2 * padding + 1) >> 20 for at in (8, 28))
-    mirrored = flip and word & 1
-    if mirrored:
-        image = image.flip(1)
-        right = 2 * padding - right
     padded = nn.functional.pad(image.permute(2, 0, 1).float()[None], [padding] * 4, mode="reflect")[0]
     height, width, _ = image.shape
-    return padded[:, down : down + height, right : right + width].permute(1, 2, 0).to(torch.uint8)
+    cropped = padded[:, down : down + height, right : right + width].permute(1, 2, 0).to(torch.uint8)
+    return cropped.flip(1) if flip and word & 1 else cropped
 
 
 def test_all_shifts_and_both_sides_are_drawn_alike() -> None:
