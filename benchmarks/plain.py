@@ -54,10 +54,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
-    parser.add_argument("--threads", type=int, default=1, help="threads that compute")
+    parser.add_argument("--threads", type=int, help="threads that compute; torch's default where not given")
     asked = parser.parse_args()
 
-    torch.set_num_threads(asked.threads)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
     torch.manual_seed(asked.seed)
     training = load(asked.images / "train", asked.batch_size, asked.workers, shuffle=True)
     test = load(asked.images / "test", asked.batch_size, asked.workers, shuffle=False)

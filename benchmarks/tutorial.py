@@ -40,19 +40,20 @@ class Launch(NamedTuple):
     threads: int
 
 
-def call(command: Sequence[str], threads: int) -> str:
+def call(command: Sequence[str], threads: int | None = None) -> str:
     """Standard output of a command that must succeed."""
-    environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environ = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else dict(os.environ)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
-def plain(images: Path, seed: int, threads: int) -> Figures:
-    """One run of plain.py."""
-    command = [sys.executable, str(HERE / "plain.py"), str(images), "--seed", str(seed), "--threads", str(threads)]
-    found = json.loads(call(command, threads).splitlines()[-1])
+def plain(images: Path, seed: int) -> Figures:
+    """One run of plain.py with torch's own number of threads: as the tutorial is run."""
+    found = json.loads(
+        call([sys.executable, str(HERE / "plain.py"), str(images), "--seed", str(seed)]).splitlines()[-1]
+    )
     return Figures(*(found[name] for name in Figures._fields))
 
 
@@ -110,7 +111,7 @@ def side_by_side(images: Path, launch: Launch, seeds: Sequence[int], runs: Path)
     """The plain script and configs/tutorial.yaml in turn; the plain script's figures."""
     theirs, ours = [], []
     for seed in seeds:
-        theirs.append(plain(images, seed, launch.threads))
+        theirs.append(plain(images, seed))
         print(f"# plain, seed {seed}: {theirs[-1]}", flush=True)
         ours.append(train("tutorial.yaml", launch, runs / f"tutorial-{seed}", seed))
         print(f"# distrain, seed {seed}: {ours[-1]}", flush=True)
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=1, help="of distrain, beside the plain script")
     parser.add_argument("--recipe-processes", type=int, default=2, help="of distrain, for configs/cifar10.yaml")
-    parser.add_argument("--threads", type=int, default=1, help="threads that compute, in each process")
+    parser.add_argument("--threads", type=int, default=1, help="threads that compute, in each process of distrain")
     asked = parser.parse_args()
 
     asked.work.mkdir(parents=True, exist_ok=True)

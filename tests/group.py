@@ -47,7 +47,12 @@ class Group:
                 stderr=subprocess.STDOUT,
                 text=True,
                 cwd=REPO,
-                env={**os.environ, **_place(rank, size), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
+                env={
+                    **os.environ,
+                    **_place(rank, size),
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
+                },
             )
             for rank in range(size)
         ]

@@ -271,6 +271,15 @@ def test_a_diverging_run_stops_on_every_rank(small: Dataset, group: Groups, tmp_
     group(3).train(configuration(small, tmp_path / "next", train={"max_steps": 2, "epochs": None}))
 
 
+def test_batch_norm_is_scored_with_the_statistics_that_are_saved(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    # Every rank has statistics of its own shares; one model is scored, the one in the checkpoint.
+    run = tmp_path / "run"
+    changes = {"model": {"name": "models_for_tests:Coupled"}, "train": {"precision": "fp32", "epochs": 2}}
+    result = group(3).train(configuration(small, run, **changes))
+    (answer,) = group(1).call("evaluate", str(run), "test")
+    assert answer["confusion_matrix"] == result["confusion_matrix"]
+
+
 def test_too_many_processes_are_refused(tmp_path: Path, group: Groups) -> None:
     dataset = make(tmp_path / "data", 50, lanes=3)
     with pytest.raises(GroupError) as caught:

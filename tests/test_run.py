@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import distrain
 from distrain import cli, config, job, manifest, runtime
-from distrain.errors import ConfigError, DataError
+from distrain.errors import ConfigError, DataError, DivergedError
 from distrain.manifest import Dataset
 
 
@@ -239,6 +239,39 @@ def test_a_damaged_shard_is_named(
     assert "train/00007.tar" in error
     assert "Traceback" not in error
     assert not (tmp_path / "run/result.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved_or_scored(small: Dataset, tmp_path: Path) -> None:
+    # The loss of the only step is fine; its update is not, and no later loss would tell.
+    run = tmp_path / "run"
+    changes = {"train": {"epochs": None, "max_steps": 1, "lr": 1e38, "schedule": "constant", "weight_decay": 1e3}}
+    with pytest.raises(DivergedError, match="the weights are no longer finite at step 1"):
+        distrain.train(tree(small, run, **changes))
+    assert not (run / "result.json").exists()
+    assert not list(run.glob("checkpoints/step-*"))
+
+
+def test_evaluate_refuses_another_model_than_was_trained(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    distrain.train(tree(small, run))
+    assert cli.main(["evaluate", str(run), "model.activation=tanh"]) == 78
+    assert "model.activation: 'relu' in the checkpoint, 'tanh' now" in capsys.readouterr().err
+    assert not (run / "evaluations").exists()
+    assert cli.main(["evaluate", str(run), "train.precision=fp64"]) == 0
+
+
+def test_a_life_that_failed_before_its_first_step_is_not_in_the_way(small: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(small.root, tmp_path / "data")
+    dataset = manifest.read(tmp_path / "data")
+    victim = dataset.root / dataset.split("train").shards[0].name
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-1] + b"x")
+    again = arguments(tree(dataset, tmp_path / "run"))
+    assert cli.main(["train", *again]) == 78
+    victim.write_bytes(content)
+    assert cli.main(["train", *again]) == 0
 
 
 def test_a_model_that_gives_something_else_is_told(small: Dataset, tmp_path: Path) -> None:
