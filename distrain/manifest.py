@@ -152,7 +152,9 @@ def read(folder: str | Path) -> Dataset:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{root / NAME}: {where}: {first['msg']}; {again}") from None
+        where = f"{where}: " if where else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{root / NAME}: {where}{message}; {again}") from None
     return Dataset(root, manifest, hashlib.sha256(raw).hexdigest())
 
 

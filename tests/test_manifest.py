@@ -19,7 +19,7 @@ Tree = dict[str, Any]
 
 
 def shard(name: str, samples: int) -> Tree:
-    return {"name": name, "samples": samples, "bytes": 10, "sha256": "0" * 64, "xxh3_128": "0" * 32}
+    return {"name": name, "samples": samples, "bytes": 1000, "sha256": "0" * 64, "xxh3_128": "0" * 32}
 
 
 VALID: Tree = {
@@ -149,6 +149,7 @@ def test_a_name_that_could_lead_out_of_the_folder_is_refused(name: str, tmp_path
         (lambda t: t["splits"]["train"]["shards"][1].pop("xxh3_128"), "splits.train.shards.1.xxh3_128"),
         (lambda t: t["splits"].update(dev=t["splits"].pop("test")), "splits.dev"),
         (lambda t: t.update(classes=[]), "classes"),
+        (lambda t: t.update(image_shape=[400, 400, 3]), "a shard of train is smaller than its samples"),
         (lambda t: t.update(image_shape=[4, 4]), "image_shape"),
         (lambda t: t.update(image_shape=[4, 0, 3]), "image_shape.1"),
         (lambda t: t.update(new_key=1), "new_key"),
@@ -178,9 +179,9 @@ def test_an_unknown_split_is_told_which_there_are(tmp_path: Path) -> None:
 def test_missing_and_resized_shards_are_listed(tmp_path: Path) -> None:
     dataset = manifest.read(write(tmp_path, VALID))
     (tmp_path / "train").mkdir()
-    (tmp_path / "train/00000.tar").write_bytes(bytes(10))
-    (tmp_path / "train/00001.tar").write_bytes(bytes(9))
-    assert list(dataset.missing(["train"])) == ["train/00001.tar: 9 bytes instead of 10"]
+    (tmp_path / "train/00000.tar").write_bytes(bytes(1000))
+    (tmp_path / "train/00001.tar").write_bytes(bytes(999))
+    assert list(dataset.missing(["train"])) == ["train/00001.tar: 999 bytes instead of 1000"]
     assert list(dataset.missing(["train", "test"]))[1:] == ["test/00000.tar: No such file or directory"]
 
 
