@@ -9,7 +9,6 @@ prune. `step-N` was saved after N steps.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import xxhash
 from torch import Tensor
 
 from distrain.errors import DataError
+from distrain.files import sync, write
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
@@ -73,13 +73,10 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappin
     }
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in files.items()}
     for name, data in {**files, _DIGESTS: json.dumps(digests, indent=1).encode()}.items():
-        with (work / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    _sync_folder(work)
+        write(work / name, data)
+    sync(work)
     work.rename(target)
-    _sync_folder(folder)
+    sync(folder)
     return target
 
 
@@ -157,11 +154,3 @@ def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
 def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # safetensors refuses tensors that share memory (tied weights): each gets its own.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from distrain import augment, checkpoint, manifest, model, optim, runtime, tracking
+from distrain import augment, checkpoint, files, manifest, model, optim, runtime, tracking
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity
 from distrain.errors import ConfigError, DataError
@@ -250,7 +250,7 @@ def _open_folder(job: Job, done: int) -> None:
     try:
         job.run.mkdir(parents=True, exist_ok=True)
         tracking.cut_back(job.run, done)
-        tracking.write_text(job.run / CONFIG, yaml.safe_dump(job.config.model_dump(), sort_keys=False))
+        files.replace(job.run / CONFIG, yaml.safe_dump(job.config.model_dump(), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"run.dir={job.run}: cannot be written: {error.strerror}; choose another folder") from error
 

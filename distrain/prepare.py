@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from distrain import manifest, shards
+from distrain import files, manifest, shards
 from distrain.errors import ConfigError, DataError
 from distrain.manifest import Dataset, Manifest, Shard, Split
 from distrain.order import Ints, split_permutation
@@ -398,20 +398,8 @@ def _remove(out: Path, work: Path, created: bool) -> None:
 def _finish(out: Path, work: Path, made: Manifest) -> None:
     for split in made.splits:
         for file in (work / split).iterdir():
-            _sync(file)
+            files.sync(file)
         (work / split).rename(out / split)
-    text = work / manifest.NAME
-    text.write_text(manifest.to_json(made), encoding="utf-8")
-    _sync(text)
-    _sync(out)
-    text.rename(out / manifest.NAME)
-    _sync(out)
+    files.sync(out)
+    files.replace(out / manifest.NAME, manifest.to_json(made))
     shutil.rmtree(work)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 
-from distrain import checkpoint, evaluation, manifest, runtime
+from distrain import checkpoint, evaluation, files, manifest, runtime
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity, load
 from distrain.errors import ConfigError, DataError
 from distrain.evaluation import Scores
 from distrain.job import CHECKPOINTS, CONFIG, agree_on_data, build_model
 from distrain.manifest import Dataset
-from distrain.tracking import write_text
 
 
 def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | None) -> tuple[Scores, str, list[str]]:
@@ -50,7 +49,7 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
             out = run / "evaluations" / f"{split}-{saved.path.name}.json"
             out.parent.mkdir(exist_ok=True)
             scored = {**scores.as_dict(classes), "split": split, "world_size": rt.world.size}
-            write_text(out, json.dumps(scored, indent=1) + "\n")
+            files.replace(out, json.dumps(scored, indent=1) + "\n")
             print(scores.line(split))
             print(f"{saved.path.name}, written to {out}", flush=True)
     finally:

@@ -27,6 +27,8 @@ BLOCK_SAMPLES = 1024
 _HEADER_BYTES = 256
 """Longest npy header accepted; numpy writes 128 bytes for these arrays."""
 
+_CURE = "restore the file or prepare the data set again; `distrain verify` checks all shards"
+
 _DIGESTS: dict[str, Callable[[bytes], str]] = {
     "xxh3_128": xxhash.xxh3_128_hexdigest,
     "sha256": lambda data: hashlib.sha256(data).hexdigest(),
@@ -88,29 +90,32 @@ def read(
     pipeline = wds.DataPipeline(opened, tariterators.tar_file_expander, tariterators.group_by_keys, decoded)
     try:
         blocks = list(pipeline)
-    except (ShardError, MemoryError):
+    except MemoryError:
         raise
+    except ShardError as error:
+        # webdataset appends the stream and the address to an exception's arguments.
+        raise ShardError(f"{error.args[0]}; {_CURE}") from error
     except Exception as error:
         # The digest fits, so the file is as it was written: whoever wrote it did not write a shard.
-        raise ShardError(f"{root / shard.name}: not a shard of blocks: {error}") from error
+        raise ShardError(f"{root / shard.name}: not a shard of blocks: {error}; {_CURE}") from error
     found = sum(len(block.ids) for block in blocks)
     if found != shard.samples:
-        raise ShardError(f"{root / shard.name}: holds {found} samples, the manifest promises {shard.samples}")
+        promise = f"holds {found} samples, the manifest promises {shard.samples}"
+        raise ShardError(f"{root / shard.name}: {promise}; {_CURE}")
     return blocks
 
 
 def _read_checked(root: Path, shard: Shard, digests: Sequence[str]) -> bytes:
     path = root / shard.name
-    cure = "restore the file or prepare the data set again; `distrain verify` checks all shards"
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}; {cure}") from error
+        raise ShardError(f"{path}: {error.strerror}") from error
     if len(data) != shard.bytes:
-        raise ShardError(f"{path}: {len(data)} bytes instead of {shard.bytes}; {cure}")
+        raise ShardError(f"{path}: {len(data)} bytes instead of {shard.bytes}")
     for digest in digests:
         if _DIGESTS[digest](data) != getattr(shard, digest):
-            raise ShardError(f"{path}: changed since it was prepared (its {digest} differs); {cure}")
+            raise ShardError(f"{path}: changed since it was prepared (its {digest} differs)")
     return data
 
 

@@ -219,10 +219,3 @@ class Logs:
                 lines.close()
         if self.wandb is not None:
             self.wandb.close(summary)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is whole or not there."""
-    work = path.with_name(f".{path.name}.partial")
-    work.write_text(text, encoding="utf-8")
-    work.replace(path)

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrain import augment, checkpoint, evaluation
+from distrain import augment, checkpoint, evaluation, files
 from distrain.config import Config, from_tree, load
 from distrain.errors import DivergedError
 from distrain.evaluation import Scores
 from distrain.job import RESULT, Job, save, set_up
 from distrain.stream import Batch, training_batches
-from distrain.tracking import METRICS, JsonLines, Logs, Progress, WandbMirror, audit_path, write_text
+from distrain.tracking import METRICS, JsonLines, Logs, Progress, WandbMirror, audit_path
 
 
 def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
@@ -204,13 +204,17 @@ def _evaluate(job: Job, logs: Logs) -> bool:
     logs.progress.say(
         f"step {job.state.step}/{job.total_steps}  {split}: accuracy {scores.accuracy:.2%}  loss {scores.loss:.4f}"
     )
-    logs.record(job.state.step, {f"{split}/accuracy": scores.accuracy, f"{split}/loss": scores.loss})
+    logs.record(job.state.step, _as_metrics(job, split, scores))
     if split != "val":
         return False
     if job.state.best is not None and scores.accuracy <= job.state.best["accuracy"]:
         return False
     job.state.best = {"step": job.state.step, "accuracy": scores.accuracy}
     return True
+
+
+def _as_metrics(job: Job, split: str, scores: Scores) -> dict[str, float]:
+    return {f"{split}/accuracy": scores.accuracy, f"{split}/loss": scores.loss, "seconds": job.elapsed}
 
 
 def _score(job: Job, split: str) -> Scores:
@@ -242,10 +246,10 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
         "precision": job.config.train.precision,
         "device": str(job.runtime.device.type),
     }
-    logs.record(job.state.step, {"test/accuracy": scores.accuracy, "test/loss": scores.loss})
+    logs.record(job.state.step, _as_metrics(job, "test", scores))
     logs.progress.close()
     if job.runtime.is_main:
-        write_text(job.run / RESULT, json.dumps(result, indent=1) + "\n")
+        files.replace(job.run / RESULT, json.dumps(result, indent=1) + "\n")
         print("Finished Training")
         print(scores.line("test"))
         print(f"Run: {job.run}", flush=True)
