@@ -147,7 +147,7 @@ def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
             "--seed",
             default=0,
             show_default=True,
-            type=click.IntRange(0),
+            type=click.IntRange(0, 2**63 - 1),
             help="Draws the splits, the shuffle and the generator's pictures.",
         ),
         click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write."),

@@ -53,6 +53,17 @@ def trained(run: Path) -> dict[int, list[int]]:
     return {step: sorted(ids) for step, ids in sorted(steps.items())}
 
 
+def train_and_kill(w: int, config: dict[str, Any], step: int) -> None:
+    """Train on a group of its own, and SIGKILL all its ranks once the checkpoint of a step is there."""
+    victims = Group(w)
+    try:
+        victims.start("train", config)
+        wait_for(Path(config["run"]["dir"]) / f"checkpoints/step-{step:08d}")
+        victims.kill()
+    finally:
+        victims.close()
+
+
 def distance(a: Weights, b: Weights) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
@@ -158,13 +169,7 @@ def test_killed_twice_in_an_epoch_ends_with_the_same_bits(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     group(w).train(configuration(epoch500, whole, **changes))
     for step in (100, 250):
-        victims = Group(w)
-        try:
-            victims.start("train", configuration(epoch500, killed, **changes))
-            wait_for(killed / f"checkpoints/step-{step:08d}")
-            victims.kill()
-        finally:
-            victims.close()
+        train_and_kill(w, configuration(epoch500, killed, **changes), step)
         assert not (killed / "result.json").exists(), "killed too late to prove anything"
     group(w).train(configuration(epoch500, killed, **changes))
     assert same_bits(weights(killed), weights(whole))
@@ -181,13 +186,7 @@ def test_resumed_on_other_numbers_of_processes(epoch500: Dataset, group: Groups,
         if killed_at is None:
             group(w).train(configuration(epoch500, run, **changes))
             break
-        victims = Group(w)
-        try:
-            victims.start("train", configuration(epoch500, run, **changes))
-            wait_for(run / f"checkpoints/step-{killed_at:08d}")
-            victims.kill()
-        finally:
-            victims.close()
+        train_and_kill(w, configuration(epoch500, run, **changes), killed_at)
     assert trained(run) == trained(tmp_path / "whole")
     assert distance(weights(run), weights(tmp_path / "whole")) < 1e-10
 
