@@ -29,7 +29,7 @@ from distrain import manifest, shards
 from distrain.augment import normalize
 from distrain.manifest import Dataset
 from distrain.order import Order, World
-from distrain.stream import training_batches
+from distrain.stream import TrainingBatches
 
 
 def write_pngs(dataset: Dataset, folder: Path, limit: int, per_shard: int) -> list[str]:
@@ -56,7 +56,7 @@ def read_distrain(dataset: Dataset, batch_size: int, floats: bool) -> int:
     steps = range(order.steps_per_epoch)
     half = torch.full((dataset.manifest.image_shape[2],), 0.5)
     images = 0
-    batches: Any = training_batches(dataset, order, World(0, 1), steps, read_ahead=1, with_words=False, pin=False)
+    batches: Any = TrainingBatches(dataset, order, World(0, 1), steps, read_ahead=1, with_words=False, pin=False)
     with closing(batches):
         for batch in batches:
             images += len(normalize(batch.images, half, half) if floats else batch.images)

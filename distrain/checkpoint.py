@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00001234/   model.safetensors  optimizer.safetensors  state.json  digests.json
 
 Commit: write a temporary folder, fsync its files, digests last, fsync the folder, rename, fsync the parent; only then
-prune. `step-N` was saved after N steps.
+prune. `step-N` was saved after N steps. torch is imported by `save` and `load` alone: the launcher verifies without it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import xxhash
-from torch import Tensor
 
 from distrain.errors import DataError
 from distrain.files import sync, write
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PARTIAL = ".partial-"
 _FOLDER = re.compile(r"step-(\d{8,})")
 _MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
     "model.safetensors",
@@ -30,6 +32,9 @@ _MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
     "state.json",
     "digests.json",
 )
+
+STOP = "stop"
+"""`why` in the state.json of a checkpoint that a stop request asked for."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +66,38 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappin
         model: the model's state dict.
         optimizer: the optimizer's tensors (`optim.state_tensors`).
         state: what else the run needs, for JSON; gets `step` added.
+
+    Raises:
+        OSError: no space, no permission …; what was written of it is removed.
     """
+    import safetensors.torch
+
     target = path_of(folder, step)
-    work = folder / f".{target.name}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work = folder / f"{_PARTIAL}{target.name}"
     files = {
         _MODEL: safetensors.torch.save(_owned(model)),
         _OPTIMIZER: safetensors.torch.save(_owned(optimizer)),
         _STATE: json.dumps({**state, "step": step}, indent=1).encode(),
     }
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in files.items()}
-    for name, data in {**files, _DIGESTS: json.dumps(digests, indent=1).encode()}.items():
-        write(work / name, data)
-    sync(work)
-    work.rename(target)
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        for name, data in {**files, _DIGESTS: json.dumps(digests, indent=1).encode()}.items():
+            write(work / name, data)
+        sync(work)
+        work.rename(target)
+    except OSError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     sync(folder)
     return target
+
+
+def sweep(folder: Path) -> None:
+    """Remove what saves that were cut short have left."""
+    for work in folder.glob(f"{_PARTIAL}*") if folder.is_dir() else ():
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def load(path: Path) -> Saved:
@@ -86,6 +106,18 @@ def load(path: Path) -> Saved:
     Raises:
         DataError: not a whole checkpoint.
     """
+    import safetensors.torch
+
+    files = _read_verified(path)
+    try:
+        state = json.loads(files[_STATE])
+        model, optimizer = (safetensors.torch.load(files[name]) for name in (_MODEL, _OPTIMIZER))
+    except Exception as error:
+        raise DataError(f"{path}: no checkpoint ({error})") from error
+    return Saved(path, state, model, optimizer)
+
+
+def _read_verified(path: Path) -> dict[str, bytes]:
     files = {}
     try:
         digests = json.loads((path / _DIGESTS).read_bytes())
@@ -93,15 +125,13 @@ def load(path: Path) -> Saved:
             files[name] = (path / name).read_bytes()
             if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:
                 raise DataError(f"{path / name}: damaged (its digest differs)")
-        state = json.loads(files[_STATE])
-        model, optimizer = (safetensors.torch.load(files[name]) for name in (_MODEL, _OPTIMIZER))
     except OSError as error:
         raise DataError(f"{path}: no whole checkpoint ({error.filename}: {error.strerror})") from error
     except DataError:
         raise
     except Exception as error:
         raise DataError(f"{path}: no checkpoint ({error})") from error
-    return Saved(path, state, model, optimizer)
+    return files
 
 
 def steps(folder: Path) -> list[int]:
@@ -122,24 +152,40 @@ def newest(folder: Path) -> tuple[Saved | None, list[str]]:
     return None, skipped
 
 
-def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Delete all but the `keep` newest (0: none is deleted), the best, and what the newest ones call the best: a run
-    that has to go on from one of them needs it.
+def newest_verified(folder: Path) -> int | None:
+    """Steps of the newest checkpoint whose digests fit; None where there is none."""
+    for step in steps(folder):
+        try:
+            _read_verified(path_of(folder, step))
+        except DataError:
+            continue
+        return step
+    return None
+
+
+def prune(folder: Path, keep: int, every: int, best: int | None) -> None:
+    """Delete all but the `keep` newest (0: none is deleted), every `every`-th step's (0: none), the newest one of a
+    stop, the best, and what the newest ones call the best: a run that has to go on from one of them needs it.
     """
     if not keep:
         return
-    wanted = {best} | {_best_of(path_of(folder, step)) for step in steps(folder)[:keep]}
-    for step in steps(folder)[keep:]:
+    found = steps(folder)
+    states = {step: _state_of(path_of(folder, step)) for step in found}
+    wanted = {best, *found[:keep]}
+    wanted |= {(states[step].get("best") or {}).get("step") for step in found[:keep]}
+    wanted |= set([step for step in found if states[step].get("why") == STOP][:1])
+    wanted |= {step for step in found if every and step % every == 0}
+    for step in found:
         if step not in wanted:
             shutil.rmtree(path_of(folder, step))
 
 
-def _best_of(path: Path) -> int | None:
+def _state_of(path: Path) -> dict[str, Any]:
     try:
-        best = json.loads((path / _STATE).read_bytes())["best"]
-        return best["step"] if best else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # damaged: nothing goes on from it
+        state = json.loads((path / _STATE).read_bytes())
+        return state if isinstance(state, dict) else {}
+    except (OSError, ValueError):
+        return {}  # damaged: nothing goes on from it
 
 
 def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -3,39 +3,84 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from distrain import __version__, config
-from distrain.errors import EXIT_NEVER_AGAIN, EXIT_OK, ShardError, UserError
+from distrain import __version__, config, report
+from distrain.errors import (
+    EXIT_AGAIN,
+    EXIT_FAULT,
+    EXIT_NEVER_AGAIN,
+    EXIT_OK,
+    AgainError,
+    BusyError,
+    PeerLostError,
+    SaveError,
+    ShardError,
+    UserError,
+)
 
 _AFTER_FIRST_SECONDS = 5
 """How long a node's other processes hold back an error that its first one will probably tell."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 78 never again unchanged, 1 a fault of the program."""
+    """Run a command and return its exit code: 0 done, 75 run it again, 78 never again unchanged, 1 a fault."""
     try:
         return cli.main(arguments, prog_name="distrain", standalone_mode=False) or EXIT_OK
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return EXIT_OK
     except click.ClickException as error:
-        error.show()
+        if not report.fail("user", EXIT_NEVER_AGAIN, error.format_message()):
+            error.show()
+        return EXIT_NEVER_AGAIN
     except click.Abort:
         print("stopped", file=sys.stderr)
         return 130
-    except UserError as error:
+    except Exception as error:
+        for type_, kind, code in _ENDS:
+            if isinstance(error, type_):
+                return _end(kind, code, f"error: {error}" if code != EXIT_AGAIN else str(error), error)
+        if not report.fail("fault", EXIT_FAULT, f"{type(error).__name__}: {error}", traceback.format_exc()):
+            traceback.print_exc()
+        return _leave(EXIT_FAULT)
+
+
+_ENDS: list[tuple[type[Exception], report.Kind, int]] = [
+    (UserError, "user", EXIT_NEVER_AGAIN),
+    (PeerLostError, "peer", EXIT_AGAIN),
+    (BusyError, "busy", EXIT_AGAIN),
+    (AgainError, "again", EXIT_AGAIN),
+    (SaveError, "save", EXIT_FAULT),
+]
+"""How a command ends for an error; anything else is a fault, with its traceback."""
+
+
+def _end(kind: report.Kind, code: int, message: str, error: Exception) -> int:
+    """Tell the launcher, or else the user, why this process ends."""
+    if not report.fail(kind, code, message.removeprefix("error: ")):
         if int(os.environ.get("LOCAL_RANK", "0")) > 0 and not isinstance(error, ShardError):
-            # The launcher ends the others when one process ends: the first one's message comes out once, whole.
+            # torchrun ends the others when one process ends: the first one's message comes out once, whole.
             time.sleep(_AFTER_FIRST_SECONDS)
-        print(f"distrain: error: {error}", file=sys.stderr, flush=True)
-    return EXIT_NEVER_AGAIN
+        print(f"distrain: {message}", file=sys.stderr, flush=True)
+    return _leave(code)
+
+
+def _leave(code: int) -> int:
+    """One of several processes ends at once: tearing down a group that lost a member may wait for it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -46,9 +91,10 @@ def cli() -> None:
     \b
     distrain prepare synthetic --out data/synthetic
     distrain train data.dir=data/synthetic run.dir=runs/first
-    torchrun --nproc-per-node 4 -m distrain train --config configs/cifar10.yaml
+    distrain launch --nproc 4 -- train --config configs/cifar10.yaml
 
-    Exit codes: 0 done; 78 wrong configuration or data, never again unchanged; 1 a fault of the program.
+    Exit codes: 0 done; 75 stopped on request or a peer was lost: run it again; 78 wrong configuration or data, never
+    again unchanged; 1 a fault of the program.
     """
 
 
@@ -69,6 +115,53 @@ def train(file: Path | None, overrides: tuple[str, ...]) -> None:
     from distrain import trainer
 
     trainer.train(resolved)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--nproc", type=click.IntRange(1), help="Processes on this node.  [default: one for each GPU, or 1]")
+@click.option("--nodes", type=click.IntRange(1), envvar="DISTRAIN_NODES", help="Nodes of the job.")
+@click.option("--node", type=click.IntRange(0), envvar="DISTRAIN_NODE", help="This node, counted from 0.")
+@click.option("--host", envvar="DISTRAIN_HOST", help="Name of the first node, where all meet.")
+@click.option("--port", type=click.IntRange(1, 65535), envvar="DISTRAIN_PORT", help="Port there, free on it.")
+@click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    help="Seconds to save and leave after a signal.  [default: launch.grace_seconds]",
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
+def launch(
+    nproc: int | None,
+    nodes: int | None,
+    node: int | None,
+    host: str | None,
+    port: int | None,
+    grace: float | None,
+    command: tuple[str, ...],
+) -> int:
+    """Run COMMAND of distrain (train …, evaluate …) in several processes, and tell the scheduler the truth.
+
+    \b
+    distrain launch --nproc 4 -- train --config configs/cifar10.yaml
+
+    Nodes are worked out from SLURM's variables under srun (one task a node), from a Kubernetes Indexed Job (with
+    --nodes), or are this machine alone. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded: the run saves and
+    leaves with 75. The exit code is also in RUN/exit.json, with the reason.
+    """
+    from distrain import launcher, topology
+
+    resolved = None
+    if command[0] == "train":
+        context = train.make_context("distrain train", list(command[1:]))
+        resolved = config.load(context.params["file"], context.params["overrides"])
+    asked = topology.Asked(nodes, node, host, port)
+    found = topology.work_out(os.environ, asked, launcher.slurm_hostnames, socket.getfqdn)
+    processes = nproc or launcher.default_processes()
+    print(launcher.describe(found, processes), flush=True)
+    seconds = grace if grace is not None else (resolved or config.Config()).launch.grace_seconds
+    outcome = launcher.launch(command, resolved, found, processes, seconds)
+    if outcome.code:
+        print(launcher.show(outcome), file=sys.stderr, flush=True)
+    return outcome.code
 
 
 @cli.command("config")

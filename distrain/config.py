@@ -61,13 +61,14 @@ class Run(Section):
         min_length=1,
     )
     seed: Whole = _key(0, "draws the weights, the order and the augmentation", identity=True, ge=0, lt=2**63)
-    resume: Literal["never", "auto", "must"] = _key(
-        "never",
-        "a folder that already holds a run: an error, or go on from its newest checkpoint (auto, must)",
+    resume: Literal["auto", "must", "never"] = _key(
+        "auto",
+        "auto: go on from the folder's newest checkpoint, start where it holds none; must: only go on; never: only"
+        " start, a folder that holds a run is an error",
     )
+    wait_seconds: Whole = _key(60, "longest wait for another job that is writing in the folder", ge=0)
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: GPUs where there are any, else the CPU")
     cpu_threads: Whole = _key(1, "threads per process on the CPU (they change the last bits)", ge=1, le=1024)
-    timeout_seconds: Whole = _key(1800, "longest wait of a process for its peers", ge=1)
 
 
 class Data(Section):
@@ -163,8 +164,28 @@ class Eval(Section):
 class Checkpoint(Section):
     """What is kept, and how often."""
 
-    every_steps: Whole = _key(1000, "steps between checkpoints; 0: only at the end", ge=0)
-    keep: Whole = _key(2, "newest checkpoints kept, beside the best one; 0: all", ge=0)
+    every_steps: Whole = _key(1000, "steps between checkpoints; 0: none by steps", ge=0)
+    every_minutes: float = _key(10.0, "minutes between checkpoints; 0: none by the clock", ge=0)
+    keep: Whole = _key(2, "newest checkpoints kept, beside the best one and the last one of a stop; 0: all", ge=0)
+    keep_every: Whole = _key(0, "checkpoints of multiples of so many steps are kept as well; 0: none", ge=0)
+
+
+class Timeouts(Section):
+    """Longest time without progress; then all stacks are written to RUN/stacks/ and the run ends with 75."""
+
+    start_seconds: Whole = _key(1800, "until all processes have met, and from there until the first step is done", ge=1)
+    step_seconds: Whole = _key(600, "a step, with the wait for its data", ge=1)
+    eval_seconds: Whole = _key(600, "a batch of an evaluation, with the wait for its data", ge=1)
+    save_seconds: Whole = _key(1800, "a checkpoint", ge=1)
+
+
+class Launch(Section):
+    """What `distrain launch` does when a run ends."""
+
+    grace_seconds: Whole = _key(120, "longest wait, after a stop request, for processes to save and leave", ge=1)
+    max_lives_without_progress: Whole = _key(
+        3, "so many lives in a row without a newer checkpoint: exit 1 in place of 75, so nobody starts it again", ge=1
+    )
 
 
 class Log(Section):
@@ -191,6 +212,8 @@ class Config(Section):
     train: Train = Train()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    timeouts: Timeouts = Timeouts()
+    launch: Launch = Launch()
     log: Log = Log()
     wandb: Wandb = Wandb()
 

@@ -4,6 +4,8 @@ be the manifest's.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +18,8 @@ from tqdm import tqdm
 from distrain.augment import normalize
 from distrain.errors import DataError
 from distrain.manifest import Dataset
-from distrain.runtime import Runtime
-from distrain.stream import evaluation_batches
+from distrain.runtime import POLL_SECONDS, Runtime, StopAgreed
+from distrain.stream import EvaluationBatches
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,25 @@ def evaluate(
     """Score a model on a split, on all processes together; the result is the same on each of them.
 
     Raises:
-        DataError: the number of samples scored is not the manifest's.
+        DataError: on all processes: a shard cannot be read, or the number of samples scored is not the manifest's.
+        StopAgreed: one process was asked to stop, and all know.
     """
     num_classes = len(dataset.manifest.classes)
     # Counts and the loss travel in one vector of fp64, which holds integers exactly up to 2**53.
     sums = torch.zeros(num_classes**2 + 1, dtype=torch.float64, device=runtime.device)
+
+    def score(images: Tensor, labels: Tensor) -> None:
+        truth = labels.to(runtime.device)
+        logits = model(normalize(images.to(runtime.device), mean, std))
+        sums[:-1] += torch.bincount(truth * num_classes + logits.argmax(1), minlength=num_classes**2)
+        sums[-1] += F.cross_entropy(logits, truth, reduction="sum")
+
     training = model.training
     model.eval()
-    with closing(evaluation_batches(dataset, split, runtime.world, batch_size)) as batches:  # type: ignore[type-var]
-        for images, labels in tqdm(batches, split, leave=False, disable=None if runtime.is_main else True):
-            truth = labels.to(runtime.device)
-            logits = model(normalize(images.to(runtime.device), mean, std))
-            sums[:-1] += torch.bincount(truth * num_classes + logits.argmax(1), minlength=num_classes**2)
-            sums[-1] += F.cross_entropy(logits, truth, reduction="sum")
+    with runtime.watch.phase("evaluate"), closing(EvaluationBatches(dataset, split, runtime.world, batch_size)) as all_:
+        shown = tqdm(desc=split, unit="batch", leave=False, disable=None if runtime.is_main else True)
+        with closing(shown):
+            _for_each(all_, score, runtime, shown)
     model.train(training)
     runtime.sum(sums)
     total, promised = int(sums[:-1].sum()), dataset.split(split).samples
@@ -92,3 +100,38 @@ def evaluate(
         raise DataError(f"{dataset.root}: {total} samples of {split} were scored, the manifest has {promised}")
     confusion = sums[:-1].to(torch.int64).reshape(num_classes, num_classes).cpu()
     return Scores(confusion, float(sums[-1]) / total)
+
+
+def _for_each(
+    batches: EvaluationBatches, score: Callable[[Tensor, Tensor], None], runtime: Runtime, shown: Any
+) -> None:
+    """Score this process's batches, meeting the others a few times a second until all are through: nobody is left
+    waiting by one that was asked to stop, or cannot read a shard.
+    """
+    busy, scored, problem, meet_at = True, 0, None, time.monotonic() + POLL_SECONDS
+    while True:
+        try:
+            if busy and batches.ready(POLL_SECONDS):
+                batch = next(batches, None)
+                busy = batch is not None
+                if batch is not None:
+                    score(*batch)
+                    scored += 1
+                    shown.update()
+                    runtime.watch.waits_for = None
+            elif busy:
+                runtime.watch.waits_for = "its data"
+        except DataError as error:
+            problem = error
+        if busy and problem is None and time.monotonic() < meet_at:
+            continue
+        agreed = runtime.agree(busy, scored > 0, problem is not None)
+        if agreed.flags[2]:
+            raise runtime.first_of_all(problem)
+        if agreed.stop:
+            raise StopAgreed
+        if not agreed.flags[0]:
+            return
+        if agreed.flags[1]:
+            runtime.watch.beat()
+        scored, meet_at = 0, time.monotonic() + POLL_SECONDS

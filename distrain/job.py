@@ -1,14 +1,15 @@
-"""A run being set up: data set → order → process group → model and optimizer → the checkpoint to go on from.
+"""A run being set up, saved and left: data set → order → process group → model and optimizer → lease and checkpoint.
 
 What is trained depends on data, configuration and seed alone: see docs/design.md.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,20 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from distrain import augment, checkpoint, files, manifest, model, optim, runtime, tracking
+from distrain import augment, checkpoint, files, lives, manifest, model, optim, runtime, tracking
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity
-from distrain.errors import ConfigError, DataError
+from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
+from distrain.lives import Lease
 from distrain.manifest import Dataset
 from distrain.order import Order
+from distrain.report import fail
 from distrain.runtime import Runtime
 from distrain.stream import memory
 from distrain.tracking import Logs
+from distrain.watch import Watch
 
-CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
+CONFIG, RESULT, CHECKPOINTS, STACKS = "config.yaml", "result.json", "checkpoints", "stacks"
 
 
 @dataclass
@@ -35,6 +39,17 @@ class State:
     """What changes as the run goes on, beside weights and optimizer; all of it is in a checkpoint's state.json."""
 
     step: int = 0
+    """Steps done."""
+    logged: int = 0
+    """Step of the newest line about training."""
+    evaluated: int = 0
+    """Step of the newest evaluation; an older one than is due was stopped, and is made up for."""
+    lines: int = 0
+    """Lines of metrics.jsonl that belong to the steps done."""
+    loss_sum: float = 0.0
+    """Of the steps since `logged`, so that a line's mean is the same whether the run was interrupted or not."""
+    loss_steps: int = 0
+    loss_seconds: float = 0.0
     train_seconds: float = 0.0
     seconds: float = 0.0
     best: dict[str, Any] | None = None
@@ -60,6 +75,22 @@ class Job:
     identity: dict[str, Any]
     started: float
     state: State = field(default_factory=State)
+    lease: Lease | None = None
+    """The main process's right to write in the run's folder."""
+    saved_step: int | None = None
+    """Step of the newest checkpoint that is known to be whole."""
+    save_problem: str | None = None
+    """Why the newest save failed."""
+    losses: list[Tensor] = field(default_factory=list)
+    """This rank's, of the steps that are not in `State.loss_sum` yet; on the device."""
+    clock: float = 0.0
+    """When the steps of `losses` began."""
+    next_poll: int = 0
+    """Step after which the processes meet next, to ask who wants to stop."""
+    poll_interval: int = 1
+    polled: float = 0.0
+    """When they met last."""
+    saved_at: float = 0.0
 
     @property
     def checkpoints(self) -> Path:
@@ -76,55 +107,100 @@ class Job:
         # Odd factors: no two steps or ranks of a run share a seed. torch's CPU generator takes the low 32 bits.
         return (self.config.run.seed + self.state.step * 2654435761 + self.runtime.world.rank * 40503) % 2**63
 
+    def check_lease(self) -> None:
+        """Before anything is written in the run's folder.
+
+        Raises:
+            BusyError: another job has taken it over.
+        """
+        if self.lease is not None:
+            self.lease.check()
+
+    def close(self) -> None:
+        """Leave the group, and let the next job in."""
+        self.runtime.close()
+        if self.lease is not None:
+            self.lease.release()
+
     @property
     def elapsed(self) -> float:
         """Wall seconds of all lives that led here."""
         return self.state.seconds + time.monotonic() - self.started
 
 
-def set_up(config: Config, started: float) -> Job:
+def watch(config: Config) -> Watch:
+    """The time-outs of a run."""
+    limits = config.timeouts
+    return Watch(
+        {
+            "start": limits.start_seconds,
+            "train": limits.step_seconds,
+            "evaluate": limits.eval_seconds,
+            "save": limits.save_seconds,
+        },
+        Path(config.run.dir, STACKS),
+    )
+
+
+def start_runtime(config: Config, watching: Watch) -> Runtime:
+    """Join the other processes of the run."""
+    settings = config.run
+    return runtime.start(
+        settings.device, config.train.precision, settings.cpu_threads, config.timeouts.start_seconds, watching
+    )
+
+
+def set_up(config: Config, started: float, watching: Watch) -> Job:
     """Everything that a run needs, at the step it goes on from."""
     dataset = manifest.read(config.data.dir)
     splits = [split for split in ("train", "val", "test") if split in dataset.manifest.splits]
     for needed in ("train", "test"):
         dataset.split(needed)
-    run = Path(config.run.dir)
-    rt = runtime.start(config.run.device, config.train.precision, config.run.cpu_threads, config.run.timeout_seconds)
+    rt = start_runtime(config, watching)
+    job = None
     try:
+        rt.leave_if_asked()
         agree_on_data(rt, dataset, splits)
-        order = _order(config, dataset, rt.world.size)
-        steps = config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch
-        mean, std = _normalization(config, dataset)
-        _check_crop(config, dataset)
-        module = build_model(config, dataset, rt)
-        job = Job(
-            config,
-            run,
-            dataset,
-            order,
-            steps,
-            rt,
-            module,
-            *_prepare(config, module, rt),
-            torch.tensor(mean, dtype=rt.dtype, device=rt.device),
-            torch.tensor(std, dtype=rt.dtype, device=rt.device),
-            {**identity(config), "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
-            started,
-        )
+        job = _build(config, dataset, rt, started)
         _settle(job)
+        rt.leave_if_asked()
         _resume(job)
         if rt.is_main:
             _summary(job)
     except BaseException:
-        rt.close()
+        (job or rt).close()
         raise
     return job
 
 
+def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job:
+    """The job at step 0."""
+    order = _order(config, dataset, rt.world.size)
+    mean, std = _normalization(config, dataset)
+    _check_crop(config, dataset)
+    module = build_model(config, dataset, rt)
+    return Job(
+        config,
+        Path(config.run.dir),
+        dataset,
+        order,
+        config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch,
+        rt,
+        module,
+        *_prepare(config, module, rt),
+        torch.tensor(mean, dtype=rt.dtype, device=rt.device),
+        torch.tensor(std, dtype=rt.dtype, device=rt.device),
+        {**identity(config), "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
+        started,
+    )
+
+
 def agree_on_data(rt: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
     """All processes see the same data set, and the main one sees every shard of it."""
-    if rt.from_main(dataset.digest) != dataset.digest:
-        raise DataError(f"{dataset.root}: another data set than the main process has; share one folder")
+    digests = rt.from_all(dataset.digest)
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
     missing = rt.from_main(list(dataset.missing(splits)) if rt.is_main else None)
     if missing:
         more = [f"and {len(missing) - 5} more"] if len(missing) > 5 else []
@@ -230,29 +306,46 @@ def _settle(job: Job) -> None:
 def _resume(job: Job) -> None:
     """Go on from the newest readable checkpoint, or start fresh: the main process decides for all."""
     rt = job.runtime
-    found: tuple[Path | None, str | None] = (None, None)
+    found: tuple[Path | None, Exception | None] = (None, None)
     if rt.is_main:
         try:
-            saved = _choose(job)
-            _open_folder(job, saved.step if saved is not None else 0)
-            found = (saved.path if saved is not None else None, None)
-        except (ConfigError, DataError) as error:
-            found = (None, str(error))
+            found = (_take_folder(job), None)
+        except (ConfigError, DataError, BusyError) as error:
+            found = (None, error)
     path, problem = rt.from_main(found)
     if problem is not None:
-        raise DataError(problem)
+        raise problem
     if path is not None:
-        _restore(job, checkpoint.load(path))
+        _restore(job, path)
+    if job.lease is not None:
+        job.lease.note(from_step=job.state.step, world_size=rt.world.size)
+        job.lease.keep(_leave_to_another)
 
 
-def _open_folder(job: Job, done: int) -> None:
-    """Make the run's folder, or cut it back to the steps that are done."""
+def _take_folder(job: Job) -> Path | None:
+    """The checkpoint to go on from; the folder is this job's alone, and cut back to that checkpoint."""
+    saved = _choose(job)
     try:
         job.run.mkdir(parents=True, exist_ok=True)
-        tracking.cut_back(job.run, done)
+        seen = checkpoint.steps(job.checkpoints)
+        job.lease = lives.acquire(job.run, job.config.run.wait_seconds, lambda line: print(line, flush=True))
+        if checkpoint.steps(job.checkpoints) != seen:
+            saved = _choose(job)  # another job was still at work here
+        _say_and_clear(job, saved)
+        done, lines = (saved.step, saved.state["lines"]) if saved is not None else (0, 0)
+        checkpoint.sweep(job.checkpoints)
+        tracking.cut_back(job.run, done, lines)
         files.replace(job.run / CONFIG, yaml.safe_dump(job.config.model_dump(), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"run.dir={job.run}: cannot be written: {error.strerror}; choose another folder") from error
+    return saved.path if saved is not None else None
+
+
+def _leave_to_another(error: BusyError) -> None:
+    """Another job has taken the folder over: this one must not write another byte."""
+    if not fail("busy", EXIT_AGAIN, str(error)):
+        print(f"distrain: {error}", file=sys.stderr, flush=True)
+    os._exit(EXIT_AGAIN)
 
 
 def _choose(job: Job) -> Saved | None:
@@ -273,7 +366,6 @@ def _choose(job: Job) -> Saved | None:
     if saved is None:
         if skipped or mode == "must":
             raise DataError(f"{job.run}: has no readable checkpoint to go on from; choose another run.dir")
-        print(f"{job.run}: has no checkpoint yet; starting from the beginning")
         return None
     differ = checkpoint.differences(saved.state["identity"], job.identity)
     if differ:
@@ -281,12 +373,19 @@ def _choose(job: Job) -> Saved | None:
             f"{saved.path}: belongs to another run; choose another run.dir, or set these back:\n"
             + "\n".join(f"  {line}" for line in differ)
         )
-    # Newer ones, all damaged, would stand in the way of this life's own.
+    return saved
+
+
+def _say_and_clear(job: Job, saved: Saved | None) -> None:
+    """Say what the run starts from, and clear newer checkpoints, all damaged: they would stand in the way."""
+    if saved is None:
+        nothing = "has no checkpoint yet; starting from the beginning" if holds_run(job.run) else "a new run"
+        print(f"{job.run}: {nothing}", flush=True)
+        return
     for step in checkpoint.steps(job.checkpoints):
         if step > saved.step:
             shutil.rmtree(checkpoint.path_of(job.checkpoints, step))
-    print(f"going on from {saved.path}")
-    return saved
+    print(f"{job.run}: going on from {saved.path.name}", flush=True)
 
 
 def holds_run(run: Path) -> bool:
@@ -296,31 +395,77 @@ def holds_run(run: Path) -> bool:
     return logged or (run / RESULT).exists() or bool(checkpoint.steps(run / CHECKPOINTS))
 
 
-def _restore(job: Job, saved: Saved) -> None:
+def _restore(job: Job, path: Path) -> None:
+    """Every process loads the checkpoint; if one cannot, all leave together."""
+    saved, problem = None, None
+    try:
+        saved = checkpoint.load(path)
+    except DataError as error:
+        problem = f"rank {job.runtime.world.rank}: {error}"
+    problems = [line for line in job.runtime.from_all(problem) if line]
+    if problems:
+        raise DataError("\n  ".join([f"{job.run}: a checkpoint cannot be read by all:", *problems[:5]]))
+    assert saved is not None
     job.module.load_state_dict(saved.model)
     optim.load_state_tensors(job.optimizer, saved.optimizer)
     job.runtime.load_scaler_state(saved.state["scaler"])
     job.state = State(**{name: saved.state[name] for name in State.__dataclass_fields__})
+    job.saved_step = saved.step
 
 
-def save(job: Job, logs: Logs) -> None:
-    """Commit a checkpoint of this step. What it counts on, on every process, is on disk before."""
-    logs.sync()
-    job.runtime.barrier()
-    if job.runtime.is_main:
-        state = {
-            **vars(job.state),
-            "seconds": job.elapsed,
-            "identity": job.identity,
-            "scaler": job.runtime.scaler_state,
-            "epoch": job.state.step // job.order.steps_per_epoch,
-            "world_size": job.runtime.world.size,
-            "cpu_threads": job.config.run.cpu_threads,
-        }
-        tensors = optim.state_tensors(job.optimizer)
-        checkpoint.save(job.checkpoints, job.state.step, job.module.state_dict(), tensors, state)
-        best = job.state.best["step"] if job.state.best else None
-        checkpoint.prune(job.checkpoints, job.config.checkpoint.keep, best)
+def save(job: Job, logs: Logs, why: str) -> None:
+    """Commit a checkpoint of this step. What it counts on, on every process, is on disk before.
+
+    A save that fails (no space, no permission) is told and leaves everything as it was: the run goes on, and the next
+    one is tried. `Job.save_problem` says so on all processes.
+    """
+    if job.saved_step == job.state.step:
+        return
+    rt = job.runtime
+    with rt.watch.phase("save"):
+        problem = _try(logs.sync)
+        if not any(rt.agree(problem is not None).flags) and rt.is_main:
+            problem = _try(lambda: _write(job, logs, why))
+        problems = [line for line in rt.from_all(problem) if line]
+    job.save_problem = problems[0] if problems else None
+    if not problems:
+        job.saved_step = job.state.step
+    elif rt.is_main:
+        logs.progress.warn(f"step {job.state.step}: no checkpoint could be saved: {problems[0]}; training goes on")
+    job.saved_at = time.monotonic()
+    job.next_poll = job.state.step
+
+
+def _try(action: Callable[[], None]) -> str | None:
+    """What an action that writes failed with."""
+    try:
+        action()
+    except OSError as error:
+        return f"{error.filename or 'disk'}: {error.strerror}"
+    return None
+
+
+def _write(job: Job, logs: Logs, why: str) -> None:
+    job.check_lease()
+    state = {
+        **vars(job.state),
+        "lines": logs.metrics.lines if logs.metrics is not None else 0,
+        "seconds": job.elapsed,
+        "why": why,
+        "identity": job.identity,
+        "scaler": job.runtime.scaler_state,
+        "epoch": job.state.step // job.order.steps_per_epoch,
+        "world_size": job.runtime.world.size,
+        "cpu_threads": job.config.run.cpu_threads,
+    }
+    tensors = optim.state_tensors(job.optimizer)
+    checkpoint.save(job.checkpoints, job.state.step, job.module.state_dict(), tensors, state)
+    best = job.state.best["step"] if job.state.best else None
+    settings = job.config.checkpoint
+    try:
+        checkpoint.prune(job.checkpoints, settings.keep, settings.keep_every, best)
+    except OSError as error:  # the new one stands: an old one that stays is not worth more than a word
+        logs.progress.warn(f"{error.filename}: an old checkpoint cannot be deleted: {error.strerror}")
 
 
 def _summary(job: Job) -> None:

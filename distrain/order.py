@@ -85,6 +85,22 @@ class Order:
         """Rounds that the steps of an epoch reach into."""
         return -(-self.steps_per_epoch * self.global_batch_size // (self.lanes * self.samples_per_shard))
 
+    def rounds(self, step: int) -> range:
+        """Rounds that a step of the run reaches into, counted over all epochs (`rounds_per_epoch` each)."""
+        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        size, start = self.lanes * self.samples_per_shard, in_epoch * self.global_batch_size
+        first = epoch * self.rounds_per_epoch
+        return range(first + start // size, first + (start + self.global_batch_size - 1) // size + 1)
+
+    @property
+    def rounds_per_step(self) -> int:
+        """Most rounds that a step reaches into, beside the one that the step before it ended in."""
+        return -(-self.global_batch_size // (self.lanes * self.samples_per_shard))
+
+    def begins_round(self, step: int) -> bool:
+        """Whether a step of the run reaches into a round that no step before it did: all ranks know it alike."""
+        return step == 0 or self.rounds(step).stop > self.rounds(step - 1).stop
+
     def largest_share(self, world_size: int) -> int:
         """Most samples that one rank has in one step; the ideal is G / W. The step waits for that rank."""
         steps = range(min(self.steps_per_epoch, self.lanes))  # the shares repeat after C steps at the latest

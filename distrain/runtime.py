@@ -1,4 +1,4 @@
-"""The process among its peers: devices, precision, collectives. The only module that knows accelerate.
+"""The process among its peers: devices, precision, collectives, agreements. The only module that knows accelerate.
 
 accelerate prepares the model and the optimizer, never the loader or the scheduler: prepared loaders split again what
 is already split, and prepared schedulers step once per process.
@@ -7,27 +7,58 @@ is already split, and prepared schedulers step once per process.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.distributed import TCPStore, rendezvous  # type: ignore[attr-defined]
 
-from distrain.errors import ConfigError
+from distrain import signals
+from distrain.errors import ConfigError, PeerLostError, Stopped
 from distrain.order import World
+from distrain.watch import Watch
 
 MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 """What accelerate calls our precisions."""
 
 
-@dataclass(frozen=True)
+POLL_SECONDS = 0.25
+"""About how often the processes ask each other whether to stop."""
+
+
+class StopAgreed(Exception):  # noqa: N818 - what was asked for, not an error
+    """All processes know, at the same place, that one was asked to stop."""
+
+    @property
+    def by(self) -> str:
+        """For messages: ` by SIGTERM`."""
+        name = signals.requested()
+        return f" by {name}" if name else " by a signal to another process"
+
+
+class Agreed(NamedTuple):
+    """What all processes know after they met: `stop`: one was asked to; `flags`: how many raised each flag; `main`:
+    the main process's number.
+    """
+
+    stop: bool
+    flags: tuple[int, ...]
+    main: int
+
+
+@dataclass
 class Runtime:
     """One process of a run, and how it talks to the others."""
 
@@ -35,6 +66,10 @@ class Runtime:
     world: World
     dtype: torch.dtype
     owns_group: bool
+    watch: Watch
+    _control: Any
+    """Group for words between processes, on CPUs: it neither waits for the device nor holds it up."""
+    _broken: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +96,9 @@ class Runtime:
         return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients."""
-        self._accelerator.backward(loss)
+        """Add to the gradients, and reduce them unless `accumulating`."""
+        with self._meeting():
+            self._accelerator.backward(loss)
 
     def clip(self, model: nn.Module, norm: float) -> None:
         """Bound the norm of the whole gradient."""
@@ -70,8 +106,9 @@ class Runtime:
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give all processes the main one's buffers: BatchNorm's statistics are each process's own."""
-        for buffer in module.buffers() if self.world.size > 1 else ():
-            dist.broadcast(buffer, src=0)
+        with self._meeting():
+            for buffer in module.buffers() if self.world.size > 1 else ():
+                dist.broadcast(buffer, src=0)
 
     @property
     def scaler_state(self) -> dict[str, Any] | None:
@@ -85,16 +122,63 @@ class Runtime:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on each of them; the tensor itself is overwritten."""
-        if self.world.size > 1:
-            dist.all_reduce(tensor)
+        with self._meeting():
+            if self.world.size > 1:
+                dist.all_reduce(tensor)
         return tensor
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, on each of them (pickled between processes of one job)."""
         box = [value]
-        if self.world.size > 1:
-            dist.broadcast_object_list(box, src=0)
+        with self._meeting():
+            if self.world.size > 1:
+                dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Every process's value, on each of them (pickled between processes of one job)."""
+        found = [value]
+        with self._meeting():
+            if self.world.size > 1:
+                found = [None] * self.world.size
+                dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    def agree(self, *flags: bool, main: int = 0) -> Agreed:
+        """Meet, and know the same: whether one was asked to stop, how many raised each flag, the main one's number."""
+        told = [signals.requested() is not None, *flags, main if self.is_main else 0]
+        words = torch.tensor(told, dtype=torch.int64)
+        with self._meeting():
+            if self.world.size > 1:
+                dist.all_reduce(words, group=self._control)
+        stop, *raised, number = words.tolist()
+        return Agreed(stop > 0, tuple(raised), number)
+
+    def leave_if_asked(self) -> None:
+        """A place where nothing has to be saved yet.
+
+        Raises:
+            Stopped: on all processes, if one was asked to stop.
+        """
+        if self.agree().stop:
+            raise Stopped(f"stopped{StopAgreed().by} while it started; nothing had to be saved")
+
+    def first_of_all(self, problem: Exception | None) -> Exception:
+        """The first problem of any process, on each of them (pickled between processes of one job)."""
+        found: list[Exception | None] = self.from_all(problem)
+        return next(each for each in found if each is not None)
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Around a collective: the others' loss is told as such, and waiting for them is known as waiting."""
+        try:
+            with self.watch.meeting():
+                yield
+        except (RuntimeError, ValueError) as error:
+            if _is_loss(error):
+                self._broken = True
+                raise PeerLostError(f"another process is gone: {_first_line(error)}") from error
+            raise
 
     def seed(self, seed: int) -> None:
         """Seed the device's generator. `torch.manual_seed` would keep a stack trace for CUDA at every call."""
@@ -110,25 +194,21 @@ class Runtime:
         direct.step()
         direct.zero_grad()
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world.size > 1:
-            dist.barrier()
-
     def close(self) -> None:
         """Leave the group, so that another run can start in this process."""
         self._accelerator.free_memory()
-        if self.owns_group and dist.is_initialized():
+        if self.owns_group and dist.is_initialized() and not self._broken:  # a broken one may wait for the lost
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def start(device: str, precision: str, cpu_threads: int, timeout_seconds: int) -> Runtime:
+def start(device: str, precision: str, cpu_threads: int, start_seconds: float, watch: Watch) -> Runtime:
     """Join the group that the launcher's environment describes; one process alone where there is none.
 
     Raises:
         ConfigError: a device, precision or number of processes that cannot be had, or that accelerate's own
             configuration contradicts.
+        PeerLostError: a process did not come within `start_seconds`.
     """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
@@ -139,23 +219,98 @@ def start(device: str, precision: str, cpu_threads: int, timeout_seconds: int) -
     conflicts = accelerate_conflicts(os.environ, precision, on_cpu)
     if conflicts:
         raise ConfigError("accelerate's configuration contradicts distrain's:\n" + "\n".join(conflicts))
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
     owns_group = not dist.is_initialized()
+    if owns_group and asked > 1:
+        _join(asked, on_cpu, start_seconds, watch)
     accelerator = Accelerator(
         # Without cpu=True each CPU process that torchrun started believes that it is alone.
         cpu=on_cpu,
         mixed_precision=MIXED[precision],
         gradient_accumulation_steps=1,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     torch.set_num_threads(cpu_threads)  # after accelerate, which sets its own number on CPUs
     world = World(accelerator.process_index, accelerator.num_processes)
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
     if owns_group and world.size != asked:
         raise ConfigError(f"{asked} processes were asked for, this one finds itself among {world.size}")
-    return Runtime(accelerator, world, torch.float64 if precision == "fp64" else torch.float32, owns_group)
+    if accelerator.device.type != ("cpu" if on_cpu else "cuda"):
+        raise ConfigError(f"run.device={device}, but this process got {accelerator.device}")
+    control = None
+    if world.size > 1:
+        watch.connect(dist.distributed_c10d._get_default_store())
+        control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=_BEYOND)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    return Runtime(accelerator, world, dtype, owns_group, watch, control)
+
+
+_BEYOND = timedelta(hours=24)
+"""Time-out of collectives themselves: `Watch` knows the phase and who is behind, so it is the one that ends a wait."""
+
+_STOP_SECONDS = 5.0
+"""After a stop request, how long to wait for processes that have not come: with them, all leave together."""
+
+STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
+"""Environment variable: descriptor of the socket that the launcher listens on, for rank 0 to serve the store."""
+
+
+def _join(size: int, on_cpu: bool, seconds: float, watch: Watch) -> None:
+    """Meet the other processes at the store, and make the group of all."""
+    deadline = time.monotonic() + seconds
+    rank = int(os.environ["RANK"])
+    try:
+        store = _store(rank, size, seconds)
+        _wait_for_all(store, rank, size, deadline, watch)
+        if not on_cpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "gloo" if on_cpu else "nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_BEYOND)
+    except (RuntimeError, OSError) as error:
+        if _is_loss(error):
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise PeerLostError(f"the processes could not meet at {where}: {_first_line(error)}") from error
+        raise
+
+
+def _store(rank: int, size: int, seconds: float) -> Any:
+    timeout = timedelta(seconds=seconds)
+    socket_number = os.environ.get(STORE_SOCKET)
+    if socket_number is None:
+        return next(rendezvous("env://", rank, size, timeout=timeout))[0]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=int(socket_number))
+
+
+def _wait_for_all(store: Any, rank: int, size: int, deadline: float, watch: Watch) -> None:
+    """Every process has come, and expects as many as this one does."""
+    expected = store.compare_set("distrain/size", "", str(size)).decode()
+    if expected != str(size):
+        raise ConfigError(
+            f"this process expects {size} processes, another one {expected}: give every node the same number"
+        )
+    store.set(f"distrain/here/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
+    if store.add("distrain/arrived", 1) == size:
+        store.set("distrain/all", "1")
+    asked_at = None
+    while not store.check(["distrain/all"]):
+        asked_at = asked_at or (time.monotonic() if signals.requested() else None)
+        if asked_at and time.monotonic() - asked_at > _STOP_SECONDS:
+            raise Stopped(f"stopped{StopAgreed().by} while it waited for other processes; nothing had to be saved")
+        if time.monotonic() > deadline:
+            missing = [str(other) for other in range(size) if not store.check([f"distrain/here/{other}"])]
+            raise PeerLostError(f"{size} processes were asked for; rank {', '.join(missing)} did not come")
+        time.sleep(0.05)
+    watch.beat()
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether an exception says that another process, or the link to it, is gone. gloo has no type of its own."""
+    names = ("gloo", "nccl", "connection", "tcpstore", "broken pipe", "timed out", "socket")
+    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in names)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300]
 
 
 def accelerate_conflicts(environ: Any, precision: str, on_cpu: bool) -> list[str]:

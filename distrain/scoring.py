@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from distrain import checkpoint, evaluation, files, manifest, runtime
+from distrain import checkpoint, evaluation, files, manifest, signals
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity, load
-from distrain.errors import ConfigError, DataError
+from distrain.errors import ConfigError, DataError, Stopped
 from distrain.evaluation import Scores
-from distrain.job import CHECKPOINTS, CONFIG, agree_on_data, build_model
+from distrain.job import CHECKPOINTS, CONFIG, agree_on_data, build_model, start_runtime, watch
 from distrain.manifest import Dataset
+from distrain.runtime import Runtime, StopAgreed
 
 
 def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | None) -> tuple[Scores, str, list[str]]:
@@ -30,31 +32,34 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
     dataset = manifest.read(config.data.dir)
     dataset.split(split)
     saved, skipped = _checkpoint_of(run, which)
-    rt = runtime.start(config.run.device, config.train.precision, config.run.cpu_threads, config.run.timeout_seconds)
-    try:
+    with signals.noted(), closing(watch(config)) as watching, closing(start_runtime(config, watching)) as rt:
         for line in skipped if rt.is_main else []:
             print(f"warning: skipped {line}", file=sys.stderr)
         agree_on_data(rt, dataset, [split])
         _check_identity(config, dataset, saved)
-        module = build_model(config, dataset, rt)
-        module.load_state_dict(saved.model)
-        module = rt.prepare_scoring(module)
-        mean, std = (
-            torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
-            for key in ("mean", "std")
-        )
-        scores = evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt)
-        classes = dataset.manifest.classes
+        try:
+            scores = _score(config, dataset, split, saved, rt)
+        except StopAgreed as stop:
+            raise Stopped(f"stopped{stop.by}; nothing was written") from None
         if rt.is_main:
             out = run / "evaluations" / f"{split}-{saved.path.name}.json"
             out.parent.mkdir(exist_ok=True)
-            scored = {**scores.as_dict(classes), "split": split, "world_size": rt.world.size}
+            scored = {**scores.as_dict(dataset.manifest.classes), "split": split, "world_size": rt.world.size}
             files.replace(out, json.dumps(scored, indent=1) + "\n")
             print(scores.line(split))
             print(f"{saved.path.name}, written to {out}", flush=True)
-    finally:
-        rt.close()
-    return scores, saved.path.name, classes
+    return scores, saved.path.name, dataset.manifest.classes
+
+
+def _score(config: Config, dataset: Dataset, split: str, saved: Saved, rt: Runtime) -> Scores:
+    module = build_model(config, dataset, rt)
+    module.load_state_dict(saved.model)
+    module = rt.prepare_scoring(module)
+    mean, std = (
+        torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
+        for key in ("mean", "std")
+    )
+    return evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt)
 
 
 def _check_identity(config: Config, dataset: Dataset, saved: Saved) -> None:

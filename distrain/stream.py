@@ -6,12 +6,15 @@
 
 Buffers are used again (touching fresh memory costs as much as reading): a batch is valid until the next one is asked
 for. No worker processes: nothing in /dev/shm, nothing to orphan.
+
+Data is waited for in one place, `ready`, before a step that begins a round (`Order.begins_round`): all ranks wait there
+together, so a stop request or a damaged shard finds them all at the same step.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -50,79 +53,128 @@ class _Round:
     ids: NDArray[np.int64]
 
 
-def training_batches(
-    dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int, with_words: bool, pin: bool
-) -> Iterator[Batch]:
-    """This rank's share of each of the run's steps. Close the iterator to end its thread.
+class TrainingBatches:
+    """This rank's share of each of the run's steps. Close it to end its thread.
 
-    Raises:
-        ShardError: a shard cannot be read or is not what the manifest says.
+    Both ways to get on raise a ShardError where a shard cannot be read or is not what the manifest says.
     """
-    background = Background(_read_rounds(dataset, order, world, steps, read_ahead + 1, pin), read_ahead)
-    size = len(order.owned_lanes(world)) * order.samples_per_shard
-    batch_size = order.global_batch_size
-    current: _Round | None = None
-    no_words = torch.empty(0, dtype=torch.int64)
-    try:
-        for step in steps:
-            epoch, in_epoch = divmod(step, order.steps_per_epoch)
-            start = order.owned_before(in_epoch * batch_size, world)
-            stop = order.owned_before((in_epoch + 1) * batch_size, world)
-            parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]] = []
-            while start < stop or not parts:
-                number = epoch * order.rounds_per_epoch + min(start // size, order.rounds_per_epoch - 1)
-                while current is None or current.number < number:
-                    # Its buffer will be filled again: what is still needed of it leaves now.
-                    parts = [(images.clone(), labels.clone(), ids.copy()) for images, labels, ids in parts]
-                    if pin:
-                        torch.cuda.current_stream().synchronize()
-                    current = next(background)
-                offset = number % order.rounds_per_epoch * size
-                here = slice(start - offset, min(stop - offset, size))
-                parts.append((current.images[here], current.labels[here], current.ids[here]))
-                start = min(stop, offset + size)
-            images, labels, ids = parts[0] if len(parts) == 1 else _join(parts)
-            words = no_words
-            if with_words:
-                drawn = augmentation_words(order.seed, step, batch_size)[order.places(in_epoch, world)]
-                words = torch.from_numpy(drawn.view(np.int64))
-            yield Batch(images, labels, ids, words)
-    finally:
-        background.close()
+
+    def __init__(
+        self, dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int, with_words: bool, pin: bool
+    ) -> None:
+        self._order, self._world, self._steps = order, world, iter(steps)
+        self._with_words, self._pin = with_words, pin
+        ahead = max(read_ahead, order.rounds_per_step)
+        self._background = Background(_read_rounds(dataset, order, world, steps, ahead + 1, pin), ahead)
+        self._current: _Round | None = None
+
+    def ready(self, step: int, timeout: float | None) -> bool:
+        """Whether the step's batch can be had at once; waits up to `timeout` seconds (None: until it can).
+
+        Batches from before are no longer valid.
+        """
+        rounds = self._order.rounds(step)
+        while self._current is None or self._current.number < rounds.start:
+            if not self._background.wait(1, timeout):
+                return False
+            self._take()
+        return self._background.wait(rounds.stop - 1 - self._current.number, timeout)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        step = next(self._steps)
+        self.ready(step, None)
+        images, labels, ids = self._share(step)
+        return Batch(images, labels, ids, self._words(step))
+
+    def close(self) -> None:
+        """End the thread, after the shard that it is at."""
+        self._background.close()
+
+    def _share(self, step: int) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+        """This rank's samples of a step: a stretch of the current round, or of several."""
+        order, world = self._order, self._world
+        epoch, in_epoch = divmod(step, order.steps_per_epoch)
+        size = len(order.owned_lanes(world)) * order.samples_per_shard
+        start = order.owned_before(in_epoch * order.global_batch_size, world)
+        stop = order.owned_before((in_epoch + 1) * order.global_batch_size, world)
+        parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]] = []
+        for number in order.rounds(step):
+            assert self._current is not None
+            if self._current.number < number:
+                # Its buffer will be filled again: what is still needed of it leaves now.
+                parts = [(images.clone(), labels.clone(), ids.copy()) for images, labels, ids in parts]
+                self._take()
+            offset = (number - epoch * order.rounds_per_epoch) * size
+            here = slice(max(start - offset, 0), min(stop - offset, size))
+            parts.append((self._current.images[here], self._current.labels[here], self._current.ids[here]))
+        parts = [part for part in parts if len(part[2])] or parts[:1]
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    def _take(self) -> None:
+        if self._pin:
+            torch.cuda.current_stream().synchronize()  # copies from the buffer that is given back
+        self._current = next(self._background)
+
+    def _words(self, step: int) -> Tensor:
+        if not self._with_words:
+            return torch.empty(0, dtype=torch.int64)
+        order = self._order
+        drawn = augmentation_words(order.seed, step, order.global_batch_size)
+        return torch.from_numpy(drawn[order.places(step % order.steps_per_epoch, self._world)].view(np.int64))
 
 
-def evaluation_batches(
-    dataset: Dataset, split_name: str, world: World, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+class EvaluationBatches:
     """Images uint8 [n, H, W, C] and labels int64 [n] of the shards in this rank's lanes, in fixed slices of a shard:
     the same batches, and so the same logits, whatever the number of processes. Every sample has one owner.
     """
-    split = dataset.split(split_name)
-    owned = [shard for index, shard in enumerate(split.shards) if index % split.lanes % world.size == world.rank]
 
-    def blocks() -> Iterator[Block]:
-        for shard in owned:
-            parts = _read(dataset, shard)
-            yield Block(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    def __init__(self, dataset: Dataset, split_name: str, world: World, batch_size: int) -> None:
+        split = dataset.split(split_name)
+        owned = [shard for index, shard in enumerate(split.shards) if index % split.lanes % world.size == world.rank]
+        self._background = Background(_read_whole(dataset, owned), 1)
+        self._size = batch_size
+        self._block: Block | None = None
+        self._start = 0
 
-    background = Background(blocks(), 1)
-    try:
-        for block in background:
-            images, labels = torch.from_numpy(block.images), torch.from_numpy(block.labels)
-            for start in range(0, len(labels), batch_size):
-                yield images[start : start + batch_size], labels[start : start + batch_size]
-    finally:
-        background.close()
+    def ready(self, timeout: float | None) -> bool:
+        """Whether the next batch, or the end, can be had at once; waits up to `timeout` seconds for it."""
+        return self._left() or self._background.wait(1, timeout)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        while not self._left():
+            self._block, self._start = next(self._background), 0
+        assert self._block is not None
+        here = slice(self._start, self._start + self._size)
+        self._start += self._size
+        return torch.from_numpy(self._block.images[here]), torch.from_numpy(self._block.labels[here])
+
+    def close(self) -> None:
+        """End the thread, after the shard that it is at."""
+        self._background.close()
+
+    def _left(self) -> bool:
+        return self._block is not None and self._start < len(self._block.labels)
 
 
 def memory(dataset: Dataset, order: Order, world: World, read_ahead: int) -> int:
     """Bytes of the round buffers of one rank."""
     samples = len(order.owned_lanes(world)) * order.samples_per_shard
-    return (1 + read_ahead) * samples * (dataset.manifest.sample_bytes + 16)
+    return (1 + max(read_ahead, order.rounds_per_step)) * samples * (dataset.manifest.sample_bytes + 16)
 
 
 def _read(dataset: Dataset, shard: Shard) -> list[Block]:
     return shards.read(dataset.root, shard, dataset.manifest.image_shape, len(dataset.manifest.classes))
+
+
+def _read_whole(dataset: Dataset, owned: list[Shard]) -> Iterator[Block]:
+    for shard in owned:
+        yield Block(*(np.concatenate(arrays) for arrays in zip(*_read(dataset, shard), strict=True)))
 
 
 def _join(parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]]) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
@@ -150,21 +202,26 @@ def _read_rounds(
         )
         for _ in range(buffers)
     ]
-    if not steps:
-        return
-    first_epoch, first_step = divmod(steps.start, order.steps_per_epoch)
-    first = first_epoch * order.rounds_per_epoch + first_step * order.global_batch_size // (rows * order.lanes)
-    last_epoch = (steps.stop - 1) // order.steps_per_epoch
-    for number in range(first, (last_epoch + 1) * order.rounds_per_epoch):
+    for place, number in enumerate(_rounds_of(order, steps)):
         epoch, round_ = divmod(number, order.rounds_per_epoch)
         epoch_shards = order.epoch_shards(epoch)[round_]
-        into = ring[number % buffers]
+        into = ring[place % buffers]
         into.number = number
         for column, lane in enumerate(lanes):
             index = int(epoch_shards[lane])
             taken = order.shard_samples(epoch, index, entries[index].samples)
             _lay(_read(dataset, entries[index]), taken, into, column, len(lanes))
         yield into
+
+
+def _rounds_of(order: Order, steps: range) -> Iterator[int]:
+    """The rounds that the steps reach into, each once; an epoch's dropped end may hold some that none does."""
+    reached = -1
+    for step in steps:
+        for number in order.rounds(step):
+            if number > reached:
+                reached = number
+                yield number
 
 
 def _lay(blocks: list[Block], taken: NDArray[np.int64], into: _Round, column: int, columns: int) -> None:
@@ -187,40 +244,35 @@ def _lay(blocks: list[Block], taken: NDArray[np.int64], into: _Round, column: in
         )
 
 
-@dataclass
-class _Failure:
-    error: BaseException
-
-
 class Background(Generic[T]):
     """Runs an iterator in a thread, at most `ahead` items before the one in use.
 
     Asking for an item says that the one before is no longer needed; the thread may then reuse what it was made of.
     """
 
-    _END = object()
-
     def __init__(self, items: Iterator[T], ahead: int) -> None:
         self._items = items
-        self._queue: queue.Queue[object] = queue.Queue()
+        self._made: deque[T] = deque()
+        self._changed = threading.Condition()
         self._permits = threading.Semaphore(ahead + 1)
-        self._in_use = False
+        self._in_use = self._ended = False
+        self._error: BaseException | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="distrain-read", daemon=True)
         self._thread.start()
 
-    def _work(self) -> None:
-        try:
-            while True:
-                self._permits.acquire()
-                if self._closed.is_set():
-                    return
-                item = next(self._items, self._END)
-                self._queue.put(item)
-                if item is self._END:
-                    return
-        except BaseException as error:
-            self._queue.put(_Failure(error))
+    def wait(self, count: int, timeout: float | None) -> bool:
+        """Whether so many items, or all that are left, are made within `timeout` seconds (None: however long).
+
+        Raises:
+            Exception: the iterator's, where it ended the items before there were so many.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._made) >= count or self._ended, timeout):
+                return False
+            if len(self._made) < count and self._error is not None:
+                raise self._error
+            return True
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -228,18 +280,34 @@ class Background(Generic[T]):
     def __next__(self) -> T:
         if self._in_use:
             self._permits.release()
-        self._in_use = True
-        item = self._queue.get()
-        if item is self._END:
-            self._queue.put(item)
-            raise StopIteration
-        if isinstance(item, _Failure):
-            self._queue.put(item)
-            raise item.error
-        return item  # type: ignore[return-value]
+            self._in_use = False
+        self.wait(1, None)
+        with self._changed:
+            if not self._made:
+                raise StopIteration
+            self._in_use = True
+            return self._made.popleft()
 
     def close(self) -> None:
         """End the thread, after the item that it is at."""
         self._closed.set()
         self._permits.release()
         self._thread.join(timeout=60)
+
+    def _work(self) -> None:
+        try:
+            while True:
+                self._permits.acquire()
+                if self._closed.is_set():
+                    break
+                item = next(self._items)
+                with self._changed:
+                    self._made.append(item)
+                    self._changed.notify_all()
+        except StopIteration:
+            pass
+        except BaseException as error:
+            self._error = error
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()

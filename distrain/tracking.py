@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -19,49 +19,70 @@ METRICS, AUDIT = "metrics.jsonl", "audit"
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line."""
+    """An append-only file of one JSON object a line.
 
-    def __init__(self, path: Path) -> None:
+    Lines that cannot be written (a full disk) are kept, and written with the next ones: nothing is lost unless the
+    process ends before there is room again. Then no checkpoint counted on them either.
+    """
+
+    def __init__(self, path: Path, lines: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._kept: list[bytes] = []
+        self.lines = lines
+        """Lines in the file and kept."""
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line; it is on disk after `sync`."""
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._kept.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        self.lines += 1
 
     def flush(self) -> None:
-        """Let readers see what was written."""
-        self._file.flush()
+        """Let readers see what was written.
+
+        Raises:
+            OSError: it could not be written; the file is as it was, the lines are kept.
+        """
+        data = b"".join(self._kept)
+        before = os.fstat(self._descriptor).st_size
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError:
+            os.ftruncate(self._descriptor, before)
+            raise
+        self._kept.clear()
 
     def sync(self) -> None:
         """Put what was written on disk: before the checkpoint that counts on it commits."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.flush()
+        os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Sync and close."""
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            os.close(self._descriptor)
 
 
-def cut_back(run: Path, steps_done: int) -> None:
-    """Drop from metrics and from every rank's audit what came after a checkpoint, half-written lines included.
-
-    Metrics count steps done (1 … N); the audit names the step trained (0 … N-1).
+def cut_back(run: Path, steps_done: int, metrics_lines: int) -> None:
+    """Drop what came after a checkpoint, half-written lines included: of metrics all but the first so many lines, of
+    every rank's audit all steps but those done (it names the step trained, 0 … N-1).
     """
-    _cut(run / METRICS, lambda line: line["step"] <= steps_done)
+    _cut(run / METRICS, lambda number, line: number < metrics_lines)
     for path in sorted((run / AUDIT).glob("rank-*.jsonl")):
-        _cut(path, lambda line: line["step"] < steps_done)
+        _cut(path, lambda number, line: line["step"] < steps_done)
 
 
-def _cut(path: Path, keep: Callable[[Any], bool]) -> None:
+def _cut(path: Path, keep: Callable[[int, Any], bool]) -> None:
     if not path.exists():
         return
     end = 0
     with path.open("r+b") as file:
-        for line in file:
+        for number, line in enumerate(file):
             try:
-                if not line.endswith(b"\n") or not keep(json.loads(line)):
+                if not line.endswith(b"\n") or not keep(number, json.loads(line)):
                     break
             except (ValueError, KeyError, TypeError):
                 break
@@ -104,6 +125,11 @@ class Progress:
         """A line for people, above the bar if there is one."""
         if self._show:
             tqdm.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
+
+    def warn(self, line: str) -> None:
+        """A warning, on stderr."""
+        if self._show:
+            tqdm.write(f"warning: {line}", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -197,25 +223,43 @@ class Logs:
     metrics: JsonLines | None
     wandb: WandbMirror | None
     audit: JsonLines | None
+    check: Callable[[], None]
+    """Raises where this process may no longer write in the run's folder."""
+    _told: bool = False
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, mirrored to wandb."""
         if self.metrics is not None and self.wandb is not None:
+            self.check()
             self.metrics.write({"step": step, **values})
-            self.metrics.flush()
             self.wandb.log(values, step)
+            try:
+                self.metrics.flush()
+            except OSError as error:
+                if not self._told:  # once: a full disk stays full for a while
+                    self._told = True
+                    print(f"warning: {METRICS}: {error.strerror}; lines are kept until there is room", file=sys.stderr)
 
     def sync(self) -> None:
-        """Put everything on disk."""
+        """Put everything on disk.
+
+        Raises:
+            OSError: it could not be.
+        """
         for lines in (self.metrics, self.audit):
             if lines is not None:
                 lines.sync()
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Close everything; `summary` goes to wandb."""
+        """Close everything; `summary` goes to wandb.
+
+        Raises:
+            OSError: lines that were kept could not be written to the end.
+        """
         self.progress.close()
-        for lines in (self.metrics, self.audit):
-            if lines is not None:
-                lines.close()
-        if self.wandb is not None:
-            self.wandb.close(summary)
+        with contextlib.ExitStack() as stack:
+            if self.wandb is not None:
+                stack.callback(self.wandb.close, summary)
+            for lines in (self.metrics, self.audit):
+                if lines is not None:
+                    stack.callback(lines.close)

@@ -1,4 +1,4 @@
-"""The run: `fit` trains, evaluates and saves, step after step; `finish` scores the test split."""
+"""The run: `fit` trains; after each step it logs, evaluates, saves and leaves. `finish` scores the test split."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrain import augment, checkpoint, evaluation, files
+from distrain import augment, checkpoint, evaluation, files, signals
+from distrain import job as jobs
 from distrain.config import Config, from_tree, load
-from distrain.errors import DivergedError
+from distrain.errors import DataError, DivergedError, SaveError, Stopped
 from distrain.evaluation import Scores
 from distrain.job import RESULT, Job, save, set_up
-from distrain.stream import Batch, training_batches
+from distrain.runtime import POLL_SECONDS, StopAgreed
+from distrain.stream import Batch, TrainingBatches
 from distrain.tracking import METRICS, JsonLines, Logs, Progress, WandbMirror, audit_path
+
+_MOST_STEPS_UNASKED = 256
+"""Steps between two questions whether to stop, at most."""
 
 
 def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
     """Train, evaluate and save a run; the same as `distrain train`.
+
+    SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are stop requests while it runs.
 
     Args:
         config: a `Config`, nested mappings of its keys, or the path of a YAML file.
@@ -36,30 +43,47 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[s
 
     Raises:
         UserError: configuration, data or sources cannot be used, or the loss diverged.
+        AgainError: stopped on request, or a peer was lost; called again, it goes on.
+        SaveError: the run's last checkpoint could not be saved.
     """
     started = time.monotonic()
     if isinstance(config, Mapping):
         config = from_tree(config)
     elif not isinstance(config, Config):
         config = load(Path(config))
-    job = set_up(config, started)
+    with (
+        signals.noted(),
+        closing(jobs.watch(config)) as watching,
+        closing(set_up(config, started, watching)) as job,
+    ):
+        return _run(job)
+
+
+def _run(job: Job) -> dict[str, Any]:
+    logs = _open_logs(job)
+    result: dict[str, Any] = {}
     try:
-        logs = _open_logs(job)
-        result: dict[str, Any] = {}
         try:
             fit(job, logs)
             result = finish(job, logs)
-        finally:
-            logs.close({key: value for key, value in result.items() if isinstance(value, (int, float))})
-        return result
+        except StopAgreed as stop:
+            _leave(job, logs, stop)
+        except DataError:
+            # All processes are here, between two steps: what was trained since the last checkpoint is not lost.
+            _keep(job, logs, "data")
+            raise
+        job.runtime.watch.enter("end")
     finally:
-        job.runtime.close()
+        logs.close({key: value for key, value in result.items() if isinstance(value, (int, float))})
+    if job.save_problem is not None:
+        raise SaveError(f"the last checkpoint could not be saved: {job.save_problem}")
+    return result
 
 
 def fit(job: Job, logs: Logs) -> None:
     """Train the steps that are left."""
     config, state = job.config, job.state
-    batches = training_batches(
+    batches = TrainingBatches(
         job.dataset,
         job.order,
         job.runtime.world,
@@ -68,41 +92,124 @@ def fit(job: Job, logs: Logs) -> None:
         with_words=config.augment.flip or config.augment.crop_padding > 0,
         pin=job.runtime.device.type == "cuda",
     )
-    eval_every = config.eval.every_steps if config.eval.every_steps is not None else job.order.steps_per_epoch
-    has_val = "val" in job.dataset.manifest.splits
-    losses: list[Tensor] = []
-    logged, clock = state.step, time.monotonic()
-    with closing(batches):  # type: ignore[type-var]
-        for batch in batches:
-            losses.append(train_step(job, batch))
+    first = state.step
+    job.next_poll, job.polled = first, time.monotonic()
+    job.saved_at = job.clock = time.monotonic()
+    with closing(batches):
+        while True:
+            _after_step(job, logs)
+            if state.step == job.total_steps:
+                return
+            if state.step == first or job.order.begins_round(state.step):
+                _await_data(job, batches)
+            batch = next(batches)
             if logs.audit is not None:
                 epoch = state.step // job.order.steps_per_epoch
                 logs.audit.write({"step": state.step, "epoch": epoch, "ids": batch.ids.tolist()})
+            job.losses.append(train_step(job, batch))
             state.step += 1
             logs.progress.step()
-            last = state.step == job.total_steps
-            # Where there is no val, `finish` scores test after the last step.
-            evaluates = has_val if last else _due(state.step, eval_every)
-            saves = last or _due(state.step, config.checkpoint.every_steps)
-            if not (evaluates or saves or _due(state.step, config.log.every_steps)):
-                continue
-            # Nothing is evaluated or saved before the loss is known to be finite.
-            loss = _mean_loss(job, losses)
-            seconds = time.monotonic() - clock
-            state.train_seconds += seconds
-            _log_train(job, logs, loss, state.step - logged, seconds)
-            losses.clear()
-            if evaluates or saves:
-                _check_weights(job)
-            if evaluates and _evaluate(job, logs):
-                saves = True
-            if saves:
-                save(job, logs)
-            logged, clock = state.step, time.monotonic()
+            if state.step == first + 1:
+                job.runtime.watch.enter("train")
+            job.runtime.watch.step(state.step)
+
+
+def _after_step(job: Job, logs: Logs) -> None:
+    """Log, evaluate and save what is due after the steps done, and has not been done: a resumed run comes here too.
+
+    Raises:
+        StopAgreed: one process was asked to stop, and all know.
+    """
+    config, state = job.config, job.state
+    last = state.step == job.total_steps
+    eval_every = config.eval.every_steps if config.eval.every_steps is not None else job.order.steps_per_epoch
+    # Where there is no val, `finish` scores test after the last step.
+    evaluates = "val" in job.dataset.manifest.splits if last else _due(state.step, eval_every)
+    saves = (last and state.step > 0) or _due(state.step, config.checkpoint.every_steps)
+    by_clock = _poll(job) if state.step >= job.next_poll else False
+    logs_now = (evaluates or saves or _due(state.step, config.log.every_steps)) and state.logged < state.step
+    if not (logs_now or evaluates or saves or by_clock):
+        return
+    _fold(job)  # nothing is evaluated or saved before the loss is known to be finite
+    if logs_now:
+        _log_train(job, logs)
+    if evaluates or saves or by_clock:
+        _check_weights(job)
+    if evaluates and state.evaluated < state.step and _evaluate(job, logs):
+        saves = True
+    if saves or by_clock:
+        save(job, logs, "last" if last else "interval")
+    job.clock = time.monotonic()
 
 
 def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _poll(job: Job) -> bool:
+    """Meet: does anyone want to stop, is a checkpoint due by the main process's clock, and when to meet next.
+
+    Asking costs a collective, so it is done a few times a second, not at every step.
+    """
+    now = time.monotonic()
+    minutes = job.config.checkpoint.every_minutes
+    due = bool(job.runtime.is_main and minutes and job.state.step and now - job.saved_at >= 60 * minutes)
+    steps = job.state.step - job.next_poll + max(1, job.poll_interval)
+    interval = round(POLL_SECONDS * steps / max(now - job.polled, 1e-6))
+    agreed = job.runtime.agree(due, main=min(max(interval, 1), _MOST_STEPS_UNASKED))
+    if agreed.stop:
+        raise StopAgreed
+    job.poll_interval = agreed.main
+    job.next_poll, job.polled = job.state.step + agreed.main, time.monotonic()
+    return agreed.flags[0] > 0
+
+
+def _await_data(job: Job, batches: TrainingBatches) -> None:
+    """Wait, between two steps and together, until every process has its data of the round that begins.
+
+    Raises:
+        StopAgreed: one process was asked to stop, and all know.
+        DataError: on all processes, where one cannot read its shards.
+    """
+    rt = job.runtime
+    while True:
+        ready, problem = False, None
+        try:
+            ready = batches.ready(job.state.step, POLL_SECONDS)
+        except DataError as error:
+            problem = error
+        rt.watch.waits_for = None if ready else "its data"
+        agreed = rt.agree(not ready, problem is not None)
+        if agreed.flags[1]:
+            raise rt.first_of_all(problem)
+        if agreed.stop:
+            raise StopAgreed
+        if not agreed.flags[0]:
+            return
+
+
+def _leave(job: Job, logs: Logs, stop: StopAgreed) -> None:
+    """Save, and leave with the others.
+
+    Raises:
+        Stopped: saved, or there was nothing to save.
+        SaveError: the steps since the last checkpoint are lost.
+    """
+    if job.state.step == 0:
+        raise Stopped(f"stopped{stop.by} before the first step; nothing had to be saved")
+    _keep(job, logs, checkpoint.STOP)
+    job.runtime.watch.enter("end")
+    if job.save_problem is not None:
+        raise SaveError(f"stopped{stop.by} at step {job.state.step}, but it could not be saved: {job.save_problem}")
+    raise Stopped(f"stopped{stop.by}: step {job.state.step} is saved; the same command goes on from there")
+
+
+def _keep(job: Job, logs: Logs, why: str) -> None:
+    """A checkpoint that no interval asked for, of weights that are good."""
+    if job.state.step and job.saved_step != job.state.step:
+        _fold(job)
+        _check_weights(job)
+        save(job, logs, why)
 
 
 def train_step(job: Job, batch: Batch) -> Tensor:
@@ -148,18 +255,26 @@ def _to_device(job: Job, batch: Batch) -> tuple[Tensor, Tensor, float]:
     return augment.augment(images, words, settings.flip, settings.crop_padding), labels, 1.0
 
 
-def _mean_loss(job: Job, losses: list[Tensor]) -> float:
-    """Mean loss of the steps since the last call, over all ranks.
+def _fold(job: Job) -> None:
+    """Take the losses since the last time, over all ranks, into the state.
 
     Raises:
         DivergedError: on every rank, naming the first step whose loss is not finite.
     """
-    sums = job.runtime.sum(torch.stack(losses)).tolist()
-    batch = job.config.train.global_batch_size
-    for number, value in enumerate(sums, job.state.step - len(sums)):
+    state = job.state
+    if not job.losses:
+        return
+    sums = job.runtime.sum(torch.stack(job.losses)).tolist()
+    job.losses.clear()
+    for number, value in enumerate(sums, state.step - len(sums)):
         if not math.isfinite(value):
-            raise _diverged(job, number, f"the loss is {value / batch}")
-    return float(sum(sums)) / (len(sums) * batch)
+            raise _diverged(job, number, f"the loss is {value / job.config.train.global_batch_size}")
+        state.loss_sum += value
+    seconds = time.monotonic() - job.clock
+    state.loss_steps += len(sums)
+    state.loss_seconds += seconds
+    state.train_seconds += seconds
+    job.clock = time.monotonic()
 
 
 def _check_weights(job: Job) -> None:
@@ -178,12 +293,16 @@ def _diverged(job: Job, step: int, what: str) -> DivergedError:
     )
 
 
-def _log_train(job: Job, logs: Logs, loss: float, steps: int, seconds: float) -> None:
-    step, settings = job.state.step, job.config.train
-    rate = steps * settings.global_batch_size / max(seconds, 1e-9)
+def _log_train(job: Job, logs: Logs) -> None:
+    """One line on the steps since the last one."""
+    state, batch = job.state, job.config.train.global_batch_size
+    step, steps, seconds = state.step, state.loss_steps, state.loss_seconds
+    loss = state.loss_sum / (steps * batch)
+    rate = steps * batch / max(seconds, 1e-9)
     lr = job.learning_rate(step - 1)
     epoch = step / job.order.steps_per_epoch
-    left = (job.total_steps - step) * seconds / max(steps, 1)
+    left = (job.total_steps - step) * seconds / steps
+    state.logged, state.loss_sum, state.loss_steps, state.loss_seconds = step, 0.0, 0, 0.0
     logs.progress.train(step, epoch, loss, lr, rate, left)
     logs.record(
         step,
@@ -201,6 +320,7 @@ def _evaluate(job: Job, logs: Logs) -> bool:
     """Score val (test where there is no val). Whether it is the best on val so far."""
     split = "val" if "val" in job.dataset.manifest.splits else "test"
     scores = _score(job, split)
+    job.state.evaluated = job.state.step
     logs.progress.say(
         f"step {job.state.step}/{job.total_steps}  {split}: accuracy {scores.accuracy:.2%}  loss {scores.loss:.4f}"
     )
@@ -227,7 +347,6 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     """Score the test split with the best checkpoint on val, or the last one where there is no val."""
     step = job.state.best["step"] if job.state.best else job.state.step
     if step != job.state.step:
-        job.runtime.barrier()
         job.module.load_state_dict(checkpoint.load(checkpoint.path_of(job.checkpoints, step)).model)
     scores = _score(job, "test")
     classes = job.dataset.manifest.classes
@@ -261,11 +380,12 @@ def _open_logs(job: Job) -> Logs:
     audit = JsonLines(audit_path(job.run, rt.world.rank)) if config.data.audit else None
     progress = Progress(rt.is_main, job.total_steps, job.state.step)
     if not rt.is_main:
-        return Logs(progress, None, None, audit)
+        return Logs(progress, None, None, audit, lambda: None)
 
     def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     name = config.wandb.name or job.run.resolve().name
     wandb = WandbMirror(config.wandb.mode, config.wandb.project, name, job.run, config.model_dump(), warn)
-    return Logs(progress, JsonLines(job.run / METRICS), wandb, audit)
+    metrics = JsonLines(job.run / METRICS, job.state.lines)
+    return Logs(progress, metrics, wandb, audit, job.check_lease)

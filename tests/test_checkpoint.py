@@ -59,16 +59,16 @@ def test_a_half_written_one_is_no_checkpoint(tmp_path: Path) -> None:
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
-    checkpoint.prune(tmp_path, 0, None)
+    checkpoint.prune(tmp_path, 0, 0, None)
     assert checkpoint.steps(tmp_path) == [5, 4, 3, 2, 1]
-    checkpoint.prune(tmp_path, 2, 2)
+    checkpoint.prune(tmp_path, 2, 0, 2)
     assert checkpoint.steps(tmp_path) == [5, 4, 2]
 
 
 def test_prune_keeps_what_a_kept_one_calls_the_best(tmp_path: Path) -> None:
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
         save(tmp_path, step, best=best)
-    checkpoint.prune(tmp_path, 2, 4)
+    checkpoint.prune(tmp_path, 2, 0, 4)
     assert checkpoint.steps(tmp_path) == [4, 3, 1]
 
 

@@ -54,7 +54,7 @@ def test_a_run_leaves_what_is_documented(small: Dataset, tmp_path: Path, capsys:
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
     assert sorted(path.name for path in run.iterdir()) == [
-        "audit", "checkpoints", "config.yaml", "metrics.jsonl", "result.json",
+        "audit", "checkpoints", "config.yaml", "lives", "metrics.jsonl", "result.json",
     ]  # fmt: skip
     assert config.load(run / "config.yaml") == config.from_tree(tree(small, run, data={"audit": True}))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -83,8 +83,8 @@ def test_a_run_that_stands_is_not_overwritten(small: Dataset, tmp_path: Path) ->
     run = tmp_path / "run"
     distrain.train(tree(small, run))
     before = files(run)
-    with pytest.raises(DataError, match="already holds a run"):
-        distrain.train(tree(small, run))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        distrain.train(tree(small, run, run={"resume": "never"}))
     assert files(run) == before
 
 
@@ -110,14 +110,14 @@ def test_a_run_of_another_identity_is_refused_by_the_fields_that_differ(small: D
     distrain.train(tree(small, run))
     before = files(run)
     changes = {"run": {"resume": "auto", "seed": 5}, "train": {"lr": 0.3}, "checkpoint": {"every_steps": 3}}
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ConfigError) as caught:
         distrain.train(tree(small, run, **changes))
     told = str(caught.value)
     assert "run.seed: 0 in the checkpoint, 5 now" in told
     assert "train.lr: 0.05 in the checkpoint, 0.3 now" in told
     assert "checkpoint.every_steps" not in told
     other = make(tmp_path / "other", 700, shards=24, lanes=12)
-    with pytest.raises(DataError, match="data.manifest"):
+    with pytest.raises(ConfigError, match="data.manifest"):
         distrain.train(tree(other, run, run={"resume": "auto"}))
     assert files(run) == before
 

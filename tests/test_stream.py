@@ -16,7 +16,7 @@ from distrain import shards
 from distrain.errors import ShardError
 from distrain.manifest import Dataset
 from distrain.order import Order, World, augmentation_words
-from distrain.stream import Background, evaluation_batches, memory, training_batches
+from distrain.stream import Background, EvaluationBatches, TrainingBatches, memory
 
 
 def order_of(dataset: Dataset, global_batch_size: int, seed: int = 1) -> Order:
@@ -51,7 +51,7 @@ def ids_of(dataset: Dataset, index: int) -> list[int]:
 
 
 def streamed(dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int = 1) -> list[list[int]]:
-    batches = training_batches(dataset, order, world, steps, read_ahead, with_words=False, pin=False)
+    batches = TrainingBatches(dataset, order, world, steps, read_ahead, with_words=False, pin=False)
     with closing(batches):
         return [batch.ids.tolist() for batch in batches]
 
@@ -90,7 +90,7 @@ def test_images_labels_and_words_belong_to_their_ids(small: Dataset) -> None:
     order = order_of(small, 50)
     for rank in range(3):
         world = World(rank, 3)
-        batches = training_batches(small, order, world, range(30), 1, with_words=True, pin=False)
+        batches = TrainingBatches(small, order, world, range(30), 1, with_words=True, pin=False)
         with closing(batches):
             for step, batch in enumerate(batches):
                 for image, label, index in zip(batch.images, batch.labels, batch.ids, strict=True):
@@ -104,7 +104,7 @@ def test_images_labels_and_words_belong_to_their_ids(small: Dataset) -> None:
 def test_evaluation_batches_are_the_same_for_every_world_and_own_each_sample_once(small: Dataset) -> None:
     def batches(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for rank in range(size):
-            yield from evaluation_batches(small, "test", World(rank, size), 7)
+            yield from EvaluationBatches(small, "test", World(rank, size), 7)
 
     def content(size: int) -> list[tuple[bytes, tuple[int, ...]]]:
         return sorted((images.numpy().tobytes(), tuple(labels.tolist())) for images, labels in batches(size))
@@ -132,7 +132,7 @@ def test_a_damaged_shard_ends_the_stream_naming_it(small: Dataset, tmp_path) -> 
 
 def test_closing_ends_the_reading_thread(small: Dataset) -> None:
     before = set(threading.enumerate())
-    batches = training_batches(small, order_of(small, 8), World(), range(1000), 1, with_words=False, pin=False)
+    batches = TrainingBatches(small, order_of(small, 8), World(), range(1000), 1, with_words=False, pin=False)
     next(batches)
     assert set(threading.enumerate()) - before
     batches.close()

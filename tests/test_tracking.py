@@ -26,13 +26,13 @@ def test_cut_back_drops_what_came_after_for_every_rank_that_ever_wrote(tmp_path:
         file.close()
     with audit_path(tmp_path, 7).open("a") as file:
         file.write('{"step": 10, "ids": [1,')  # the process was killed while it wrote
-    cut_back(tmp_path, 10)
+    cut_back(tmp_path, 10, 10)
     assert lines(audit_path(tmp_path, 7)) == list(range(10))
-    cut_back(tmp_path, 4)
-    assert lines(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
+    cut_back(tmp_path, 4, 3)
+    assert lines(tmp_path / "metrics.jsonl") == [1, 2, 3]
     for rank in (0, 1, 7):
         assert lines(audit_path(tmp_path, rank)) == [0, 1, 2, 3]
-    cut_back(tmp_path, 0)
+    cut_back(tmp_path, 0, 0)
     assert lines(audit_path(tmp_path, 7)) == []
 
 

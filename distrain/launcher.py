@@ -1,0 +1,440 @@
+"""`distrain launch`: start this node's processes, forward signals, wait for the save, and tell the scheduler the truth.
+
+Our own, and not torchrun's agent: that one kills whoever is still saving 30 seconds after the first process has left,
+turns every exit code into 1, leaves orphans when it is killed, and needs seconds and a GiB for importing torch. Workers
+get torchrun's environment variables, and meet at a store on a socket that this process opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from distrain import checkpoint, files, lives
+from distrain.config import Config
+from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, PeerLostError
+from distrain.report import FOLDER, Failure, Place, read_failure, read_place
+from distrain.signals import LAUNCHER, STOP
+from distrain.topology import LOCAL, Topology
+
+EXIT_FILE = "exit.json"
+_STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
+_LEAVE_SECONDS = 5.0
+"""For processes that do not save, after another one failed."""
+_HANG_SECONDS = 30.0
+"""How much later than a process's own watch this one steps in."""
+_TICK = 0.05
+
+
+@dataclass(frozen=True)
+class End:
+    """How one process of this node ended."""
+
+    rank: int
+    code: int
+    """As the system has it: negative for a signal."""
+    failure: Failure | None
+    place: Place
+    time: float
+    by_launcher: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the scheduler is told."""
+
+    code: int
+    reason: str
+    first: End | None
+    """The process that failed first, if that is why."""
+
+
+def judge(ends: Sequence[End], asked: str | None, can_go_on: bool) -> Outcome:  # noqa: PLR0911 - one a verdict
+    """The exit code of a node from how its processes ended.
+
+    Args:
+        ends: one of each process.
+        asked: the signal by which this launcher was asked to stop, if it was.
+        can_go_on: a verified checkpoint exists, or nothing that could be lost.
+    """
+    own = [end for end in sorted(ends, key=lambda end: end.time) if end.code and not end.by_launcher]
+    kinds = {end.rank: end.failure.kind if end.failure is not None else None for end in own}
+    if not any(end.code for end in ends):
+        return Outcome(EXIT_OK, "done", None)
+    for end in own:
+        if end.code == EXIT_NEVER_AGAIN:
+            return Outcome(EXIT_NEVER_AGAIN, _told(end), end)
+    for end in own:
+        if end.code not in (EXIT_AGAIN, *(-number for number in _ENDED_FROM_OUTSIDE)):
+            return Outcome(EXIT_FAULT, _told(end), end)
+    killed = [end for end in own if end.code < 0]
+    peers = [end for end in own if kinds[end.rank] in ("peer", "busy")]
+    stopped = [end for end in own if kinds[end.rank] == "again"]
+    if asked or (stopped and not killed and not peers):
+        told = _told(stopped[0]) if stopped else f"stopped by {asked} before anything could be saved"
+        if not stopped and not can_go_on:
+            return Outcome(EXIT_FAULT, f"{told}; no checkpoint can be read", None)
+        return Outcome(EXIT_AGAIN, told, None)
+    lost = [*killed, *peers, *ends][0]
+    if not can_go_on:
+        return Outcome(EXIT_FAULT, f"{_told(lost)}; no checkpoint can be read", lost)
+    return Outcome(EXIT_AGAIN, _told(lost), lost)
+
+
+_ENDED_FROM_OUTSIDE = {signal.SIGKILL, *STOP}
+"""Signals that somebody sends: others are a crash of the program itself."""
+
+
+def _told(end: End) -> str:
+    if end.failure is not None:
+        return end.failure.message.partition("\n")[0] if end.failure.kind == "fault" else end.failure.message
+    if end.code < 0:
+        name = signal.Signals(-end.code).name
+        memory = " (out of memory, or from outside)" if -end.code == signal.SIGKILL else ""
+        return f"rank {end.rank} was ended by {name}{memory} in phase {end.place.phase}, step {end.place.step}"
+    return f"rank {end.rank} ended with {end.code} in phase {end.place.phase}, step {end.place.step}"
+
+
+def launch(
+    arguments: Sequence[str], config: Config | None, topology: Topology, processes: int, grace: float
+) -> Outcome:
+    """Run a command of distrain in this node's processes, to the end.
+
+    Args:
+        arguments: the command and its arguments.
+        config: the run's configuration, where the command trains one.
+        topology: this node among the others.
+        processes: how many to start here.
+        grace: seconds from a stop request until processes that still save are killed.
+
+    Raises:
+        ConfigError: the port cannot be had.
+        PeerLostError: the first node's name cannot be found.
+    """
+    run = Path(config.run.dir) if config is not None else None
+    book = _Book(run, config) if run is not None and config is not None and topology.node == 0 else None
+    with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder, _Signals() as signals:
+        try:
+            if topology.nodes > 1:
+                _wait_for_name(topology.host, config.timeouts.start_seconds if config else 600, signals)
+            with _store_socket(topology) as store:
+                workers = _Workers(arguments, topology, processes, store, Path(folder))
+                ends = workers.wait(signals, grace)
+            outcome = judge(ends, signals.first, book is None or book.can_go_on())
+        except PeerLostError as error:
+            outcome = Outcome(EXIT_AGAIN, str(error), None)
+    return outcome if book is None or _is_busy(outcome.first) else book.close(outcome)
+
+
+def _is_busy(end: End | None) -> bool:
+    """Whether the folder belongs to another job: then nothing is written there."""
+    return end is not None and end.failure is not None and end.failure.kind == "busy"
+
+
+def show(outcome: Outcome) -> str:
+    """One screen for people."""
+    lines = []
+    end = outcome.first
+    if end is not None:
+        host = end.failure.host if end.failure is not None else socket.gethostname()
+        lines += [
+            f"distrain: rank {end.rank} failed first",
+            f"  host   {host}",
+            f"  phase  {end.place.phase}, step {end.place.step}",
+        ]
+        if end.failure is not None and end.failure.traceback:
+            lines.append(end.failure.traceback.rstrip())
+    meaning = {EXIT_OK: "done", EXIT_AGAIN: "run it again", EXIT_NEVER_AGAIN: "not again unchanged"}
+    prefix = "" if outcome.code in (EXIT_OK, EXIT_AGAIN) else "error: "
+    if outcome.code != EXIT_OK:
+        lines.append(f"distrain: {prefix}{outcome.reason}")
+        lines.append(f"distrain: exit {outcome.code}: {meaning.get(outcome.code, 'a fault')}")
+    return "\n".join(lines)
+
+
+class _Signals:
+    """Stop requests to the launcher, to be forwarded."""
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+        self.pending: list[int] = []
+        self._before = {number: signal.getsignal(number) for number in STOP}
+
+    def __enter__(self) -> _Signals:
+        from distrain import signals
+
+        self.first = signals.requested()  # while this module was imported
+        self.pending = [signal.Signals[self.first]] if self.first else []
+        for number in STOP:
+            if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or signal.Signals(number).name
+        self.pending.append(number)
+
+
+class _Workers:
+    """This node's processes."""
+
+    def __init__(
+        self, arguments: Sequence[str], topology: Topology, processes: int, store: socket.socket | None, folder: Path
+    ) -> None:
+        self._folder = folder
+        size = topology.nodes * processes
+        port = store.getsockname()[1] if store is not None and not topology.port else topology.port
+        common = {
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": processes,
+            "GROUP_RANK": topology.node,
+            "MASTER_ADDR": topology.host,
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "PYTHONFAULTHANDLER": "1",
+            LAUNCHER: os.getpid(),
+            FOLDER: folder,
+            **_interface(topology),
+        }
+        self.first_rank = topology.node * processes
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._hung: dict[int, tuple[int, float]] = {}
+        self._ended_by_launcher: set[int] = set()
+        for local in range(processes):
+            own: dict[str, object] = {"RANK": self.first_rank + local, "LOCAL_RANK": local}
+            passed: tuple[int, ...] = ()
+            if store is not None and self.first_rank + local == 0 and size > 1:
+                passed = (store.fileno(),)
+                own[_STORE_SOCKET] = store.fileno()
+            self._running[self.first_rank + local] = subprocess.Popen(
+                [sys.executable, "-m", "distrain", *arguments],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **{name: str(value) for name, value in {**common, **own}.items()}},
+                pass_fds=passed,
+            )
+
+    def wait(self, signals: _Signals, grace: float) -> list[End]:
+        """Until all have ended; those that stay behind when others have failed, or after the grace, are killed."""
+        ends: list[End] = []
+        asked_at = left_at = None
+        while self._running:
+            while signals.pending:
+                number = signals.pending.pop(0)
+                asked_at = asked_at or time.monotonic()
+                self._send(self._running, number)
+            ends += self._collect()
+            if left_at is None and any(end.code for end in ends):
+                left_at = time.monotonic()
+            now = time.monotonic()
+            if asked_at is not None and now - asked_at > grace:
+                self._kill(self._running)
+            if left_at is not None:
+                saving = [rank for rank in self._running if self._place(rank).phase in ("save", "end")]
+                self._kill(
+                    rank
+                    for rank in list(self._running)
+                    if now - left_at > (max(grace, _LEAVE_SECONDS) if rank in saving else _LEAVE_SECONDS)
+                )
+            self._end_hung(now)
+            time.sleep(_TICK)
+        return ends
+
+    def _collect(self) -> list[End]:
+        found = []
+        for rank, process in list(self._running.items()):
+            code = process.poll()
+            if code is not None:
+                del self._running[rank]
+                by_launcher = rank in self._ended_by_launcher
+                failure = read_failure(self._folder, rank)
+                when = failure.time if failure is not None else time.time()
+                found.append(End(rank, code, failure, self._place(rank), when, by_launcher))
+        return found
+
+    def _end_hung(self, now: float) -> None:
+        """A process whose own watch cannot run (it never lets go of the interpreter) writes its stacks on SIGABRT."""
+        for rank in list(self._running):
+            place = self._place(rank)
+            beats, since = self._hung.get(rank, (-1, now))
+            if place.beats != beats or not place.limit:
+                self._hung[rank] = (place.beats, now)
+            elif now - since > place.limit + _HANG_SECONDS:
+                self._send([rank], signal.SIGABRT)
+                self._hung[rank] = (place.beats, now)
+
+    def _kill(self, ranks: Iterable[int]) -> None:
+        for rank in list(ranks):
+            if rank not in self._ended_by_launcher:
+                self._ended_by_launcher.add(rank)
+                self._send([rank], signal.SIGKILL)
+
+    def _send(self, ranks: Iterable[int], number: int) -> None:
+        for rank in list(ranks):
+            with contextlib.suppress(ProcessLookupError):
+                self._running[rank].send_signal(number)
+
+    def _place(self, rank: int) -> Place:
+        return read_place(self._folder, rank)
+
+
+class _Book:
+    """RUN/exit.json: how this life ended, and how many ended without progress before it."""
+
+    def __init__(self, run: Path, config: Config) -> None:
+        self._run, self._most = run, config.launch.max_lives_without_progress
+        self._resume = config.run.resume
+        self._before = self._read()
+        self._step = self._newest()
+        self._life = lives.newest_life(run)
+        if run.is_dir() and lives.owner(run) is None:
+            self._write({"code": None, "reason": "running", "step": self._step, "life": self._life + 1})
+
+    def can_go_on(self) -> bool:
+        """Whether the next life finds a verified checkpoint, or nothing at all."""
+        folder = self._run / "checkpoints"
+        untouched = not checkpoint.steps(folder)
+        return (untouched or self._newest() is not None) and not (self._resume == "never" and not untouched)
+
+    def close(self, outcome: Outcome) -> Outcome:
+        """Write down an outcome; too many lives without progress turn `run it again` into a fault."""
+        step = self._newest()
+        progress = (step or 0) > (self._step or 0)
+        idle = 0 if progress or outcome.code == EXIT_OK else self._before.get("lives_without_progress", 0) + 1
+        if outcome.code == EXIT_AGAIN and idle >= self._most:
+            reason = f"{idle} lives in a row without progress (launch.max_lives_without_progress); {outcome.reason}"
+            outcome = Outcome(EXIT_FAULT, reason, outcome.first)
+        if self._run.is_dir() or outcome.code == EXIT_AGAIN:
+            life = max(lives.newest_life(self._run), self._life + 1)
+            idle = idle if outcome.code == EXIT_AGAIN else 0  # after a fault, a person looks and starts anew
+            self._write(
+                {
+                    "code": outcome.code,
+                    "reason": outcome.reason,
+                    "step": step,
+                    "life": life,
+                    "lives_without_progress": idle,
+                }
+            )
+        return outcome
+
+    def _newest(self) -> int | None:
+        return checkpoint.newest_verified(self._run / "checkpoints")
+
+    def _read(self) -> dict[str, int]:
+        try:
+            found = json.loads((self._run / EXIT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _write(self, content: dict[str, object]) -> None:
+        kept = {"lives_without_progress": self._before.get("lives_without_progress", 0)}
+        try:
+            self._run.mkdir(parents=True, exist_ok=True)
+            files.replace(self._run / EXIT_FILE, json.dumps({**kept, **content}, indent=1) + "\n")
+        except OSError as error:
+            print(f"warning: {self._run / EXIT_FILE}: cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def default_processes() -> int:
+    """One for each GPU of this node; one where there is none."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return 1
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return max(1, int(found)) if found.isdigit() else 1
+
+
+def slurm_hostnames(nodes: str) -> list[str]:
+    """The names that a SLURM node list stands for.
+
+    Raises:
+        ConfigError: `scontrol` is not there, or does not know.
+    """
+    scontrol = shutil.which("scontrol")
+    if scontrol is None:
+        raise ConfigError("scontrol is not in the PATH of this job: give --host, the first node's name")
+    done = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.split():
+        raise ConfigError(f"scontrol show hostnames {nodes}: {done.stderr.strip()}")
+    return done.stdout.split()
+
+
+@contextlib.contextmanager
+def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
+    """On the first node, the socket at which rank 0 will serve the store: the port cannot be taken in between."""
+    if topology.node:
+        yield None
+        return
+    try:
+        address = (LOCAL, 0) if topology.nodes == 1 else ("", topology.port)
+        listening = socket.create_server(address, backlog=4096)
+    except OSError as error:
+        raise ConfigError(f"port {topology.port} cannot be had: {error.strerror}; give another --port") from error
+    with listening:
+        yield listening
+
+
+def _wait_for_name(host: str, seconds: float, signals: _Signals) -> None:
+    """Until the first node's name is known: pods start in any order.
+
+    Raises:
+        PeerLostError: not within `seconds`, or asked to stop.
+    """
+    start = told = time.monotonic()
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            now = time.monotonic()
+            if now - start > seconds or signals.first:
+                why = f"stopped by {signals.first}" if signals.first else f"waited {seconds:g} s"
+                raise PeerLostError(
+                    f"the first node's name, {host}, cannot be found ({error.strerror}; {why}): has its pod or node"
+                    " started, and does its headless Service publish addresses that are not ready?"
+                ) from error
+            if now - told > 15:
+                told = now
+                print(f"distrain: waiting for the name {host}: {error.strerror}", file=sys.stderr, flush=True)
+            time.sleep(0.5)
+
+
+def _interface(topology: Topology) -> dict[str, str]:
+    """The network interface towards the first node, for gloo: it would take whatever the host's own name stands for."""
+    if topology.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return {}
+    own = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries if name != "lo"}
+    for family, _, _, _, address in socket.getaddrinfo(topology.host, topology.port, type=socket.SOCK_DGRAM):
+        if address[0] in own:  # this is the first node
+            return {"GLOO_SOCKET_IFNAME": own[str(address[0])]}
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:
+            asking.connect(address)
+            local = asking.getsockname()[0]
+            if local in own:
+                return {"GLOO_SOCKET_IFNAME": own[local]}
+    return {}
+
+
+def describe(topology: Topology, processes: int) -> str:
+    """What is about to start, in one line."""
+    where = f", meeting at {topology.host}:{topology.port}" if topology.nodes > 1 else ""
+    return f"distrain: node {topology.node} of {topology.nodes} ({topology.source}), {processes} processes here{where}"

@@ -1,0 +1,69 @@
+"""Stop requests: signals are noted, and acted upon where all processes can leave together.
+
+Imports nothing that takes time: handlers are there before torch is imported, so a job that is preempted while it
+starts is not killed by a signal's default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+LAUNCHER = "DISTRAIN_LAUNCHER"
+"""Environment variable: number of the launcher's process."""
+
+_PR_SET_PDEATHSIG = 1
+_requested: list[str] = []
+
+
+def install() -> None:
+    """Note stop requests from here on. Threads other than the main one cannot, and leave things as they are."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, _note)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """As `install`, within the block; requests from before it count unless the handlers were other ones."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOP}
+    if before[signal.SIGTERM] is not _note:
+        _requested.clear()
+    install()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this process when its launcher ends, by whatever means: an orphan would train on, beside the
+    next life of the same run. Counts for `distrain launch` and torchrun.
+    """
+    launcher = os.environ.get(LAUNCHER)
+    if sys.platform != "linux" or not (launcher or "TORCHELASTIC_RUN_ID" in os.environ):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if launcher and os.getppid() != int(launcher):  # it ended before the kernel was told
+        os._exit(1)
+
+
+def requested() -> str | None:
+    """The first stop request's name (`SIGTERM` …); None where there was none."""
+    return _requested[0] if _requested else None
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _requested.append(signal.Signals(number).name)
