@@ -30,7 +30,7 @@ train: $(VENV)/installed ## Train on the embedded data set, on all local GPUs or
 test: test-fast test-ranks ## All tests
 
 test-fast: $(VENV)/installed-dev ## The tests that need one process
-	$(BIN)/pytest -m "not ranks" --durations=5
+	$(BIN)/pytest -m "not ranks and not faults" --durations=5
 
 test-ranks: $(VENV)/installed-dev ## The tests that start several processes
 	$(BIN)/pytest -m ranks --durations=5

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from distrain import __version__, config, report
+from distrain import __version__, config, report, signals
 from distrain.errors import (
     EXIT_AGAIN,
     EXIT_FAULT,
@@ -69,7 +69,11 @@ def _end(kind: report.Kind, code: int, message: str, error: Exception) -> int:
     if not report.fail(kind, code, message.removeprefix("error: ")):
         if int(os.environ.get("LOCAL_RANK", "0")) > 0 and not isinstance(error, ShardError):
             # torchrun ends the others when one process ends: the first one's message comes out once, whole.
-            time.sleep(_AFTER_FIRST_SECONDS)
+            until = time.monotonic() + _AFTER_FIRST_SECONDS
+            while time.monotonic() < until:
+                if signals.requested():
+                    return _leave(code)
+                time.sleep(0.05)
         print(f"distrain: {message}", file=sys.stderr, flush=True)
     return _leave(code)
 

@@ -173,7 +173,9 @@ class Checkpoint(Section):
 class Timeouts(Section):
     """Longest time without progress; then all stacks are written to RUN/stacks/ and the run ends with 75."""
 
-    start_seconds: Whole = _key(1800, "until all processes have met, and from there until the first step is done", ge=1)
+    start_seconds: Whole = _key(
+        1800, "until all processes have met; then until training begins; then a life's first step", ge=1
+    )
     step_seconds: Whole = _key(600, "a step, with the wait for its data", ge=1)
     eval_seconds: Whole = _key(600, "a batch of an evaluation, with the wait for its data", ge=1)
     save_seconds: Whole = _key(1800, "a checkpoint", ge=1)

@@ -134,6 +134,7 @@ def watch(config: Config) -> Watch:
     return Watch(
         {
             "start": limits.start_seconds,
+            "first step": limits.start_seconds,
             "train": limits.step_seconds,
             "evaluate": limits.eval_seconds,
             "save": limits.save_seconds,

@@ -19,7 +19,7 @@ from typing import Literal
 FOLDER = "DISTRAIN_REPORTS"
 """Environment variable: the launcher's folder for reports."""
 
-PHASES = ("start", "train", "evaluate", "save", "end")
+PHASES = ("start", "first step", "train", "evaluate", "save", "end")
 _PLACE = struct.Struct("<qqqd")
 
 Kind = Literal["fault", "user", "again", "busy", "peer", "save"]

@@ -93,6 +93,8 @@ def fit(job: Job, logs: Logs) -> None:
         pin=job.runtime.device.type == "cuda",
     )
     first = state.step
+    job.runtime.watch.enter("first step")
+    job.runtime.watch.step(first)
     job.next_poll, job.polled = first, time.monotonic()
     job.saved_at = job.clock = time.monotonic()
     with closing(batches):

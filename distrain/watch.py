@@ -165,7 +165,7 @@ class Watch:
 def behind(found: Mapping[int, Mapping[str, Any]], rank: int, size: int) -> str:
     """A sentence on who keeps the others waiting, from what each said of itself."""
     if not found:
-        return "the others cannot be asked: the process or the link of rank 0 is lost"
+        return "rank 0, which all ask, does not answer (stopped, ended, or its node or link is lost)"
     silent = [other for other in range(size) if other not in found]
     if silent:
         names = ", ".join(str(other) for other in silent[:8]) + (" …" if len(silent) > 8 else "")

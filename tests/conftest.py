@@ -7,24 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from datasets import make
 from group import Group
 
 from distrain.manifest import Dataset
-from distrain.prepare import Options, prepare
-from distrain.sources.synthetic import Synthetic
 
 CIFAR10 = Path(os.environ.get("DISTRAIN_CIFAR10_JPEG", Path(__file__).parent.parent.parent / "shared" / "data"))
 """Folder with cifar10-train.tar.gz and cifar10-test.tar.gz, JPEG files in class folders."""
-
-
-def make(out: Path, samples: int, test_samples: int = 100, image_size: int = 16, **options: object) -> Dataset:
-    """A synthetic data set."""
-    asked = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": 10}
-    dataset, made = prepare(
-        out, "synthetic", asked, lambda _: Synthetic(samples, test_samples, image_size, 10, 0), Options(**options)
-    )
-    assert made
-    return dataset
 
 
 @pytest.fixture(scope="session")

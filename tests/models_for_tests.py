@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import time
 from math import prod
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class ThreeClasses(nn.Sequential):
@@ -37,3 +42,31 @@ class Picky(nn.Sequential):
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(nn.Flatten(), nn.Linear(7, num_classes))
+
+
+class Faulty(nn.Sequential):
+    """Does in its n-th pass of this process what FAULT=KIND:RANK:N asks for; without it, a small honest net."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(prod(image_shape), num_classes))
+        # A checkpoint that takes a while to write, and does not change what is trained.
+        self.register_buffer("ballast", torch.zeros(1_000_000))
+        kind, rank, number = os.environ.get("FAULT", "none:0:0").split(":")
+        self.kind = kind if os.environ.get("RANK", "0") == rank else "none"
+        self.number, self.passes = int(number), 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        if self.passes == self.number:
+            if self.kind == "raise":
+                raise RuntimeError("a fault of the model")
+            if self.kind == "hang":
+                time.sleep(1000)
+            if self.kind == "hold":  # never lets go of the interpreter: no other thread of the process runs
+                ctypes.PyDLL(None).sleep(1000)
+            if self.kind == "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+        if self.kind == "slow" and self.passes >= self.number:
+            time.sleep(0.2)
+        logits: Tensor = super().forward(images)
+        return logits

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make
+from datasets import make
 from group import Group, GroupError, wait_for
 from safetensors.torch import load_file
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make
+from datasets import make
 from safetensors.torch import load_file
 
 import distrain

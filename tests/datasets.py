@@ -1,0 +1,19 @@
+"""Data sets for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distrain.manifest import Dataset
+from distrain.prepare import Options, prepare
+from distrain.sources.synthetic import Synthetic
+
+
+def make(out: Path, samples: int, test_samples: int = 100, image_size: int = 16, **options: object) -> Dataset:
+    """A synthetic data set."""
+    asked = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": 10}
+    dataset, made = prepare(
+        out, "synthetic", asked, lambda _: Synthetic(samples, test_samples, image_size, 10, 0), Options(**options)
+    )
+    assert made
+    return dataset

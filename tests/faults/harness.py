@@ -1,0 +1,226 @@
+"""A real job under `distrain launch`, watched from outside: wait for an event, do harm, see how it ends.
+
+Events are read from the processes' own beacons (`distrain.report`), so nothing sleeps and hopes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from distrain.report import Place, read_place
+
+REPO = Path(__file__).parent.parent.parent
+SECONDS = 120
+"""Longest wait for anything."""
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
+    """Wait until a condition holds, looking a thousand times a second; its value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.001)
+    return value
+
+
+def arguments(tree: dict[str, dict[str, Any]]) -> list[str]:
+    """Nested keys as overrides."""
+    flat = {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
+    return [f"{name}={'null' if value is None else value}" for name, value in flat.items()]
+
+
+def small_run(data: Path, run: Path, /, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A run of 60 steps with checkpoints, evaluations and log lines that do not fall together."""
+    tree: dict[str, dict[str, Any]] = {
+        "data": {"dir": str(data), "audit": "true"},
+        "run": {"dir": str(run), "seed": 7},
+        "model": {"name": "models_for_tests:Faulty"},
+        "train": {"max_steps": 60, "global_batch_size": 16, "lr": 0.05},
+        "eval": {"every_steps": 7},
+        "checkpoint": {"every_steps": 10, "keep": 3},
+        "log": {"every_steps": 4},
+        "timeouts": {"start_seconds": 100, "step_seconds": 60, "eval_seconds": 60, "save_seconds": 60},
+    }
+    for section, values in sections.items():
+        tree.setdefault(section, {}).update(values)
+    return tree
+
+
+class Job:
+    """`distrain launch` and its processes."""
+
+    def __init__(
+        self,
+        tree: dict[str, dict[str, Any]],
+        folder: Path,
+        processes: int = 2,
+        options: Sequence[str] = (),
+        environ: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        self.run = Path(tree["run"]["dir"])
+        self.size = processes
+        self._folder = folder / f"launch-{time.monotonic_ns()}"
+        self._folder.mkdir(parents=True)
+        self.log = self._folder / "log"
+        with self.log.open("wb") as log:
+            self.launcher = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "distrain", "launch", "--nproc", str(processes), *options,
+                 "--", "train", *arguments(tree)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+                env={**clean_environ(), "TMPDIR": str(self._folder), **(environ or {})},
+                start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        """What it printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def workers(self) -> list[psutil.Process]:
+        """Its processes, by rank; fewer while they start or when some have ended."""
+        found = {}
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(self.launcher.pid).children():
+                with contextlib.suppress(psutil.Error, KeyError):
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        found[int(process.environ()["RANK"])] = process
+        return [found[rank] for rank in sorted(found)]
+
+    def place(self, rank: int = 0) -> Place:
+        """Where a rank is."""
+        folder = next(self._folder.glob("distrain-launch-*"), None)
+        return read_place(folder, rank) if folder is not None else Place(step=-1)
+
+    def wait_for(self, phase: str, step: int = 0, rank: int = 0) -> Place:
+        """Until a rank is in a phase, at a step or later."""
+
+        def there() -> Place | None:
+            assert self.launcher.poll() is None, f"it ended before {phase}, step {step}:\n{self.output}"
+            place = self.place(rank)
+            return place if place.phase == phase and place.step >= step else None
+
+        place: Place = until(there, f"{phase}, step {step}")
+        return place
+
+    def signal(self, *targets: str, number: int = signal.SIGTERM) -> None:
+        """Send a signal to `launcher`, `group` (its process group), `rank0`, `rank1` …, `workers`, `everything`."""
+        workers = self.workers() if set(targets) - {"launcher", "group"} else []
+        for target in targets:
+            if target == "group":
+                os.killpg(self.launcher.pid, number)
+            processes = workers if target in ("workers", "everything") else []
+            if target.startswith("rank"):
+                processes = [workers[int(target.removeprefix("rank"))]]
+            if target in ("launcher", "everything"):
+                self.launcher.send_signal(number)
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+
+    def wait(self, seconds: float = SECONDS) -> int:
+        """Its exit code; nobody is left behind."""
+        code = self.launcher.wait(seconds)
+        self.all_gone(10)
+        return code
+
+    def all_gone(self, seconds: float) -> None:
+        """Until no process of the launcher's session is left."""
+        until(lambda: not session(self.launcher.pid), f"processes left: {session(self.launcher.pid)}", seconds)
+
+    def close(self) -> None:
+        """End whatever is left, and remove what it left in its folder."""
+        for process in session(self.launcher.pid):
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.launcher.wait(10)
+        for leftover in self._folder.glob("distrain-launch-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if failure[0] is not None:
+            print(self.output[-6000:])
+        self.close()
+
+
+def clean_environ() -> dict[str, str]:
+    """The environment for a job: one thread a process, this repository's code and models."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "SLURM_"))}
+    paths = [str(REPO), str(REPO / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)}
+
+
+def session(leader: int) -> list[psutil.Process]:
+    """Running processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is compared: the last weights, the ids of every step, the metrics but for times."""
+
+    weights: dict[str, torch.Tensor]
+    ids: dict[int, list[int]]
+    metrics: list[dict[str, Any]]
+
+    def same_as(self, other: Trained) -> None:
+        """Every bit, every id, every line."""
+        assert self.ids == other.ids
+        assert self.metrics == other.metrics
+        assert self.weights.keys() == other.weights.keys()
+        for name, value in self.weights.items():
+            assert torch.equal(value, other.weights[name]), name
+
+
+def trained(run: Path) -> Trained:
+    """What a finished run trained."""
+    assert (run / "result.json").exists()
+    newest = max((run / "checkpoints").glob("step-*"))
+    steps: dict[int, list[int]] = {}
+    for path in sorted((run / "audit").glob("rank-*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len({line["step"] for line in lines}) == len(lines), f"{path}: a step twice"
+        for line in lines:
+            steps.setdefault(line["step"], []).extend(line["ids"])
+    timed = ("seconds", "train/images_per_second")
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return Trained(
+        load_file(newest / "model.safetensors"),
+        {step: sorted(ids) for step, ids in sorted(steps.items())},
+        [{key: value for key, value in line.items() if key not in timed} for line in metrics],
+    )
+
+
+def exit_file(run: Path) -> dict[str, Any]:
+    """RUN/exit.json."""
+    found: dict[str, Any] = json.loads((run / "exit.json").read_text())
+    return found
+
+
+def newest_step(run: Path) -> int:
+    """Steps of the newest checkpoint."""
+    return max((int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")), default=0)

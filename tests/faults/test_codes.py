@@ -1,0 +1,75 @@
+"""What the scheduler is told: 0, 75, 78 or 1, and which process failed first."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Job, exit_file, small_run
+
+pytestmark = pytest.mark.faults
+
+
+def test_a_fault_of_the_program_is_shown_once_with_its_traceback(data: Path, tmp_path: Path) -> None:
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "raise:1:30"}) as job:
+        assert job.wait() == 1, job.output
+    assert exit_file(job.run)["code"] == 1
+    assert "rank 1 failed first" in job.output
+    assert job.output.count("Traceback") == 1
+    assert "RuntimeError: a fault of the model" in job.output
+    assert "phase  train, step" in job.output
+    assert "gloo" not in job.output  # rank 0 failed too, as it lost rank 1
+
+
+def test_a_crash_is_a_fault(data: Path, tmp_path: Path) -> None:
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "crash:1:30"}) as job:
+        assert job.wait() == 1, job.output
+    assert "rank 1 was ended by SIGSEGV" in exit_file(job.run)["reason"]
+
+
+def test_a_wrong_configuration_starts_nothing(data: Path, tmp_path: Path) -> None:
+    with Job(small_run(data, tmp_path / "run", train={"lrr": 1}), tmp_path) as job:
+        assert job.wait(30) == 78, job.output
+    assert "train.lrr: unknown key" in job.output
+    assert not job.run.exists()
+
+
+def test_data_that_is_not_there(tmp_path: Path) -> None:
+    with Job(small_run(tmp_path / "nothing", tmp_path / "run"), tmp_path) as job:
+        assert job.wait(60) == 78, job.output
+    assert job.output.count("make one with `distrain prepare`") == 1
+    assert not job.run.exists()
+
+
+def test_lives_without_progress_are_bounded(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
+    expected = undisturbed()
+    tree = small_run(data, tmp_path / "run", launch={"max_lives_without_progress": 3})
+    codes = []
+    for _ in range(4):
+        with Job(tree, tmp_path) as job:
+            job.wait_for("first step")
+            job.signal("rank1", number=signal.SIGKILL)
+            codes.append(job.wait())
+    assert codes == [75, 75, 1, 75]  # after the 1 a person has looked: counted anew
+    assert exit_file(job.run)["lives_without_progress"] == 1
+    finish(job.run).same_as(expected)
+    assert exit_file(job.run)["lives_without_progress"] == 0
+
+
+def test_any_number_of_processes_goes_on(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+    from harness import trained
+
+    exact = {"train": {"precision": "fp64"}}
+    expected = undisturbed(1, **exact)
+    for size, step in ((1, 9), (2, 21), (3, 33), (1, 45), (4, 60)):
+        with Job(small_run(data, tmp_path / "run", **exact), tmp_path, size) as job:
+            if step < 60:
+                job.wait_for("train", step)
+                job.signal("launcher")
+            assert job.wait() == (0 if step == 60 else 75), job.output
+    found = trained(job.run)
+    assert found.ids == expected.ids
+    for name, value in found.weights.items():
+        assert float((value - expected.weights[name]).abs().max()) < 1e-10

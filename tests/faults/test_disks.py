@@ -1,0 +1,137 @@
+"""Checkpoints that were damaged, and disks that are full or cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Job, exit_file, newest_step, small_run, trained, until
+
+pytestmark = pytest.mark.faults
+
+
+def truncate(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "model.safetensors", 1000)
+
+
+def flip(checkpoint: Path) -> None:
+    with (checkpoint / "optimizer.safetensors").open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 4]))
+
+
+def halve(checkpoint: Path) -> None:
+    """As a file system that lost the newest writes leaves it."""
+    (checkpoint / "digests.json").unlink()
+    (checkpoint / "optimizer.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, pytest.param(flip, marks=pytest.mark.short), halve])
+def test_a_damaged_checkpoint(damage: Callable[[Path], None], data: Path, tmp_path: Path, undisturbed: Any) -> None:
+    expected = undisturbed()
+    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+        job.wait_for("train", 33)
+        job.signal("launcher")
+        assert job.wait() == 75, job.output
+    newest = newest_step(job.run)
+    damage(job.run / f"checkpoints/step-{newest:08d}")
+    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    assert f"skipped {job.run}/checkpoints/step-{newest:08d}" in job.output
+    assert "going on from step-00000030" in job.output
+    trained(job.run).same_as(expected)
+
+
+def test_nothing_but_damaged_checkpoints(data: Path, tmp_path: Path) -> None:
+    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+        job.wait_for("train", 23)
+        job.signal("launcher")
+        assert job.wait() == 75, job.output
+    for checkpoint in (job.run / "checkpoints").iterdir():
+        truncate(checkpoint)
+    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+        assert job.wait() == 78, job.output
+    assert "no readable checkpoint" in exit_file(job.run)["reason"]
+
+
+def test_what_a_save_that_was_cut_short_left_is_swept(data: Path, tmp_path: Path, finish: Any) -> None:
+    leftover = tmp_path / "run/checkpoints/.partial-step-00000010"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    finish(tmp_path / "run")
+    assert not leftover.exists()
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all the space that is left."""
+    filler = disk / "filler"
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(65536))
+            file.flush()
+    return filler
+
+
+@pytest.mark.short
+def test_no_space_for_a_while(data: Path, tmp_path: Path, tmpfs: Path, undisturbed: Any) -> None:
+    slow = {"environ": {"FAULT": "slow:0:24"}}  # so that there is time to fill and to clear the disk
+    expected = undisturbed()
+    with Job(small_run(data, tmpfs / "run"), tmp_path, **slow) as job:  # type: ignore[arg-type]
+        until(lambda: newest_step(job.run) == 20, "step 20")
+        filler = fill(tmpfs)
+        until(lambda: "no checkpoint could be saved" in job.output, "a failed save")
+        assert newest_step(job.run) == 20  # nothing verified was given up for it
+        filler.unlink()
+        assert job.wait() == 0, job.output
+    assert "No space left on device; training goes on" in job.output
+    trained(job.run).same_as(expected)
+
+
+def test_no_space_to_the_end(data: Path, tmp_path: Path, tmpfs: Path, undisturbed: Any) -> None:
+    expected = undisturbed()
+    slow = {"FAULT": "slow:0:24"}
+    with Job(small_run(data, tmpfs / "run"), tmp_path, environ=slow) as job:
+        until(lambda: newest_step(job.run) == 20, "step 20")
+        filler = fill(tmpfs)
+        assert job.wait() == 1, job.output
+    assert "could not be saved" in job.output
+    filler.unlink()
+    with Job(small_run(data, tmpfs / "run"), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    trained(job.run).same_as(expected)
+
+
+def test_a_checkpoint_folder_that_cannot_be_written(data: Path, tmp_path: Path, tmpfs: Path, undisturbed: Any) -> None:
+    expected = undisturbed()
+    run = tmpfs / "run"
+    with Job(small_run(data, run), tmp_path, environ={"FAULT": "slow:0:24"}) as job:
+        until(lambda: newest_step(job.run) == 20, "step 20")
+        (run / "checkpoints").rename(run / "elsewhere")
+        (run / "checkpoints").write_text("not a folder: as good as no permission")
+        assert job.wait() == 1, job.output
+        assert "no checkpoint could be saved" in job.output
+    (run / "checkpoints").unlink()
+    shutil.move(run / "elsewhere", run / "checkpoints")
+    with Job(small_run(data, run), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    trained(run).same_as(expected)

@@ -1,0 +1,128 @@
+"""Processes that stop, hang or never come: told with stacks, the one behind is named, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Job, exit_file, small_run
+
+from distrain import manifest
+
+pytestmark = pytest.mark.faults
+QUICK = {"start_seconds": 60, "step_seconds": 4, "eval_seconds": 4, "save_seconds": 4}
+
+
+def ended_in_time(job: Job) -> str:
+    """It fails within a minute and says why."""
+    start = time.monotonic()
+    assert job.wait(75) == 75, job.output
+    assert time.monotonic() - start < 60 + QUICK["step_seconds"]
+    told = exit_file(job.run)["reason"]
+    assert told in job.output
+    return str(told)
+
+
+def stacks(run: Path) -> dict[int, str]:
+    """What each rank wrote of its threads."""
+    found = sorted((run / "stacks").glob("*-rank-*.txt"))
+    return {int(path.stem.rpartition("-")[2]): path.read_text() for path in found}
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "target"),
+    [pytest.param("train", 23, "rank1", marks=pytest.mark.short), ("evaluate", 14, "rank1"), ("save", 20, "rank0")],
+)
+def test_a_stopped_rank(
+    phase: str, step: int, target: str, data: Path, tmp_path: Path, undisturbed: Any, finish: Any
+) -> None:
+    expected = undisturbed()
+    with Job(small_run(data, tmp_path / "run", timeouts=QUICK), tmp_path) as job:
+        job.wait_for(phase, step)
+        job.signal(target, number=signal.SIGSTOP)
+        assert f"{target.replace('rank', 'rank ')}" in (told := ended_in_time(job))
+        assert "does not answer" in told
+        other = 0 if target == "rank1" else 1
+        assert list(stacks(job.run)) == [other]
+        assert "distrain" in stacks(job.run)[other]
+    finish(job.run).same_as(expected)
+
+
+def test_a_rank_that_hangs_in_its_own_code(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
+    expected = undisturbed()
+    with Job(small_run(data, tmp_path / "run", timeouts=QUICK), tmp_path, environ={"FAULT": "hang:1:30"}) as job:
+        told = ended_in_time(job)
+        assert "rank 1 (host" in told
+        assert "is behind" in told
+        assert set(stacks(job.run)) == {0, 1}
+        assert "models_for_tests.py" in stacks(job.run)[1]
+    finish(job.run).same_as(expected)
+
+
+def test_a_process_that_never_lets_go_of_the_interpreter(data: Path, tmp_path: Path) -> None:
+    with Job(small_run(data, tmp_path / "run", timeouts=QUICK), tmp_path, 1, environ={"FAULT": "hold:0:30"}) as job:
+        assert job.wait(75) == 1, job.output
+        assert "SIGABRT" in exit_file(job.run)["reason"]
+        assert "models_for_tests.py" in job.output  # its stacks, written without the interpreter's help
+
+
+def test_a_shard_that_never_arrives(data: Path, tmp_path: Path, copied: Any) -> None:
+    dataset = copied(data)
+    victim = dataset / manifest.read(dataset).split("train").shards[1].name
+    with Job(small_run(dataset, tmp_path / "run", timeouts=QUICK), tmp_path) as job:
+        job.wait_for("train", 1)
+        victim.unlink()
+        os.mkfifo(victim)  # opening it waits for a writer that never comes
+        told = ended_in_time(job)
+    assert "waits for its data" in told
+
+
+def test_a_node_that_never_comes(data: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ["--nodes", "2", "--node", "0", "--host", "localhost", "--port", str(port)]
+    tree = small_run(data, tmp_path / "run", timeouts={**QUICK, "start_seconds": 12})
+    with Job(tree, tmp_path, options=options) as job:
+        assert job.wait(60) == 75, job.output
+        assert "4 processes were asked for; rank 2, 3 did not come" in exit_file(job.run)["reason"]
+
+
+def test_a_name_that_nobody_knows(data: Path, tmp_path: Path) -> None:
+    options = ["--nodes", "2", "--node", "1", "--host", "no-such-host.invalid", "--port", "29400"]
+    tree = small_run(data, tmp_path / "run", timeouts={**QUICK, "start_seconds": 3})
+    with Job(tree, tmp_path, options=options) as job:
+        assert job.wait(30) == 75, job.output
+        assert "no-such-host.invalid, cannot be found" in job.output
+
+
+def test_nodes_that_expect_different_numbers(data: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    tree = small_run(data, tmp_path / "run")
+    shared = ["--nodes", "2", "--host", "localhost", "--port", port]
+    with (
+        Job(tree, tmp_path, 1, options=[*shared, "--node", "0"]) as first,
+        Job(tree, tmp_path, 2, options=[*shared, "--node", "1"]) as second,
+    ):
+        codes = {first.wait(60), second.wait(60)}
+        assert 78 in codes, first.output + second.output
+        assert "give every node the same number" in first.output + second.output
+
+
+def test_a_process_that_does_not_leave_in_time_is_ended(
+    data: Path, tmp_path: Path, undisturbed: Any, finish: Any
+) -> None:
+    expected = undisturbed()
+    tree = small_run(data, tmp_path / "run")
+    with Job(tree, tmp_path, options=["--grace", "3"], environ={"FAULT": "hang:0:45"}) as job:
+        job.wait_for("train", 42)
+        job.signal("launcher", number=signal.SIGUSR1)
+        start = time.monotonic()
+        assert job.wait(30) == 75, job.output
+        assert time.monotonic() - start < 15
+    finish(job.run).same_as(expected)

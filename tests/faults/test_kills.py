@@ -1,0 +1,98 @@
+"""SIGKILL, at any time, to any of a job's processes: the next life ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import make
+from harness import Job, Trained, exit_file, newest_step, small_run, trained
+
+pytestmark = pytest.mark.faults
+TARGETS = ("rank1", "workers", "launcher", "everything", "rank0")
+EVENTS = ("train", "save", "evaluate", "first step")
+KILLS = 100
+
+
+@pytest.mark.parametrize("target", ["rank0", pytest.param("rank1", marks=pytest.mark.short)])
+def test_a_killed_worker(target: str, data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
+    expected: Trained = undisturbed()
+    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+        job.wait_for("train", 23)
+        job.signal(target, number=signal.SIGKILL)
+        assert job.wait(30) == 75, job.output
+        assert f"{target.replace('rank', 'rank ')} was ended by SIGKILL" in exit_file(job.run)["reason"]
+        assert "Traceback" not in job.output  # of the others, which only lost a peer
+    finish(job.run).same_as(expected)
+
+
+@pytest.mark.short
+def test_a_killed_launcher_takes_its_workers_with_it(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
+    expected: Trained = undisturbed()
+    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+        job.wait_for("train", 23)
+        job.signal("launcher", number=signal.SIGKILL)
+        job.all_gone(5)
+    finish(job.run).same_as(expected)
+
+
+@pytest.mark.timeout(3600)
+def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
+    """Kept in .faults/kills, so that it goes on where it was interrupted."""
+    folder = Path(os.environ.get("DISTRAIN_FAULTS", tmp_path)) / "kills"
+    diary = folder / "diary.json"
+    if not diary.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        make(folder / "data", 403, 100, image_size=8, shards=12, lanes=6)
+        diary.write_text("[]")
+    kills: list[list[str]] = json.loads(diary.read_text())
+    changes: dict[str, Any] = {
+        "train": {"max_steps": 900}, "checkpoint": {"every_steps": 3, "keep": 2}, "eval": {"every_steps": 4},
+    }  # fmt: skip
+    draw = random.Random(len(kills))
+    while len(kills) < KILLS:
+        target = TARGETS[len(kills) % len(TARGETS)]
+        event = draw.choice(EVENTS)
+        kills.append([target, *kill_once(folder, changes, target, event, draw)])
+        diary.write_text(json.dumps(kills))
+    for run in ("killed", "whole"):
+        with Job(small_run(folder / "data", folder / run, **changes), folder) as job:
+            assert job.wait(600) == 0, job.output
+    print("\nkills by phase that was hit:", dict(Counter(phase for _, phase, _ in kills)))
+    print("kills by target:", dict(Counter(target for target, _, _ in kills)))
+    trained(folder / "killed").same_as(trained(folder / "whole"))
+    ids = trained(folder / "killed").ids
+    for epoch in range(900 // 25):  # every sample of every epoch exactly once, but for those dropped
+        seen = [i for step in range(epoch * 25, (epoch + 1) * 25) for i in ids[step]]
+        assert len(seen) == len(set(seen)) == 400
+    shutil.rmtree(folder)
+
+
+def kill_once(folder: Path, changes: dict[str, Any], target: str, event: str, draw: random.Random) -> tuple[str, str]:
+    """One life: at least one new step, then a kill at an event; the phase that was hit, and the step."""
+    run = folder / "killed"
+    before = newest_step(run)
+    with Job(small_run(folder / "data", run, **changes), folder) as job:
+        if event == "first step":  # of a life; the new step was another life's
+            job.wait_for("first step", before)
+        else:
+            job.wait_for("train", before + draw.randint(1, 8))
+            if event != "train":
+                job.wait_for(event)
+        hit = job.place()
+        job.signal(target, number=signal.SIGKILL)
+        if target == "launcher":
+            job.all_gone(5)
+        elif target == "everything":
+            job.all_gone(10)
+        else:
+            assert job.wait(60) == 75, job.output
+    return hit.phase, str(hit.step)

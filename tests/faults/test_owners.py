@@ -1,0 +1,62 @@
+"""One writer: a second job on the same run waits, refuses, or takes over from one that is gone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Job, small_run, trained, until
+
+from distrain import lives
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.mark.short
+def test_a_second_job_refuses_naming_the_owner(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+    expected = undisturbed()
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "slow:0:1"}) as first:
+        first.wait_for("train", 3)
+        owner = first.workers()[0].pid
+        with Job(small_run(data, tmp_path / "run", run={"wait_seconds": 1}), tmp_path) as second:
+            assert second.wait(60) == 75, second.output
+        assert f"another job is writing here: life 1, host {lives.history(first.run)[0]['host']}" in second.output
+        assert f"process {owner}" in second.output
+        assert first.wait() == 0, first.output
+    assert lives.newest_life(first.run) == 1
+    assert json.loads((first.run / "exit.json").read_text())["code"] == 0  # the second one's 75 is not in it
+    trained(first.run).same_as(expected)
+
+
+def test_a_second_job_waits_for_the_first_to_leave(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+    expected = undisturbed()
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "slow:0:1"}) as first:
+        first.wait_for("train", 3)
+        with Job(small_run(data, tmp_path / "run"), tmp_path) as second:
+            until(lambda: "waiting for another job to leave" in second.output, "it waits")
+            first.signal("launcher")
+            assert first.wait() == 75, first.output
+            assert second.wait() == 0, second.output
+            assert "going on from step" in second.output
+    trained(first.run).same_as(expected)
+
+
+def test_an_owner_that_was_frozen_loses_the_run_and_leaves(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+    expected = undisturbed()
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "slow:0:25"}) as first:
+        first.wait_for("train", 23)
+        first.signal("everything", number=signal.SIGSTOP)
+        with Job(small_run(data, tmp_path / "run", run={"wait_seconds": 90}), tmp_path) as second:
+            assert second.wait(120) == 0, second.output
+        result = (first.run / "result.json").read_bytes()
+        first.signal("everything", number=signal.SIGCONT)
+        start = time.monotonic()
+        assert first.wait(60) == 75, first.output
+        assert time.monotonic() - start < 30
+        assert "taken over by another job" in first.output
+    assert (first.run / "result.json").read_bytes() == result
+    trained(first.run).same_as(expected)
