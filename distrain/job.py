@@ -424,9 +424,9 @@ def save(job: Job, logs: Logs, why: str) -> None:
         return
     rt = job.runtime
     with rt.watch.phase("save"):
-        problem = _try(logs.sync)
+        problem = attempt(logs.sync)
         if not any(rt.agree(problem is not None).flags) and rt.is_main:
-            problem = _try(lambda: _write(job, logs, why))
+            problem = attempt(lambda: _write(job, logs, why))
         problems = [line for line in rt.from_all(problem) if line]
     job.save_problem = problems[0] if problems else None
     if not problems:
@@ -437,7 +437,7 @@ def save(job: Job, logs: Logs, why: str) -> None:
     job.next_poll = job.state.step
 
 
-def _try(action: Callable[[], None]) -> str | None:
+def attempt(action: Callable[[], None]) -> str | None:
     """What an action that writes failed with."""
     try:
         action()

@@ -31,6 +31,9 @@ from distrain.shards import Block
 
 T = TypeVar("T")
 
+_CLOSE_SECONDS = 5.0
+"""A process that was asked to stop does not wait for a file system or a server that does not answer."""
+
 
 class Batch(NamedTuple):
     """A rank's share of a step: images uint8 [n, H, W, C], labels int64 [n], ids int64 [n] as read beside the
@@ -289,10 +292,10 @@ class Background(Generic[T]):
             return self._made.popleft()
 
     def close(self) -> None:
-        """End the thread, after the item that it is at."""
+        """End the thread, after the item that it is at; one that is stuck in it is left behind."""
         self._closed.set()
         self._permits.release()
-        self._thread.join(timeout=60)
+        self._thread.join(_CLOSE_SECONDS)
 
     def _work(self) -> None:
         try:

@@ -21,7 +21,7 @@ from distrain import job as jobs
 from distrain.config import Config, from_tree, load
 from distrain.errors import DataError, DivergedError, SaveError, Stopped
 from distrain.evaluation import Scores
-from distrain.job import RESULT, Job, save, set_up
+from distrain.job import RESULT, Job, attempt, save, set_up
 from distrain.runtime import POLL_SECONDS, StopAgreed
 from distrain.stream import Batch, TrainingBatches
 from distrain.tracking import METRICS, JsonLines, Logs, Progress, WandbMirror, audit_path
@@ -63,20 +63,20 @@ def _run(job: Job) -> dict[str, Any]:
     logs = _open_logs(job)
     result: dict[str, Any] = {}
     try:
-        try:
-            fit(job, logs)
-            result = finish(job, logs)
-        except StopAgreed as stop:
-            _leave(job, logs, stop)
-        except DataError:
-            # All processes are here, between two steps: what was trained since the last checkpoint is not lost.
-            _keep(job, logs, "data")
-            raise
+        fit(job, logs)
+        result = finish(job, logs)
         job.runtime.watch.enter("end")
+    except StopAgreed as stop:
+        _leave(job, logs, stop)
+    except DataError:
+        # All processes are here, between two steps: what was trained since the last checkpoint is not lost.
+        _keep(job, logs, "data")
+        raise
     finally:
-        logs.close({key: value for key, value in result.items() if isinstance(value, (int, float))})
+        summary = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+        job.save_problem = attempt(lambda: logs.close(summary)) or job.save_problem
     if job.save_problem is not None:
-        raise SaveError(f"the last checkpoint could not be saved: {job.save_problem}")
+        raise SaveError(f"the end of the run could not be saved: {job.save_problem}")
     return result
 
 
@@ -370,7 +370,8 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     logs.record(job.state.step, _as_metrics(job, "test", scores))
     logs.progress.close()
     if job.runtime.is_main:
-        files.replace(job.run / RESULT, json.dumps(result, indent=1) + "\n")
+        text = json.dumps(result, indent=1) + "\n"
+        job.save_problem = attempt(lambda: files.replace(job.run / RESULT, text)) or job.save_problem
         print("Finished Training")
         print(scores.line("test"))
         print(f"Run: {job.run}", flush=True)

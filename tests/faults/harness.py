@@ -118,6 +118,19 @@ class Job:
         place: Place = until(there, f"{phase}, step {step}")
         return place
 
+    def wait_until_stuck(self, seconds: float = 1.0) -> None:
+        """Until rank 0 has made no progress for a while; a step of these runs takes milliseconds."""
+        seen, since = self.place(), time.monotonic()
+
+        def stuck() -> bool:
+            nonlocal seen, since
+            assert self.launcher.poll() is None, f"it ended:\n{self.output}"
+            if self.place() != seen:
+                seen, since = self.place(), time.monotonic()
+            return time.monotonic() - since > seconds
+
+        until(stuck, "no progress")
+
     def signal(self, *targets: str, number: int = signal.SIGTERM) -> None:
         """Send a signal to `launcher`, `group` (its process group), `rank0`, `rank1` …, `workers`, `everything`."""
         workers = self.workers() if set(targets) - {"launcher", "group"} else []

@@ -1,0 +1,66 @@
+"""The verdict on how processes ended, and who is said to be behind: pure functions."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from distrain.launcher import End, judge, show
+from distrain.report import Failure, Place
+from distrain.watch import behind
+
+
+def end(rank: int, code: int, kind: str | None = None, time: float = 0.0, by_launcher: bool = False) -> End:
+    failure = Failure(kind, code, rank, "host", f"{kind} of {rank}", "", time) if kind else None  # type: ignore[arg-type]
+    return End(rank, code, failure, Place("train", 7), time, by_launcher)
+
+
+KILL = -signal.SIGKILL
+CASES = {
+    "done": ([end(0, 0), end(1, 0)], None, True, 0, "done"),
+    "stopped": ([end(0, 75, "again"), end(1, 75, "again")], None, True, 75, "again of 0"),
+    "stopped by the launcher": ([end(0, 75, "again"), end(1, 0)], "SIGTERM", True, 75, "again of 0"),
+    "stopped while it starts": ([end(0, -signal.SIGTERM), end(1, -signal.SIGTERM)], "SIGTERM", True, 75, "stopped by"),
+    "configuration": ([end(0, 78, "user"), end(1, KILL, by_launcher=True)], None, True, 78, "user of 0"),
+    "configuration beats a lost peer": ([end(0, 75, "peer", 1), end(1, 78, "user", 2)], None, True, 78, "user of 1"),
+    "fault": ([end(0, 75, "peer", 1), end(1, 1, "fault", 2)], None, True, 1, "fault of 1"),
+    "fault after a stop": ([end(0, 1, "fault", 2), end(1, 75, "again", 1)], "SIGTERM", True, 1, "fault of 0"),
+    "save": ([end(0, 1, "save"), end(1, 1, "save", 1)], "SIGTERM", True, 1, "save of 0"),
+    "crash": ([end(0, 75, "peer"), end(1, -signal.SIGSEGV, time=1)], None, True, 1, "rank 1 was ended by SIGSEGV"),
+    "killed": ([end(0, 75, "peer"), end(1, KILL, time=1)], None, True, 75, "rank 1 was ended by SIGKILL"),
+    "killed, the other hung": ([end(0, KILL, by_launcher=True), end(1, KILL)], None, True, 75, "rank 1 was ended"),
+    "killed, nothing to go on from": ([end(0, 75, "peer"), end(1, KILL)], None, False, 1, "no checkpoint"),
+    "peer": ([end(0, 75, "peer"), end(1, KILL, by_launcher=True)], None, True, 75, "peer of 0"),
+    "busy": ([end(0, 75, "busy"), end(1, 75, "busy")], None, True, 75, "busy of 0"),
+    "grace": ([end(0, KILL, by_launcher=True)] * 2, "SIGUSR1", True, 75, "stopped by SIGUSR1"),
+    "grace, nothing to go on from": ([end(0, KILL, by_launcher=True)] * 2, "SIGUSR1", False, 1, "no checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verdict(name: str) -> None:
+    ends, asked, can_go_on, code, reason = CASES[name]
+    outcome = judge(ends, asked, can_go_on)
+    assert outcome.code == code
+    assert reason in outcome.reason
+    assert judge(ends[::-1], asked, can_go_on).code == code
+
+
+def test_the_screen_names_host_phase_step_and_message() -> None:
+    failure = Failure("fault", 1, 3, "node7", "ValueError: no", "Traceback …\nValueError: no", 0.0)
+    told = show(judge([End(3, 1, failure, Place("evaluate", 12), 0.0, False)], None, True))
+    for part in ("rank 3 failed first", "node7", "evaluate, step 12", "Traceback", "exit 1"):
+        assert part in told
+
+
+def entry(meetings: int, waits_for: str | None = None) -> dict[str, object]:
+    return {"meetings": meetings, "host": "h", "pid": 5, "waits_for": waits_for}
+
+
+def test_who_is_behind() -> None:
+    assert behind({0: entry(7), 1: entry(7), 2: entry(6)}, 0, 3).startswith("rank 2 (host h, process 5) is behind")
+    assert behind({0: entry(7), 2: entry(7)}, 0, 3).startswith("rank 1 is behind: it does not answer")
+    assert behind({0: entry(7), 1: entry(7, "its data")}, 0, 2) == "rank 1 waits for its data"
+    assert "all ranks wait for each other" in behind({0: entry(7), 1: entry(7)}, 0, 2)
+    assert behind({}, 1, 2).startswith("rank 0, which all ask")
