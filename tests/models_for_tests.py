@@ -44,6 +44,9 @@ class Picky(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(7, num_classes))
 
 
+_SLOW = {"slow": 0.2, "unhurried": 0.04}
+
+
 class Faulty(nn.Sequential):
     """Does in its n-th pass of this process what FAULT=KIND:RANK:N asks for; without it, a small honest net."""
 
@@ -66,7 +69,7 @@ class Faulty(nn.Sequential):
                 ctypes.PyDLL(None).sleep(1000)
             if self.kind == "crash":
                 os.kill(os.getpid(), signal.SIGSEGV)
-        if self.kind == "slow" and self.passes >= self.number:
-            time.sleep(0.2)
+        if self.kind in _SLOW and self.passes >= self.number:
+            time.sleep(_SLOW[self.kind])
         logits: Tensor = super().forward(images)
         return logits

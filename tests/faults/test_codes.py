@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Job, exit_file, small_run
+from harness import Job, exit_file, small_run, trained
 
 pytestmark = pytest.mark.faults
 
@@ -59,12 +59,11 @@ def test_lives_without_progress_are_bounded(data: Path, tmp_path: Path, undistur
 
 
 def test_any_number_of_processes_goes_on(data: Path, tmp_path: Path, undisturbed: Any) -> None:
-    from harness import trained
-
     exact = {"train": {"precision": "fp64"}}
     expected = undisturbed(1, **exact)
     for size, step in ((1, 9), (2, 21), (3, 33), (1, 45), (4, 60)):
-        with Job(small_run(data, tmp_path / "run", **exact), tmp_path, size) as job:
+        slow = {"FAULT": "unhurried:0:1"}  # so that a stop finds it before its end
+        with Job(small_run(data, tmp_path / "run", **exact), tmp_path, size, environ=slow) as job:
             if step < 60:
                 job.wait_for("train", step)
                 job.signal("launcher")

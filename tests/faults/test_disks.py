@@ -42,7 +42,7 @@ def halve(checkpoint: Path) -> None:
 @pytest.mark.parametrize("damage", [truncate, pytest.param(flip, marks=pytest.mark.short), halve])
 def test_a_damaged_checkpoint(damage: Callable[[Path], None], data: Path, tmp_path: Path, undisturbed: Any) -> None:
     expected = undisturbed()
-    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "unhurried:0:1"}) as job:
         job.wait_for("train", 33)
         job.signal("launcher")
         assert job.wait() == 75, job.output
@@ -56,7 +56,7 @@ def test_a_damaged_checkpoint(damage: Callable[[Path], None], data: Path, tmp_pa
 
 
 def test_nothing_but_damaged_checkpoints(data: Path, tmp_path: Path) -> None:
-    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "unhurried:0:1"}) as job:
         job.wait_for("train", 23)
         job.signal("launcher")
         assert job.wait() == 75, job.output

@@ -71,7 +71,8 @@ def test_stop(
     number: signal.Signals, phase: str, target: str, data: Path, tmp_path: Path, undisturbed: Any, finish: Any
 ) -> None:
     expected = undisturbed()
-    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+    slow = {"FAULT": "unhurried:0:1"}  # so that a stop finds it before its end
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ=slow) as job:
         name, step = PHASES[phase]
         if phase == "start":
             until(lambda: sum(map(notes_stops, job.workers())) == 2, "two processes with handlers")
@@ -117,7 +118,7 @@ def test_stop_while_data_does_not_come(data: Path, tmp_path: Path, copied: Any, 
 
 def test_more_signals_do_not_break_a_save(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
     expected = undisturbed()
-    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "unhurried:0:1"}) as job:
         job.wait_for("train", 23)
         job.signal("launcher")
         job.wait_for("save", 20)

@@ -1,0 +1,248 @@
+"""Every fault, the guard against it, and whether its test fails when the guard is taken out.
+
+    python tests/faults/guards.py try [NAME …]   takes each guard out of a copy, runs the fault's test there: it must fail
+    python tests/faults/guards.py table          writes docs/faults.md from the table here and from what was tried
+
+Results are kept in tests/faults/tried.json, with a digest of what was tried: what has not changed is not tried again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent.parent
+TRIED = Path(__file__).with_name("tried.json")
+TABLE = REPO / "docs" / "faults.md"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, what the job does, the guard in words, and how to take it out: `old` becomes `new` in `file`."""
+
+    name: str
+    phase: str
+    does: str
+    guard: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def fault(name: str, phase: str, does: str, guard: str, file: str, old: str, new: str, test: str) -> Fault:
+    return Fault(name, phase, does, guard, f"distrain/{file}", old, new, f"tests/{test}")
+
+
+AGAIN = "75; the next life ends with the same bits"
+STOPS, KILLS, HANGS, DISKS, OWNERS, DATA, CODES, LINKS = (
+    f"faults/test_{name}.py" for name in ("stops", "kills", "hangs", "disks", "owners", "data", "codes", "links")
+)
+
+FAULTS = [
+    fault("signal while torch is imported", "start", "75, nothing had to be saved",
+          "handlers are there before torch is imported", "__main__.py", "        signals.install()\n", "        pass\n",
+          f"{STOPS}::test_stop[SIGTERM-start-rank1]"),
+    fault("signal in the first step", "first step", f"saved, {AGAIN}",
+          "the ranks ask each other before a life's first step, and soon after it", "trainer.py",
+          "    job.next_poll, job.polled = first, time.monotonic()",
+          "    job.next_poll, job.polled = first + 10**6, time.monotonic()",
+          f"{STOPS}::test_stop[SIGUSR1-first step-launcher]"),
+    fault("signal to one rank", "train", f"saved, {AGAIN}", "stop flags are summed over the ranks", "runtime.py",
+          "                dist.all_reduce(words, group=self._control)", "                pass",
+          f"{STOPS}::test_stop[SIGTERM-train-rank1]"),
+    fault("signal to the whole process group", "train", f"saved, {AGAIN}", "workers note signals themselves",
+          "signals.py", "    _requested.append(signal.Signals(number).name)", "    sys.exit(1)",
+          f"{STOPS}::test_stop[SIGINT-train-group]"),
+    fault("signal in a long evaluation", "evaluate", f"evaluation left at once, saved, made up for; {AGAIN}",
+          "ranks meet a few times a second while they evaluate", "evaluation.py",
+          "        if agreed.stop:\n            raise StopAgreed\n", "", f"{STOPS}::test_stop_in_a_long_evaluation"),
+    fault("evaluation that a stop cut short", "evaluate", "evaluated in the next life",
+          "a life makes up for an evaluation that was due", "trainer.py",
+          "    if evaluates and state.evaluated < state.step and _evaluate(job, logs):",
+          "    if evaluates and state.loss_steps and _evaluate(job, logs):",
+          f"{STOPS}::test_stop_in_a_long_evaluation"),
+    fault("signals while a checkpoint is written", "save", f"the save is finished, {AGAIN}",
+          "a second signal is noted as the first", "signals.py", "    _requested.append(signal.Signals(number).name)",
+          "    _requested.append(signal.Signals(number).name)\n    signal.signal(number, signal.SIG_DFL)",
+          f"{STOPS}::test_more_signals_do_not_break_a_save"),
+    fault("signal while data does not come", "train", f"saved, {AGAIN}",
+          "data is waited for between two steps, by all ranks together", "trainer.py",
+          "        if agreed.stop:\n            raise StopAgreed\n        if not agreed.flags[0]:",
+          "        if not agreed.flags[0]:", f"{STOPS}::test_stop_while_data_does_not_come"),
+    fault("a rank killed", "train", AGAIN, "a lost peer is told from a fault of the program", "runtime.py",
+          "    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in names)",
+          "    return False", f"{KILLS}::test_a_killed_worker[rank1]"),
+    fault("rank 0 killed", "train", AGAIN, "what was logged after the checkpoint is cut back", "job.py",
+          "        tracking.cut_back(job.run, done, lines)\n", "", f"{KILLS}::test_a_killed_worker[rank0]"),
+    fault("the launcher killed", "train", f"workers gone within 5 s; {AGAIN}",
+          "the kernel ends a worker with its launcher", "signals.py",
+          "    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)\n", "",
+          f"{KILLS}::test_a_killed_launcher_takes_its_workers_with_it"),
+    fault("checkpoint with a flipped bit", "start", "named, the one before is taken, same bits",
+          "digests are checked on load", "checkpoint.py",
+          "if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:", "if False:",
+          f"{DISKS}::test_a_damaged_checkpoint[flip]"),
+    fault("checkpoint cut short", "start", "named, the one before is taken, same bits",
+          "a damaged checkpoint is skipped", "checkpoint.py",
+          "        except DataError as error:\n            skipped.append(str(error))",
+          "        except DataError:\n            raise", f"{DISKS}::test_a_damaged_checkpoint[truncate]"),
+    fault("checkpoint half-written", "start", "named, the one before is taken, same bits",
+          "without its digests it is not a checkpoint", "checkpoint.py",
+          '        raise DataError(f"{path}: no whole checkpoint ({error.filename}: {error.strerror})") from error',
+          "        raise", f"{DISKS}::test_a_damaged_checkpoint[halve]"),
+    fault("every checkpoint damaged", "start", "78, named: it never starts over by itself",
+          "nothing readable is an error where there was something", "job.py",
+          '        if skipped or mode == "must":', '        if mode == "must":',
+          f"{DISKS}::test_nothing_but_damaged_checkpoints"),
+    fault("what a killed save has left", "start", "swept", "leftovers are removed by the next life", "job.py",
+          "        checkpoint.sweep(job.checkpoints)\n", "",
+          f"{DISKS}::test_what_a_save_that_was_cut_short_left_is_swept"),
+    fault("no space during a save", "save", "told; training goes on, the next save is tried; same bits",
+          "a failed save is not the end", "job.py", "            problem = attempt(lambda: _write(job, logs, why))",
+          "            _write(job, logs, why)", f"{DISKS}::test_no_space_for_a_while"),
+    fault("no space for the metrics", "train", "told once; lines are kept and written later; same lines",
+          "lines that cannot be written stay in memory", "tracking.py", "            os.ftruncate(self._descriptor, before)\n            raise\n",
+          "            self._kept.clear()\n            raise\n", f"{DISKS}::test_no_space_for_a_while"),
+    fault("no space to the end", "end", "1, told; the next life goes on from the last good checkpoint",
+          "the last save's failure is the run's", "trainer.py",
+          "    if job.save_problem is not None:\n        raise SaveError(f\"the end",
+          "    if False:\n        raise SaveError(f\"the end", f"{DISKS}::test_no_space_to_the_end"),
+    fault("checkpoint folder that cannot be written", "save", "told; 1 at the end; nothing lost but the last steps",
+          "a failed save is not the end", "job.py", "            problem = attempt(lambda: _write(job, logs, why))",
+          "            _write(job, logs, why)", f"{DISKS}::test_a_checkpoint_folder_that_cannot_be_written"),
+    fault("a rank stopped (SIGSTOP)", "train", f"stacks, rank named within the time-out, {AGAIN}",
+          "every rank watches its own progress", "watch.py", "                self._expire(limit)", "                pass",
+          f"{HANGS}::test_a_stopped_rank[train-23-rank1]"),
+    fault("a rank stopped", "evaluate", f"stacks, rank named within the time-out, {AGAIN}",
+          "evaluation has a time-out of its own", "job.py", '            "evaluate": limits.eval_seconds,\n', "",
+          f"{HANGS}::test_a_stopped_rank[evaluate-14-rank1]"),
+    fault("a rank stopped", "save", f"stacks, rank named within the time-out, {AGAIN}",
+          "saving has a time-out of its own", "job.py", '            "save": limits.save_seconds,\n', "",
+          f"{HANGS}::test_a_stopped_rank[save-20-rank0]"),
+    fault("a rank hangs in its own code", "train", f"all stacks, rank named, {AGAIN}",
+          "meetings are counted: who has met least is behind", "watch.py",
+          "        self._meetings += 1\n        yield  # not left when it fails: then this process still waits\n        self._meetings += 1\n",
+          "        yield\n", f"{HANGS}::test_a_rank_that_hangs_in_its_own_code"),
+    fault("a process that holds the interpreter", "train", "SIGABRT, stacks, 1", "the launcher watches its processes",
+          "launcher.py", "            self._end_hung(now)\n", "",
+          f"{HANGS}::test_a_process_that_never_lets_go_of_the_interpreter"),
+    fault("a shard that never arrives", "train", "told after the time-out, rank named, 75",
+          "a rank says what it waits for", "trainer.py", '        rt.watch.waits_for = None if ready else "its data"\n',
+          "", f"{HANGS}::test_a_shard_that_never_arrives"),
+    fault("a node that never comes", "start", "75, missing ranks named", "all wait for all, with a deadline",
+          "runtime.py", "        if time.monotonic() > deadline:", "        if False:",
+          f"{HANGS}::test_a_node_that_never_comes"),
+    fault("a name that nobody knows", "start", "75, the name and the cure", "the name is waited for, with a deadline",
+          "launcher.py", "            if now - start > seconds or signals.first:", "            if signals.first:",
+          f"{HANGS}::test_a_name_that_nobody_knows"),
+    fault("nodes that expect different numbers", "start", "78 at once", "numbers are compared when ranks meet",
+          "runtime.py", "    if expected != str(size):", "    if False:",
+          f"{HANGS}::test_nodes_that_expect_different_numbers"),
+    fault("a process that does not leave in time", "train", f"ended after the grace, {AGAIN}",
+          "the grace has an end", "launcher.py", "            if asked_at is not None and now - asked_at > grace:",
+          "            if False:", f"{HANGS}::test_a_process_that_does_not_leave_in_time_is_ended"),
+    fault("a second job on the same run", "start", "75, owner named; the first is not disturbed",
+          "a run's folder has a lease", "lives.py",
+          "        if not newest or (current and _is_gone(current)) or time.monotonic() - seen_at > STALE_SECONDS:",
+          "        if True:", f"{OWNERS}::test_a_second_job_refuses_naming_the_owner"),
+    fault("a second job while the first one leaves", "start", "waits, then goes on from what the first one saved",
+          "the checkpoint is chosen again after a wait", "job.py",
+          "        if checkpoint.steps(job.checkpoints) != seen:", "        if False:",
+          f"{OWNERS}::test_a_second_job_waits_for_the_first_to_leave"),
+    fault("an owner frozen, and thawed after a takeover", "train", "it leaves with 75 and writes nothing",
+          "an owner that sees a newer life ends itself", "lives.py", "        if self._next.exists():", "        if False:",
+          f"{OWNERS}::test_an_owner_that_was_frozen_loses_the_run_and_leaves"),
+    fault("a shard vanishes", "train", "78, shard named, saved where it ended; restored, same bits",
+          "what was trained is saved when data fails", "trainer.py", '        _keep(job, logs, "data")\n', "",
+          f"{DATA}::test_a_shard_is_harmed[vanish-train]"),
+    fault("a shard shrinks", "train", "78, shard named, saved where it ended; restored, same bits",
+          "all ranks leave when one cannot read", "trainer.py",
+          "        if agreed.flags[1]:\n            raise rt.first_of_all(problem)\n",
+          "        if problem:\n            raise problem\n", f"{DATA}::test_a_shard_is_harmed[shrink-train]"),
+    fault("a shard's bytes change", "train", "78, shard named, saved where it ended; restored, same bits",
+          "every read is checked against the manifest", "shards.py",
+          "        if _DIGESTS[digest](data) != getattr(shard, digest):", "        if False:",
+          f"{DATA}::test_a_shard_is_harmed[change-train]"),
+    fault("a shard changes", "evaluate", "78, shard named, saved where it ended; restored, same bits",
+          "all ranks leave an evaluation together", "evaluation.py",
+          "        if agreed.flags[2]:\n            raise runtime.first_of_all(problem)\n",
+          "        if problem:\n            raise problem\n", f"{DATA}::test_a_shard_is_harmed[change-test]"),
+    fault("an exception in one rank", "train", "1, shown once: host, phase, step, traceback",
+          "workers report to the launcher, which shows the first", "cli.py",
+          "        if not report.fail(\"fault\", EXIT_FAULT", "        if True or not report.fail(\"fault\", EXIT_FAULT",
+          f"{CODES}::test_a_fault_of_the_program_is_shown_once_with_its_traceback"),
+    fault("a crash (SIGSEGV)", "train", "1", "only signals from outside count as a lost process", "launcher.py",
+          "_ENDED_FROM_OUTSIDE = {signal.SIGKILL, *STOP}", "_ENDED_FROM_OUTSIDE = set(signal.Signals)",
+          f"{CODES}::test_a_crash_is_a_fault"),
+    fault("a job that never gets anywhere", "first step", "75, 75, then 1",
+          "lives without progress are counted in RUN", "launcher.py",
+          "        if outcome.code == EXIT_AGAIN and idle >= self._most:", "        if False:",
+          f"{CODES}::test_lives_without_progress_are_bounded"),
+    fault("1, 2, 3, 1 and 4 processes in turn", "all", "same ids; fp64 weights within 1e-10 of one process",
+          "a rank's loss counts W / G under DDP's mean", "trainer.py",
+          "    scale = rt.world.size / config.global_batch_size", "    scale = 2 / config.global_batch_size",
+          f"{CODES}::test_any_number_of_processes_goes_on"),
+    fault("a link cut between two nodes", "train", f"both nodes: 75 within the time-out; {AGAIN}",
+          "every rank watches its own progress", "watch.py", "                self._expire(limit)", "                pass",
+          f"{LINKS}::test_a_link_that_is_cut"),
+]  # fmt: skip
+
+
+def digest(one: Fault) -> str:
+    """Of all that decides the result."""
+    parts = [repr(one), *(path.read_text() for path in sorted(REPO.glob("distrain/*.py")))]
+    parts.append((REPO / one.test.partition("::")[0]).read_text())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def try_one(one: Fault) -> bool:
+    """Whether the fault's test fails without the guard."""
+    with tempfile.TemporaryDirectory(prefix="distrain-guards-") as folder:
+        copy = Path(folder)
+        for name in ("distrain", "tests", "configs"):
+            shutil.copytree(REPO / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPO / "pyproject.toml", copy)
+        target = copy / one.file
+        text = target.read_text()
+        assert text.count(one.old) == 1, f"{one.name}: {one.file} holds its guard {text.count(one.old)} times"
+        target.write_text(text.replace(one.old, one.new))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--timeout", "240", one.test],
+            cwd=copy, env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        if done.returncode == 1 and " failed" in done.stdout:
+            return True
+        print(done.stdout[-1500:])
+        return False
+
+
+def try_all(names: list[str]) -> int:
+    """Try the guards, those named or all that were not tried as they are now."""
+    tried = json.loads(TRIED.read_text()) if TRIED.exists() else {}
+    missed = 0
+    for one in FAULTS:
+        key = f"{one.test} without: {one.guard}"
+        if (names and not any(name in key or name in one.name for name in names)) or (
+            not names and tried.get(key) == digest(one)
+        ):
+            continue
+        caught = try_one(one)
+        missed += not caught
+        print(f"{'fails without it' if caught else 'PASSES WITHOUT IT'}: {key}", flush=True)
+        tried.pop(key, None)
+        if caught:
+            tried[key] = digest(one)
+        TRIED.write_text(json.dumps(tried, indent=1) + "\n")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(try_all(sys.argv[2:]) if sys.argv[1] == "try" else 0)
