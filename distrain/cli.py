@@ -90,17 +90,17 @@ def evaluate(run: Path, overrides: tuple[str, ...], split: str, which: str | Non
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-def verify(folder: Path) -> None:
-    """Check every digest and count of the data set in FOLDER."""
+@click.argument("folder")
+def verify(folder: str) -> None:
+    """Check every digest and count of the data set in FOLDER, or at an address."""
     from distrain import manifest, prepare
     from distrain.errors import DataError
 
     dataset = manifest.read(folder)
     wrong = list(prepare.verify(dataset))
     if wrong:
-        raise DataError("\n  ".join([f"{folder}: {len(wrong)} found wrong:", *wrong]))
-    click.echo(f"{folder}: {_describe(dataset)}: all as written")
+        raise DataError("\n  ".join([f"{dataset.root}: {len(wrong)} found wrong:", *wrong]))
+    click.echo(f"{dataset.root}: {_describe(dataset)}: all as written")
 
 
 @cli.group("prepare")

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from distrain import augment, checkpoint, files, manifest, model, optim, runtime, tracking
 from distrain.checkpoint import Saved
-from distrain.config import Config, identity
+from distrain.config import Config, identity, public
 from distrain.errors import ConfigError, DataError
+from distrain.fetch import Settings
 from distrain.manifest import Dataset
 from distrain.order import Order
 from distrain.runtime import Runtime
@@ -84,7 +85,7 @@ class Job:
 
 def set_up(config: Config, started: float) -> Job:
     """Everything that a run needs, at the step it goes on from."""
-    dataset = manifest.read(config.data.dir)
+    dataset = manifest.read(config.data.dir, Settings.of(config.data))
     splits = [split for split in ("train", "val", "test") if split in dataset.manifest.splits]
     for needed in ("train", "test"):
         dataset.split(needed)
@@ -250,7 +251,7 @@ def _open_folder(job: Job, done: int) -> None:
     try:
         job.run.mkdir(parents=True, exist_ok=True)
         tracking.cut_back(job.run, done)
-        files.replace(job.run / CONFIG, yaml.safe_dump(job.config.model_dump(), sort_keys=False))
+        files.replace(job.run / CONFIG, yaml.safe_dump(public(job.config), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"run.dir={job.run}: cannot be written: {error.strerror}; choose another folder") from error
 

@@ -14,6 +14,7 @@ from distrain.checkpoint import Saved
 from distrain.config import Config, identity, load
 from distrain.errors import ConfigError, DataError
 from distrain.evaluation import Scores
+from distrain.fetch import Settings
 from distrain.job import CHECKPOINTS, CONFIG, agree_on_data, build_model
 from distrain.manifest import Dataset
 
@@ -27,7 +28,7 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
     if not (run / CONFIG).exists():
         raise DataError(f"{run}: holds no run (no {CONFIG})")
     config = load(run / CONFIG, overrides)
-    dataset = manifest.read(config.data.dir)
+    dataset = manifest.read(config.data.dir, Settings.of(config.data))
     dataset.split(split)
     saved, skipped = _checkpoint_of(run, which)
     rt = runtime.start(config.run.device, config.train.precision, config.run.cpu_threads, config.run.timeout_seconds)

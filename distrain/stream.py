@@ -58,7 +58,8 @@ def training_batches(
     Raises:
         ShardError: a shard cannot be read or is not what the manifest says.
     """
-    background = Background(_read_rounds(dataset, order, world, steps, read_ahead + 1, pin), read_ahead)
+    closed = threading.Event()
+    background = Background(_read_rounds(dataset, order, world, steps, read_ahead + 1, pin, closed), read_ahead, closed)
     size = len(order.owned_lanes(world)) * order.samples_per_shard
     batch_size = order.global_batch_size
     current: _Round | None = None
@@ -98,14 +99,15 @@ def evaluation_batches(
     the same batches, and so the same logits, whatever the number of processes. Every sample has one owner.
     """
     split = dataset.split(split_name)
+    closed = threading.Event()
     owned = [shard for index, shard in enumerate(split.shards) if index % split.lanes % world.size == world.rank]
 
     def blocks() -> Iterator[Block]:
         for shard in owned:
-            parts = _read(dataset, shard)
+            parts = _read(dataset, shard, closed)
             yield Block(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    background = Background(blocks(), 1)
+    background = Background(blocks(), 1, closed)
     try:
         for block in background:
             images, labels = torch.from_numpy(block.images), torch.from_numpy(block.labels)
@@ -121,8 +123,9 @@ def memory(dataset: Dataset, order: Order, world: World, read_ahead: int) -> int
     return (1 + read_ahead) * samples * (dataset.manifest.sample_bytes + 16)
 
 
-def _read(dataset: Dataset, shard: Shard) -> list[Block]:
-    return shards.read(dataset.root, shard, dataset.manifest.image_shape, len(dataset.manifest.classes))
+def _read(dataset: Dataset, shard: Shard, stop: threading.Event) -> list[Block]:
+    found = dataset.manifest
+    return shards.read(dataset.root, shard, found.image_shape, len(found.classes), stop=stop)
 
 
 def _join(parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]]) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
@@ -131,7 +134,7 @@ def _join(parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]]) -> tuple[Tensor
 
 
 def _read_rounds(
-    dataset: Dataset, order: Order, world: World, steps: range, buffers: int, pin: bool
+    dataset: Dataset, order: Order, world: World, steps: range, buffers: int, pin: bool, closed: threading.Event
 ) -> Iterator[_Round]:
     """The rounds that the steps reach into. Every `buffers`-th round lies in the same memory."""
     lanes = order.owned_lanes(world)
@@ -163,7 +166,7 @@ def _read_rounds(
         for column, lane in enumerate(lanes):
             index = int(epoch_shards[lane])
             taken = order.shard_samples(epoch, index, entries[index].samples)
-            _lay(_read(dataset, entries[index]), taken, into, column, len(lanes))
+            _lay(_read(dataset, entries[index], closed), taken, into, column, len(lanes))
         yield into
 
 
@@ -196,16 +199,17 @@ class Background(Generic[T]):
     """Runs an iterator in a thread, at most `ahead` items before the one in use.
 
     Asking for an item says that the one before is no longer needed; the thread may then reuse what it was made of.
+    `closed` is set when the items are no longer wanted: an iterator that waits for the network must not be waited for.
     """
 
     _END = object()
 
-    def __init__(self, items: Iterator[T], ahead: int) -> None:
+    def __init__(self, items: Iterator[T], ahead: int, closed: threading.Event | None = None) -> None:
         self._items = items
         self._queue: queue.Queue[object] = queue.Queue()
         self._permits = threading.Semaphore(ahead + 1)
         self._in_use = False
-        self._closed = threading.Event()
+        self._closed = closed or threading.Event()
         self._thread = threading.Thread(target=self._work, name="distrain-read", daemon=True)
         self._thread.start()
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrain import augment, checkpoint, evaluation, files
-from distrain.config import Config, from_tree, load
+from distrain.config import Config, from_tree, load, public
 from distrain.errors import DivergedError
 from distrain.evaluation import Scores
 from distrain.job import RESULT, Job, save, set_up
@@ -267,5 +267,5 @@ def _open_logs(job: Job) -> Logs:
         print(f"warning: {message}", file=sys.stderr)
 
     name = config.wandb.name or job.run.resolve().name
-    wandb = WandbMirror(config.wandb.mode, config.wandb.project, name, job.run, config.model_dump(), warn)
+    wandb = WandbMirror(config.wandb.mode, config.wandb.project, name, job.run, public(config), warn)
     return Logs(progress, JsonLines(job.run / METRICS), wandb, audit)
