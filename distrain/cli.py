@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from distrain import __version__, config
-from distrain.errors import EXIT_NEVER_AGAIN, EXIT_OK, ShardError, UserError
+from distrain import __version__, address, config
+from distrain.errors import EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError, UserError
 
 _AFTER_FIRST_SECONDS = 5
 """How long a node's other processes hold back an error that its first one will probably tell."""
@@ -108,6 +108,13 @@ def prepare_group() -> None:
     """Write a data set that training can stream."""
 
 
+def _folder(_context: click.Context, _option: click.Parameter, text: str) -> Path:
+    kind = address.scheme(text)
+    if kind is not None:  # a path of that name would be made, silently
+        raise ConfigError(f"--out: {kind}:// is an address; write to a folder and upload that")
+    return Path(text)
+
+
 def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that all sources share."""
     for option in (
@@ -150,7 +157,7 @@ def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.IntRange(0, 2**63 - 1),
             help="Draws the splits, the shuffle and the generator's pictures.",
         ),
-        click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write."),
+        click.option("--out", required=True, callback=_folder, metavar="PATH", help="Folder to write."),
     ):
         command = option(command)
     return command

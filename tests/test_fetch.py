@@ -63,6 +63,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer takes 40 ms
     server: Server
 
     def do_GET(self) -> None:
@@ -239,6 +240,15 @@ def test_what_runs_a_command_chains_or_is_unknown_is_refused(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_prepare_does_not_take_an_address_for_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", "synthetic", "--out", "s3://bucket/data"]) == 78
+    assert "--out: s3:// is an address" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_path_is_a_path_even_if_it_looks_odd(small: Dataset, tmp_path: Path) -> None:
     for name in ("a::b", "s3:", "http:x"):
         shutil.copytree(small.root, tmp_path / name)
@@ -404,6 +414,32 @@ def test_a_body_without_end_takes_neither_memory_nor_time(server: Server) -> Non
         settled = server.sent
         time.sleep(0.2)
     assert server.sent < 64 * 2**20
+
+
+def test_a_file_system_that_hangs_and_knows_no_time_out_is_given_up(small: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(small.root, tmp_path / "data")
+    victim = tmp_path / "data" / SHARD
+    dataset = manifest.read(f"file://{tmp_path / 'data'}", fetching(retries=1, seconds=0.2))
+    victim.unlink()
+    os.mkfifo(victim)  # nobody writes: opening it waits for ever
+    begun = time.monotonic()
+    assert "no whole answer within 0.2 s (tried 2 times)" in refused(dataset)
+    assert time.monotonic() - begun < 2
+    os.close(os.open(victim, os.O_RDWR))  # lets the threads go
+
+
+def test_what_is_fetched_must_have_the_digest_whatever_the_reader_checks(server: Server, tmp_path: Path) -> None:
+    root = locate(server.address, fetching(tmp_path / "cache", retries=0))
+    assert isinstance(root, Remote)
+    with pytest.raises(fetch.FetchError, match="its sha256 differs"):
+        root.read(SHARD, 2**20, "0" * 64, fine)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_proxy_is_taken_from_the_environment(small: Dataset, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", server.address)
+    assert content(manifest.read("http://nowhere.invalid/", fetching())) == content(small)
 
 
 def test_nobody_there_is_told(server: Server) -> None:
@@ -614,17 +650,18 @@ def test_a_full_disk_makes_room_and_without_any_is_told_once(
 
 
 READER = """
-import random, sys
+import hashlib, random, sys
 from pathlib import Path
-from distrain import fetch, manifest, shards
+from distrain import fetch, manifest
 address, cache, most, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 dataset = manifest.read(address, fetch.Settings(cache, most, 5, 30))
-found, entries = dataset.manifest, dataset.split("train").shards
-draw = random.Random(seed)
+entries, draw = dataset.split("train").shards, random.Random(seed)
 for _ in range(6):
     for shard in draw.sample(entries, len(entries)):
         for _ in range(2):
-            shards.read(dataset.root, shard, found.image_shape, len(found.classes), ("sha256", "xxh3_128"))
+            def wrong(data):
+                return None if hashlib.sha256(data).hexdigest() == shard.sha256 else "differs"
+            assert wrong(dataset.root.read(shard.name, shard.bytes, shard.sha256, wrong)) is None
 print("read all")
 """
 
