@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from distrain import __version__, config, report, signals
+from distrain import __version__, address, config, report, signals
 from distrain.errors import (
     EXIT_AGAIN,
     EXIT_FAULT,
@@ -21,9 +21,11 @@ from distrain.errors import (
     EXIT_OK,
     AgainError,
     BusyError,
+    ConfigError,
     PeerLostError,
     SaveError,
     ShardError,
+    UnreachableError,
     UserError,
 )
 
@@ -55,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 _ENDS: list[tuple[type[Exception], report.Kind, int]] = [
+    (UnreachableError, "peer", EXIT_AGAIN),
     (UserError, "user", EXIT_NEVER_AGAIN),
     (PeerLostError, "peer", EXIT_AGAIN),
     (BusyError, "busy", EXIT_AGAIN),
@@ -187,22 +190,29 @@ def evaluate(run: Path, overrides: tuple[str, ...], split: str, which: str | Non
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-def verify(folder: Path) -> None:
-    """Check every digest and count of the data set in FOLDER."""
+@click.argument("folder")
+def verify(folder: str) -> None:
+    """Check every digest and count of the data set in FOLDER, or at an address."""
     from distrain import manifest, prepare
     from distrain.errors import DataError
 
     dataset = manifest.read(folder)
     wrong = list(prepare.verify(dataset))
     if wrong:
-        raise DataError("\n  ".join([f"{folder}: {len(wrong)} found wrong:", *wrong]))
-    click.echo(f"{folder}: {_describe(dataset)}: all as written")
+        raise DataError("\n  ".join([f"{dataset.root}: {len(wrong)} found wrong:", *wrong]))
+    click.echo(f"{dataset.root}: {_describe(dataset)}: all as written")
 
 
 @cli.group("prepare")
 def prepare_group() -> None:
     """Write a data set that training can stream."""
+
+
+def _folder(_context: click.Context, _option: click.Parameter, text: str) -> Path:
+    kind = address.scheme(text)
+    if kind is not None:  # a path of that name would be made, silently
+        raise ConfigError(f"--out: {kind}:// is an address; write to a folder and upload that")
+    return Path(text)
 
 
 def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -247,7 +257,7 @@ def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.IntRange(0, 2**63 - 1),
             help="Draws the splits, the shuffle and the generator's pictures.",
         ),
-        click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write."),
+        click.option("--out", required=True, callback=_folder, metavar="PATH", help="Folder to write."),
     ):
         command = option(command)
     return command

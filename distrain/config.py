@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
+from distrain import address
 from distrain.errors import ConfigError
 
 
@@ -74,7 +75,21 @@ class Run(Section):
 class Data(Section):
     """The data set, as `distrain prepare` wrote it."""
 
-    dir: str = _key("data/synthetic", "folder with manifest.json", min_length=1)
+    dir: str = _key(
+        "data/synthetic",
+        "folder with manifest.json, or its address: file://, http://, https://, s3://, gs://, hf://",
+        min_length=1,
+    )
+    cache_dir: str | None = _key(
+        None,
+        "folder that keeps the shards of a remote data set; null: distrain in $XDG_CACHE_HOME or ~/.cache",
+        min_length=1,
+    )
+    cache_gib: float = _key(50.0, "most GiB in that folder; 0: shards are fetched at every use", ge=0, le=2**30)
+    fetch_retries: Whole = _key(5, "times that a failed fetch is tried again, after waits that grow", ge=0, le=100)
+    fetch_timeout_seconds: float = _key(
+        60.0, "longest time for one try of a fetch; raise it for a slow line", gt=0, le=86400
+    )
     mean: PerChannel | None = _key(
         None, "subtracted, per channel of images in 0 … 1; null: the train split's", identity=True
     )
@@ -242,7 +257,7 @@ def from_tree(tree: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         problems += [_explain(item) for item in error.errors()]
     if problems:
-        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
+        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  {address.scrub(p)}" for p in problems))
     return config
 
 
@@ -262,6 +277,13 @@ def identity(config: Config) -> dict[str, Any]:
         for section, name, _, _, is_identity in every_key()
         if is_identity
     }
+
+
+def public(config: Config) -> dict[str, Any]:
+    """The configuration as it may be written down: an address without its secrets."""
+    tree = config.model_dump()
+    tree["data"]["dir"] = address.shown(config.data.dir)
+    return tree
 
 
 def commented_yaml() -> str:

@@ -25,6 +25,10 @@ class ShardError(DataError):
     """One shard is damaged: only the process that read it knows."""
 
 
+class UnreachableError(ShardError):
+    """A server did not answer, however often it was asked: another time it may; commands exit with 75."""
+
+
 class DivergedError(UserError):
     """The loss is NaN or infinite: the same run would diverge again, so it is not worth running unchanged."""
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from distrain import augment, checkpoint, files, lives, manifest, model, optim, runtime, tracking
 from distrain.checkpoint import Saved
-from distrain.config import Config, identity
+from distrain.config import Config, identity, public
 from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
+from distrain.fetch import Settings
 from distrain.lives import Lease
 from distrain.manifest import Dataset
 from distrain.order import Order
@@ -153,7 +154,7 @@ def start_runtime(config: Config, watching: Watch) -> Runtime:
 
 def set_up(config: Config, started: float, watching: Watch) -> Job:
     """Everything that a run needs, at the step it goes on from."""
-    dataset = manifest.read(config.data.dir)
+    dataset = manifest.read(config.data.dir, Settings.of(config.data))
     splits = [split for split in ("train", "val", "test") if split in dataset.manifest.splits]
     for needed in ("train", "test"):
         dataset.split(needed)
@@ -336,7 +337,7 @@ def _take_folder(job: Job) -> Path | None:
         done, lines = (saved.step, saved.state["lines"]) if saved is not None else (0, 0)
         checkpoint.sweep(job.checkpoints)
         tracking.cut_back(job.run, done, lines)
-        files.replace(job.run / CONFIG, yaml.safe_dump(job.config.model_dump(), sort_keys=False))
+        files.replace(job.run / CONFIG, yaml.safe_dump(public(job.config), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"run.dir={job.run}: cannot be written: {error.strerror}; choose another folder") from error
     return saved.path if saved is not None else None

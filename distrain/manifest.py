@@ -15,9 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distrain.errors import DataError
+from distrain.config import Data
+from distrain.errors import DataError, UnreachableError
+from distrain.fetch import FetchError, Remote, Settings, locate
 
 NAME = "manifest.json"
+_MOST_BYTES = 2**28
+"""Longest manifest fetched from an address: of a million shards."""
 FORMAT = "distrain-blocks"
 VERSION = 1
 IMAGES, LABELS, IDS = "images.npy", "labels.npy", "ids.npy"
@@ -94,9 +98,9 @@ class Manifest(_Record):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set on disk: its folder, its manifest and the manifest's sha256."""
+    """A data set: its folder, local or remote, its manifest and the manifest's sha256."""
 
-    root: Path
+    root: Path | Remote
     manifest: Manifest
     digest: str
 
@@ -112,7 +116,11 @@ class Dataset:
         return found
 
     def missing(self, splits: Sequence[str]) -> Iterator[str]:
-        """One line for each shard of the splits that is not there or not of its size."""
+        """One line for each shard of the splits that is not there or not of its size. Of a remote data set, none: a
+        request for every shard would take minutes, and a fetch that fails is told anyway.
+        """
+        if isinstance(self.root, Remote):
+            return
         for name in splits:
             for shard in self.split(name).shards:
                 try:
@@ -124,18 +132,19 @@ class Dataset:
                     yield f"{shard.name}: {size} bytes instead of {shard.bytes}"
 
 
-def read(folder: str | Path) -> Dataset:
-    """The data set in a folder.
+def read(folder: str | Path, fetching: Settings | None = None) -> Dataset:
+    """The data set in a folder or at an address.
+
+    Args:
+        folder: its path, or its address as `data.dir` takes it.
+        fetching: how a remote one is fetched; None: as the keys' defaults say, and nothing is kept.
 
     Raises:
+        ConfigError: an address that cannot be opened.
         DataError: no folder, no manifest, another format or version, or a manifest that contradicts itself.
     """
-    root = Path(folder)
-    try:
-        raw = (root / NAME).read_bytes()
-    except OSError as error:
-        reason = "holds no data set (no manifest.json)" if root.is_dir() else (error.strerror or str(error))
-        raise DataError(f"{root}: {reason}; make one with `distrain prepare`, or set data.dir") from None
+    root = locate(folder, fetching or Settings.of(Data(), cached=False))
+    raw = _fetched(root) if isinstance(root, Remote) else _read(root)
     again = "prepare the data set again"
     try:
         tree = json.loads(raw)
@@ -156,6 +165,32 @@ def read(folder: str | Path) -> Dataset:
         message = first["msg"].removeprefix("Value error, ")
         raise DataError(f"{root / NAME}: {where}{message}; {again}") from None
     return Dataset(root, manifest, hashlib.sha256(raw).hexdigest())
+
+
+def _read(root: Path) -> bytes:
+    try:
+        return (root / NAME).read_bytes()
+    except OSError as error:
+        reason = "holds no data set (no manifest.json)" if root.is_dir() else (error.strerror or str(error))
+        raise DataError(f"{root}: {reason}; make one with `distrain prepare`, or set data.dir") from None
+
+
+def _fetched(root: Remote) -> bytes:
+    try:
+        return root.fetch(NAME, _MOST_BYTES, _not_json)
+    except FetchError as error:
+        cure = error.cure or "upload a folder that `distrain prepare` made, or set data.dir"
+        kind = UnreachableError if error.unreachable else DataError
+        raise kind(f"{root / NAME}: {error.reason}; {cure}") from None
+
+
+def _not_json(raw: bytes) -> str | None:
+    """A manifest has no digest to check it by, but cut short it does not parse."""
+    try:
+        json.loads(raw)
+    except ValueError as error:
+        return f"not JSON ({error})"
+    return None
 
 
 def to_json(manifest: Manifest) -> str:

@@ -15,6 +15,7 @@ from distrain.checkpoint import Saved
 from distrain.config import Config, identity, load
 from distrain.errors import ConfigError, DataError, Stopped
 from distrain.evaluation import Scores
+from distrain.fetch import Settings
 from distrain.job import CHECKPOINTS, CONFIG, agree_on_data, build_model, start_runtime, watch
 from distrain.manifest import Dataset
 from distrain.runtime import Runtime, StopAgreed
@@ -29,7 +30,7 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
     if not (run / CONFIG).exists():
         raise DataError(f"{run}: holds no run (no {CONFIG})")
     config = load(run / CONFIG, overrides)
-    dataset = manifest.read(config.data.dir)
+    dataset = manifest.read(config.data.dir, Settings.of(config.data))
     dataset.split(split)
     saved, skipped = _checkpoint_of(run, which)
     with signals.noted(), closing(watch(config)) as watching, closing(start_runtime(config, watching)) as rt:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 from webdataset import tariterators
 
-from distrain.errors import ShardError
+from distrain.errors import ShardError, UnreachableError
+from distrain.fetch import FetchError, Remote
 from distrain.manifest import IDS, IMAGES, LABELS, Shard
 
 BLOCK_SAMPLES = 1024
@@ -68,20 +70,23 @@ def describe(path: Path, name: str, samples: int) -> Shard:
 
 
 def read(
-    root: Path,
+    root: Path | Remote,
     shard: Shard,
     image_shape: list[int],
     num_classes: int,
     digests: Sequence[Literal["xxh3_128", "sha256"]] = ("xxh3_128",),
+    stop: threading.Event | None = None,
 ) -> list[Block]:
-    """The blocks of one shard, verified: size, digest, headers, shapes, number of samples, labels.
+    """The blocks of one shard, verified: size, digest, headers, shapes, number of samples, labels. Setting `stop` ends
+    the wait for a remote one.
 
     Raises:
         ShardError: naming the shard and what is wrong with it.
     """
+    data = _fetched(root, shard, digests, stop) if isinstance(root, Remote) else _read_checked(root, shard, digests)
 
     def opened() -> Iterator[dict[str, Any]]:
-        yield {"url": str(root / shard.name), "stream": io.BytesIO(_read_checked(root, shard, digests))}
+        yield {"url": str(root / shard.name), "stream": io.BytesIO(data)}
 
     def decoded(samples: Iterator[dict[str, Any]]) -> Iterator[Block]:
         for sample in samples:
@@ -110,13 +115,28 @@ def _read_checked(root: Path, shard: Shard, digests: Sequence[str]) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}") from error
+        raise ShardError(f"{path}: {error.strerror}; {_CURE}") from error
+    reason = _wrong(data, shard, digests)
+    if reason is not None:
+        raise ShardError(f"{path}: {reason}; {_CURE}")
+    return data
+
+
+def _fetched(root: Remote, shard: Shard, digests: Sequence[str], stop: threading.Event | None) -> bytes:
+    try:
+        return root.read(shard.name, shard.bytes, shard.sha256, lambda data: _wrong(data, shard, digests), stop)
+    except FetchError as error:
+        kind = UnreachableError if error.unreachable else ShardError
+        raise kind(f"{root / shard.name}: {error.reason}; {error.cure or _CURE}") from None
+
+
+def _wrong(data: bytes, shard: Shard, digests: Sequence[str]) -> str | None:
     if len(data) != shard.bytes:
-        raise ShardError(f"{path}: {len(data)} bytes instead of {shard.bytes}")
+        return f"{len(data)} bytes instead of {shard.bytes}"
     for digest in digests:
         if _DIGESTS[digest](data) != getattr(shard, digest):
-            raise ShardError(f"{path}: changed since it was prepared (its {digest} differs)")
-    return data
+            return f"changed since it was prepared (its {digest} differs)"
+    return None
 
 
 def _decode(sample: dict[str, Any], image_shape: list[int], num_classes: int) -> Block:

@@ -68,7 +68,9 @@ class TrainingBatches:
         self._order, self._world, self._steps = order, world, iter(steps)
         self._with_words, self._pin = with_words, pin
         ahead = max(read_ahead, order.rounds_per_step)
-        self._background = Background(_read_rounds(dataset, order, world, steps, ahead + 1, pin), ahead)
+        closed = threading.Event()
+        rounds = _read_rounds(dataset, order, world, steps, ahead + 1, pin, closed)
+        self._background = Background(rounds, ahead, closed)
         self._current: _Round | None = None
 
     def ready(self, step: int, timeout: float | None) -> bool:
@@ -137,7 +139,8 @@ class EvaluationBatches:
     def __init__(self, dataset: Dataset, split_name: str, world: World, batch_size: int) -> None:
         split = dataset.split(split_name)
         owned = [shard for index, shard in enumerate(split.shards) if index % split.lanes % world.size == world.rank]
-        self._background = Background(_read_whole(dataset, owned), 1)
+        closed = threading.Event()
+        self._background = Background(_read_whole(dataset, owned, closed), 1, closed)
         self._size = batch_size
         self._block: Block | None = None
         self._start = 0
@@ -171,13 +174,14 @@ def memory(dataset: Dataset, order: Order, world: World, read_ahead: int) -> int
     return (1 + max(read_ahead, order.rounds_per_step)) * samples * (dataset.manifest.sample_bytes + 16)
 
 
-def _read(dataset: Dataset, shard: Shard) -> list[Block]:
-    return shards.read(dataset.root, shard, dataset.manifest.image_shape, len(dataset.manifest.classes))
+def _read(dataset: Dataset, shard: Shard, stop: threading.Event) -> list[Block]:
+    found = dataset.manifest
+    return shards.read(dataset.root, shard, found.image_shape, len(found.classes), stop=stop)
 
 
-def _read_whole(dataset: Dataset, owned: list[Shard]) -> Iterator[Block]:
+def _read_whole(dataset: Dataset, owned: list[Shard], closed: threading.Event) -> Iterator[Block]:
     for shard in owned:
-        yield Block(*(np.concatenate(arrays) for arrays in zip(*_read(dataset, shard), strict=True)))
+        yield Block(*(np.concatenate(arrays) for arrays in zip(*_read(dataset, shard, closed), strict=True)))
 
 
 def _join(parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]]) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
@@ -186,7 +190,7 @@ def _join(parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]]) -> tuple[Tensor
 
 
 def _read_rounds(
-    dataset: Dataset, order: Order, world: World, steps: range, buffers: int, pin: bool
+    dataset: Dataset, order: Order, world: World, steps: range, buffers: int, pin: bool, closed: threading.Event
 ) -> Iterator[_Round]:
     """The rounds that the steps reach into. Every `buffers`-th round lies in the same memory."""
     lanes = order.owned_lanes(world)
@@ -213,7 +217,7 @@ def _read_rounds(
         for column, lane in enumerate(lanes):
             index = int(epoch_shards[lane])
             taken = order.shard_samples(epoch, index, entries[index].samples)
-            _lay(_read(dataset, entries[index]), taken, into, column, len(lanes))
+            _lay(_read(dataset, entries[index], closed), taken, into, column, len(lanes))
         yield into
 
 
@@ -251,16 +255,17 @@ class Background(Generic[T]):
     """Runs an iterator in a thread, at most `ahead` items before the one in use.
 
     Asking for an item says that the one before is no longer needed; the thread may then reuse what it was made of.
+    `closed` is set when the items are no longer wanted: an iterator that waits for the network must not be waited for.
     """
 
-    def __init__(self, items: Iterator[T], ahead: int) -> None:
+    def __init__(self, items: Iterator[T], ahead: int, closed: threading.Event | None = None) -> None:
         self._items = items
         self._made: deque[T] = deque()
         self._changed = threading.Condition()
         self._permits = threading.Semaphore(ahead + 1)
         self._in_use = self._ended = False
         self._error: BaseException | None = None
-        self._closed = threading.Event()
+        self._closed = closed or threading.Event()
         self._thread = threading.Thread(target=self._work, name="distrain-read", daemon=True)
         self._thread.start()
 

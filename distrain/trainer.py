@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distrain import augment, checkpoint, evaluation, files, signals
 from distrain import job as jobs
-from distrain.config import Config, from_tree, load
+from distrain.config import Config, from_tree, load, public
 from distrain.errors import DataError, DivergedError, SaveError, Stopped
 from distrain.evaluation import Scores
 from distrain.job import RESULT, Job, attempt, save, set_up
@@ -389,6 +389,6 @@ def _open_logs(job: Job) -> Logs:
         print(f"warning: {message}", file=sys.stderr)
 
     name = config.wandb.name or job.run.resolve().name
-    wandb = WandbMirror(config.wandb.mode, config.wandb.project, name, job.run, config.model_dump(), warn)
+    wandb = WandbMirror(config.wandb.mode, config.wandb.project, name, job.run, public(config), warn)
     metrics = JsonLines(job.run / METRICS, job.state.lines)
     return Logs(progress, metrics, wandb, audit, job.check_lease)

@@ -1,6 +1,6 @@
 """Every fault, the guard against it, and whether its test fails when the guard is taken out.
 
-    python tests/faults/guards.py try [NAME …]   takes each guard out of a copy, runs the fault's test there: it must fail
+    python tests/faults/guards.py try [NAME …]   each guard is taken out of a copy: its test must fail
     python tests/faults/guards.py table          writes docs/faults.md from the table here and from what was tried
 
 Results are kept in tests/faults/tried.json, with a digest of what was tried: what has not changed is not tried again.
