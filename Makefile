@@ -6,7 +6,7 @@ RUN ?= runs/synthetic
 DATA ?= data/synthetic
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test test-fast test-ranks lint format clean
+.PHONY: help install train test test-fast test-ranks test-faults faults guards lint format clean
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -24,16 +24,27 @@ install: $(VENV)/installed ## Set up .venv
 
 train: $(VENV)/installed ## Train on the embedded data set, on all local GPUs or two CPU processes
 	$(BIN)/distrain prepare synthetic --out $(DATA)
-	$(BIN)/torchrun --standalone --nproc-per-node $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)') \
-		-m distrain train --config configs/synthetic.yaml data.dir=$(DATA) run.dir=$(RUN) run.resume=auto
+	$(BIN)/distrain launch --nproc $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)') \
+		-- train --config configs/synthetic.yaml data.dir=$(DATA) run.dir=$(RUN)
 
-test: test-fast test-ranks ## All tests
+test: test-fast test-ranks test-faults ## All tests, of the faults the short form
 
 test-fast: $(VENV)/installed-dev ## The tests that need one process
 	$(BIN)/pytest -m "not ranks and not faults" --durations=5
 
 test-ranks: $(VENV)/installed-dev ## The tests that start several processes
 	$(BIN)/pytest -m ranks --durations=5
+
+test-faults: $(VENV)/installed-dev ## The short form of `make faults`
+	$(BIN)/pytest -m short --durations=5
+
+# What has passed as the code is now is not run again: an interrupted run goes on. PART=kills runs one part.
+faults: $(VENV)/installed-dev ## Every fault, in parts: up to an hour; goes on where it was interrupted
+	DISTRAIN_FAULTS=$(CURDIR)/.faults $(BIN)/pytest tests/faults/$(if $(PART),test_$(PART).py) -m faults -v -s --durations=10
+
+guards: $(VENV)/installed-dev ## Take out every guard against a fault: its test must fail; writes docs/faults.md
+	$(BIN)/python tests/faults/guards.py try
+	$(BIN)/python tests/faults/guards.py table
 
 lint: $(VENV)/installed-dev ## Style, types, and the arrows of the architecture
 	$(BIN)/ruff check .

@@ -425,6 +425,8 @@ def save(job: Job, logs: Logs, why: str) -> None:
         return
     rt = job.runtime
     with rt.watch.phase("save"):
+        job.check_lease()
+        rt.agree()  # not before the main process has seen that the folder is still this job's
         problem = attempt(logs.sync)
         if not any(rt.agree(problem is not None).flags) and rt.is_main:
             problem = attempt(lambda: _write(job, logs, why))
@@ -448,7 +450,7 @@ def attempt(action: Callable[[], None]) -> str | None:
 
 
 def _write(job: Job, logs: Logs, why: str) -> None:
-    job.check_lease()
+    job.check_lease()  # once more: syncing may have taken long
     state = {
         **vars(job.state),
         "lines": logs.metrics.lines if logs.metrics is not None else 0,

@@ -82,7 +82,7 @@ def judge(ends: Sequence[End], asked: str | None, can_go_on: bool) -> Outcome:  
         if end.code not in (EXIT_AGAIN, *(-number for number in _ENDED_FROM_OUTSIDE)):
             return Outcome(EXIT_FAULT, _told(end), end)
     killed = [end for end in own if end.code < 0]
-    peers = [end for end in own if kinds[end.rank] in ("peer", "busy")]
+    peers = [end for end in own if kinds[end.rank] in ("peer", "hang", "busy")]
     stopped = [end for end in own if kinds[end.rank] == "again"]
     if asked or (stopped and not killed and not peers):
         told = _told(stopped[0]) if stopped else f"stopped by {asked} before anything could be saved"
@@ -202,24 +202,28 @@ class _Workers:
         self._folder = folder
         size = topology.nodes * processes
         port = store.getsockname()[1] if store is not None and not topology.port else topology.port
-        common = {
+        group: dict[str, object] = {
             "WORLD_SIZE": size,
             "LOCAL_WORLD_SIZE": processes,
             "GROUP_RANK": topology.node,
             "MASTER_ADDR": topology.host,
             "MASTER_PORT": port,
+            **_interface(topology),
+        }
+        common: dict[str, object] = {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             "PYTHONFAULTHANDLER": "1",
             LAUNCHER: os.getpid(),
             FOLDER: folder,
-            **_interface(topology),
         }
+        inherited = {name: value for name, value in os.environ.items() if name not in (*group, "RANK", "LOCAL_RANK")}
         self.first_rank = topology.node * processes
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._hung: dict[int, tuple[int, float]] = {}
         self._ended_by_launcher: set[int] = set()
         for local in range(processes):
-            own: dict[str, object] = {"RANK": self.first_rank + local, "LOCAL_RANK": local}
+            # One process alone is told of no group: accelerate would make one of it.
+            own = {**group, "RANK": self.first_rank + local, "LOCAL_RANK": local} if size > 1 else {}
             passed: tuple[int, ...] = ()
             if store is not None and self.first_rank + local == 0 and size > 1:
                 passed = (store.fileno(),)
@@ -227,7 +231,7 @@ class _Workers:
             self._running[self.first_rank + local] = subprocess.Popen(
                 [sys.executable, "-m", "distrain", *arguments],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **{name: str(value) for name, value in {**common, **own}.items()}},
+                env={**inherited, **{name: str(value) for name, value in {**common, **own}.items()}},
                 pass_fds=passed,
             )
 
@@ -247,12 +251,12 @@ class _Workers:
             if asked_at is not None and now - asked_at > grace:
                 self._kill(self._running)
             if left_at is not None:
-                saving = [rank for rank in self._running if self._place(rank).phase in ("save", "end")]
-                self._kill(
-                    rank
-                    for rank in list(self._running)
-                    if now - left_at > (max(grace, _LEAVE_SECONDS) if rank in saving else _LEAVE_SECONDS)
-                )
+                # Who still saves may, unless somebody waited for that too long already.
+                hung = any(end.failure is not None and end.failure.kind == "hang" for end in ends)
+                for rank in list(self._running):
+                    saves = self._place(rank).phase in ("save", "end") and not hung
+                    if now - left_at > (max(grace, _LEAVE_SECONDS) if saves else _LEAVE_SECONDS):
+                        self._kill([rank])
             self._end_hung(now)
             time.sleep(_TICK)
         return ends

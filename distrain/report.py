@@ -22,7 +22,7 @@ FOLDER = "DISTRAIN_REPORTS"
 PHASES = ("start", "first step", "train", "evaluate", "save", "end")
 _PLACE = struct.Struct("<qqqd")
 
-Kind = Literal["fault", "user", "again", "busy", "peer", "save"]
+Kind = Literal["fault", "user", "again", "busy", "peer", "hang", "save"]
 
 
 @dataclass(frozen=True)

@@ -169,16 +169,21 @@ class Runtime:
         return next(each for each in found if each is not None)
 
     @contextlib.contextmanager
-    def _meeting(self) -> Iterator[None]:
-        """Around a collective: the others' loss is told as such, and waiting for them is known as waiting."""
+    def peers(self) -> Iterator[None]:
+        """Around what may fail because another process is gone: that is told as such."""
         try:
-            with self.watch.meeting():
-                yield
+            yield
         except (RuntimeError, ValueError) as error:
             if _is_loss(error):
                 self._broken = True
                 raise PeerLostError(f"another process is gone: {_first_line(error)}") from error
             raise
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Around a collective: waiting for the others is known as waiting, their loss as loss."""
+        with self.peers(), self.watch.meeting():
+            yield
 
     def seed(self, seed: int) -> None:
         """Seed the device's generator. `torch.manual_seed` would keep a stack trace for CUDA at every call."""
@@ -228,7 +233,8 @@ def start(device: str, precision: str, cpu_threads: int, start_seconds: float, w
         cpu=on_cpu,
         mixed_precision=MIXED[precision],
         gradient_accumulation_steps=1,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        # Buffers are the main process's where it counts (`share_buffers`, checkpoints): not sent around at every step.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     torch.set_num_threads(cpu_threads)  # after accelerate, which sets its own number on CPUs
     world = World(accelerator.process_index, accelerator.num_processes)
@@ -249,6 +255,8 @@ _BEYOND = timedelta(hours=24)
 
 _STOP_SECONDS = 5.0
 """After a stop request, how long to wait for processes that have not come: with them, all leave together."""
+
+_LINGER_SECONDS = 2.0
 
 STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
 """Environment variable: descriptor of the socket that the launcher listens on, for rank 0 to serve the store."""
@@ -285,14 +293,17 @@ def _wait_for_all(store: Any, rank: int, size: int, deadline: float, watch: Watc
     """Every process has come, and expects as many as this one does."""
     expected = store.compare_set("distrain/size", "", str(size)).decode()
     if expected != str(size):
-        raise ConfigError(
-            f"this process expects {size} processes, another one {expected}: give every node the same number"
-        )
+        store.set("distrain/unequal", "1")
     store.set(f"distrain/here/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
     if store.add("distrain/arrived", 1) == size:
         store.set("distrain/all", "1")
     asked_at = None
     while not store.check(["distrain/all"]):
+        if store.check(["distrain/unequal"]):
+            if rank == 0:
+                time.sleep(_LINGER_SECONDS)  # it serves the store that the others look at
+            numbers = f"{size} and {expected}" if expected != str(size) else f"{size} and another number of"
+            raise ConfigError(f"nodes expect {numbers} processes: give every node the same --nproc and --nodes")
         asked_at = asked_at or (time.monotonic() if signals.requested() else None)
         if asked_at and time.monotonic() - asked_at > _STOP_SECONDS:
             raise Stopped(f"stopped{StopAgreed().by} while it waited for other processes; nothing had to be saved")

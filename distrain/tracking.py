@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,11 +59,8 @@ class JsonLines:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Sync and close."""
-        try:
-            self.sync()
-        finally:
-            os.close(self._descriptor)
+        """Close; what was not flushed is dropped."""
+        os.close(self._descriptor)
 
 
 def cut_back(run: Path, steps_done: int, metrics_lines: int) -> None:
@@ -250,16 +247,32 @@ class Logs:
             if lines is not None:
                 lines.sync()
 
+    @contextlib.contextmanager
+    def abandoned_on_failure(self) -> Iterator[None]:
+        """Close everything where the block fails. Lines that no checkpoint counts on are dropped: the next life writes
+        them again, and may already be doing so.
+        """
+        try:
+            yield
+        except BaseException:
+            self._end({})
+            raise
+
     def close(self, summary: dict[str, Any]) -> None:
         """Close everything; `summary` goes to wandb.
 
         Raises:
             OSError: lines that were kept could not be written to the end.
         """
+        try:
+            self.sync()
+        finally:
+            self._end(summary)
+
+    def _end(self, summary: dict[str, Any]) -> None:
         self.progress.close()
-        with contextlib.ExitStack() as stack:
-            if self.wandb is not None:
-                stack.callback(self.wandb.close, summary)
-            for lines in (self.metrics, self.audit):
-                if lines is not None:
-                    stack.callback(lines.close)
+        for lines in (self.metrics, self.audit):
+            if lines is not None:
+                lines.close()
+        if self.wandb is not None:
+            self.wandb.close(summary)

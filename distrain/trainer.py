@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -61,22 +61,21 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[s
 
 def _run(job: Job) -> dict[str, Any]:
     logs = _open_logs(job)
-    result: dict[str, Any] = {}
-    try:
-        fit(job, logs)
-        result = finish(job, logs)
-        job.runtime.watch.enter("end")
-    except StopAgreed as stop:
-        _leave(job, logs, stop)
-    except DataError:
-        # All processes are here, between two steps: what was trained since the last checkpoint is not lost.
-        _keep(job, logs, "data")
-        raise
-    finally:
-        summary = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-        job.save_problem = attempt(lambda: logs.close(summary)) or job.save_problem
-    if job.save_problem is not None:
-        raise SaveError(f"the end of the run could not be saved: {job.save_problem}")
+    with logs.abandoned_on_failure():
+        try:
+            fit(job, logs)
+            result = finish(job, logs)
+        except StopAgreed as stop:
+            _leave(job, logs, stop)
+        except DataError:
+            # All processes are here, between two steps: what was trained since the last checkpoint is not lost.
+            _keep(job, logs, "data")
+            raise
+    job.runtime.watch.enter("end")
+    summary = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+    problem = attempt(lambda: logs.close(summary)) or job.save_problem
+    if problem is not None:
+        raise SaveError(f"the end of the run could not be saved: {problem}")
     return result
 
 
@@ -190,7 +189,7 @@ def _await_data(job: Job, batches: TrainingBatches) -> None:
             return
 
 
-def _leave(job: Job, logs: Logs, stop: StopAgreed) -> None:
+def _leave(job: Job, logs: Logs, stop: StopAgreed) -> NoReturn:
     """Save, and leave with the others.
 
     Raises:
@@ -233,7 +232,8 @@ def train_step(job: Job, batch: Batch) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=rt.device)
     for start in range(0, len(labels), micro):
         with rt.accumulating(job.ddp, last=start + micro >= len(labels)):
-            logits = job.ddp(augment.normalize(images[start : start + micro], job.mean, job.std))
+            with rt.peers():
+                logits = job.ddp(augment.normalize(images[start : start + micro], job.mean, job.std))
             loss = F.cross_entropy(logits, labels[start : start + micro], reduction="sum") * weight
             rt.backward(loss * scale)
         total += loss.detach()

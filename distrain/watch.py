@@ -124,7 +124,7 @@ class Watch:
         place = self.place
         self._dump()
         message = f"no progress for {limit:g} s in phase {place.phase}, step {place.step}: {self._behind()}"
-        if not fail("peer", EXIT_AGAIN, message):
+        if not fail("hang", EXIT_AGAIN, message):
             print(f"distrain: rank {self.rank}: {message}", file=sys.stderr, flush=True)
         os._exit(EXIT_AGAIN)
 

@@ -23,6 +23,7 @@ def test_cut_back_drops_what_came_after_for_every_rank_that_ever_wrote(tmp_path:
         for audit in audits:
             audit.write({"step": step, "epoch": 0, "ids": [step]})
     for file in (metrics, *audits):
+        file.sync()
         file.close()
     with audit_path(tmp_path, 7).open("a") as file:
         file.write('{"step": 10, "ids": [1,')  # the process was killed while it wrote
@@ -40,6 +41,7 @@ def test_lines_go_on_behind_what_is_there(tmp_path: Path) -> None:
     for step in (1, 2):
         file = JsonLines(tmp_path / "a.jsonl")
         file.write({"step": step})
+        file.sync()
         file.close()
     assert lines(tmp_path / "a.jsonl") == [1, 2]
 

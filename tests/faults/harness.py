@@ -99,7 +99,7 @@ class Job:
             for process in psutil.Process(self.launcher.pid).children():
                 with contextlib.suppress(psutil.Error, KeyError):
                     if process.status() != psutil.STATUS_ZOMBIE:
-                        found[int(process.environ()["RANK"])] = process
+                        found[int(process.environ().get("RANK", "0"))] = process
         return [found[rank] for rank in sorted(found)]
 
     def place(self, rank: int = 0) -> Place:

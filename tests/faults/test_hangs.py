@@ -15,7 +15,7 @@ from harness import Job, exit_file, small_run
 from distrain import manifest
 
 pytestmark = pytest.mark.faults
-QUICK = {"start_seconds": 60, "step_seconds": 4, "eval_seconds": 4, "save_seconds": 4}
+QUICK = {"start_seconds": 60, "step_seconds": 5, "eval_seconds": 5, "save_seconds": 5}
 
 
 def ended_in_time(job: Job) -> str:
@@ -111,7 +111,7 @@ def test_nodes_that_expect_different_numbers(data: Path, tmp_path: Path) -> None
     ):
         codes = {first.wait(60), second.wait(60)}
         assert 78 in codes, first.output + second.output
-        assert "give every node the same number" in first.output + second.output
+        assert "give every node the same --nproc" in first.output + second.output
 
 
 def test_a_process_that_does_not_leave_in_time_is_ended(
@@ -119,8 +119,9 @@ def test_a_process_that_does_not_leave_in_time_is_ended(
 ) -> None:
     expected = undisturbed()
     tree = small_run(data, tmp_path / "run")
-    with Job(tree, tmp_path, options=["--grace", "3"], environ={"FAULT": "hang:0:45"}) as job:
-        job.wait_for("train", 42)
+    with Job(tree, tmp_path, options=["--grace", "3"], environ={"FAULT": "hang:0:60"}) as job:
+        job.wait_for("train", 12)
+        job.wait_until_stuck()
         job.signal("launcher", number=signal.SIGUSR1)
         start = time.monotonic()
         assert job.wait(30) == 75, job.output
