@@ -320,7 +320,8 @@ class _Book:
     def close(self, outcome: Outcome) -> Outcome:
         """Write down an outcome; too many lives without progress turn `run it again` into a fault."""
         step = self._newest()
-        progress = (step or 0) > (self._step or 0)
+        # Compared with what was last written: a life whose launcher was killed has written nothing, but may have saved.
+        progress = (step or 0) > (self._before.get("step") or 0)
         idle = 0 if progress or outcome.code == EXIT_OK else self._before.get("lives_without_progress", 0) + 1
         if outcome.code == EXIT_AGAIN and idle >= self._most:
             reason = f"{idle} lives in a row without progress (launch.max_lives_without_progress); {outcome.reason}"

@@ -233,8 +233,7 @@ def start(device: str, precision: str, cpu_threads: int, start_seconds: float, w
         cpu=on_cpu,
         mixed_precision=MIXED[precision],
         gradient_accumulation_steps=1,
-        # Buffers are the main process's where it counts (`share_buffers`, checkpoints): not sent around at every step.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     torch.set_num_threads(cpu_threads)  # after accelerate, which sets its own number on CPUs
     world = World(accelerator.process_index, accelerator.num_processes)

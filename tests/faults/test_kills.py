@@ -54,6 +54,7 @@ def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
         diary.write_text("[]")
     kills: list[list[str]] = json.loads(diary.read_text())
     changes: dict[str, Any] = {
+        "launch": {"max_lives_without_progress": 1000},  # a first step may be hit several times in a row
         "train": {"max_steps": 900}, "checkpoint": {"every_steps": 3, "keep": 2}, "eval": {"every_steps": 4},
     }  # fmt: skip
     draw = random.Random(len(kills))
@@ -69,9 +70,9 @@ def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
     told = f"Phases that were hit: {phases}. Targets: {targets}. Same bits as the run that nothing happened to."
     trained(folder / "killed").same_as(trained(folder / "whole"))
     ids = trained(folder / "killed").ids
-    for epoch in range(900 // 25):  # every sample of every epoch exactly once, but for those dropped
-        seen = [i for step in range(epoch * 25, (epoch + 1) * 25) for i in ids[step]]
-        assert len(seen) == len(set(seen)) == 400
+    for epoch in range(900 // 24):  # every sample of an epoch at most once; 403 - 24 · 16 are dropped
+        seen = [i for step in range(epoch * 24, (epoch + 1) * 24) for i in ids[step]]
+        assert len(seen) == len(set(seen)) == 24 * 16
     print(f"\n{told}")
     if "DISTRAIN_FAULTS" in os.environ:
         Path(__file__).with_name("kills.txt").write_text(told + "\n")
