@@ -88,9 +88,9 @@ class Job:
     """When the steps of `losses` began."""
     next_poll: int = 0
     """Step after which the processes meet next, to ask who wants to stop."""
-    poll_interval: int = 1
+    polled_step: int = 0
     polled: float = 0.0
-    """When they met last."""
+    """When they met last, in steps and by the clock."""
     saved_at: float = 0.0
 
     @property
@@ -484,7 +484,9 @@ def _summary(job: Job) -> None:
         f"data     {job.dataset.root}: {splits}; {len(found.classes)} classes, {'×'.join(map(str, found.image_shape))}"
     )
     print(f"model    {job.config.model.name}, {parameters:,} parameters; {train.optimizer}, {train.precision}")
-    print(f"devices  {rt.world.size} × {rt.device.type}; slowest share {largest / ideal:.2f} × the ideal of {ideal:g}")
+    asked = f"asked for {os.environ.get('WORLD_SIZE', '1')} × {job.config.run.device}"
+    share = f"slowest share {largest / ideal:.2f} × the ideal of {ideal:g}"
+    print(f"devices  {rt.world.size} × {rt.device.type} ({asked}); {share}")
     print(f"memory   {buffers:,.0f} MiB per process for reading")
     print(f"steps    {job.total_steps:,} of {order.global_batch_size}, {order.steps_per_epoch:,} an epoch")
     print(f"run      {job.run}", flush=True)

@@ -94,7 +94,8 @@ def fit(job: Job, logs: Logs) -> None:
     first = state.step
     job.runtime.watch.enter("first step")
     job.runtime.watch.step(first)
-    job.next_poll, job.polled = first, time.monotonic()
+    job.next_poll = job.polled_step = first
+    job.polled = time.monotonic()
     job.saved_at = job.clock = time.monotonic()
     with closing(batches):
         while True:
@@ -155,13 +156,15 @@ def _poll(job: Job) -> bool:
     now = time.monotonic()
     minutes = job.config.checkpoint.every_minutes
     due = bool(job.runtime.is_main and minutes and job.state.step and now - job.saved_at >= 60 * minutes)
-    steps = job.state.step - job.next_poll + max(1, job.poll_interval)
-    interval = round(POLL_SECONDS * steps / max(now - job.polled, 1e-6))
-    agreed = job.runtime.agree(due, main=min(max(interval, 1), _MOST_STEPS_UNASKED))
+    steps = job.state.step - job.polled_step
+    fitting = int(POLL_SECONDS * steps / max(now - job.polled, 1e-6))
+    # At most twice as long as before: a first step, or a few quick ones, say little about those to come.
+    interval = max(1, min(fitting, 2 * (job.next_poll - job.polled_step), _MOST_STEPS_UNASKED))
+    agreed = job.runtime.agree(due, main=interval)
     if agreed.stop:
         raise StopAgreed
-    job.poll_interval = agreed.main
-    job.next_poll, job.polled = job.state.step + agreed.main, time.monotonic()
+    job.polled_step, job.polled = job.state.step, time.monotonic()
+    job.next_poll = job.state.step + agreed.main
     return agreed.flags[0] > 0
 
 

@@ -67,6 +67,8 @@ class Faulty(nn.Sequential):
                 time.sleep(1000)
             if self.kind == "hold":  # never lets go of the interpreter: no other thread of the process runs
                 ctypes.PyDLL(None).sleep(1000)
+            if self.kind == "stop":
+                os.kill(os.getpid(), signal.SIGUSR1)
             if self.kind == "crash":
                 os.kill(os.getpid(), signal.SIGSEGV)
         if self.kind in _SLOW and self.passes >= self.number:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,9 @@ from distrain import checkpoint
 from distrain.errors import DataError
 
 
-def save(folder: Path, step: int, value: float = 1.0, best: int | None = None) -> Path:
+def save(folder: Path, step: int, value: float = 1.0, best: int | None = None, why: str = "interval") -> Path:
     model = {"weight": torch.full((3, 2), value), "tied": torch.ones(2)}
-    state = {"identity": {"a": 1}, "best": {"step": best} if best else None}
+    state = {"identity": {"a": 1}, "best": {"step": best} if best else None, "why": why}
     model["tied again"] = model["tied"]
     return checkpoint.save(folder, step, model, {"0.momentum_buffer": torch.ones(3)}, state)
 
@@ -49,7 +51,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
 
 def test_a_half_written_one_is_no_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    (tmp_path / ".step-00000002.partial").mkdir()
+    (tmp_path / ".partial-step-00000002").mkdir()
     (tmp_path / "step-x").mkdir()
     assert checkpoint.steps(tmp_path) == [1]
     assert checkpoint.steps(tmp_path / "nowhere") == []
@@ -70,6 +72,34 @@ def test_prune_keeps_what_a_kept_one_calls_the_best(tmp_path: Path) -> None:
         save(tmp_path, step, best=best)
     checkpoint.prune(tmp_path, 2, 0, 4)
     assert checkpoint.steps(tmp_path) == [4, 3, 1]
+
+
+def test_prune_keeps_every_nth_and_the_last_of_a_stop(tmp_path: Path) -> None:
+    for step in range(1, 13):
+        save(tmp_path, step, why="stop" if step in (3, 7) else "interval")
+    checkpoint.prune(tmp_path, 2, 5, None)
+    assert checkpoint.steps(tmp_path) == [12, 11, 10, 7, 5]
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "step-00000002").write_text("in the way")
+    with pytest.raises(OSError, match="step-00000002"):
+        save(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert checkpoint.newest_verified(tmp_path) == 1
+
+
+def test_the_newest_verified_is_found_without_torch(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step-00000003/model.safetensors").write_bytes(b"cut")
+    code = "import sys; from pathlib import Path; from distrain import checkpoint, launcher\n"
+    code += "print(checkpoint.newest_verified(Path(sys.argv[1])), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "2 False\n"
 
 
 def test_foreign_things_beside_checkpoints_are_passed_over(tmp_path: Path) -> None:

@@ -51,6 +51,20 @@ def test_ranks_share_each_step_without_gap_or_overlap(order: Order, data: st.Dat
 
 
 @given(orders(), st.data())
+def test_rounds_are_those_of_a_step_s_positions(order: Order, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, 3 * order.steps_per_epoch))
+    epoch, in_epoch = divmod(step, order.steps_per_epoch)
+    start = in_epoch * order.global_batch_size
+    found = locate(order, np.arange(start, start + order.global_batch_size))[0] + epoch * order.rounds_per_epoch
+    assert set(order.rounds(step)) == set(found.tolist())
+    assert order.rounds(step).stop <= (epoch + 1) * order.rounds_per_epoch
+    before = order.rounds(step - 1) if step else range(0)
+    new = set(order.rounds(step)) - set(before)
+    assert order.begins_round(step) == bool(new)
+    assert len(new) <= order.rounds_per_step + (step % order.steps_per_epoch == 0)
+
+
+@given(orders(), st.data())
 def test_a_share_is_a_stretch_of_the_ranks_own_sequence(order: Order, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, order.lanes))
     world = World(data.draw(st.integers(0, size - 1)), size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from datasets import make
 from safetensors.torch import load_file
 
 import distrain
-from distrain import cli, config, job, manifest, runtime
-from distrain.errors import ConfigError, DataError, DivergedError
+from distrain import cli, config, job, manifest, runtime, signals
+from distrain.errors import ConfigError, DataError, DivergedError, Stopped
 from distrain.manifest import Dataset
 
 
@@ -103,6 +104,44 @@ def test_must_needs_a_run_and_auto_does_not(small: Dataset, tmp_path: Path) -> N
         distrain.train(tree(small, tmp_path / "run", run={"resume": "must"}))
     assert not (tmp_path / "run").exists()
     assert distrain.train(tree(small, tmp_path / "run", run={"resume": "auto"}))["steps"] == 30
+
+
+def comparable(run: Path) -> list[dict[str, Any]]:
+    """Metrics but for times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "seconds" not in k and "per_second" not in k} for line in lines]
+
+
+def test_a_signal_stops_a_run_and_the_next_call_goes_on(
+    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"model": {"name": "models_for_tests:Faulty"}, "log": {"every_steps": 4}}
+    distrain.train(tree(small, tmp_path / "whole", **changes))
+    handlers = [signal.getsignal(number) for number in signals.STOP]
+    for passes in (1, 12, 25):  # while it starts, and twice while it trains
+        monkeypatch.setenv("FAULT", f"stop:0:{passes}")
+        with pytest.raises(Stopped, match="SIGUSR1"):
+            distrain.train(tree(small, tmp_path / "run", **changes))
+        assert [signal.getsignal(number) for number in signals.STOP] == handlers
+    monkeypatch.delenv("FAULT")
+    distrain.train(tree(small, tmp_path / "run", **changes))
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+    ends = [load_file(tmp_path / name / "checkpoints/step-00000030/model.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_checkpoints_by_the_clock_change_nothing_else(
+    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULT", "unhurried:0:1")  # 40 ms a step: the clock is looked at a few times
+    found = {}
+    for name, minutes in (("off", 0), ("on", 1e-5)):
+        settings = {"checkpoint": {"every_steps": 0, "every_minutes": minutes, "keep": 0}, "log": {"every_steps": 4}}
+        distrain.train(tree(small, tmp_path / name, model={"name": "models_for_tests:Faulty"}, **settings))
+        found[name] = len(list((tmp_path / name / "checkpoints").iterdir()))
+    assert found["off"] == 1
+    assert found["on"] > 2
+    assert comparable(tmp_path / "on") == comparable(tmp_path / "off")
 
 
 def test_a_run_of_another_identity_is_refused_by_the_fields_that_differ(small: Dataset, tmp_path: Path) -> None:
