@@ -18,10 +18,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from distrain import augment, checkpoint, files, lives, manifest, model, optim, runtime, tracking
+from distrain import augment, checkpoint, files, lives, manifest, model, optim, runtime, signals, tracking
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity, public
-from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
+from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError, Stopped
 from distrain.fetch import Settings
 from distrain.lives import Lease
 from distrain.manifest import Dataset
@@ -312,7 +312,7 @@ def _resume(job: Job) -> None:
     if rt.is_main:
         try:
             found = (_take_folder(job), None)
-        except (ConfigError, DataError, BusyError) as error:
+        except (ConfigError, DataError, BusyError, Stopped) as error:
             found = (None, error)
     path, problem = rt.from_main(found)
     if problem is not None:
@@ -330,7 +330,8 @@ def _take_folder(job: Job) -> Path | None:
     try:
         job.run.mkdir(parents=True, exist_ok=True)
         seen = checkpoint.steps(job.checkpoints)
-        job.lease = lives.acquire(job.run, job.config.run.wait_seconds, lambda line: print(line, flush=True))
+        wait, say = job.config.run.wait_seconds, lambda line: print(line, flush=True)
+        job.lease = lives.acquire(job.run, wait, say, signals.requested)
         if checkpoint.steps(job.checkpoints) != seen:
             saved = _choose(job)  # another job was still at work here
         _say_and_clear(job, saved)

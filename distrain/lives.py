@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distrain.errors import BusyError
+from distrain.errors import BusyError, Stopped
 from distrain.files import write
 
 FOLDER = "lives"
@@ -85,16 +85,23 @@ class Lease:
             self.note(ended=_now())
 
 
-def acquire(run: Path, wait_seconds: float, tell: Callable[[str], None] = lambda line: None) -> Lease:
+def acquire(
+    run: Path,
+    wait_seconds: float,
+    tell: Callable[[str], None] = lambda line: None,
+    asked_to_stop: Callable[[], object] = lambda: None,
+) -> Lease:
     """The lease on a run's folder, which must exist.
 
     Args:
         run: the run's folder.
         wait_seconds: longest wait for another owner to leave.
         tell: is told, once, that there is somebody to wait for.
+        asked_to_stop: whether waiting should end.
 
     Raises:
         BusyError: there is an owner, and it stays.
+        Stopped: asked to stop while it waited.
     """
     (run / FOLDER).mkdir(exist_ok=True)
     start = seen_at = time.monotonic()
@@ -114,6 +121,8 @@ def acquire(run: Path, wait_seconds: float, tell: Callable[[str], None] = lambda
             raise BusyError(
                 f"{run}: another job is writing here: {_named(current)}. Wait for it, end it, or choose another run.dir"
             )
+        if asked_to_stop():
+            raise Stopped(f"{run}: stopped while it waited for another job; nothing had to be saved")
         if not told:
             tell(f"{run}: waiting for another job to leave: {_named(current)}")
             told = True

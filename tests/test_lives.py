@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from distrain import lives
-from distrain.errors import BusyError
+from distrain.errors import BusyError, Stopped
 
 
 def test_lives_are_counted_and_a_released_lease_is_free(tmp_path: Path) -> None:
@@ -33,6 +33,12 @@ def test_an_owner_that_lives_is_named(tmp_path: Path) -> None:
     with pytest.raises(BusyError, match=f"life 1, host .*, process {os.getpid()}"):
         lives.acquire(tmp_path, 0.5, told.append)
     assert len(told) == 1
+
+
+def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
+    lives.acquire(tmp_path, 0)
+    with pytest.raises(Stopped):
+        lives.acquire(tmp_path, 1000, asked_to_stop=lambda: "SIGTERM")
 
 
 def test_an_owner_whose_process_is_gone_does_not_count(tmp_path: Path) -> None:
