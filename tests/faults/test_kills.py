@@ -36,7 +36,8 @@ def test_a_killed_worker(target: str, data: Path, tmp_path: Path, undisturbed: A
 @pytest.mark.short
 def test_a_killed_launcher_takes_its_workers_with_it(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
     expected: Trained = undisturbed()
-    with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
+    slow = {"FAULT": "slow:0:30"}  # workers that trained on would not be through within 5 seconds
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ=slow) as job:
         job.wait_for("train", 23)
         job.signal("launcher", number=signal.SIGKILL)
         job.all_gone(5)
