@@ -68,7 +68,7 @@ def test_nothing_but_damaged_checkpoints(data: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_save_that_was_cut_short_left_is_swept(data: Path, tmp_path: Path, finish: Any) -> None:
-    leftover = tmp_path / "run/checkpoints/.partial-step-00000010"
+    leftover = tmp_path / "run/checkpoints/.partial-step-00000013"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
     finish(tmp_path / "run")
