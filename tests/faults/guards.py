@@ -8,6 +8,7 @@ Results are kept in tests/faults/tried.json, with a digest of what was tried: wh
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -114,7 +115,7 @@ FAULTS = [
           "            self._kept.clear()\n            raise\n", f"{DISKS}::test_no_space_for_a_while"),
     fault("no space to the end", "end", "1, told; the next life goes on from the last good checkpoint",
           "the last save's failure is the run's", "trainer.py",
-          "    if job.save_problem is not None:\n        raise SaveError(f\"the end",
+          "    if problem is not None:\n        raise SaveError(f\"the end",
           "    if False:\n        raise SaveError(f\"the end", f"{DISKS}::test_no_space_to_the_end"),
     fault("checkpoint folder that cannot be written", "save", "told; 1 at the end; nothing lost but the last steps",
           "a failed save is not the end", "job.py", "            problem = attempt(lambda: _write(job, logs, why))",
@@ -202,7 +203,9 @@ FAULTS = [
           "            reason = f\"more than the promised {most} bytes\" if len(data) > most else wrong(data)",
           "            reason = None", f"{FETCH}::test_what_may_pass_is_tried_again"),
     fault("a body without end", "data", "given up; bounded in memory and time", "no byte more than promised is read",
-          "fetch.py", "            while content.tell() <= most and not given_up.is_set():", "            while True:",
+          "fetch.py", "            while content.tell() <= most and not given_up.is_set():\n"
+          "                part = file.read(min(_CHUNK_BYTES, most + 1 - content.tell()))\n",
+          "            while True:\n                part = file.read(_CHUNK_BYTES)\n",
           f"{FETCH}::test_a_body_without_end_takes_neither_memory_nor_time"),
     fault("a server or file system that hangs", "data", "each try has an end", "every try runs beside a clock",
           "fetch.py", "                if left <= 0:\n                    raise TimeoutError from None\n", "",
@@ -271,10 +274,12 @@ def key_of(one: Fault) -> str:
 
 
 def digest(one: Fault) -> str:
-    """Of what decides the result: the guard's module, and the test's."""
-    parts = [repr(one), (REPO / one.file).read_text()]
-    parts.append((REPO / one.test.partition("::")[0]).read_text())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    """Of what was tried: the guard taken out, and the text of the test."""
+    file, _, name = one.test.partition("::")
+    source = (REPO / file).read_text()
+    functions = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    text = next(ast.get_source_segment(source, node) for node in functions if node.name == name.partition("[")[0])
+    return hashlib.sha256(f"{one.file}\0{one.old}\0{one.new}\0{text}".encode()).hexdigest()[:16]
 
 
 def try_one(one: Fault) -> bool:
