@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -41,7 +42,8 @@ def test_a_second_job_waits_for_the_first_to_leave(data: Path, tmp_path: Path, u
             first.signal("launcher")
             assert first.wait() == 75, first.output
             assert second.wait() == 0, second.output
-            assert "going on from step" in second.output
+            saved = int(re.findall(r"step (\d+) is saved", first.output)[-1])
+            assert f"going on from step-{saved:08d}" in second.output
     trained(first.run).same_as(expected)
 
 
