@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 from harness import Job, exit_file, newest_step, small_run, trained, until
+
+from distrain.tracking import JsonLines
 
 pytestmark = pytest.mark.faults
 
@@ -110,6 +113,23 @@ def test_no_space_for_a_while(data: Path, tmp_path: Path, tmpfs: Path, undisturb
         assert job.wait() == 0, job.output
     assert "No space left on device; training goes on" in job.output
     trained(job.run).same_as(expected)
+
+
+def test_lines_that_find_no_room_are_written_later(tmpfs: Path) -> None:
+    lines = JsonLines(tmpfs / "metrics.jsonl")
+    lines.write({"step": 0})
+    lines.sync()
+    filler = fill(tmpfs)
+    for step in (1, 2, 3):
+        lines.write({"step": step, "long": "x" * 5000})  # more than is left of a page
+        with pytest.raises(OSError, match="No space"):
+            lines.flush()
+    assert (tmpfs / "metrics.jsonl").read_text() == '{"step":0}\n'  # and not half a line
+    filler.unlink()
+    lines.sync()
+    lines.close()
+    found = [json.loads(line)["step"] for line in (tmpfs / "metrics.jsonl").read_text().splitlines()]
+    assert found == [0, 1, 2, 3]
 
 
 def test_no_space_to_the_end(data: Path, tmp_path: Path, tmpfs: Path, undisturbed: Any) -> None:
