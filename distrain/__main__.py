@@ -1,5 +1,6 @@
 """The command `distrain`, also as `python -m distrain` under torchrun and accelerate launch."""
 
+import os
 import sys
 
 
@@ -12,7 +13,13 @@ def main() -> int:
         signals.install()
     from distrain import cli
 
-    return cli.main()
+    code = cli.main()
+    if any(command in sys.argv[1:2] for command in ("train", "evaluate")):
+        # Not by way of the interpreter's end: libraries wait there for services, and for processes that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

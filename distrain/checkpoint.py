@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from distrain.errors import DataError
+from distrain.errors import AgainError, DataError
 from distrain.files import sync, write
 
 if TYPE_CHECKING:
@@ -125,13 +125,22 @@ def _read_verified(path: Path) -> dict[str, bytes]:
             files[name] = (path / name).read_bytes()
             if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:
                 raise DataError(f"{path / name}: damaged (its digest differs)")
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DataError(f"{path}: no whole checkpoint ({error.filename}: {error.strerror})") from error
-    except DataError:
+    except OSError as error:  # a disk or server that does not answer now says nothing about the checkpoint
+        raise AgainError(f"{error.filename or path}: cannot be read now: {error.strerror}") from error
+    except (DataError, MemoryError):
         raise
     except Exception as error:
         raise DataError(f"{path}: no checkpoint ({error})") from error
     return files
+
+
+def set_aside(path: Path) -> None:
+    """Take a damaged checkpoint out of the way of the ones to come; the newest such one stays to be looked at."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def steps(folder: Path) -> list[int]:
@@ -157,7 +166,7 @@ def newest_verified(folder: Path) -> int | None:
     for step in steps(folder):
         try:
             _read_verified(path_of(folder, step))
-        except DataError:
+        except (DataError, AgainError):
             continue
         return step
     return None

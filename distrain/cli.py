@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return _end(kind, code, f"error: {error}" if code != EXIT_AGAIN else str(error), error)
         if not report.fail("fault", EXIT_FAULT, f"{type(error).__name__}: {error}", traceback.format_exc()):
             traceback.print_exc()
-        return _leave(EXIT_FAULT)
+        return EXIT_FAULT
 
 
 _ENDS: list[tuple[type[Exception], report.Kind, int]] = [
@@ -75,18 +75,9 @@ def _end(kind: report.Kind, code: int, message: str, error: Exception) -> int:
             until = time.monotonic() + _AFTER_FIRST_SECONDS
             while time.monotonic() < until:
                 if signals.requested():
-                    return _leave(code)
+                    return code
                 time.sleep(0.05)
         print(f"distrain: {message}", file=sys.stderr, flush=True)
-    return _leave(code)
-
-
-def _leave(code: int) -> int:
-    """One of several processes ends at once: tearing down a group that lost a member may wait for it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
     return code
 
 

@@ -6,7 +6,6 @@ What is trained depends on data, configuration and seed alone: see docs/design.m
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from distrain import augment, checkpoint, files, lives, manifest, model, optim, runtime, signals, tracking
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity, public
-from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError, Stopped
+from distrain.errors import EXIT_AGAIN, AgainError, BusyError, ConfigError, DataError, UserError
 from distrain.fetch import Settings
 from distrain.lives import Lease
 from distrain.manifest import Dataset
@@ -82,6 +81,8 @@ class Job:
     """Step of the newest checkpoint that is known to be whole."""
     save_problem: str | None = None
     """Why the newest save failed."""
+    holds_best: bool = False
+    """The run is over, and the model holds the best checkpoint's weights: nothing is saved any more."""
     losses: list[Tensor] = field(default_factory=list)
     """This rank's, of the steps that are not in `State.loss_sum` yet; on the device."""
     clock: float = 0.0
@@ -119,9 +120,11 @@ class Job:
 
     def close(self) -> None:
         """Leave the group, and let the next job in."""
-        self.runtime.close()
-        if self.lease is not None:
-            self.lease.release()
+        try:
+            self.runtime.close()
+        finally:
+            if self.lease is not None:
+                self.lease.release()
 
     @property
     def elapsed(self) -> float:
@@ -299,7 +302,9 @@ def _settle(job: Job) -> None:
     buffers = {name: buffer.clone() for name, buffer in job.module.named_buffers()}
     images = torch.zeros(2, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
     for _ in range(2):
-        job.runtime.backward(job.ddp(augment.normalize(images, job.mean, job.std)).sum() * 0)
+        with job.runtime.peers():
+            logits = job.ddp(augment.normalize(images, job.mean, job.std))
+        job.runtime.backward(logits.sum() * 0)
     job.optimizer.zero_grad()
     for name, buffer in job.module.named_buffers():
         buffer.copy_(buffers[name])
@@ -312,7 +317,7 @@ def _resume(job: Job) -> None:
     if rt.is_main:
         try:
             found = (_take_folder(job), None)
-        except (ConfigError, DataError, BusyError, Stopped) as error:
+        except (UserError, AgainError) as error:
             found = (None, error)
     path, problem = rt.from_main(found)
     if problem is not None:
@@ -321,7 +326,6 @@ def _resume(job: Job) -> None:
         _restore(job, path)
     if job.lease is not None:
         job.lease.note(from_step=job.state.step, world_size=rt.world.size)
-        job.lease.keep(_leave_to_another)
 
 
 def _take_folder(job: Job) -> Path | None:
@@ -332,6 +336,7 @@ def _take_folder(job: Job) -> Path | None:
         seen = checkpoint.steps(job.checkpoints)
         wait, say = job.config.run.wait_seconds, lambda line: print(line, flush=True)
         job.lease = lives.acquire(job.run, wait, say, signals.requested)
+        job.lease.keep(_leave_to_another)
         if checkpoint.steps(job.checkpoints) != seen:
             saved = _choose(job)  # another job was still at work here
         _say_and_clear(job, saved)
@@ -369,6 +374,8 @@ def _choose(job: Job) -> Saved | None:
     if saved is None:
         if skipped or mode == "must":
             raise DataError(f"{job.run}: has no readable checkpoint to go on from; choose another run.dir")
+        if (job.run / RESULT).exists() or any(entry.get("from_step") for entry in lives.history(job.run)):
+            raise DataError(f"{job.run}: its checkpoints are gone; bring them back, or choose another run.dir")
         return None
     differ = checkpoint.differences(saved.state["identity"], job.identity)
     if differ:
@@ -387,7 +394,7 @@ def _say_and_clear(job: Job, saved: Saved | None) -> None:
         return
     for step in checkpoint.steps(job.checkpoints):
         if step > saved.step:
-            shutil.rmtree(checkpoint.path_of(job.checkpoints, step))
+            checkpoint.set_aside(checkpoint.path_of(job.checkpoints, step))
     print(f"{job.run}: going on from {saved.path.name}", flush=True)
 
 
@@ -403,7 +410,7 @@ def _restore(job: Job, path: Path) -> None:
     saved, problem = None, None
     try:
         saved = checkpoint.load(path)
-    except DataError as error:
+    except (DataError, AgainError) as error:
         problem = f"rank {job.runtime.world.rank}: {error}"
     problems = [line for line in job.runtime.from_all(problem) if line]
     if problems:

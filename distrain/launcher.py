@@ -122,8 +122,7 @@ def launch(
         grace: seconds from a stop request until processes that still save are killed.
 
     Raises:
-        ConfigError: the port cannot be had.
-        PeerLostError: the first node's name cannot be found.
+        ConfigError: the topology cannot be used.
     """
     run = Path(config.run.dir) if config is not None else None
     book = _Book(run, config) if run is not None and config is not None and topology.node == 0 else None
@@ -137,6 +136,8 @@ def launch(
             outcome = judge(ends, signals.first, book is None or book.can_go_on())
         except PeerLostError as error:
             outcome = Outcome(EXIT_AGAIN, str(error), None)
+        except OSError as error:
+            outcome = Outcome(EXIT_FAULT, f"processes could not be started: {error}", None)
     return outcome if book is None or _is_busy(outcome.first) else book.close(outcome)
 
 
@@ -177,16 +178,18 @@ class _Signals:
     def __enter__(self) -> _Signals:
         from distrain import signals
 
-        self.first = signals.requested()  # while this module was imported
-        self.pending = [signal.Signals[self.first]] if self.first else []
         for number in STOP:
             if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
                 signal.signal(number, self._note)
+        earlier = signals.requested()  # while this module was imported
+        if earlier:
+            self._note(signal.Signals[earlier], None)
         return self
 
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number).name
@@ -221,6 +224,7 @@ class _Workers:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._hung: dict[int, tuple[int, float]] = {}
         self._ended_by_launcher: set[int] = set()
+        self._aborted: set[int] = set()
         for local in range(processes):
             # One process alone is told of no group: accelerate would make one of it.
             own = {**group, "RANK": self.first_rank + local, "LOCAL_RANK": local} if size > 1 else {}
@@ -239,20 +243,24 @@ class _Workers:
         """Until all have ended; those that stay behind when others have failed, or after the grace, are killed."""
         ends: list[End] = []
         asked_at = left_at = None
+        now, looked = 0.0, time.monotonic()
         while self._running:
+            # Not the clock: a job that was suspended as a whole, and goes on, has not used up its time.
+            now, looked = now + min(time.monotonic() - looked, 1.0), time.monotonic()
             while signals.pending:
                 number = signals.pending.pop(0)
-                asked_at = asked_at or time.monotonic()
+                asked_at = now if asked_at is None else asked_at
                 self._send(self._running, number)
             ends += self._collect()
             if left_at is None and any(end.code for end in ends):
-                left_at = time.monotonic()
-            now = time.monotonic()
+                left_at = now
             if asked_at is not None and now - asked_at > grace:
                 self._kill(self._running)
             if left_at is not None:
                 # Who still saves may, unless somebody waited for that too long already.
                 hung = any(end.failure is not None and end.failure.kind == "hang" for end in ends)
+                if hung and now - left_at > _LEAVE_SECONDS / 2:
+                    self._abort(self._running)
                 for rank in list(self._running):
                     saves = self._place(rank).phase in ("save", "end") and not hung
                     if now - left_at > (max(grace, _LEAVE_SECONDS) if saves else _LEAVE_SECONDS):
@@ -267,7 +275,7 @@ class _Workers:
             code = process.poll()
             if code is not None:
                 del self._running[rank]
-                by_launcher = rank in self._ended_by_launcher
+                by_launcher = rank in self._ended_by_launcher | self._aborted
                 failure = read_failure(self._folder, rank)
                 when = failure.time if failure is not None else time.time()
                 found.append(End(rank, code, failure, self._place(rank), when, by_launcher))
@@ -283,6 +291,13 @@ class _Workers:
             elif now - since > place.limit + _HANG_SECONDS:
                 self._send([rank], signal.SIGABRT)
                 self._hung[rank] = (place.beats, now)
+
+    def _abort(self, ranks: Iterable[int]) -> None:
+        """Python's fault handler writes the stacks on SIGABRT, even of a process that holds the interpreter."""
+        for rank in list(ranks):
+            if rank not in self._aborted:
+                self._aborted.add(rank)
+                self._send([rank], signal.SIGABRT)
 
     def _kill(self, ranks: Iterable[int]) -> None:
         for rank in list(ranks):
@@ -326,7 +341,7 @@ class _Book:
         if outcome.code == EXIT_AGAIN and idle >= self._most:
             reason = f"{idle} lives in a row without progress (launch.max_lives_without_progress); {outcome.reason}"
             outcome = Outcome(EXIT_FAULT, reason, outcome.first)
-        if self._run.is_dir() or outcome.code == EXIT_AGAIN:
+        if (self._run.is_dir() or outcome.code == EXIT_AGAIN) and lives.owner(self._run) is None:
             life = max(lives.newest_life(self._run), self._life + 1)
             idle = idle if outcome.code == EXIT_AGAIN else 0  # after a fault, a person looks and starts anew
             self._write(
@@ -393,7 +408,8 @@ def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
         address = (LOCAL, 0) if topology.nodes == 1 else ("", topology.port)
         listening = socket.create_server(address, backlog=4096)
     except OSError as error:
-        raise ConfigError(f"port {topology.port} cannot be had: {error.strerror}; give another --port") from error
+        # The life before may still hold it for a moment: another time it may be free.
+        raise PeerLostError(f"port {topology.port} cannot be had: {error.strerror}; or give another --port") from error
     with listening:
         yield listening
 
@@ -428,7 +444,11 @@ def _interface(topology: Topology) -> dict[str, str]:
     if topology.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
         return {}
     own = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries if name != "lo"}
-    for family, _, _, _, address in socket.getaddrinfo(topology.host, topology.port, type=socket.SOCK_DGRAM):
+    try:
+        found = socket.getaddrinfo(topology.host, topology.port, type=socket.SOCK_DGRAM)
+    except OSError:
+        return {}
+    for family, _, _, _, address in found:
         if address[0] in own:  # this is the first node
             return {"GLOO_SOCKET_IFNAME": own[str(address[0])]}
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:

@@ -6,6 +6,7 @@ of a process that was killed, or is stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -57,8 +58,9 @@ class Beacon:
         folder = os.environ.get(FOLDER)
         self._map: mmap.mmap | None = None
         if folder:
-            with _place_file(Path(folder), rank).open("w+b") as file:
-                file.truncate(_PLACE.size)
+            with contextlib.suppress(OSError), _place_file(Path(folder), rank).open("w+b") as file:
+                file.write(bytes(_PLACE.size))  # not a hole: on a full disk, touching one is SIGBUS
+                file.flush()
                 self._map = mmap.mmap(file.fileno(), _PLACE.size)
 
     def tell(self, place: Place) -> None:
@@ -85,9 +87,12 @@ def fail(kind: Kind, code: int, message: str, traceback: str = "") -> bool:
     failure = Failure(kind, code, rank, socket.gethostname(), message, traceback, time.time())
     target = _failure_file(Path(folder), rank)
     work = target.with_suffix(".partial")
-    work.write_text(json.dumps(asdict(failure)), encoding="utf-8")
-    if not target.exists():
-        work.replace(target)
+    try:
+        work.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+        if not target.exists():
+            work.replace(target)
+    except OSError:
+        return False  # a full disk: told on stderr instead
     return True
 
 

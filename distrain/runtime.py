@@ -7,6 +7,7 @@ is already split, and prepared schedulers step once per process.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -23,7 +24,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed import TCPStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from distrain import signals
 from distrain.errors import ConfigError, PeerLostError, Stopped
@@ -83,7 +84,8 @@ class Runtime:
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
         """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""
-        prepared: tuple[nn.Module, AcceleratedOptimizer] = self._accelerator.prepare(module, optimizer)
+        with self._meeting():  # DDP compares and sends parameters
+            prepared: tuple[nn.Module, AcceleratedOptimizer] = self._accelerator.prepare(module, optimizer)
         return prepared
 
     def prepare_scoring(self, module: nn.Module) -> nn.Module:
@@ -174,7 +176,7 @@ class Runtime:
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            if _is_loss(error):
+            if self.world.size > 1 and _is_loss(error):
                 self._broken = True
                 raise PeerLostError(f"another process is gone: {_first_line(error)}") from error
             raise
@@ -199,9 +201,14 @@ class Runtime:
         direct.step()
         direct.zero_grad()
 
+    def abandon(self) -> None:
+        """The other processes are somewhere else: leaving must not wait for them."""
+        self._broken = self.world.size > 1
+
     def close(self) -> None:
         """Leave the group, so that another run can start in this process."""
-        self._accelerator.free_memory()
+        if not self._broken:
+            self._accelerator.free_memory()
         if self.owns_group and dist.is_initialized() and not self._broken:  # a broken one may wait for the lost
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -243,11 +250,19 @@ def start(device: str, precision: str, cpu_threads: int, start_seconds: float, w
         raise ConfigError(f"run.device={device}, but this process got {accelerator.device}")
     control = None
     if world.size > 1:
-        watch.connect(dist.distributed_c10d._get_default_store())
-        control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=_BEYOND)
+        if not owns_group:
+            watch.connect(dist.distributed_c10d._get_default_store())
+        try:
+            control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=_BEYOND)
+        except RuntimeError as error:
+            if _is_loss(error):
+                raise PeerLostError(f"another process is gone: {_first_line(error)}") from error
+            raise
     dtype = torch.float64 if precision == "fp64" else torch.float32
     return Runtime(accelerator, world, dtype, owns_group, watch, control)
 
+
+_STARTS = itertools.count()
 
 _BEYOND = timedelta(hours=24)
 """Time-out of collectives themselves: `Watch` knows the phase and who is behind, so it is the one that ends a wait."""
@@ -263,14 +278,20 @@ STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
 
 def _join(size: int, on_cpu: bool, seconds: float, watch: Watch) -> None:
     """Meet the other processes at the store, and make the group of all."""
+    watch.beat()  # its own deadline, which can name who is missing, comes before the watch's
     deadline = time.monotonic() + seconds
     rank = int(os.environ["RANK"])
+    backend = "gloo" if on_cpu else "nccl"
     try:
-        store = _store(rank, size, seconds)
-        _wait_for_all(store, rank, size, deadline, watch)
+        # Under torchrun the store outlives a run: another run of the same processes finds nothing of this one.
+        store = PrefixStore(f"distrain/{next(_STARTS)}", _store(rank, size, seconds))
+        watch.connect(store)
+        _wait_for_all(store, rank, size, backend, deadline, watch)
         if not on_cpu:
+            # The watch ends waits, and says why; NCCL's own would abort the process without a word of ours.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "gloo" if on_cpu else "nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_BEYOND)
     except (RuntimeError, OSError) as error:
         if _is_loss(error):
@@ -288,10 +309,11 @@ def _store(rank: int, size: int, seconds: float) -> Any:
     return TCPStore(address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=int(socket_number))
 
 
-def _wait_for_all(store: Any, rank: int, size: int, deadline: float, watch: Watch) -> None:
-    """Every process has come, and expects as many as this one does."""
-    expected = store.compare_set("distrain/size", "", str(size)).decode()
-    if expected != str(size):
+def _wait_for_all(store: Any, rank: int, size: int, backend: str, deadline: float, watch: Watch) -> None:
+    """Every process has come, and expects as many as this one does, on the same kind of device."""
+    own = f"{size} processes with {backend}"
+    expected = store.compare_set("distrain/size", "", own).decode()
+    if expected != own:
         store.set("distrain/unequal", "1")
     store.set(f"distrain/here/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
     if store.add("distrain/arrived", 1) == size:
@@ -301,10 +323,16 @@ def _wait_for_all(store: Any, rank: int, size: int, deadline: float, watch: Watc
         if store.check(["distrain/unequal"]):
             if rank == 0:
                 time.sleep(_LINGER_SECONDS)  # it serves the store that the others look at
-            numbers = f"{size} and {expected}" if expected != str(size) else f"{size} and another number of"
-            raise ConfigError(f"nodes expect {numbers} processes: give every node the same --nproc and --nodes")
+            other = expected if expected != own else "something else"
+            raise ConfigError(
+                f"nodes differ: this one expects {own}, another one {other}: give every node the same --nproc and"
+                " --nodes, and see that all have their GPUs (or set run.device)"
+            )
+        if store.check(["distrain/left"]):
+            raise PeerLostError("another process was stopped while it waited for all to come")
         asked_at = asked_at or (time.monotonic() if signals.requested() else None)
         if asked_at and time.monotonic() - asked_at > _STOP_SECONDS:
+            store.set("distrain/left", "1")
             raise Stopped(f"stopped{StopAgreed().by} while it waited for other processes; nothing had to be saved")
         if time.monotonic() > deadline:
             missing = [str(other) for other in range(size) if not store.check([f"distrain/here/{other}"])]

@@ -36,6 +36,9 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
     with signals.noted(), closing(watch(config)) as watching, closing(start_runtime(config, watching)) as rt:
         for line in skipped if rt.is_main else []:
             print(f"warning: skipped {line}", file=sys.stderr)
+        path = rt.from_main(saved.path)  # of a run that goes on, processes may have seen different ones
+        if path != saved.path:
+            saved = checkpoint.load(path)
         agree_on_data(rt, dataset, [split])
         _check_identity(config, dataset, saved)
         try:

@@ -45,7 +45,8 @@ def noted() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that a C library has set cannot be set again from here
+                signal.signal(number, handler)
 
 
 def end_with_launcher() -> None:

@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 METRICS, AUDIT = "metrics.jsonl", "audit"
 
+_ABANDON_SECONDS = 5.0
+"""For wandb when a run was stopped: schedulers kill after as little as 30 s, and wandb's files are on disk."""
+
 
 class JsonLines:
     """An append-only file of one JSON object a line.
@@ -29,6 +32,8 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._kept: list[bytes] = []
+        self._unsynced: list[bytes] = []
+        self._synced = os.fstat(self._descriptor).st_size
         self.lines = lines
         """Lines in the file and kept."""
 
@@ -51,12 +56,21 @@ class JsonLines:
         except OSError:
             os.ftruncate(self._descriptor, before)
             raise
+        self._unsynced += self._kept
         self._kept.clear()
 
     def sync(self) -> None:
         """Put what was written on disk: before the checkpoint that counts on it commits."""
         self.flush()
-        os.fsync(self._descriptor)
+        try:
+            os.fsync(self._descriptor)
+        except OSError:  # NFS and quotas say only here that there was no room
+            os.ftruncate(self._descriptor, self._synced)
+            self._kept = self._unsynced + self._kept
+            self._unsynced = []
+            raise
+        self._unsynced = []
+        self._synced = os.fstat(self._descriptor).st_size
 
     def close(self) -> None:
         """Close; what was not flushed is dropped."""
@@ -192,16 +206,16 @@ class WandbMirror:
         """Mirror one line of the metrics."""
         self._try(lambda run: run.log(values, step=step))
 
-    def close(self, summary: dict[str, Any]) -> None:
+    def close(self, summary: dict[str, Any], seconds: float = _CLOSE_SECONDS) -> None:
         """Send the result; wait a bounded time for the server."""
         self._try(lambda run: run.summary.update(summary))
         if self._run is None:
             return
         finishing = threading.Thread(target=self._try, args=(lambda run: run.finish(),), daemon=True)
         finishing.start()
-        finishing.join(self._CLOSE_SECONDS)
+        finishing.join(seconds)
         if finishing.is_alive():
-            self._warn(f"wandb did not finish within {self._CLOSE_SECONDS} s; `wandb sync` sends what is missing")
+            self._warn(f"wandb did not finish within {seconds:g} s; `wandb sync` sends what is missing")
 
     def _try(self, action: Callable[[Any], Any]) -> None:
         if self._run is not None:
@@ -255,7 +269,7 @@ class Logs:
         try:
             yield
         except BaseException:
-            self._end({})
+            self._end({}, _ABANDON_SECONDS)
             raise
 
     def close(self, summary: dict[str, Any]) -> None:
@@ -269,10 +283,10 @@ class Logs:
         finally:
             self._end(summary)
 
-    def _end(self, summary: dict[str, Any]) -> None:
+    def _end(self, summary: dict[str, Any], seconds: float = WandbMirror._CLOSE_SECONDS) -> None:
         self.progress.close()
         for lines in (self.metrics, self.audit):
             if lines is not None:
                 lines.close()
         if self.wandb is not None:
-            self.wandb.close(summary)
+            self.wandb.close(summary, seconds)

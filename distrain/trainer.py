@@ -19,7 +19,7 @@ from torch import Tensor
 from distrain import augment, checkpoint, evaluation, files, signals
 from distrain import job as jobs
 from distrain.config import Config, from_tree, load, public
-from distrain.errors import DataError, DivergedError, SaveError, Stopped
+from distrain.errors import AgainError, DataError, DivergedError, SaveError, Stopped, UserError
 from distrain.evaluation import Scores
 from distrain.job import RESULT, Job, attempt, save, set_up
 from distrain.runtime import POLL_SECONDS, StopAgreed
@@ -56,7 +56,13 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[s
         closing(jobs.watch(config)) as watching,
         closing(set_up(config, started, watching)) as job,
     ):
-        return _run(job)
+        try:
+            return _run(job)
+        except (UserError, AgainError, SaveError):
+            raise  # all processes are here, or it is known that one is not
+        except BaseException:
+            job.runtime.abandon()
+            raise
 
 
 def _run(job: Job) -> dict[str, Any]:
@@ -137,10 +143,13 @@ def _after_step(job: Job, logs: Logs) -> None:
         _log_train(job, logs)
     if evaluates or saves or by_clock:
         _check_weights(job)
+    best = state.best
     if evaluates and state.evaluated < state.step and _evaluate(job, logs):
         saves = True
     if saves or by_clock:
         save(job, logs, "last" if last else "interval")
+        if job.saved_step != state.step:
+            state.best = best  # one that was not saved cannot be gone back to
     job.clock = time.monotonic()
 
 
@@ -210,7 +219,7 @@ def _leave(job: Job, logs: Logs, stop: StopAgreed) -> NoReturn:
 
 def _keep(job: Job, logs: Logs, why: str) -> None:
     """A checkpoint that no interval asked for, of weights that are good."""
-    if job.state.step and job.saved_step != job.state.step:
+    if job.state.step and job.saved_step != job.state.step and not job.holds_best:
         _fold(job)
         _check_weights(job)
         save(job, logs, why)
@@ -353,6 +362,7 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     step = job.state.best["step"] if job.state.best else job.state.step
     if step != job.state.step:
         job.module.load_state_dict(checkpoint.load(checkpoint.path_of(job.checkpoints, step)).model)
+        job.holds_best = True
     scores = _score(job, "test")
     classes = job.dataset.manifest.classes
     order, world = job.order, job.runtime.world

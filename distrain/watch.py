@@ -131,15 +131,21 @@ class Watch:
     def _dump(self) -> None:
         """The stacks of all threads, to RUN/stacks/ and to stderr."""
         title = f"rank {self.rank}, process {os.getpid()} on {socket.gethostname()}: no progress; all threads:\n"
+        print(title, end="", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # stderr may be something without a descriptor
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        # What is stuck may be the very file system of the run: it must not hold up the end.
+        writing = threading.Thread(target=self._dump_to_file, args=(title,), daemon=True)
+        writing.start()
+        writing.join(_ASK_SECONDS)
+
+    def _dump_to_file(self, title: str) -> None:
         with contextlib.suppress(OSError):
             self._stacks.mkdir(parents=True, exist_ok=True)
             with (self._stacks / f"{time.strftime('%Y%m%dT%H%M%S')}-rank-{self.rank:05d}.txt").open("w") as file:
                 file.write(title)
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-        print(title, end="", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):  # stderr may be something without a descriptor
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _behind(self) -> str:
         """Which process keeps the others waiting, as far as it can be known."""

@@ -93,10 +93,9 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path) -> Path:
     """Take all the space that is left."""
     filler = disk / "filler"
-    with filler.open("wb") as file, contextlib.suppress(OSError):
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(65536))
-            file.flush()
     return filler
 
 
