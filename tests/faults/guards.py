@@ -147,7 +147,7 @@ FAULTS = [
           "launcher.py", "            if now - start > seconds or signals.first:", "            if signals.first:",
           f"{HANGS}::test_a_name_that_nobody_knows"),
     fault("nodes that expect different numbers", "start", "78 at once", "numbers are compared when ranks meet",
-          "runtime.py", "    if expected != str(size):\n        store", "    if False:\n        store",
+          "runtime.py", "    if expected != own:\n        store", "    if False:\n        store",
           f"{HANGS}::test_nodes_that_expect_different_numbers"),
     fault("a process that does not leave in time", "train", f"ended after the grace, {AGAIN}",
           "the grace has an end", "launcher.py", "            if asked_at is not None and now - asked_at > grace:",
