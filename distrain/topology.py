@@ -55,6 +55,11 @@ def work_out(
     elif "JOB_COMPLETION_INDEX" in environ:
         found = _kubernetes(environ, asked, full_name)
     else:
+        allocated = int(environ.get("SLURM_NNODES", 1))
+        if allocated > 1 and asked.nodes is None:
+            raise ConfigError(
+                f"the SLURM job has {allocated} nodes, this is one of them: start distrain launch by srun"
+            )
         found = Topology(1, 0, LOCAL, 0, "this machine")
     nodes = asked.nodes if asked.nodes is not None else found.nodes
     node = asked.node if asked.node is not None else found.node

@@ -24,6 +24,9 @@ def test_one_machine() -> None:
 def test_an_sbatch_script_without_srun_is_one_machine() -> None:
     batch = {key: value for key, value in SLURM.items() if "STEP" not in key}
     assert found(batch).nodes == 1
+    with pytest.raises(ConfigError, match="2 nodes, this is one of them"):
+        found({**batch, "SLURM_NNODES": "2"})
+    assert found({**batch, "SLURM_NNODES": "2"}, nodes=1).nodes == 1
 
 
 def test_srun() -> None:
