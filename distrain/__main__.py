@@ -6,7 +6,8 @@ import sys
 
 def main() -> int:
     """Run a command. Stop requests are noted before anything slow is imported."""
-    if any(command in sys.argv[1:] for command in ("train", "evaluate", "launch")):
+    command = "".join(sys.argv[1:2])  # no other word: `prepare folder train` trains nothing
+    if command in ("train", "evaluate", "launch"):
         from distrain import signals
 
         signals.end_with_launcher()
@@ -14,7 +15,7 @@ def main() -> int:
     from distrain import cli
 
     code = cli.main()
-    if any(command in sys.argv[1:2] for command in ("train", "evaluate")):
+    if command in ("train", "evaluate"):
         # Not by way of the interpreter's end: libraries wait there for services, and for processes that are gone.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -24,6 +24,7 @@ from distrain.files import sync, write
 if TYPE_CHECKING:
     from torch import Tensor
 
+FOLDER = "checkpoints"
 _PARTIAL = ".partial-"
 _FOLDER = re.compile(r"step-(\d{8,})")
 _MODEL, _OPTIMIZER, _STATE, _DIGESTS = (

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         for type_, kind, code in _ENDS:
             if isinstance(error, type_):
-                return _end(kind, code, f"error: {error}" if code != EXIT_AGAIN else str(error), error)
+                return _end(kind, code, error)
         if not report.fail("fault", EXIT_FAULT, f"{type(error).__name__}: {error}", traceback.format_exc()):
             traceback.print_exc()
         return EXIT_FAULT
@@ -67,9 +67,9 @@ _ENDS: list[tuple[type[Exception], report.Kind, int]] = [
 """How a command ends for an error; anything else is a fault, with its traceback."""
 
 
-def _end(kind: report.Kind, code: int, message: str, error: Exception) -> int:
+def _end(kind: report.Kind, code: int, error: Exception) -> int:
     """Tell the launcher, or else the user, why this process ends."""
-    if not report.fail(kind, code, message.removeprefix("error: ")):
+    if not report.fail(kind, code, str(error)):
         if int(os.environ.get("LOCAL_RANK", "0")) > 0 and not isinstance(error, ShardError):
             # torchrun ends the others when one process ends: the first one's message comes out once, whole.
             until = time.monotonic() + _AFTER_FIRST_SECONDS
@@ -77,7 +77,8 @@ def _end(kind: report.Kind, code: int, message: str, error: Exception) -> int:
                 if signals.requested():
                     return code
                 time.sleep(0.05)
-        print(f"distrain: {message}", file=sys.stderr, flush=True)
+        prefix = "" if code == EXIT_AGAIN else "error: "
+        print(f"distrain: {prefix}{error}", file=sys.stderr, flush=True)
     return code
 
 

@@ -31,7 +31,7 @@ from distrain.stream import memory
 from distrain.tracking import Logs
 from distrain.watch import Watch
 
-CONFIG, RESULT, CHECKPOINTS, STACKS = "config.yaml", "result.json", "checkpoints", "stacks"
+CONFIG, RESULT, STACKS = "config.yaml", "result.json", "stacks"
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Job:
     @property
     def checkpoints(self) -> Path:
         """RUN/checkpoints."""
-        return self.run / CHECKPOINTS
+        return self.run / checkpoint.FOLDER
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step of the run."""
@@ -402,7 +402,7 @@ def holds_run(run: Path) -> bool:
     """Whether a folder has anything of a run in it that would be lost: a step logged, a checkpoint, a result."""
     metrics = run / tracking.METRICS
     logged = metrics.exists() and metrics.stat().st_size > 0
-    return logged or (run / RESULT).exists() or bool(checkpoint.steps(run / CHECKPOINTS))
+    return logged or (run / RESULT).exists() or bool(checkpoint.steps(run / checkpoint.FOLDER))
 
 
 def _restore(job: Job, path: Path) -> None:

@@ -8,6 +8,7 @@ get torchrun's environment variables, and meet at a store on a socket that this 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -24,15 +25,14 @@ from types import FrameType
 
 import psutil
 
-from distrain import checkpoint, files, lives
+from distrain import checkpoint, files, lives, signals
 from distrain.config import Config
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, PeerLostError
 from distrain.report import FOLDER, Failure, Place, read_failure, read_place
 from distrain.signals import LAUNCHER, STOP
-from distrain.topology import LOCAL, Topology
+from distrain.topology import LOCAL, STORE_SOCKET, Topology
 
 EXIT_FILE = "exit.json"
-_STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
 _LEAVE_SECONDS = 5.0
 """For processes that do not save, after another one failed."""
 _HANG_SECONDS = 30.0
@@ -124,16 +124,19 @@ def launch(
     Raises:
         ConfigError: the topology cannot be used.
     """
-    run = Path(config.run.dir) if config is not None else None
-    book = _Book(run, config) if run is not None and config is not None and topology.node == 0 else None
-    with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder, _Signals() as signals:
+    book = _Book(config) if config is not None and topology.node == 0 else None
+    stops = _Stops()
+    with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder, signals.handled_by(stops.note):
+        earlier = signals.requested()  # while this module was imported
+        if earlier:
+            stops.note(signal.Signals[earlier])
         try:
             if topology.nodes > 1:
-                _wait_for_name(topology.host, config.timeouts.start_seconds if config else 600, signals)
+                _wait_for_name(topology.host, config.timeouts.start_seconds if config else 600, stops)
             with _store_socket(topology) as store:
                 workers = _Workers(arguments, topology, processes, store, Path(folder))
-                ends = workers.wait(signals, grace)
-            outcome = judge(ends, signals.first, book is None or book.can_go_on())
+                ends = workers.wait(stops, grace)
+            outcome = judge(ends, stops.first, book is None or book.can_go_on())
         except PeerLostError as error:
             outcome = Outcome(EXIT_AGAIN, str(error), None)
         except OSError as error:
@@ -167,31 +170,15 @@ def show(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-class _Signals:
+class _Stops:
     """Stop requests to the launcher, to be forwarded."""
 
     def __init__(self) -> None:
         self.first: str | None = None
         self.pending: list[int] = []
-        self._before = {number: signal.getsignal(number) for number in STOP}
 
-    def __enter__(self) -> _Signals:
-        from distrain import signals
-
-        for number in STOP:
-            if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
-                signal.signal(number, self._note)
-        earlier = signals.requested()  # while this module was imported
-        if earlier:
-            self._note(signal.Signals[earlier], None)
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            if handler is not None:
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler."""
         self.first = self.first or signal.Signals(number).name
         self.pending.append(number)
 
@@ -220,26 +207,26 @@ class _Workers:
             FOLDER: folder,
         }
         inherited = {name: value for name, value in os.environ.items() if name not in (*group, "RANK", "LOCAL_RANK")}
-        self.first_rank = topology.node * processes
+        first_rank = topology.node * processes
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._hung: dict[int, tuple[int, float]] = {}
         self._ended_by_launcher: set[int] = set()
         self._aborted: set[int] = set()
         for local in range(processes):
             # One process alone is told of no group: accelerate would make one of it.
-            own = {**group, "RANK": self.first_rank + local, "LOCAL_RANK": local} if size > 1 else {}
+            own = {**group, "RANK": first_rank + local, "LOCAL_RANK": local} if size > 1 else {}
             passed: tuple[int, ...] = ()
-            if store is not None and self.first_rank + local == 0 and size > 1:
+            if store is not None and first_rank + local == 0 and size > 1:
                 passed = (store.fileno(),)
-                own[_STORE_SOCKET] = store.fileno()
-            self._running[self.first_rank + local] = subprocess.Popen(
+                own[STORE_SOCKET] = store.fileno()
+            self._running[first_rank + local] = subprocess.Popen(
                 [sys.executable, "-m", "distrain", *arguments],
                 stdin=subprocess.DEVNULL,
                 env={**inherited, **{name: str(value) for name, value in {**common, **own}.items()}},
                 pass_fds=passed,
             )
 
-    def wait(self, signals: _Signals, grace: float) -> list[End]:
+    def wait(self, stops: _Stops, grace: float) -> list[End]:
         """Until all have ended; those that stay behind when others have failed, or after the grace, are killed."""
         ends: list[End] = []
         asked_at = left_at = None
@@ -247,8 +234,8 @@ class _Workers:
         while self._running:
             # Not the clock: a job that was suspended as a whole, and goes on, has not used up its time.
             now, looked = now + min(time.monotonic() - looked, 1.0), time.monotonic()
-            while signals.pending:
-                number = signals.pending.pop(0)
+            while stops.pending:
+                number = stops.pending.pop(0)
                 asked_at = now if asked_at is None else asked_at
                 self._send(self._running, number)
             ends += self._collect()
@@ -317,24 +304,25 @@ class _Workers:
 class _Book:
     """RUN/exit.json: how this life ended, and how many ended without progress before it."""
 
-    def __init__(self, run: Path, config: Config) -> None:
-        self._run, self._most = run, config.launch.max_lives_without_progress
+    def __init__(self, config: Config) -> None:
+        self._run, self._most = Path(config.run.dir), config.launch.max_lives_without_progress
         self._resume = config.run.resume
+        self._checkpoints = self._run / checkpoint.FOLDER
         self._before = self._read()
-        self._step = self._newest()
-        self._life = lives.newest_life(run)
-        if run.is_dir() and lives.owner(run) is None:
-            self._write({"code": None, "reason": "running", "step": self._step, "life": self._life + 1})
+        self._life = lives.newest_life(self._run)
+        if self._run.is_dir() and lives.owner(self._run) is None:
+            step = checkpoint.newest_verified(self._checkpoints)
+            self._write({"code": None, "reason": "running", "step": step, "life": self._life + 1})
 
     def can_go_on(self) -> bool:
         """Whether the next life finds a verified checkpoint, or nothing at all."""
-        folder = self._run / "checkpoints"
-        untouched = not checkpoint.steps(folder)
-        return (untouched or self._newest() is not None) and not (self._resume == "never" and not untouched)
+        if not checkpoint.steps(self._checkpoints):
+            return True
+        return self._newest_at_end is not None and self._resume != "never"
 
     def close(self, outcome: Outcome) -> Outcome:
         """Write down an outcome; too many lives without progress turn `run it again` into a fault."""
-        step = self._newest()
+        step = self._newest_at_end
         # Compared with what was last written: a life whose launcher was killed has written nothing, but may have saved.
         progress = (step or 0) > (self._before.get("step") or 0)
         idle = 0 if progress or outcome.code == EXIT_OK else self._before.get("lives_without_progress", 0) + 1
@@ -355,8 +343,10 @@ class _Book:
             )
         return outcome
 
-    def _newest(self) -> int | None:
-        return checkpoint.newest_verified(self._run / "checkpoints")
+    @functools.cached_property
+    def _newest_at_end(self) -> int | None:
+        """Once: to verify a checkpoint is to read all of it."""
+        return checkpoint.newest_verified(self._checkpoints)
 
     def _read(self) -> dict[str, int]:
         try:
@@ -414,7 +404,7 @@ def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
         yield listening
 
 
-def _wait_for_name(host: str, seconds: float, signals: _Signals) -> None:
+def _wait_for_name(host: str, seconds: float, stops: _Stops) -> None:
     """Until the first node's name is known: pods start in any order.
 
     Raises:
@@ -427,8 +417,8 @@ def _wait_for_name(host: str, seconds: float, signals: _Signals) -> None:
             return
         except OSError as error:
             now = time.monotonic()
-            if now - start > seconds or signals.first:
-                why = f"stopped by {signals.first}" if signals.first else f"waited {seconds:g} s"
+            if now - start > seconds or stops.first:
+                why = f"stopped by {stops.first}" if stops.first else f"waited {seconds:g} s"
                 raise PeerLostError(
                     f"the first node's name, {host}, cannot be found ({error.strerror}; {why}): has its pod or node"
                     " started, and does its headless Service publish addresses that are not ready?"

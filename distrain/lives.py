@@ -204,6 +204,7 @@ def _create(path: Path, content: dict[str, Any]) -> bool:
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:
+    # Not synced, as `files.replace` would: a renewal must not wait behind a checkpoint on its way to the disk.
     work = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         work.write_text(json.dumps(content, indent=1), encoding="utf-8")

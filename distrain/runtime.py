@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from distrain import signals
-from distrain.errors import ConfigError, PeerLostError, Stopped
+from distrain.errors import AgainError, ConfigError, PeerLostError, Stopped
 from distrain.order import World
+from distrain.topology import STORE_SOCKET
 from distrain.watch import Watch
 
 MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -174,11 +175,10 @@ class Runtime:
     def peers(self) -> Iterator[None]:
         """Around what may fail because another process is gone: that is told as such."""
         try:
-            yield
-        except (RuntimeError, ValueError) as error:
-            if self.world.size > 1 and _is_loss(error):
-                self._broken = True
-                raise PeerLostError(f"another process is gone: {_first_line(error)}") from error
+            with _loss_told("another process is gone") if self.world.size > 1 else contextlib.nullcontext():
+                yield
+        except PeerLostError:
+            self._broken = True
             raise
 
     @contextlib.contextmanager
@@ -207,10 +207,10 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the group, so that another run can start in this process."""
-        if not self._broken:
+        if not self._broken:  # a broken group may wait for the lost
             self._accelerator.free_memory()
-        if self.owns_group and dist.is_initialized() and not self._broken:  # a broken one may wait for the lost
-            dist.destroy_process_group()
+            if self.owns_group and dist.is_initialized():
+                dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -252,12 +252,8 @@ def start(device: str, precision: str, cpu_threads: int, start_seconds: float, w
     if world.size > 1:
         if not owns_group:
             watch.connect(dist.distributed_c10d._get_default_store())
-        try:
+        with _loss_told("another process is gone"):
             control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=_BEYOND)
-        except RuntimeError as error:
-            if _is_loss(error):
-                raise PeerLostError(f"another process is gone: {_first_line(error)}") from error
-            raise
     dtype = torch.float64 if precision == "fp64" else torch.float32
     return Runtime(accelerator, world, dtype, owns_group, watch, control)
 
@@ -272,9 +268,6 @@ _STOP_SECONDS = 5.0
 
 _LINGER_SECONDS = 2.0
 
-STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
-"""Environment variable: descriptor of the socket that the launcher listens on, for rank 0 to serve the store."""
-
 
 def _join(size: int, on_cpu: bool, seconds: float, watch: Watch) -> None:
     """Meet the other processes at the store, and make the group of all."""
@@ -282,7 +275,8 @@ def _join(size: int, on_cpu: bool, seconds: float, watch: Watch) -> None:
     deadline = time.monotonic() + seconds
     rank = int(os.environ["RANK"])
     backend = "gloo" if on_cpu else "nccl"
-    try:
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    with _loss_told(f"the processes could not meet at {where}"):
         # Under torchrun the store outlives a run: another run of the same processes finds nothing of this one.
         store = PrefixStore(f"distrain/{next(_STARTS)}", _store(rank, size, seconds))
         watch.connect(store)
@@ -293,11 +287,6 @@ def _join(size: int, on_cpu: bool, seconds: float, watch: Watch) -> None:
             os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_BEYOND)
-    except (RuntimeError, OSError) as error:
-        if _is_loss(error):
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise PeerLostError(f"the processes could not meet at {where}: {_first_line(error)}") from error
-        raise
 
 
 def _store(rank: int, size: int, seconds: float) -> Any:
@@ -341,14 +330,24 @@ def _wait_for_all(store: Any, rank: int, size: int, backend: str, deadline: floa
     watch.beat()
 
 
+@contextlib.contextmanager
+def _loss_told(what: str) -> Iterator[None]:
+    """Another process's loss, whatever torch raises for it, as PeerLostError."""
+    try:
+        yield
+    except AgainError:
+        raise  # it is told already
+    except (RuntimeError, ValueError, OSError) as error:
+        if _is_loss(error):
+            first_line = str(error).strip().partition("\n")[0][:300]
+            raise PeerLostError(f"{what}: {first_line}") from error
+        raise
+
+
 def _is_loss(error: BaseException) -> bool:
     """Whether an exception says that another process, or the link to it, is gone. gloo has no type of its own."""
     names = ("gloo", "nccl", "connection", "tcpstore", "broken pipe", "timed out", "socket")
     return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in names)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]
 
 
 def accelerate_conflicts(environ: Any, precision: str, on_cpu: bool) -> list[str]:

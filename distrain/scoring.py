@@ -16,7 +16,7 @@ from distrain.config import Config, identity, load
 from distrain.errors import ConfigError, DataError, Stopped
 from distrain.evaluation import Scores
 from distrain.fetch import Settings
-from distrain.job import CHECKPOINTS, CONFIG, agree_on_data, build_model, start_runtime, watch
+from distrain.job import CONFIG, agree_on_data, build_model, start_runtime, watch
 from distrain.manifest import Dataset
 from distrain.runtime import Runtime, StopAgreed
 
@@ -80,13 +80,13 @@ def _check_identity(config: Config, dataset: Dataset, saved: Saved) -> None:
 
 def _checkpoint_of(run: Path, which: str | None) -> tuple[Saved, list[str]]:
     if which is not None and which not in ("best", "last"):
-        return checkpoint.load(run / CHECKPOINTS / which), []
-    saved, skipped = checkpoint.newest(run / CHECKPOINTS)
+        return checkpoint.load(run / checkpoint.FOLDER / which), []
+    saved, skipped = checkpoint.newest(run / checkpoint.FOLDER)
     if saved is None:
         raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
     best = saved.state["best"]
     if best is None and which == "best":
         raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; take last")
     if best is not None and which != "last":
-        return checkpoint.load(checkpoint.path_of(run / CHECKPOINTS, best["step"])), skipped
+        return checkpoint.load(checkpoint.path_of(run / checkpoint.FOLDER, best["step"])), skipped
     return saved, skipped

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
@@ -26,9 +26,20 @@ _requested: list[str] = []
 def install() -> None:
     """Note stop requests from here on. Threads other than the main one cannot, and leave things as they are."""
     if threading.current_thread() is threading.main_thread():
-        for number in STOP:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
-                signal.signal(number, _note)
+        _set(_note)
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Stop requests go to a handler within the block; afterwards to whom they went before. For the main thread."""
+    before = {number: signal.getsignal(number) for number in STOP}
+    _set(handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            if earlier is not None:  # one that a C library has set cannot be set again from here
+                signal.signal(number, earlier)
 
 
 @contextlib.contextmanager
@@ -37,16 +48,10 @@ def noted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in STOP}
-    if before[signal.SIGTERM] is not _note:
+    if signal.getsignal(signal.SIGTERM) is not _note:
         _requested.clear()
-    install()
-    try:
+    with handled_by(_note):
         yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # one that a C library has set cannot be set again from here
-                signal.signal(number, handler)
 
 
 def end_with_launcher() -> None:
@@ -64,6 +69,12 @@ def end_with_launcher() -> None:
 def requested() -> str | None:
     """The first stop request's name (`SIGTERM` …); None where there was none."""
     return _requested[0] if _requested else None
+
+
+def _set(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in STOP:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+            signal.signal(number, handler)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

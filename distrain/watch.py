@@ -155,7 +155,7 @@ class Watch:
         asking = threading.Thread(target=self._ask, args=(found,), daemon=True)
         asking.start()
         asking.join(2 * _ASK_SECONDS)
-        return behind(found, self.rank, self._size)
+        return behind(found, self._size)
 
     def _ask(self, found: dict[int, dict[str, Any]]) -> None:
         if self._store is None:
@@ -168,7 +168,7 @@ class Watch:
                     found[rank] = json.loads(self._store.get(f"distrain/stuck/{rank}"))
 
 
-def behind(found: Mapping[int, Mapping[str, Any]], rank: int, size: int) -> str:
+def behind(found: Mapping[int, Mapping[str, Any]], size: int) -> str:
     """A sentence on who keeps the others waiting, from what each said of itself."""
     if not found:
         return "rank 0, which all ask, does not answer (stopped, ended, or its node or link is lost)"

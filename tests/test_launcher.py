@@ -59,8 +59,8 @@ def entry(meetings: int, waits_for: str | None = None) -> dict[str, object]:
 
 
 def test_who_is_behind() -> None:
-    assert behind({0: entry(7), 1: entry(7), 2: entry(6)}, 0, 3).startswith("rank 2 (host h, process 5) is behind")
-    assert behind({0: entry(7), 2: entry(7)}, 0, 3).startswith("rank 1 is behind: it does not answer")
-    assert behind({0: entry(7), 1: entry(7, "its data")}, 0, 2) == "rank 1 waits for its data"
-    assert "all ranks wait for each other" in behind({0: entry(7), 1: entry(7)}, 0, 2)
-    assert behind({}, 1, 2).startswith("rank 0, which all ask")
+    assert behind({0: entry(7), 1: entry(7), 2: entry(6)}, 3).startswith("rank 2 (host h, process 5) is behind")
+    assert behind({0: entry(7), 2: entry(7)}, 3).startswith("rank 1 is behind: it does not answer")
+    assert behind({0: entry(7), 1: entry(7, "its data")}, 2) == "rank 1 waits for its data"
+    assert "all ranks wait for each other" in behind({0: entry(7), 1: entry(7)}, 2)
+    assert behind({}, 2).startswith("rank 0, which all ask")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import make
 from group import Group, GroupError, wait_for
+from runs import ids_by_step
 from safetensors.torch import load_file
 
 from distrain import augment, manifest, model, optim, shards
@@ -40,17 +41,6 @@ def configuration(dataset: Dataset, folder: Path, /, **sections: dict[str, Any])
 def weights(run: Path, step: int | None = None) -> Weights:
     folders = sorted((run / "checkpoints").glob("step-*" if step is None else f"step-{step:08d}"))
     return load_file(folders[-1] / "model.safetensors")
-
-
-def trained(run: Path) -> dict[int, list[int]]:
-    """step → the ids that all ranks together trained on, sorted."""
-    steps: dict[int, list[int]] = {}
-    for path in sorted((run / "audit").glob("rank-*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len({line["step"] for line in lines}) == len(lines), f"{path}: a step twice"
-        for line in lines:
-            steps.setdefault(line["step"], []).extend(line["ids"])
-    return {step: sorted(ids) for step, ids in sorted(steps.items())}
 
 
 def train_and_kill(w: int, config: dict[str, Any], step: int) -> None:
@@ -83,7 +73,7 @@ def test_epoch_in_fp64_is_the_same_on_1_to_4_processes(epoch500: Dataset, group:
     results = {w: group(w).train(configuration(epoch500, tmp_path / str(w))) for w in (1, 2, 3, 4)}
     steps = results[1]["steps"]
     assert steps >= 500
-    ids = trained(tmp_path / "1")
+    ids = ids_by_step(tmp_path / "1")
     assert list(ids) == list(range(steps))
     seen = Counter(i for step in ids.values() for i in step)
     assert max(seen.values()) == 1
@@ -93,7 +83,7 @@ def test_epoch_in_fp64_is_the_same_on_1_to_4_processes(epoch500: Dataset, group:
     end = weights(tmp_path / "1")
     assert all(not torch.equal(start[name], end[name]) for name in end), "a parameter never moved"
     for w in (2, 3, 4):
-        assert trained(tmp_path / str(w)) == ids
+        assert ids_by_step(tmp_path / str(w)) == ids
         assert distance(weights(tmp_path / str(w)), end) < 1e-10
         assert results[w]["world_size"] == w
         for key in ("correct", "total", "confusion_matrix", "dropped_per_epoch", "steps"):
@@ -118,7 +108,7 @@ def test_50_steps_are_the_same_on_1_to_4_processes(
     for w in (1, 2, 3, 4):
         group(w).train(configuration(small, tmp_path / str(w), train=changes))
     for w in (2, 3, 4):
-        assert trained(tmp_path / str(w)) == trained(tmp_path / "1")
+        assert ids_by_step(tmp_path / str(w)) == ids_by_step(tmp_path / "1")
         assert distance(weights(tmp_path / str(w)), weights(tmp_path / "1")) < bound
 
 
@@ -129,7 +119,7 @@ def test_empty_shares_take_part(tmp_path: Path, group: Groups) -> None:
         group(w).train(configuration(dataset, tmp_path / str(w), train={"global_batch_size": 4}))
     lines = [json.loads(line) for line in (tmp_path / "4/audit/rank-00003.jsonl").read_text().splitlines()]
     assert any(not line["ids"] for line in lines)
-    assert trained(tmp_path / "4") == trained(tmp_path / "1")
+    assert ids_by_step(tmp_path / "4") == ids_by_step(tmp_path / "1")
     assert distance(weights(tmp_path / "4"), weights(tmp_path / "1")) < 1e-12
 
 
@@ -173,7 +163,7 @@ def test_killed_twice_in_an_epoch_ends_with_the_same_bits(
         assert not (killed / "result.json").exists(), "killed too late to prove anything"
     group(w).train(configuration(epoch500, killed, **changes))
     assert same_bits(weights(killed), weights(whole))
-    assert trained(killed) == trained(whole)
+    assert ids_by_step(killed) == ids_by_step(whole)
     metrics = [[json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] for run in (whole, killed)]
     assert metrics[0] == metrics[1]
 
@@ -187,7 +177,7 @@ def test_resumed_on_other_numbers_of_processes(epoch500: Dataset, group: Groups,
             group(w).train(configuration(epoch500, run, **changes))
             break
         train_and_kill(w, configuration(epoch500, run, **changes), killed_at)
-    assert trained(run) == trained(tmp_path / "whole")
+    assert ids_by_step(run) == ids_by_step(tmp_path / "whole")
     assert distance(weights(run), weights(tmp_path / "whole")) < 1e-10
 
 
@@ -207,7 +197,7 @@ def test_plain_loop_fed_with_the_audit_gives_the_same_weights_step_by_step(
     net = model.build("net", "relu", 10, (3, 16, 16)).double()
     sgd = torch.optim.SGD(net.parameters(), 1.0, momentum=0.9, weight_decay=0.01)
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in (small.manifest.mean, small.manifest.std))
-    for step, ids in trained(run).items():
+    for step, ids in ids_by_step(run).items():
         rate = optim.learning_rate(step, 40, settings.schedule, settings.lr, settings.warmup_fraction)
         sgd.param_groups[0]["lr"] = rate
         inputs = augment.normalize(images[ids], mean, std)
@@ -248,7 +238,7 @@ def test_swapped_ids_inside_a_shard_show_in_the_audit(small: Dataset, group: Gro
     (swapped / manifest.NAME).write_text(manifest.to_json(again))
     for data, name in ((small, "before"), (manifest.read(swapped), "after")):
         group(2).train(configuration(data, tmp_path / name, train={"global_batch_size": 8}))
-    before, after = trained(tmp_path / "before"), trained(tmp_path / "after")
+    before, after = ids_by_step(tmp_path / "before"), ids_by_step(tmp_path / "after")
     differ = [step for step in before if before[step] != after[step]]
     assert len(differ) in (1, 2)
     swapped_ids = {i for step in differ for i in set(before[step]) ^ set(after[step])}

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import make
+from runs import metrics_but_times
 from safetensors.torch import load_file
 
 import distrain
@@ -106,12 +107,6 @@ def test_must_needs_a_run_and_auto_does_not(small: Dataset, tmp_path: Path) -> N
     assert distrain.train(tree(small, tmp_path / "run", run={"resume": "auto"}))["steps"] == 30
 
 
-def comparable(run: Path) -> list[dict[str, Any]]:
-    """Metrics but for times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "seconds" not in k and "per_second" not in k} for line in lines]
-
-
 def test_a_signal_stops_a_run_and_the_next_call_goes_on(
     small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +120,7 @@ def test_a_signal_stops_a_run_and_the_next_call_goes_on(
         assert [signal.getsignal(number) for number in signals.STOP] == handlers
     monkeypatch.delenv("FAULT")
     distrain.train(tree(small, tmp_path / "run", **changes))
-    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+    assert metrics_but_times(tmp_path / "run") == metrics_but_times(tmp_path / "whole")
     ends = [load_file(tmp_path / name / "checkpoints/step-00000030/model.safetensors") for name in ("run", "whole")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
@@ -141,7 +136,7 @@ def test_checkpoints_by_the_clock_change_nothing_else(
         found[name] = len(list((tmp_path / name / "checkpoints").iterdir()))
     assert found["off"] == 1
     assert found["on"] > 2
-    assert comparable(tmp_path / "on") == comparable(tmp_path / "off")
+    assert metrics_but_times(tmp_path / "on") == metrics_but_times(tmp_path / "off")
 
 
 def test_a_run_of_another_identity_is_refused_by_the_fields_that_differ(small: Dataset, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ FAULTS = [
           "runtime.py", "        if time.monotonic() > deadline:", "        if False:",
           f"{HANGS}::test_a_node_that_never_comes"),
     fault("a name that nobody knows", "start", "75, the name and the cure", "the name is waited for, with a deadline",
-          "launcher.py", "            if now - start > seconds or signals.first:", "            if signals.first:",
+          "launcher.py", "            if now - start > seconds or stops.first:", "            if stops.first:",
           f"{HANGS}::test_a_name_that_nobody_knows"),
     fault("nodes that expect different numbers", "start", "78 at once", "numbers are compared when ranks meet",
           "runtime.py", "    if expected != own:\n        store", "    if False:\n        store",

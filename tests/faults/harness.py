@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+from runs import ids_by_step, metrics_but_times
 from safetensors.torch import load_file
 
 from distrain.report import Place, read_place
@@ -213,19 +214,7 @@ def trained(run: Path) -> Trained:
     """What a finished run trained."""
     assert (run / "result.json").exists()
     newest = max((run / "checkpoints").glob("step-*"))
-    steps: dict[int, list[int]] = {}
-    for path in sorted((run / "audit").glob("rank-*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len({line["step"] for line in lines}) == len(lines), f"{path}: a step twice"
-        for line in lines:
-            steps.setdefault(line["step"], []).extend(line["ids"])
-    timed = ("seconds", "train/images_per_second")
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return Trained(
-        load_file(newest / "model.safetensors"),
-        {step: sorted(ids) for step, ids in sorted(steps.items())},
-        [{key: value for key, value in line.items() if key not in timed} for line in metrics],
-    )
+    return Trained(load_file(newest / "model.safetensors"), ids_by_step(run), metrics_but_times(run))
 
 
 def exit_file(run: Path) -> dict[str, Any]:
