@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,7 @@ from typing import Any
 import click
 
 from distrain import __version__, address, config, report, signals
-from distrain.errors import (
-    EXIT_AGAIN,
-    EXIT_FAULT,
-    EXIT_NEVER_AGAIN,
-    EXIT_OK,
-    AgainError,
-    BusyError,
-    ConfigError,
-    PeerLostError,
-    SaveError,
-    ShardError,
-    UnreachableError,
-    UserError,
-)
+from distrain.errors import EXIT_AGAIN, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
 
 _AFTER_FIRST_SECONDS = 5
 """How long a node's other processes hold back an error that its first one will probably tell."""
@@ -41,45 +27,32 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return EXIT_OK
     except click.ClickException as error:
-        if not report.fail("user", EXIT_NEVER_AGAIN, error.format_message()):
+        if not report.fail(report.failure("user", EXIT_NEVER_AGAIN, error.format_message())):
             error.show()
         return EXIT_NEVER_AGAIN
     except click.Abort:
         print("stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        for type_, kind, code in _ENDS:
-            if isinstance(error, type_):
-                return _end(kind, code, error)
-        if not report.fail("fault", EXIT_FAULT, f"{type(error).__name__}: {error}", traceback.format_exc()):
-            traceback.print_exc()
-        return EXIT_FAULT
+        return _end(error)
 
 
-_ENDS: list[tuple[type[Exception], report.Kind, int]] = [
-    (UnreachableError, "peer", EXIT_AGAIN),
-    (UserError, "user", EXIT_NEVER_AGAIN),
-    (PeerLostError, "peer", EXIT_AGAIN),
-    (BusyError, "busy", EXIT_AGAIN),
-    (AgainError, "again", EXIT_AGAIN),
-    (SaveError, "save", EXIT_FAULT),
-]
-"""How a command ends for an error; anything else is a fault, with its traceback."""
-
-
-def _end(kind: report.Kind, code: int, error: Exception) -> int:
-    """Tell the launcher, or else the user, why this process ends."""
-    if not report.fail(kind, code, str(error)):
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0 and not isinstance(error, ShardError):
-            # torchrun ends the others when one process ends: the first one's message comes out once, whole.
-            until = time.monotonic() + _AFTER_FIRST_SECONDS
-            while time.monotonic() < until:
-                if signals.requested():
-                    return code
-                time.sleep(0.05)
-        prefix = "" if code == EXIT_AGAIN else "error: "
-        print(f"distrain: {prefix}{error}", file=sys.stderr, flush=True)
-    return code
+def _end(error: Exception) -> int:
+    """Tell the launcher, or else the user, why this process ends; the exit code."""
+    why = report.failure_of(error)
+    if report.fail(why):
+        return why.code
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and why.kind != "fault" and not isinstance(error, ShardError):
+        # torchrun ends the others when one process ends: the first one's message comes out once, whole.
+        until = time.monotonic() + _AFTER_FIRST_SECONDS
+        while time.monotonic() < until:
+            if signals.requested():
+                return why.code
+            time.sleep(0.05)
+    prefix = "" if why.code == EXIT_AGAIN else "error: "
+    shown = None if isinstance(error, report.PeerFailedError) else why.traceback
+    print(shown or f"distrain: {prefix}{error}", file=sys.stderr, flush=True)
+    return why.code
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from distrain.augment import normalize
 from distrain.errors import DataError
 from distrain.manifest import Dataset
-from distrain.runtime import POLL_SECONDS, Runtime, StopAgreed
+from distrain.runtime import POLL_SECONDS, Runtime
 from distrain.stream import EvaluationBatches
 
 
@@ -125,13 +125,6 @@ def _for_each(
             problem = error
         if busy and problem is None and time.monotonic() < meet_at:
             continue
-        agreed = runtime.agree(busy, scored > 0, problem is not None)
-        if agreed.flags[2]:
-            raise runtime.first_of_all(problem)
-        if agreed.stop:
-            raise StopAgreed
-        if not agreed.flags[0]:
+        if not runtime.still_busy(busy, scored > 0, problem):
             return
-        if agreed.flags[1]:
-            runtime.watch.beat()
         scored, meet_at = 0, time.monotonic() + POLL_SECONDS

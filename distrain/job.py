@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from distrain import augment, checkpoint, files, lives, manifest, model, optim, runtime, signals, tracking
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity, public
-from distrain.errors import EXIT_AGAIN, AgainError, BusyError, ConfigError, DataError, UserError
+from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
 from distrain.fetch import Settings
 from distrain.lives import Lease
 from distrain.manifest import Dataset
 from distrain.order import Order
-from distrain.report import fail
+from distrain.report import fail, failure_of
 from distrain.runtime import Runtime
 from distrain.stream import memory
 from distrain.tracking import Logs
@@ -119,12 +119,9 @@ class Job:
             self.lease.check()
 
     def close(self) -> None:
-        """Leave the group, and let the next job in."""
-        try:
-            self.runtime.close()
-        finally:
-            if self.lease is not None:
-                self.lease.release()
+        """Let the next job in."""
+        if self.lease is not None:
+            self.lease.release()
 
     @property
     def elapsed(self) -> float:
@@ -137,7 +134,7 @@ def watch(config: Config) -> Watch:
     limits = config.timeouts
     return Watch(
         {
-            "start": limits.start_seconds,
+            "start": limits.start_seconds + config.run.wait_seconds,  # all wait while the main process waits
             "first step": limits.start_seconds,
             "train": limits.step_seconds,
             "evaluate": limits.eval_seconds,
@@ -155,27 +152,29 @@ def start_runtime(config: Config, watching: Watch) -> Runtime:
     )
 
 
-def set_up(config: Config, started: float, watching: Watch) -> Job:
+def set_up(config: Config, started: float, rt: Runtime) -> Job:
     """Everything that a run needs, at the step it goes on from."""
-    dataset = manifest.read(config.data.dir, Settings.of(config.data))
-    splits = [split for split in ("train", "val", "test") if split in dataset.manifest.splits]
-    for needed in ("train", "test"):
-        dataset.split(needed)
-    rt = start_runtime(config, watching)
-    job = None
+    rt.leave_if_asked()
+    dataset = rt.all_or_none(lambda: _read_data(config))
+    agree_on_data(rt, dataset, [split for split in ("train", "val", "test") if split in dataset.manifest.splits])
+    job = _build(config, dataset, rt, started)
+    _settle(job)
+    rt.leave_if_asked()
     try:
-        rt.leave_if_asked()
-        agree_on_data(rt, dataset, splits)
-        job = _build(config, dataset, rt, started)
-        _settle(job)
-        rt.leave_if_asked()
         _resume(job)
         if rt.is_main:
             _summary(job)
     except BaseException:
-        (job or rt).close()
+        job.close()
         raise
     return job
+
+
+def _read_data(config: Config) -> Dataset:
+    dataset = manifest.read(config.data.dir, Settings.of(config.data))
+    for needed in ("train", "test"):
+        dataset.split(needed)
+    return dataset
 
 
 def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job:
@@ -313,15 +312,7 @@ def _settle(job: Job) -> None:
 def _resume(job: Job) -> None:
     """Go on from the newest readable checkpoint, or start fresh: the main process decides for all."""
     rt = job.runtime
-    found: tuple[Path | None, Exception | None] = (None, None)
-    if rt.is_main:
-        try:
-            found = (_take_folder(job), None)
-        except (UserError, AgainError) as error:
-            found = (None, error)
-    path, problem = rt.from_main(found)
-    if problem is not None:
-        raise problem
+    path = rt.from_main(rt.all_or_none(lambda: _take_folder(job) if rt.is_main else None))
     if path is not None:
         _restore(job, path)
     if job.lease is not None:
@@ -351,7 +342,7 @@ def _take_folder(job: Job) -> Path | None:
 
 def _leave_to_another(error: BusyError) -> None:
     """Another job has taken the folder over: this one must not write another byte."""
-    if not fail("busy", EXIT_AGAIN, str(error)):
+    if not fail(failure_of(error)):
         print(f"distrain: {error}", file=sys.stderr, flush=True)
     os._exit(EXIT_AGAIN)
 
@@ -407,15 +398,7 @@ def holds_run(run: Path) -> bool:
 
 def _restore(job: Job, path: Path) -> None:
     """Every process loads the checkpoint; if one cannot, all leave together."""
-    saved, problem = None, None
-    try:
-        saved = checkpoint.load(path)
-    except (DataError, AgainError) as error:
-        problem = f"rank {job.runtime.world.rank}: {error}"
-    problems = [line for line in job.runtime.from_all(problem) if line]
-    if problems:
-        raise DataError("\n  ".join([f"{job.run}: a checkpoint cannot be read by all:", *problems[:5]]))
-    assert saved is not None
+    saved = job.runtime.all_or_none(lambda: checkpoint.load(path))
     job.module.load_state_dict(saved.model)
     optim.load_state_tensors(job.optimizer, saved.optimizer)
     job.runtime.load_scaler_state(saved.state["scaler"])

@@ -154,11 +154,15 @@ def show(outcome: Outcome) -> str:
     lines = []
     end = outcome.first
     if end is not None:
-        host = end.failure.host if end.failure is not None else socket.gethostname()
+        told = end.failure
+        if told is not None:  # it may be a peer's, on another node, which this one ended with
+            rank, host, phase, step = told.rank, told.host, told.phase, told.step
+        else:
+            rank, host, phase, step = end.rank, socket.gethostname(), end.place.phase, end.place.step
         lines += [
-            f"distrain: rank {end.rank} failed first",
+            f"distrain: rank {rank} failed first",
             f"  host   {host}",
-            f"  phase  {end.place.phase}, step {end.place.step}",
+            f"  phase  {phase}, step {step}",
         ]
         if end.failure is not None and end.failure.traceback:
             lines.append(end.failure.traceback.rstrip())

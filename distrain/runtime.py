@@ -7,15 +7,11 @@ is already split, and prepared schedulers step once per process.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import os
-import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,13 +20,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
-from distrain import signals
-from distrain.errors import AgainError, ConfigError, PeerLostError, Stopped
+from distrain import rendezvous, signals
+from distrain.errors import AgainError, ConfigError, PeerLostError, SaveError, Stopped, UserError
+from distrain.notices import Notices
 from distrain.order import World
-from distrain.topology import STORE_SOCKET
+from distrain.rendezvous import loss_told
+from distrain.report import PeerFailedError, failure_of
 from distrain.watch import Watch
+
+T = TypeVar("T")
 
 MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 """What accelerate calls our precisions."""
@@ -46,8 +45,7 @@ class StopAgreed(Exception):  # noqa: N818 - what was asked for, not an error
     @property
     def by(self) -> str:
         """For messages: ` by SIGTERM`."""
-        name = signals.requested()
-        return f" by {name}" if name else " by a signal to another process"
+        return signals.requested_by()
 
 
 class Agreed(NamedTuple):
@@ -71,7 +69,17 @@ class Runtime:
     watch: Watch
     _control: Any
     """Group for words between processes, on CPUs: it neither waits for the device nor holds it up."""
+    _notices: Notices | None
     _broken: bool = False
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Leave the group, so that another run can start in this process; alone, where this one failed alone."""
+        if error is not None and not isinstance(error, _KNOWN_TO_ALL):
+            self._abandon(error)
+        self._close()
 
     @property
     def device(self) -> torch.device:
@@ -171,14 +179,50 @@ class Runtime:
         found: list[Exception | None] = self.from_all(problem)
         return next(each for each in found if each is not None)
 
+    def all_or_none(self, action: Callable[[], T]) -> T:
+        """The value of what may fail on one process alone: then all raise its error."""
+        problem: Exception | None = None
+        try:
+            value = action()
+        except (UserError, AgainError) as error:
+            problem = error
+        if any(self.agree(problem is not None).flags):
+            raise self.first_of_all(problem)
+        return value
+
+    def still_busy(self, busy: bool, progress: bool, problem: Exception | None) -> bool:
+        """Meet while some wait for data or have work left: whether any does.
+
+        Args:
+            busy: this process does.
+            progress: this process got on since the last meeting.
+            problem: why this process cannot go on.
+
+        Raises:
+            Exception: the first problem of any process, on all.
+            StopAgreed: one process was asked to stop.
+        """
+        agreed = self.agree(busy, progress, problem is not None)
+        any_busy, any_progress, any_problem = agreed.flags
+        if any_problem:
+            raise self.first_of_all(problem)
+        if agreed.stop:
+            raise StopAgreed
+        if any_progress:
+            self.watch.beat()
+        return any_busy > 0
+
     @contextlib.contextmanager
     def peers(self) -> Iterator[None]:
         """Around what may fail because another process is gone: that is told as such."""
         try:
-            with _loss_told("another process is gone") if self.world.size > 1 else contextlib.nullcontext():
+            with loss_told("another process is gone") if self.world.size > 1 else contextlib.nullcontext():
                 yield
         except PeerLostError:
             self._broken = True
+            why = self._notices.failed() if self._notices is not None else None
+            if why is not None:
+                raise PeerFailedError(why) from None
             raise
 
     @contextlib.contextmanager
@@ -201,17 +245,27 @@ class Runtime:
         direct.step()
         direct.zero_grad()
 
-    def abandon(self) -> None:
-        """The other processes are somewhere else: leaving must not wait for them."""
+    def _abandon(self, error: BaseException) -> None:
+        """The other processes are somewhere else: leaving must not wait for them, and they are told why."""
         self._broken = self.world.size > 1
+        if self._notices is not None and not isinstance(error, PeerFailedError):
+            self._notices.leave(failure_of(error))
 
-    def close(self) -> None:
-        """Leave the group, so that another run can start in this process."""
-        if not self._broken:  # a broken group may wait for the lost
+    def _close(self) -> None:
+        if self._broken:  # a broken group may wait for the lost
+            _left_behind.append(self)
+        else:
             self._accelerator.free_memory()
             if self.owns_group and dist.is_initialized():
                 dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+_KNOWN_TO_ALL = (UserError, AgainError, SaveError)
+"""Errors that all processes raise at the same place, or that say that another one is gone already."""
+
+_left_behind: list[Runtime] = []
+"""Groups that lost a process: torch has one group a process, and these cannot be closed."""
 
 
 def start(device: str, precision: str, cpu_threads: int, start_seconds: float, watch: Watch) -> Runtime:
@@ -220,7 +274,71 @@ def start(device: str, precision: str, cpu_threads: int, start_seconds: float, w
     Raises:
         ConfigError: a device, precision or number of processes that cannot be had, or that accelerate's own
             configuration contradicts.
+        PeerFailedError: another process cannot start, and says why.
         PeerLostError: a process did not come within `start_seconds`.
+    """
+    if _left_behind:
+        raise PeerLostError("a run lost its peers in this process; another one needs a new process")
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized():
+        store = rendezvous.own_part(dist.distributed_c10d._get_default_store()) if dist.get_world_size() > 1 else None
+    else:
+        store = rendezvous.connect(asked, start_seconds, watch) if asked > 1 else None
+    notices = Notices(store) if store is not None else None
+    if notices is not None:
+        watch.connect(notices)
+    try:
+        return _start(device, precision, cpu_threads, start_seconds, watch, store, notices)
+    except PeerFailedError:
+        raise
+    except Exception as error:
+        if notices is not None:
+            notices.leave(failure_of(error))
+            rendezvous.linger()
+        raise
+
+
+def _start(
+    device: str,
+    precision: str,
+    cpu_threads: int,
+    start_seconds: float,
+    watch: Watch,
+    store: Any,
+    notices: Notices | None,
+) -> Runtime:
+    on_cpu = _on_cpu(device, precision)
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    owns_group = not dist.is_initialized()
+    if owns_group and store is not None and notices is not None:
+        rendezvous.join(store, notices, asked, "gloo" if on_cpu else "nccl", start_seconds, watch)
+    accelerator = Accelerator(
+        # Without cpu=True each CPU process that torchrun started believes that it is alone.
+        cpu=on_cpu,
+        mixed_precision=MIXED[precision],
+        gradient_accumulation_steps=1,
+        # Without broadcast_buffers each forward pass would meet the others; evaluation takes the main one's buffers.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+    torch.set_num_threads(cpu_threads)  # after accelerate, which sets its own number on CPUs
+    world = World(accelerator.process_index, accelerator.num_processes)
+    if owns_group and world.size != asked:
+        raise ConfigError(f"{asked} processes were asked for, this one finds itself among {world.size}")
+    if accelerator.device.type != ("cpu" if on_cpu else "cuda"):
+        raise ConfigError(f"run.device={device}, but this process got {accelerator.device}")
+    control = None
+    if world.size > 1:
+        with loss_told("another process is gone"):
+            control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=rendezvous.BEYOND)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    return Runtime(accelerator, world, dtype, owns_group, watch, control, notices)
+
+
+def _on_cpu(device: str, precision: str) -> bool:
+    """Whether to compute on the CPU.
+
+    Raises:
+        ConfigError: a device or precision that this process cannot have, or that accelerate contradicts.
     """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
@@ -231,123 +349,7 @@ def start(device: str, precision: str, cpu_threads: int, start_seconds: float, w
     conflicts = accelerate_conflicts(os.environ, precision, on_cpu)
     if conflicts:
         raise ConfigError("accelerate's configuration contradicts distrain's:\n" + "\n".join(conflicts))
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    owns_group = not dist.is_initialized()
-    if owns_group and asked > 1:
-        _join(asked, on_cpu, start_seconds, watch)
-    accelerator = Accelerator(
-        # Without cpu=True each CPU process that torchrun started believes that it is alone.
-        cpu=on_cpu,
-        mixed_precision=MIXED[precision],
-        gradient_accumulation_steps=1,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    torch.set_num_threads(cpu_threads)  # after accelerate, which sets its own number on CPUs
-    world = World(accelerator.process_index, accelerator.num_processes)
-    if owns_group and world.size != asked:
-        raise ConfigError(f"{asked} processes were asked for, this one finds itself among {world.size}")
-    if accelerator.device.type != ("cpu" if on_cpu else "cuda"):
-        raise ConfigError(f"run.device={device}, but this process got {accelerator.device}")
-    control = None
-    if world.size > 1:
-        if not owns_group:
-            watch.connect(dist.distributed_c10d._get_default_store())
-        with _loss_told("another process is gone"):
-            control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=_BEYOND)
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    return Runtime(accelerator, world, dtype, owns_group, watch, control)
-
-
-_STARTS = itertools.count()
-
-_BEYOND = timedelta(hours=24)
-"""Time-out of collectives themselves: `Watch` knows the phase and who is behind, so it is the one that ends a wait."""
-
-_STOP_SECONDS = 5.0
-"""After a stop request, how long to wait for processes that have not come: with them, all leave together."""
-
-_LINGER_SECONDS = 2.0
-
-
-def _join(size: int, on_cpu: bool, seconds: float, watch: Watch) -> None:
-    """Meet the other processes at the store, and make the group of all."""
-    watch.beat()  # its own deadline, which can name who is missing, comes before the watch's
-    deadline = time.monotonic() + seconds
-    rank = int(os.environ["RANK"])
-    backend = "gloo" if on_cpu else "nccl"
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    with _loss_told(f"the processes could not meet at {where}"):
-        # Under torchrun the store outlives a run: another run of the same processes finds nothing of this one.
-        store = PrefixStore(f"distrain/{next(_STARTS)}", _store(rank, size, seconds))
-        watch.connect(store)
-        _wait_for_all(store, rank, size, backend, deadline, watch)
-        if not on_cpu:
-            # The watch ends waits, and says why; NCCL's own would abort the process without a word of ours.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-            os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_BEYOND)
-
-
-def _store(rank: int, size: int, seconds: float) -> Any:
-    timeout = timedelta(seconds=seconds)
-    socket_number = os.environ.get(STORE_SOCKET)
-    if socket_number is None:
-        return next(rendezvous("env://", rank, size, timeout=timeout))[0]
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=int(socket_number))
-
-
-def _wait_for_all(store: Any, rank: int, size: int, backend: str, deadline: float, watch: Watch) -> None:
-    """Every process has come, and expects as many as this one does, on the same kind of device."""
-    own = f"{size} processes with {backend}"
-    expected = store.compare_set("distrain/size", "", own).decode()
-    if expected != own:
-        store.set("distrain/unequal", "1")
-    store.set(f"distrain/here/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
-    if store.add("distrain/arrived", 1) == size:
-        store.set("distrain/all", "1")
-    asked_at = None
-    while not store.check(["distrain/all"]):
-        if store.check(["distrain/unequal"]):
-            if rank == 0:
-                time.sleep(_LINGER_SECONDS)  # it serves the store that the others look at
-            other = expected if expected != own else "something else"
-            raise ConfigError(
-                f"nodes differ: this one expects {own}, another one {other}: give every node the same --nproc and"
-                " --nodes, and see that all have their GPUs (or set run.device)"
-            )
-        if store.check(["distrain/left"]):
-            raise PeerLostError("another process was stopped while it waited for all to come")
-        asked_at = asked_at or (time.monotonic() if signals.requested() else None)
-        if asked_at and time.monotonic() - asked_at > _STOP_SECONDS:
-            store.set("distrain/left", "1")
-            raise Stopped(f"stopped{StopAgreed().by} while it waited for other processes; nothing had to be saved")
-        if time.monotonic() > deadline:
-            missing = [str(other) for other in range(size) if not store.check([f"distrain/here/{other}"])]
-            raise PeerLostError(f"{size} processes were asked for; rank {', '.join(missing)} did not come")
-        time.sleep(0.05)
-    watch.beat()
-
-
-@contextlib.contextmanager
-def _loss_told(what: str) -> Iterator[None]:
-    """Another process's loss, whatever torch raises for it, as PeerLostError."""
-    try:
-        yield
-    except AgainError:
-        raise  # it is told already
-    except (RuntimeError, ValueError, OSError) as error:
-        if _is_loss(error):
-            first_line = str(error).strip().partition("\n")[0][:300]
-            raise PeerLostError(f"{what}: {first_line}") from error
-        raise
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Whether an exception says that another process, or the link to it, is gone. gloo has no type of its own."""
-    names = ("gloo", "nccl", "connection", "tcpstore", "broken pipe", "timed out", "socket")
-    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in names)
+    return on_cpu
 
 
 def accelerate_conflicts(environ: Any, precision: str, on_cpu: bool) -> list[str]:

@@ -16,7 +16,7 @@ from distrain.config import Config, identity, load
 from distrain.errors import ConfigError, DataError, Stopped
 from distrain.evaluation import Scores
 from distrain.fetch import Settings
-from distrain.job import CONFIG, agree_on_data, build_model, start_runtime, watch
+from distrain.job import CONFIG, RESULT, agree_on_data, build_model, start_runtime, watch
 from distrain.manifest import Dataset
 from distrain.runtime import Runtime, StopAgreed
 
@@ -30,15 +30,13 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
     if not (run / CONFIG).exists():
         raise DataError(f"{run}: holds no run (no {CONFIG})")
     config = load(run / CONFIG, overrides)
-    dataset = manifest.read(config.data.dir, Settings.of(config.data))
-    dataset.split(split)
-    saved, skipped = _checkpoint_of(run, which)
-    with signals.noted(), closing(watch(config)) as watching, closing(start_runtime(config, watching)) as rt:
+    with signals.noted(), closing(watch(config)) as watching, start_runtime(config, watching) as rt:
+        dataset = rt.all_or_none(lambda: _read_data(config, split))
+        # The main process chooses: of a run that goes on, others may see newer ones.
+        path, skipped = rt.from_main(rt.all_or_none(lambda: _choose(run, which) if rt.is_main else None))
         for line in skipped if rt.is_main else []:
             print(f"warning: skipped {line}", file=sys.stderr)
-        path = rt.from_main(saved.path)  # of a run that goes on, processes may have seen different ones
-        if path != saved.path:
-            saved = checkpoint.load(path)
+        saved = rt.all_or_none(lambda: checkpoint.load(path))
         agree_on_data(rt, dataset, [split])
         _check_identity(config, dataset, saved)
         try:
@@ -78,15 +76,33 @@ def _check_identity(config: Config, dataset: Dataset, saved: Saved) -> None:
         raise ConfigError("\n  ".join([f"{saved.path}: was not trained with this configuration:", *differ]))
 
 
-def _checkpoint_of(run: Path, which: str | None) -> tuple[Saved, list[str]]:
+def _read_data(config: Config, split: str) -> Dataset:
+    dataset = manifest.read(config.data.dir, Settings.of(config.data))
+    dataset.split(split)
+    return dataset
+
+
+def _choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
+    """The checkpoint that was asked for, and why newer ones were passed over."""
+    folder = run / checkpoint.FOLDER
     if which is not None and which not in ("best", "last"):
-        return checkpoint.load(run / checkpoint.FOLDER / which), []
-    saved, skipped = checkpoint.newest(run / checkpoint.FOLDER)
+        return folder / which, []
+    saved, skipped = checkpoint.newest(folder)
     if saved is None:
         raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
-    best = saved.state["best"]
+    best = _best(run, saved)
     if best is None and which == "best":
         raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; take last")
-    if best is not None and which != "last":
-        return checkpoint.load(checkpoint.path_of(run / checkpoint.FOLDER, best["step"])), skipped
-    return saved, skipped
+    return (best if best is not None and which != "last" else saved.path), skipped
+
+
+def _best(run: Path, last: Saved) -> Path | None:
+    """The best checkpoint on val: the result's, where it is of this checkpoint; its last evaluation may be newer."""
+    try:
+        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    except OSError:
+        result = {}
+    if result.get("steps") == last.step and result["val_accuracy"] is not None:
+        return run / checkpoint.FOLDER / str(result["checkpoint"])
+    best = last.state["best"]
+    return checkpoint.path_of(run / checkpoint.FOLDER, best["step"]) if best is not None else None

@@ -71,6 +71,11 @@ def requested() -> str | None:
     return _requested[0] if _requested else None
 
 
+def requested_by() -> str:
+    """For messages: ` by SIGTERM`."""
+    return f" by {_requested[0]}" if _requested else " by a signal to another process"
+
+
 def _set(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in STOP:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -69,9 +69,14 @@ class TrainingBatches:
         self._with_words, self._pin = with_words, pin
         ahead = max(read_ahead, order.rounds_per_step)
         closed = threading.Event()
-        rounds = _read_rounds(dataset, order, world, steps, ahead + 1, pin, closed)
+        self.shards_read = 0
+        """So many were read so far: whether reading gets on."""
+        rounds = _read_rounds(dataset, order, world, steps, ahead + 1, pin, closed, self._count)
         self._background = Background(rounds, ahead, closed)
         self._current: _Round | None = None
+
+    def _count(self) -> None:
+        self.shards_read += 1
 
     def ready(self, step: int, timeout: float | None) -> bool:
         """Whether the step's batch can be had at once; waits up to `timeout` seconds (None: until it can).
@@ -190,7 +195,14 @@ def _join(parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]]) -> tuple[Tensor
 
 
 def _read_rounds(
-    dataset: Dataset, order: Order, world: World, steps: range, buffers: int, pin: bool, closed: threading.Event
+    dataset: Dataset,
+    order: Order,
+    world: World,
+    steps: range,
+    buffers: int,
+    pin: bool,
+    closed: threading.Event,
+    count: Callable[[], None],
 ) -> Iterator[_Round]:
     """The rounds that the steps reach into. Every `buffers`-th round lies in the same memory."""
     lanes = order.owned_lanes(world)
@@ -218,6 +230,7 @@ def _read_rounds(
             index = int(epoch_shards[lane])
             taken = order.shard_samples(epoch, index, entries[index].samples)
             _lay(_read(dataset, entries[index], closed), taken, into, column, len(lanes))
+            count()
         yield into
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from distrain import augment, checkpoint, evaluation, files, signals
 from distrain import job as jobs
 from distrain.config import Config, from_tree, load, public
-from distrain.errors import AgainError, DataError, DivergedError, SaveError, Stopped, UserError
+from distrain.errors import DataError, DivergedError, SaveError, Stopped
 from distrain.evaluation import Scores
 from distrain.job import RESULT, Job, attempt, save, set_up
 from distrain.runtime import POLL_SECONDS, StopAgreed
@@ -44,6 +44,7 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[s
     Raises:
         UserError: configuration, data or sources cannot be used, or the loss diverged.
         AgainError: stopped on request, or a peer was lost; called again, it goes on.
+        PeerFailedError: another process failed, and left word why.
         SaveError: the run's last checkpoint could not be saved.
     """
     started = time.monotonic()
@@ -54,15 +55,10 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[s
     with (
         signals.noted(),
         closing(jobs.watch(config)) as watching,
-        closing(set_up(config, started, watching)) as job,
+        jobs.start_runtime(config, watching) as rt,
+        closing(set_up(config, started, rt)) as job,
     ):
-        try:
-            return _run(job)
-        except (UserError, AgainError, SaveError):
-            raise  # all processes are here, or it is known that one is not
-        except BaseException:
-            job.runtime.abandon()
-            raise
+        return _run(job)
 
 
 def _run(job: Job) -> dict[str, Any]:
@@ -187,17 +183,13 @@ def _await_data(job: Job, batches: TrainingBatches) -> None:
     rt = job.runtime
     while True:
         ready, problem = False, None
+        shards_read = batches.shards_read
         try:
             ready = batches.ready(job.state.step, POLL_SECONDS)
         except DataError as error:
             problem = error
         rt.watch.waits_for = None if ready else "its data"
-        agreed = rt.agree(not ready, problem is not None)
-        if agreed.flags[1]:
-            raise rt.first_of_all(problem)
-        if agreed.stop:
-            raise StopAgreed
-        if not agreed.flags[0]:
+        if not rt.still_busy(not ready, batches.shards_read > shards_read, problem):
             return
 
 

@@ -3,25 +3,26 @@ the stacks of all threads, finds out which process is behind, and ends this one.
 
 Processes compare how often they met: every collective is a meeting, entered and left. Who is behind has met the least
 often, or does not answer at all. Nothing is sent while all goes well.
+
+A process that waits in vain also asks whether another one failed: NCCL waits for the dead without a word.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from distrain.errors import EXIT_AGAIN
-from distrain.report import Beacon, Place, fail
+from distrain.notices import Notices
+from distrain.report import Beacon, Failure, Place, fail, failure
 
 _TICK = 0.5
 _ASK_SECONDS = 5.0
@@ -36,7 +37,7 @@ class Watch:
         self._limits, self._stacks = dict(limits), stacks
         self.rank = int(os.environ.get("RANK", "0"))
         self._size = int(os.environ.get("WORLD_SIZE", "1"))
-        self._store: Any = None
+        self._notices: Notices | None = None
         self._phase, self._step, self._beats, self._meetings = "start", 0, 0, 0
         self.waits_for: str | None = None
         """What this process waits for, while it meets the others again and again."""
@@ -51,11 +52,9 @@ class Watch:
         """Where this process is now."""
         return Place(self._phase, self._step, self._beats, self._limits.get(self._phase, 0.0))
 
-    def connect(self, store: Any) -> None:
-        """Where processes tell of themselves when they are stuck; a connection of this thread's own."""
-        self._store = store.clone() if hasattr(store, "clone") else store
-        with contextlib.suppress(RuntimeError, NotImplementedError):
-            self._store.set_timeout(timedelta(seconds=_ASK_SECONDS))
+    def connect(self, notices: Notices) -> None:
+        """Where processes tell of themselves when they are stuck, or fail."""
+        self._notices = notices
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -103,30 +102,35 @@ class Watch:
             ticks = ticks + 1 if beats == seen else 0
             seen = beats
             idle = ticks * _TICK
+            if idle and idle % _ASK_SECONDS == 0:
+                self._leave_with_peer()
             if limit and idle >= limit / 2:
                 self._publish()
             if limit and idle >= limit:
                 self._expire(limit)
 
+    def _leave_with_peer(self) -> None:
+        """End where this process waits for one that has failed; not in the midst of a save."""
+        waits = self._meetings % 2 == 1
+        peer = self._notices.failed() if waits and self._notices is not None else None
+        if peer is not None:
+            _end(peer)
+
     def _publish(self) -> None:
-        if self._store is None:
-            return
-        told = {
-            "meetings": self._meetings,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "waits_for": self.waits_for,
-        }
-        with contextlib.suppress(Exception):  # the store's own process may be the one that is gone
-            self._store.set(f"distrain/stuck/{self.rank}", json.dumps(told))
+        if self._notices is not None:
+            told = {
+                "meetings": self._meetings,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "waits_for": self.waits_for,
+            }
+            self._notices.tell_stuck(self.rank, told)
 
     def _expire(self, limit: float) -> None:
         place = self.place
         self._dump()
         message = f"no progress for {limit:g} s in phase {place.phase}, step {place.step}: {self._behind()}"
-        if not fail("hang", EXIT_AGAIN, message):
-            print(f"distrain: rank {self.rank}: {message}", file=sys.stderr, flush=True)
-        os._exit(EXIT_AGAIN)
+        _end(failure("hang", EXIT_AGAIN, message))
 
     def _dump(self) -> None:
         """The stacks of all threads, to RUN/stacks/ and to stderr."""
@@ -158,14 +162,17 @@ class Watch:
         return behind(found, self._size)
 
     def _ask(self, found: dict[int, dict[str, Any]]) -> None:
-        if self._store is None:
-            return
-        self._publish()
-        time.sleep(_ASK_SECONDS / 2)  # the others' time-outs pass at nearly the same time
-        with contextlib.suppress(Exception):
-            for rank in range(self._size):
-                if self._store.check([f"distrain/stuck/{rank}"]):
-                    found[rank] = json.loads(self._store.get(f"distrain/stuck/{rank}"))
+        if self._notices is not None:
+            self._publish()
+            time.sleep(_ASK_SECONDS / 2)  # the others' time-outs pass at nearly the same time
+            self._notices.add_stuck(self._size, found)
+
+
+def _end(why: Failure) -> NoReturn:
+    """End this process, whatever its main thread waits for."""
+    if not fail(why):
+        print(f"distrain: rank {why.rank}: {why.message}", file=sys.stderr, flush=True)
+    os._exit(why.code)
 
 
 def behind(found: Mapping[int, Mapping[str, Any]], size: int) -> str:

@@ -12,7 +12,7 @@ from distrain.watch import behind
 
 
 def end(rank: int, code: int, kind: str | None = None, time: float = 0.0, by_launcher: bool = False) -> End:
-    failure = Failure(kind, code, rank, "host", f"{kind} of {rank}", "", time) if kind else None  # type: ignore[arg-type]
+    failure = Failure(kind, code, rank, "host", "train", 7, f"{kind} of {rank}", "", time) if kind else None  # type: ignore[arg-type]
     return End(rank, code, failure, Place("train", 7), time, by_launcher)
 
 
@@ -48,8 +48,8 @@ def test_verdict(name: str) -> None:
 
 
 def test_the_screen_names_host_phase_step_and_message() -> None:
-    failure = Failure("fault", 1, 3, "node7", "ValueError: no", "Traceback …\nValueError: no", 0.0)
-    told = show(judge([End(3, 1, failure, Place("evaluate", 12), 0.0, False)], None, True))
+    failure = Failure("fault", 1, 3, "node7", "evaluate", 12, "ValueError: no", "Traceback …\nValueError: no", 0.0)
+    told = show(judge([End(3, 1, failure, Place("end", 20), 0.0, False)], None, True))
     for part in ("rank 3 failed first", "node7", "evaluate, step 12", "Traceback", "exit 1"):
         assert part in told
 

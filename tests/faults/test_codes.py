@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,47 @@ def test_a_fault_of_the_program_is_shown_once_with_its_traceback(data: Path, tmp
     assert "RuntimeError: a fault of the model" in job.output
     assert "phase  train, step" in job.output
     assert "gloo" not in job.output  # rank 0 failed too, as it lost rank 1
+
+
+@pytest.fixture
+def two_nodes(data: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[Job, Job]]]:
+    """Two launchers on this machine, as two nodes of one process; what the second one is given beside."""
+    started: list[Job] = []
+
+    def start(second: dict[str, dict[str, Any]] | None = None, **environ: str) -> tuple[Job, Job]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        for number in range(2):
+            tree = small_run(data, tmp_path / "run", **(second or {} if number else {}))
+            options = ["--nodes", "2", "--node", str(number), "--host", "localhost", "--port", port]
+            started.append(Job(tree, tmp_path, 1, options, environ if number else None))
+        return started[0], started[1]
+
+    yield start
+    for job in started:
+        job.close()
+
+
+def test_a_fault_on_another_node_is_told_on_the_first(two_nodes: Callable[..., tuple[Job, Job]]) -> None:
+    first, second = two_nodes(FAULT="raise:1:30")
+    assert (first.wait(), second.wait()) == (1, 1), first.output + second.output
+    assert exit_file(first.run)["code"] == 1
+    assert "a fault of the model" in exit_file(first.run)["reason"]
+    assert "rank 1 failed first" in first.output
+
+
+@pytest.mark.parametrize("what", ["environment", "data"])
+def test_one_node_that_cannot_start_ends_all(
+    what: str, two_nodes: Callable[..., tuple[Job, Job]], tmp_path: Path
+) -> None:
+    if what == "data":
+        first, second = two_nodes({"data": {"dir": str(tmp_path / "nothing")}})
+    else:
+        first, second = two_nodes(ACCELERATE_DYNAMO_BACKEND="inductor")
+    assert (first.wait(40), second.wait(40)) == (78, 78), first.output + second.output
+    told = "nothing" if what == "data" else "ACCELERATE_DYNAMO_BACKEND"
+    assert told in first.output
+    assert told in second.output
 
 
 def test_a_crash_is_a_fault(data: Path, tmp_path: Path) -> None:

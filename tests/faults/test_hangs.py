@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Job, exit_file, small_run
+from harness import Job, exit_file, small_run, until
 
 from distrain import manifest
 
@@ -98,6 +98,20 @@ def test_a_name_that_nobody_knows(data: Path, tmp_path: Path) -> None:
     with Job(tree, tmp_path, options=options) as job:
         assert job.wait(30) == 75, job.output
         assert "no-such-host.invalid, cannot be found" in job.output
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_first_node_that_never_comes(stopped: bool, data: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    options = ["--nodes", "2", "--node", "1", "--host", "localhost", "--port", port]
+    tree = small_run(data, tmp_path / "run", timeouts={**QUICK, "start_seconds": 300 if stopped else 8})
+    with Job(tree, tmp_path, 1, options=options) as job:
+        if stopped:
+            until(lambda: job.place(1).beats > 0, "rank 1 looks for the first node")
+            job.signal("launcher")
+        assert job.wait(30) == 75, job.output  # the grace is longer than that
+        assert ("stopped by SIGTERM" if stopped else f"does not answer at localhost:{port}") in job.output
 
 
 def test_nodes_that_expect_different_numbers(data: Path, tmp_path: Path) -> None:
