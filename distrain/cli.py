@@ -100,6 +100,11 @@ def train(file: Path | None, overrides: tuple[str, ...]) -> None:
     type=click.FloatRange(0),
     help="Seconds to save and leave after a signal.  [default: launch.grace_seconds]",
 )
+@click.option(
+    "--log-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for a log of each rank but 0, which writes here.  [default: all write here]",
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
 def launch(
     nproc: int | None,
@@ -108,6 +113,7 @@ def launch(
     host: str | None,
     port: int | None,
     grace: float | None,
+    log_dir: Path | None,
     command: tuple[str, ...],
 ) -> int:
     """Run COMMAND of distrain (train …, evaluate …) in several processes, and tell the scheduler the truth.
@@ -126,11 +132,11 @@ def launch(
         context = train.make_context("distrain train", list(command[1:]))
         resolved = config.load(context.params["file"], context.params["overrides"])
     asked = topology.Asked(nodes, node, host, port)
-    found = topology.work_out(os.environ, asked, launcher.slurm_hostnames, socket.getfqdn)
+    found = topology.work_out(os.environ, asked, socket.getfqdn)
     processes = nproc or launcher.default_processes()
     print(launcher.describe(found, processes), flush=True)
     seconds = grace if grace is not None else (resolved or config.Config()).launch.grace_seconds
-    outcome = launcher.launch(command, resolved, found, processes, seconds)
+    outcome = launcher.launch(command, resolved, found, processes, seconds, log_dir)
     if outcome.code:
         print(launcher.show(outcome), file=sys.stderr, flush=True)
     return outcome.code

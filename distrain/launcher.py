@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,12 +21,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import psutil
 
 from distrain import checkpoint, files, lives, signals
 from distrain.config import Config
-from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, PeerLostError
+from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK, PeerLostError
 from distrain.report import FOLDER, Failure, Place, read_failure, read_place
 from distrain.signals import LAUNCHER, STOP
 from distrain.topology import LOCAL, STORE_SOCKET, Topology
@@ -110,7 +110,12 @@ def _told(end: End) -> str:
 
 
 def launch(
-    arguments: Sequence[str], config: Config | None, topology: Topology, processes: int, grace: float
+    arguments: Sequence[str],
+    config: Config | None,
+    topology: Topology,
+    processes: int,
+    grace: float,
+    logs: Path | None = None,
 ) -> Outcome:
     """Run a command of distrain in this node's processes, to the end.
 
@@ -120,6 +125,7 @@ def launch(
         topology: this node among the others.
         processes: how many to start here.
         grace: seconds from a stop request until processes that still save are killed.
+        logs: folder for what ranks other than 0 write, a file each; None: where this process writes.
 
     Raises:
         ConfigError: the topology cannot be used.
@@ -134,7 +140,7 @@ def launch(
             if topology.nodes > 1:
                 _wait_for_name(topology.host, config.timeouts.start_seconds if config else 600, stops)
             with _store_socket(topology) as store:
-                workers = _Workers(arguments, topology, processes, store, Path(folder))
+                workers = _Workers(arguments, topology, processes, store, Path(folder), logs)
                 ends = workers.wait(stops, grace)
             outcome = judge(ends, stops.first, book is None or book.can_go_on())
         except PeerLostError as error:
@@ -191,7 +197,13 @@ class _Workers:
     """This node's processes."""
 
     def __init__(
-        self, arguments: Sequence[str], topology: Topology, processes: int, store: socket.socket | None, folder: Path
+        self,
+        arguments: Sequence[str],
+        topology: Topology,
+        processes: int,
+        store: socket.socket | None,
+        folder: Path,
+        logs: Path | None,
     ) -> None:
         self._folder = folder
         size = topology.nodes * processes
@@ -223,12 +235,15 @@ class _Workers:
             if store is not None and first_rank + local == 0 and size > 1:
                 passed = (store.fileno(),)
                 own[STORE_SOCKET] = store.fileno()
-            self._running[first_rank + local] = subprocess.Popen(
-                [sys.executable, "-m", "distrain", *arguments],
-                stdin=subprocess.DEVNULL,
-                env={**inherited, **{name: str(value) for name, value in {**common, **own}.items()}},
-                pass_fds=passed,
-            )
+            with _output(logs, first_rank + local) as output:
+                self._running[first_rank + local] = subprocess.Popen(
+                    [sys.executable, "-m", "distrain", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT if output is not None else None,
+                    env={**inherited, **{name: str(value) for name, value in {**common, **own}.items()}},
+                    pass_fds=passed,
+                )
 
     def wait(self, stops: _Stops, grace: float) -> list[End]:
         """Until all have ended; those that stay behind when others have failed, or after the grace, are killed."""
@@ -368,6 +383,17 @@ class _Book:
             print(f"warning: {self._run / EXIT_FILE}: cannot be written: {error.strerror}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def _output(logs: Path | None, rank: int) -> Iterator[IO[bytes] | None]:
+    """Where a rank writes; None: where the launcher does, as rank 0 always does."""
+    if logs is None or rank == 0:
+        yield None
+        return
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"rank-{rank:05d}.log").open("ab") as file:
+        yield file
+
+
 def default_processes() -> int:
     """One for each GPU of this node; one where there is none."""
     if not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -375,21 +401,6 @@ def default_processes() -> int:
     asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     return max(1, int(found)) if found.isdigit() else 1
-
-
-def slurm_hostnames(nodes: str) -> list[str]:
-    """The names that a SLURM node list stands for.
-
-    Raises:
-        ConfigError: `scontrol` is not there, or does not know.
-    """
-    scontrol = shutil.which("scontrol")
-    if scontrol is None:
-        raise ConfigError("scontrol is not in the PATH of this job: give --host, the first node's name")
-    done = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    if done.returncode or not done.stdout.split():
-        raise ConfigError(f"scontrol show hostnames {nodes}: {done.stderr.strip()}")
-    return done.stdout.split()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from distrain import rendezvous, signals
+from distrain import accelerate_launch, rendezvous, signals
 from distrain.errors import AgainError, ConfigError, PeerLostError, SaveError, Stopped, UserError
 from distrain.notices import Notices
 from distrain.order import World
@@ -30,10 +30,6 @@ from distrain.report import PeerFailedError, failure_of
 from distrain.watch import Watch
 
 T = TypeVar("T")
-
-MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
-"""What accelerate calls our precisions."""
-
 
 POLL_SECONDS = 0.25
 """About how often the processes ask each other whether to stop."""
@@ -315,7 +311,7 @@ def _start(
     accelerator = Accelerator(
         # Without cpu=True each CPU process that torchrun started believes that it is alone.
         cpu=on_cpu,
-        mixed_precision=MIXED[precision],
+        mixed_precision=accelerate_launch.MIXED[precision],
         gradient_accumulation_steps=1,
         # Without broadcast_buffers each forward pass would meet the others; evaluation takes the main one's buffers.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
@@ -346,26 +342,5 @@ def _on_cpu(device: str, precision: str) -> bool:
     on_cpu = device == "cpu" or not cuda
     if on_cpu and precision == "fp16":
         raise ConfigError("train.precision=fp16 needs a GPU; on the CPU use bf16 or fp32")
-    conflicts = accelerate_conflicts(os.environ, precision, on_cpu)
-    if conflicts:
-        raise ConfigError("accelerate's configuration contradicts distrain's:\n" + "\n".join(conflicts))
+    accelerate_launch.check(os.environ, precision, on_cpu)
     return on_cpu
-
-
-def accelerate_conflicts(environ: Any, precision: str, on_cpu: bool) -> list[str]:
-    """One line for each thing that `accelerate launch` or its configuration file asks for and a run does not do."""
-    found = []
-
-    def asks(name: str, harmless: set[str], ours: str) -> None:
-        value = environ.get(name, "").lower()
-        if value not in harmless | {""}:
-            found.append(f"  {name}={environ[name]}, but {ours}")
-
-    asks("ACCELERATE_MIXED_PRECISION", {"no", MIXED[precision]}, f"train.precision={precision}")
-    asks("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", {"1"}, "accumulation follows from train.micro_batch_size")
-    asks("ACCELERATE_DYNAMO_BACKEND", {"no"}, "distrain does not compile the model")
-    for feature in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "TP", "SAGEMAKER"):
-        asks(f"ACCELERATE_USE_{feature}", {"false", "0", "no"}, "distrain trains with DDP alone")
-    if not on_cpu:
-        asks("ACCELERATE_USE_CPU", {"false", "0", "no"}, "run.device means a GPU; give run.device=cpu")
-    return found

@@ -1,6 +1,6 @@
 """Which node this is, of how many, and where they meet: from SLURM, a Kubernetes Indexed Job, or this machine alone.
 
-Pure: what is asked of the outside (`scontrol`, the host's full name) is passed in.
+Pure: the host's full name, which is asked of the outside, is passed in.
 """
 
 from __future__ import annotations
@@ -38,22 +38,19 @@ class Asked:
     port: int | None = None
 
 
-def work_out(
-    environ: Mapping[str, str], asked: Asked, hostnames: Callable[[str], list[str]], full_name: Callable[[], str]
-) -> Topology:
+def work_out(environ: Mapping[str, str], asked: Asked, full_name: Callable[[], str]) -> Topology:
     """The topology that an environment describes; what was asked for by hand goes first.
 
     Args:
         environ: environment variables.
         asked: given by hand.
-        hostnames: the names that a SLURM node list stands for.
         full_name: this host's name with its domain.
 
     Raises:
         ConfigError: it contradicts itself, or something has to be given by hand.
     """
     if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
-        found = _slurm(environ, hostnames)
+        found = _slurm(environ)
     elif "JOB_COMPLETION_INDEX" in environ:
         found = _kubernetes(environ, asked, full_name)
     else:
@@ -74,10 +71,10 @@ def work_out(
             f"{nodes} nodes: give --host (the first node's name), --port (the same on all) and --node, or start under"
             " srun or as a Kubernetes Indexed Job"
         )
-    return Topology(nodes, node, host, port, found.source)
+    return Topology(nodes, node, host if nodes > 1 else LOCAL, port, found.source)
 
 
-def _slurm(environ: Mapping[str, str], hostnames: Callable[[str], list[str]]) -> Topology:
+def _slurm(environ: Mapping[str, str]) -> Topology:
     nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or nodes)
     if tasks != nodes:
@@ -87,8 +84,14 @@ def _slurm(environ: Mapping[str, str], hostnames: Callable[[str], list[str]]) ->
         )
     job = environ.get("SLURM_JOB_ID", "0")
     port = 20000 + int(job) % 20000  # jobs that share a node do not meet
-    host = LOCAL if nodes == 1 else hostnames(environ["SLURM_STEP_NODELIST"])[0]
+    host = LOCAL if nodes == 1 else first_host(environ["SLURM_STEP_NODELIST"])
     return Topology(nodes, int(environ.get("SLURM_NODEID", 0)), host, port if nodes > 1 else 0, f"SLURM job {job}")
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: `r[3-4,7]n[01-16],s1` → r3n01. `scontrol` is in no container image."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else nodes
 
 
 def _kubernetes(environ: Mapping[str, str], asked: Asked, full_name: Callable[[], str]) -> Topology:

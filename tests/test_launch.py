@@ -16,14 +16,14 @@ from distrain.manifest import Dataset
 
 pytestmark = pytest.mark.ranks
 BIN = Path(sys.executable).parent
+FILES = Path(__file__).parent.parent / "launch"
 LAUNCHERS = {
     "distrain": (1, [str(BIN / "distrain")]),
     "python": (1, [sys.executable, "-m", "distrain"]),
     "torchrun": (2, [str(BIN / "torchrun"), "--nproc-per-node", "2", "--standalone", "-m", "distrain"]),
     "accelerate": (
         2,
-        [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0",
-         "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1", "-m", "distrain"],
+        [str(BIN / "accelerate"), "launch", "--config_file", str(FILES / "accelerate-2cpu.yaml"), "-m", "distrain"],
     ),
 }  # fmt: skip
 
@@ -63,4 +63,16 @@ def test_errors_come_once_without_traceback_of_ours(small: Dataset, tmp_path: Pa
     assert together.returncode != 0
     assert together.stderr.count("distrain: error:") == 1
     assert "smaller than the number of processes" in together.stderr
+    assert not run.exists()
+
+
+def test_accelerate_that_starts_fewer_than_asked_is_an_error(small: Dataset, tmp_path: Path) -> None:
+    command = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2", "-m", "distrain"]
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [*command, "train", f"data.dir={small.root}", f"run.dir={run}"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "asked for 2 processes and started one" in done.stderr
     assert not run.exists()

@@ -16,7 +16,7 @@ from runs import metrics_but_times
 from safetensors.torch import load_file
 
 import distrain
-from distrain import cli, config, job, manifest, runtime, signals
+from distrain import cli, config, job, manifest, signals
 from distrain.errors import ConfigError, DataError, DivergedError, Stopped
 from distrain.manifest import Dataset
 
@@ -334,25 +334,6 @@ def test_precisions_train(small: Dataset, tmp_path: Path, precision: str) -> Non
     assert result["precision"] == precision
     saved = load_file(tmp_path / "run/checkpoints/step-00000015/model.safetensors")
     assert saved["fc1.weight"].dtype == (torch.float64 if precision == "fp64" else torch.float32)
-
-
-@pytest.mark.parametrize(
-    "variable",
-    [
-        "ACCELERATE_MIXED_PRECISION=bf16",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4",
-        "ACCELERATE_USE_FSDP=true",
-        "ACCELERATE_USE_DEEPSPEED=true",
-        "ACCELERATE_DYNAMO_BACKEND=INDUCTOR",
-    ],
-)
-def test_what_accelerate_is_asked_for_and_we_are_not_is_an_error(variable: str) -> None:
-    name, _, value = variable.partition("=")
-    (line,) = runtime.accelerate_conflicts({name: value}, "fp32", True)
-    assert variable in line
-    assert ("train.precision=fp32" in line) == (name == "ACCELERATE_MIXED_PRECISION")
-    harmless = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_FSDP": "false"}
-    assert runtime.accelerate_conflicts(harmless, "bf16", True) == []
 
 
 def test_the_identity_in_a_checkpoint_has_no_paths(small: Dataset, tmp_path: Path) -> None:

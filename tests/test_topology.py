@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distrain.errors import ConfigError
-from distrain.topology import Asked, Topology, work_out
+from distrain.topology import Asked, Topology, first_host, work_out
 
 SLURM = {
     "SLURM_JOB_ID": "4711", "SLURM_PROCID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[3-4]",
@@ -14,7 +14,7 @@ SLURM = {
 
 
 def found(environ: dict[str, str], name: str = "host", **asked: object) -> Topology:
-    return work_out(environ, Asked(**asked), lambda nodes: {"n[3-4]": ["n3", "n4"]}[nodes], lambda: name)  # type: ignore[arg-type]
+    return work_out(environ, Asked(**asked), lambda: name)  # type: ignore[arg-type]
 
 
 def test_one_machine() -> None:
@@ -33,6 +33,15 @@ def test_srun() -> None:
     assert found(SLURM) == Topology(2, 1, "n3", 24711, "SLURM job 4711")
     alone = {**SLURM, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"}
     assert found(alone) == Topology(1, 0, "127.0.0.1", 0, "SLURM job 4711")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a1,b2", "a1"), ("n[3-4]", "n3"), ("n[007-012,20],m1", "n007"), ("r[3-4,7]n[01-16],s1", "r3n01"),
+     ("a-b.c,d", "a-b.c"), ("n[8,10-12]", "n8")],
+)  # fmt: skip
+def test_the_first_name_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
 
 
 def test_jobs_of_one_node_do_not_share_a_port() -> None:
