@@ -1,6 +1,38 @@
-# The package and what it needs; the job's own arguments follow the image's name.
-FROM python:3.11-slim
-WORKDIR /app
-COPY . .
-RUN pip install --no-cache-dir .
+# The package and what it needs, at locked versions; the job's own arguments follow the image's name:
+#
+#   docker build -t distrain .
+#   docker run --rm -v "$PWD/data:/data:ro" -v "$PWD/runs:/runs" distrain train data.dir=/data/mine run.dir=/runs/first
+#
+# It runs under any user id, with a read-only root (give it a writable /tmp), no capabilities and no network.
+ARG BASE_IMAGE=docker.io/library/python:3.11-slim
+
+# What changes seldom: a change of the code leaves this layer, which holds torch, as it is.
+FROM ${BASE_IMAGE} AS dependencies
+COPY requirements.lock /build/
+RUN python -m venv /opt/venv
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/venv/bin/pip install --no-compile --no-deps --require-hashes -r /build/requirements.lock
+# The code lies in a folder of its own, which this environment looks into.
+RUN echo /opt/app > "$(/opt/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/app.pth"
+
+FROM dependencies AS code
+COPY pyproject.toml README.md LICENSE /build/
+COPY distrain /build/distrain
+RUN /opt/venv/bin/pip install --no-deps --no-build-isolation --target /opt/app /build
+
+FROM ${BASE_IMAGE}
+LABEL org.opencontainers.image.title="distrain" \
+      org.opencontainers.image.description="Train on WebDataset shards with any number of processes, and get the same result" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=dependencies /opt/venv /opt/venv
+COPY --from=code /opt/app /opt/app
+COPY configs /work/configs
+# A user id without an entry in /etc/passwd has neither name nor home: what looks for them finds them here.
+ENV PATH=/opt/app/bin:/opt/venv/bin:$PATH \
+    HOME=/tmp USER=distrain LOGNAME=distrain XDG_CACHE_HOME=/tmp/cache \
+    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /work
+USER 1000:1000
+# The program is process 1: signals reach it, and it saves.
 ENTRYPOINT ["distrain"]
+CMD ["--help"]

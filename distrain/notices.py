@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
-from datetime import timedelta
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from distrain.report import Failure, format_failure, parse_failure
@@ -18,33 +18,53 @@ _FAILED = "distrain/failed"
 
 
 class Notices:
-    """Asking and telling never fail: the store's own process may be the one that is gone."""
+    """Asking and telling never fail, and take a few seconds at most: the store's own process may be gone or frozen, and
+    torch then waits for its answer without end.
+    """
 
     def __init__(self, store: Any) -> None:
-        self._store = store.clone() if hasattr(store, "clone") else store  # a connection, and a time-out, of its own
-        with contextlib.suppress(RuntimeError, NotImplementedError):
-            self._store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
+        self._store = store.clone() if hasattr(store, "clone") else store  # a connection of its own
+        self._asking: threading.Thread | None = None
 
     def leave(self, failure: Failure) -> None:
         """Tell why this process leaves the others; the first to fail stays."""
-        with contextlib.suppress(Exception):
-            self._store.compare_set(_FAILED, "", format_failure(failure))
+        self._bounded(lambda: self._store.compare_set(_FAILED, "", format_failure(failure)))
 
     def failed(self) -> Failure | None:
         """Why a process left the others, if one did."""
-        with contextlib.suppress(Exception):
+        found: list[Failure] = []
+
+        def ask() -> None:
             if self._store.check([_FAILED]):
-                return parse_failure(self._store.get(_FAILED))
-        return None
+                found.append(parse_failure(self._store.get(_FAILED)))
+
+        self._bounded(ask)
+        return found[0] if found else None
 
     def tell_stuck(self, rank: int, told: Mapping[str, Any]) -> None:
         """What a process that makes no progress says of itself."""
-        with contextlib.suppress(Exception):
-            self._store.set(f"distrain/stuck/{rank}", json.dumps(told))
+        self._bounded(lambda: self._store.set(f"distrain/stuck/{rank}", json.dumps(told)))
 
-    def add_stuck(self, size: int, found: dict[int, dict[str, Any]]) -> None:
-        """What others said, by rank; added one by one, so that those before a silence are known."""
-        with contextlib.suppress(Exception):
+    def all_stuck(self, size: int) -> dict[int, dict[str, Any]]:
+        """What processes said of themselves, by rank."""
+        found: dict[int, dict[str, Any]] = {}
+
+        def ask() -> None:
             for rank in range(size):
                 if self._store.check([f"distrain/stuck/{rank}"]):
                     found[rank] = json.loads(self._store.get(f"distrain/stuck/{rank}"))
+
+        self._bounded(ask)
+        return dict(found)
+
+    def _bounded(self, action: Callable[[], object]) -> None:
+        if self._asking is not None and self._asking.is_alive():
+            return  # the store does not answer
+
+        def work() -> None:
+            with contextlib.suppress(Exception):
+                action()
+
+        self._asking = threading.Thread(target=work, name="distrain-ask", daemon=True)
+        self._asking.start()
+        self._asking.join(_ANSWER_SECONDS)

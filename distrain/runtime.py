@@ -90,8 +90,11 @@ class Runtime:
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
         """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""
         with self._meeting():  # DDP compares and sends parameters
-            prepared: tuple[nn.Module, AcceleratedOptimizer] = self._accelerator.prepare(module, optimizer)
-        return prepared
+            prepared, stepping = self._accelerator.prepare(module, optimizer)
+        if self.world.size > 1:
+            # Or each forward pass would meet the others; evaluation takes the main one's buffers (`share_buffers`).
+            prepared.broadcast_buffers = False
+        return prepared, stepping
 
     def prepare_scoring(self, module: nn.Module) -> nn.Module:
         """The model on the device and under autocast, without DDP."""
@@ -313,8 +316,7 @@ def _start(
         cpu=on_cpu,
         mixed_precision=accelerate_launch.MIXED[precision],
         gradient_accumulation_steps=1,
-        # Without broadcast_buffers each forward pass would meet the others; evaluation takes the main one's buffers.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     torch.set_num_threads(cpu_threads)  # after accelerate, which sets its own number on CPUs
     world = World(accelerator.process_index, accelerator.num_processes)

@@ -155,17 +155,11 @@ class Watch:
         """Which process keeps the others waiting, as far as it can be known."""
         if self._size == 1:
             return "the only process is stuck; see its stacks"
-        found: dict[int, dict[str, Any]] = {}
-        asking = threading.Thread(target=self._ask, args=(found,), daemon=True)
-        asking.start()
-        asking.join(2 * _ASK_SECONDS)
-        return behind(found, self._size)
-
-    def _ask(self, found: dict[int, dict[str, Any]]) -> None:
-        if self._notices is not None:
-            self._publish()
-            time.sleep(_ASK_SECONDS / 2)  # the others' time-outs pass at nearly the same time
-            self._notices.add_stuck(self._size, found)
+        if self._notices is None:
+            return behind({}, self._size)
+        self._publish()
+        time.sleep(_ASK_SECONDS / 2)  # the others' time-outs pass at nearly the same time
+        return behind(self._notices.all_stuck(self._size), self._size)
 
 
 def _end(why: Failure) -> NoReturn:

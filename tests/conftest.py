@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import make
 from group import Group
+from harness import Job, Trained, small_run, trained
 
 from distrain.manifest import Dataset
 
@@ -44,3 +46,28 @@ def cifar10_archives() -> list[Path]:
     if not all(archive.is_file() for archive in archives):
         pytest.skip(f"no CIFAR-10 archives in {CIFAR10} (set DISTRAIN_CIFAR10_JPEG)")
     return archives
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 samples in 12 shards of 6 lanes: an epoch of 25 steps of 16 begins a round every 12 or 13 steps."""
+    folder = tmp_path_factory.mktemp("faults") / "data"
+    make(folder, 403, 100, image_size=8, shards=12, lanes=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """`undisturbed(processes)`: what the small run trains when nothing happens to it."""
+    found: dict[Any, Trained] = {}
+
+    def get(processes: int = 2, /, **sections: dict[str, Any]) -> Trained:
+        key = (processes, repr(sections))
+        if key not in found:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            with Job(small_run(data, folder / "run", **sections), folder, processes) as job:
+                assert job.wait() == 0, job.output
+            found[key] = trained(folder / "run")
+        return found[key]
+
+    return get

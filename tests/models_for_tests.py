@@ -69,6 +69,8 @@ class Faulty(nn.Sequential):
                 ctypes.PyDLL(None).sleep(1000)
             if self.kind == "stop":
                 os.kill(os.getpid(), signal.SIGUSR1)
+            if self.kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.kind == "crash":
                 os.kill(os.getpid(), signal.SIGSEGV)
         if self.kind in _SLOW and self.passes >= self.number:

@@ -1,4 +1,4 @@
-"""What the fault tests share: one data set, and one run that nothing happened to."""
+"""What the fault tests share: going on, a copy to harm, and which tests have passed already."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import make
 from harness import Job, Trained, small_run, trained
 
 REPO = Path(__file__).parent.parent.parent
@@ -40,31 +39,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         noted.parent.mkdir(parents=True, exist_ok=True)
         with noted.open("a") as file:
             file.write(report.nodeid + "\n")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 samples in 12 shards of 6 lanes: an epoch of 25 steps of 16 begins a round every 12 or 13 steps."""
-    folder = tmp_path_factory.mktemp("faults") / "data"
-    make(folder, 403, 100, image_size=8, shards=12, lanes=6)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
-    """`undisturbed(processes)`: what the small run trains when nothing happens to it."""
-    found: dict[Any, Trained] = {}
-
-    def get(processes: int = 2, /, **sections: dict[str, Any]) -> Trained:
-        key = (processes, repr(sections))
-        if key not in found:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            with Job(small_run(data, folder / "run", **sections), folder, processes) as job:
-                assert job.wait() == 0, job.output
-            found[key] = trained(folder / "run")
-        return found[key]
-
-    return get
 
 
 @pytest.fixture

@@ -99,12 +99,16 @@ class Cluster:
             f" slurmd -D -f {self.environ['SLURM_CONF']} -N node{number} & wait $!"
         )
         with (self._folder / f"node{number}.out").open("ab") as output:
+            # nsenter, as `ip netns exec` would hide /sys/fs/cgroup; bash, as somebody must reap.
+            enter = f"nsenter --net=/run/netns/{self._spaces[number]}"
+            unshare = "unshare --uts --pid --fork --kill-child --mount-proc"
             self._nodes[number] = subprocess.Popen(
-                # nsenter, as `ip netns exec` would hide /sys/fs/cgroup; bash, as somebody must reap.
-                ["nsenter", f"--net=/run/netns/{self._spaces[number]}", "unshare", "--uts", "--pid", "--fork",
-                 "--kill-child", "--mount-proc", "bash", "-ec", script],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
+                [*enter.split(), *unshare.split(), "bash", "-ec", script],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
 
     def _up(self) -> None:
         self._folder.chmod(0o755)
@@ -122,7 +126,7 @@ class Cluster:
             f"--pid-file={self._folder}/munged.pid", f"--log-file={self._folder}/munged.log",
             f"--seed-file={self._folder}/munged.seed",
         )  # fmt: skip
-        until(lambda: (self._folder / "munge.socket").exists(), "munged answers", _SECONDS)
+        until((self._folder / "munge.socket").exists, "munged answers", _SECONDS)
         self._start("slurmctld", "-D", "-f", self.environ["SLURM_CONF"])
         for number, space in enumerate(self._spaces):
             pair = f"{self._bridge}v{number}"
@@ -155,7 +159,7 @@ class Cluster:
                     stderr=output,
                     env=self.environ,
                     start_new_session=True,
-                )  # fmt: skip
+                )
             )
 
     def _write_configuration(self) -> None:

@@ -1,0 +1,173 @@
+"""launch/slurm.sbatch as it is, on a real SLURM: two nodes of two processes, on CPUs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import Cluster, until
+from harness import clean_environ, exit_file, newest_step, small_run, trained
+
+pytestmark = pytest.mark.slurm
+REPO = Path(__file__).parent.parent.parent
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+class Submitted:
+    """A job: `sbatch launch/slurm.sbatch` with nothing changed but the command line and the EDIT variables."""
+
+    def __init__(
+        self, cluster: Cluster, folder: Path, *configs: Path, options: tuple[str, ...] = (), **environ: str
+    ) -> None:
+        self._cluster, self.runs = cluster, folder / "runs"
+        settings = {"VENV": sys.prefix, "RUNS": str(self.runs), "CPU_PROCESSES": "2", "CACHE": str(folder / "cache")}
+        done = subprocess.run(
+            ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=2", *options,
+             str(REPO / "launch/slurm.sbatch"), *map(str, configs)],
+            cwd=folder, capture_output=True, text=True, check=False, timeout=30,
+            env={**clean_environ(), "SLURM_CONF": cluster.environ["SLURM_CONF"], **settings, **environ},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        self._folder, self.id = folder, done.stdout.strip()
+
+    def wait(self, seconds: float = 150) -> str:
+        """SLURM's word on its end, as `COMPLETED 0`."""
+        until(lambda: self._told("JobState") in ENDED, f"job {self.id} ends; {self.output}", seconds)
+        return f"{self._told('JobState')} {self._told('ExitCode').partition(':')[0]}"
+
+    def wait_for(self, run: Path, step: int, life: int, seconds: float = 90) -> None:
+        """Until this life has saved a checkpoint of a step or a later one."""
+        until(
+            lambda: newest_step(run) >= step and self.restarts == life,
+            f"life {life} of job {self.id} saves step {step}; {self.output}",
+            seconds,
+        )
+
+    @property
+    def restarts(self) -> int:
+        """How often it came back."""
+        return int(self._told("Restarts") or 0)
+
+    @property
+    def output(self) -> str:
+        """What its script printed, in all lives."""
+        return "".join(path.read_text() for path in self._folder.glob(f"distrain-{self.id}.log"))
+
+    def logs(self) -> dict[str, str]:
+        """What its nodes and ranks printed."""
+        return {str(path.relative_to(self.runs / "logs")): path.read_text() for path in self.runs.glob("logs/*/*/*")}
+
+    def _told(self, key: str) -> str:
+        found = re.search(rf"\b{key}=(\S*)", self._cluster.ask("scontrol", "show", "job", "-o", self.id))
+        return found[1] if found else ""
+
+
+def configured(data: Path, folder: Path, name: str = "small", **sections: dict[str, Any]) -> Path:
+    """A configuration file; its run is runs/NAME."""
+    tree = small_run(data, folder / "runs" / name, **sections)
+    del tree["run"]["dir"]
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+SLOW = {"FAULT": "unhurried:0:1"}  # so that what is done to it finds it before its end
+
+
+def test_the_time_limit(cluster: Cluster, data: Path, tmp_path: Path, undisturbed: Callable[..., Any]) -> None:
+    # The warning comes 20 to 28 s into a life, as SLURM looks every 30 s: too soon for all of these steps.
+    length = {"train": {"max_steps": 700}, "eval": {"every_steps": 200}, "checkpoint": {"every_steps": 300}}
+    job = Submitted(
+        cluster, tmp_path, configured(data, tmp_path, **length),
+        options=("--time=1", "--signal=B:USR2@40"), **SLOW,
+    )  # fmt: skip
+    assert job.wait(300) == "COMPLETED 0"
+    assert job.restarts >= 1, job.output
+    assert "the time limit is near" in job.output
+    assert "comes back" in job.output
+    run = job.runs / "small"
+    assert exit_file(run)["code"] == 0
+    assert len(list((run / "lives").iterdir())) == job.restarts + 1
+    trained(run).same_as(undisturbed(4, **length))
+    names = set(job.logs())
+    for life in range(job.restarts + 1):
+        for rank in ("node-0", "rank-00001", "rank-00002", "rank-00003"):
+            assert f"small-{job.id}/life-{life}/{rank}.log" in names
+
+
+def test_signals_requeues_and_a_crashed_node(
+    cluster: Cluster, data: Path, tmp_path: Path, undisturbed: Callable[..., Any]
+) -> None:
+    length = {"train": {"max_steps": 700}, "eval": {"every_steps": 100}, "checkpoint": {"every_steps": 20}}
+    job = Submitted(cluster, tmp_path, configured(data, tmp_path, **length), **SLOW)
+    run = job.runs / "small"
+    job.wait_for(run, 40, life=0)
+    cluster.ask("scancel", "--signal=USR1", job.id)
+    until(lambda: job.restarts == 1, "it comes back after a signal", 60)
+    job.wait_for(run, newest_step(run) + 40, life=1)
+    cluster.ask("scontrol", "requeue", job.id)
+    until(lambda: job.restarts == 2, "it comes back after a requeue", 60)
+    job.wait_for(run, newest_step(run) + 40, life=2)
+    cluster.crash(1)
+    cluster.boot(1)
+    assert job.wait(240) == "COMPLETED 0"
+    assert job.restarts == 3
+    trained(run).same_as(undisturbed(4, **length))
+
+
+def test_cancelled_jobs_save_and_stay_away(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    job = Submitted(cluster, tmp_path, configured(data, tmp_path, train={"max_steps": 2000}), **SLOW)
+    run = job.runs / "small"
+    job.wait_for(run, 20, life=0)
+    cluster.ask("scancel", job.id)
+    assert job.wait(60).startswith("CANCELLED")
+    until(lambda: exit_file(run)["code"] == 75, "the launcher has left", 30)
+    assert "is saved" in exit_file(run)["reason"]
+    assert job.restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "sections", "code", "restarts"),
+    [
+        ("none:0:0", {"train": {"lrr": 1}}, 78, 0),
+        ("crash:3:30", {}, 1, 0),
+        ("kill:3:10", {"launch": {"max_lives_without_progress": 2}}, 1, 1),
+    ],
+    ids=["configuration", "crash", "no progress"],
+)
+def test_what_does_not_come_back(
+    fault: str, sections: dict[str, Any], code: int, restarts: int, cluster: Cluster, data: Path, tmp_path: Path
+) -> None:
+    job = Submitted(cluster, tmp_path, configured(data, tmp_path, **sections), FAULT=fault)
+    assert job.wait() == f"FAILED {code}", job.output
+    assert job.restarts == restarts
+    if "train" in sections:
+        assert any("train.lrr: unknown key" in text for text in job.logs().values())
+
+
+def test_an_array_of_configurations(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    files = [configured(data, tmp_path, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
+    job = Submitted(cluster, tmp_path, *files, options=("--array=0-1", "--nodes=1"))
+    array = job.id
+    for task, name in enumerate(("first", "second")):
+        job.id = f"{array}_{task}"
+        assert job.wait() == "COMPLETED 0"
+        assert yaml.safe_load((job.runs / name / "config.yaml").read_text())["run"]["seed"] == task
+        assert exit_file(job.runs / name)["code"] == 0
+
+
+def test_preparing(cluster: Cluster, tmp_path: Path) -> None:
+    job = subprocess.run(
+        ["sbatch", "--wait", "--parsable", str(REPO / "launch/prepare.sbatch"), "synthetic", "--samples", "300",
+         "--test-samples", "50", "--out", str(tmp_path / "data")],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+        env={**clean_environ(), "SLURM_CONF": cluster.environ["SLURM_CONF"], "VENV": sys.prefix},
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr
+    assert (tmp_path / "data/manifest.json").exists()
