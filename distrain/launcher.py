@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -38,6 +38,8 @@ _LEAVE_SECONDS = 5.0
 _HANG_SECONDS = 30.0
 """How much later than a process's own watch this one steps in."""
 _TICK = 0.05
+_DONE_SECONDS = 60.0
+"""A first node that has no name for so long, and whose run is done, does not come."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ def launch(
         if earlier:
             stops.note(signal.Signals[earlier])
         try:
-            if topology.nodes > 1:
-                _wait_for_name(topology.host, config.timeouts.start_seconds if config else 600, stops)
+            if topology.nodes > 1 and not _wait_for_name(topology.host, stops, config):
+                return Outcome(EXIT_OK, "the run is done", None)
             with _store_socket(topology) as store:
                 workers = _Workers(arguments, topology, processes, store, Path(folder), logs)
                 ends = workers.wait(stops, grace)
@@ -327,7 +329,7 @@ class _Book:
         self._run, self._most = Path(config.run.dir), config.launch.max_lives_without_progress
         self._resume = config.run.resume
         self._checkpoints = self._run / checkpoint.FOLDER
-        self._before = self._read()
+        self._before = read_exit(self._run)
         self._life = lives.newest_life(self._run)
         if self._run.is_dir() and lives.owner(self._run) is None:
             step = checkpoint.newest_verified(self._checkpoints)
@@ -367,13 +369,6 @@ class _Book:
         """Once: to verify a checkpoint is to read all of it."""
         return checkpoint.newest_verified(self._checkpoints)
 
-    def _read(self) -> dict[str, int]:
-        try:
-            found = json.loads((self._run / EXIT_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
     def _write(self, content: dict[str, object]) -> None:
         kept = {"lives_without_progress": self._before.get("lives_without_progress", 0)}
         try:
@@ -381,6 +376,15 @@ class _Book:
             files.replace(self._run / EXIT_FILE, json.dumps({**kept, **content}, indent=1) + "\n")
         except OSError as error:
             print(f"warning: {self._run / EXIT_FILE}: cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def read_exit(run: Path) -> dict[str, Any]:
+    """RUN/exit.json; empty where there is none."""
+    try:
+        found = json.loads((run / EXIT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager
@@ -419,19 +423,23 @@ def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
         yield listening
 
 
-def _wait_for_name(host: str, seconds: float, stops: _Stops) -> None:
-    """Until the first node's name is known: pods start in any order.
+def _wait_for_name(host: str, stops: _Stops, config: Config | None) -> bool:
+    """Until the first node's name is known: pods start in any order. False if it has gone because the run is done: a
+    pod that was lost at the very end must not wait for the others, which are through.
 
     Raises:
-        PeerLostError: not within `seconds`, or asked to stop.
+        PeerLostError: not within `timeouts.start_seconds`, or asked to stop.
     """
+    seconds = (config or Config()).timeouts.start_seconds
     start = told = time.monotonic()
     while True:
         try:
             socket.getaddrinfo(host, None)
-            return
+            return True
         except OSError as error:
             now = time.monotonic()
+            if now - start > _DONE_SECONDS and config is not None and read_exit(Path(config.run.dir)).get("code") == 0:
+                return False
             if now - start > seconds or stops.first:
                 why = f"stopped by {stops.first}" if stops.first else f"waited {seconds:g} s"
                 raise PeerLostError(
