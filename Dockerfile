@@ -9,16 +9,16 @@ ARG BASE_IMAGE=docker.io/library/python:3.11-slim
 # What changes seldom: a change of the code leaves this layer, which holds torch, as it is.
 FROM ${BASE_IMAGE} AS dependencies
 COPY requirements.lock /build/
-RUN python -m venv /opt/venv
-RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/venv/bin/pip install --no-compile --no-deps --require-hashes -r /build/requirements.lock
+RUN python -m venv --without-pip /opt/venv
+RUN --mount=type=cache,target=/root/.cache/pip python -m pip --python /opt/venv/bin/python \
+    install --no-compile --no-deps --require-hashes -r /build/requirements.lock
 # The code lies in a folder of its own, which this environment looks into.
 RUN echo /opt/app > "$(/opt/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/app.pth"
 
 FROM dependencies AS code
 COPY pyproject.toml README.md LICENSE /build/
 COPY distrain /build/distrain
-RUN /opt/venv/bin/pip install --no-deps --no-build-isolation --target /opt/app /build
+RUN python -m pip --python /opt/venv/bin/python install --no-deps --no-build-isolation --target /opt/app /build
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="distrain" \

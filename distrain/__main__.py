@@ -7,15 +7,17 @@ import sys
 def main() -> int:
     """Run a command. Stop requests are noted before anything slow is imported."""
     command = "".join(sys.argv[1:2])  # no other word: `prepare folder train` trains nothing
-    if command in ("train", "evaluate", "launch"):
+    if command in ("train", "evaluate", "doctor", "launch"):
         from distrain import signals
 
         signals.end_with_launcher()
         signals.install()
+        # When a process is gone, torch's store prints pages of C++ frames; we say it in a line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from distrain import cli
 
     code = cli.main()
-    if command in ("train", "evaluate"):
+    if command in ("train", "evaluate", "doctor"):
         # Not by way of the interpreter's end: libraries wait there for services, and for processes that are gone.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def launch(
     log_dir: Path | None,
     command: tuple[str, ...],
 ) -> int:
-    """Run COMMAND of distrain (train …, evaluate …) in several processes, and tell the scheduler the truth.
+    """Run COMMAND of distrain (train …, evaluate …, doctor …) in several processes, and tell the scheduler the truth.
 
     \b
     distrain launch --nproc 4 -- train --config configs/cifar10.yaml
@@ -127,19 +128,47 @@ def launch(
     """
     from distrain import launcher, topology
 
-    resolved = None
-    if command[0] == "train":
-        context = train.make_context("distrain train", list(command[1:]))
-        resolved = config.load(context.params["file"], context.params["overrides"])
+    resolved = config.Config()
+    if command[0] in ("train", "doctor"):
+        context = {"train": train, "doctor": doctor}[command[0]].make_context(command[0], list(command[1:]))
+        before = _DOCTOR if command[0] == "doctor" else ()
+        resolved = config.load(context.params["file"], (*before, *context.params["overrides"]))
     asked = topology.Asked(nodes, node, host, port)
     found = topology.work_out(os.environ, asked, socket.getfqdn)
     processes = nproc or launcher.default_processes()
     print(launcher.describe(found, processes), flush=True)
-    seconds = grace if grace is not None else (resolved or config.Config()).launch.grace_seconds
+    seconds = grace if grace is not None else resolved.launch.grace_seconds
     outcome = launcher.launch(command, resolved, found, processes, seconds, log_dir)
+    if outcome.code == EXIT_AGAIN and command[0] == "doctor":
+        outcome = replace(outcome, code=EXIT_NEVER_AGAIN)
     if outcome.code:
         print(launcher.show(outcome), file=sys.stderr, flush=True)
     return outcome.code
+
+
+@cli.command(cls=_WithKeys)
+@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys go over the defaults.")
+@click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
+def doctor(file: Path | None, overrides: tuple[str, ...]) -> None:
+    """Look, in seconds, for what would end a job.
+
+    Put it where train stands, under any launcher, with the same configuration:
+
+    \b
+    distrain launch --nproc 4 -- doctor --config configs/cifar10.yaml
+    srun --ntasks-per-node=1 distrain launch -- doctor --config configs/cifar10.yaml
+
+    Looks at versions, devices, cores, memory, /dev/shm and open files of every node, at the data set, at the run's
+    folder and how long a save takes, at the rendezvous, and at what the processes share. Exit code 0, or 78.
+    """
+    resolved = config.load(file, (*_DOCTOR, *overrides))
+    from distrain import doctor as looking
+
+    looking.examine(resolved)
+
+
+_DOCTOR = ("timeouts.start_seconds=20", "timeouts.step_seconds=15")
+"""`distrain doctor` does not wait for as long as a job would, unless it is asked to."""
 
 
 @cli.command("config")

@@ -179,7 +179,7 @@ def _read_data(config: Config) -> Dataset:
 
 def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job:
     """The job at step 0."""
-    order = _order(config, dataset, rt.world.size)
+    order = make_order(config, dataset, rt.world.size)
     mean, std = _normalization(config, dataset)
     _check_crop(config, dataset)
     module = build_model(config, dataset, rt)
@@ -214,7 +214,12 @@ def agree_on_data(rt: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
         )
 
 
-def _order(config: Config, dataset: Dataset, world_size: int) -> Order:
+def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
+    """The order of the run.
+
+    Raises:
+        ConfigError: it cannot be had with this batch, or on so many processes.
+    """
     split = dataset.split("train")
     batch = config.train.global_batch_size
     order = Order(len(split.shards), split.lanes, min(shard.samples for shard in split.shards), batch, config.run.seed)
@@ -431,7 +436,7 @@ def save(job: Job, logs: Logs, why: str) -> None:
     job.next_poll = job.state.step
 
 
-def attempt(action: Callable[[], None]) -> str | None:
+def attempt(action: Callable[[], object]) -> str | None:
     """What an action that writes failed with."""
     try:
         action()

@@ -113,17 +113,17 @@ def _told(end: End) -> str:
 
 def launch(
     arguments: Sequence[str],
-    config: Config | None,
+    config: Config,
     topology: Topology,
     processes: int,
     grace: float,
-    logs: Path | None = None,
+    logs: Path | None,
 ) -> Outcome:
     """Run a command of distrain in this node's processes, to the end.
 
     Args:
         arguments: the command and its arguments.
-        config: the run's configuration, where the command trains one.
+        config: the run's configuration.
         topology: this node among the others.
         processes: how many to start here.
         grace: seconds from a stop request until processes that still save are killed.
@@ -132,14 +132,14 @@ def launch(
     Raises:
         ConfigError: the topology cannot be used.
     """
-    book = _Book(config) if config is not None and topology.node == 0 else None
+    book = _Book(config) if arguments[0] == "train" and topology.node == 0 else None
     stops = _Stops()
     with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder, signals.handled_by(stops.note):
         earlier = signals.requested()  # while this module was imported
         if earlier:
             stops.note(signal.Signals[earlier])
         try:
-            if topology.nodes > 1 and not _wait_for_name(topology.host, stops, config):
+            if topology.nodes > 1 and not _wait_for_name(topology.host, stops, config, trains=arguments[0] == "train"):
                 return Outcome(EXIT_OK, "the run is done", None)
             with _store_socket(topology) as store:
                 workers = _Workers(arguments, topology, processes, store, Path(folder), logs)
@@ -423,14 +423,14 @@ def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
         yield listening
 
 
-def _wait_for_name(host: str, stops: _Stops, config: Config | None) -> bool:
+def _wait_for_name(host: str, stops: _Stops, config: Config, trains: bool) -> bool:
     """Until the first node's name is known: pods start in any order. False if it has gone because the run is done: a
     pod that was lost at the very end must not wait for the others, which are through.
 
     Raises:
         PeerLostError: not within `timeouts.start_seconds`, or asked to stop.
     """
-    seconds = (config or Config()).timeouts.start_seconds
+    seconds, run = config.timeouts.start_seconds, Path(config.run.dir)
     start = told = time.monotonic()
     while True:
         try:
@@ -438,7 +438,7 @@ def _wait_for_name(host: str, stops: _Stops, config: Config | None) -> bool:
             return True
         except OSError as error:
             now = time.monotonic()
-            if now - start > _DONE_SECONDS and config is not None and read_exit(Path(config.run.dir)).get("code") == 0:
+            if trains and now - start > _DONE_SECONDS and read_exit(run).get("code") == 0:
                 return False
             if now - start > seconds or stops.first:
                 why = f"stopped by {stops.first}" if stops.first else f"waited {seconds:g} s"

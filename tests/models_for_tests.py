@@ -37,6 +37,14 @@ class Broken(nn.Module):
         self.nothing = 1 / 0
 
 
+class Heavy(nn.Sequential):
+    """Takes a while to save."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(prod(image_shape), num_classes))
+        self.register_buffer("ballast", torch.zeros(500_000_000))
+
+
 class Picky(nn.Sequential):
     """Takes images of another size."""
 

@@ -1,0 +1,184 @@
+"""`distrain doctor` finds what would end a job: each fault is planted, and named with its cure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness import arguments, clean_environ, small_run
+
+from distrain import config, doctor
+
+SECONDS = 60
+
+
+class Doctor:
+    """`distrain launch … -- doctor …`; `shell` runs before it, in name spaces of its own."""
+
+    def __init__(self, data: Path, run: Path, *keys: str, nproc: int = 2, options: str = "", shell: str = "") -> None:
+        tree = small_run(data, run)
+        del tree["timeouts"]
+        words = [sys.executable, "-m", "distrain", "launch", "--nproc", str(nproc), *options.split(), "--", "doctor",
+                 *arguments(tree), *keys]  # fmt: skip
+        if shell:
+            words = ["unshare", "--mount", "bash", "-ec", f'{shell}; exec "$@"', "bash", *words]
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=clean_environ(),
+        )  # fmt: skip
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and what it said."""
+        try:
+            told, _ = self._process.communicate(timeout=SECONDS)
+        finally:
+            self._process.kill()
+        return self._process.returncode, told
+
+
+@contextmanager
+def free_port() -> Iterator[tuple[socket.socket, str]]:
+    with socket.create_server(("", 0)) as free:
+        yield free, str(free.getsockname()[1])
+
+
+def needs_name_spaces() -> None:
+    if os.geteuid() or shutil.which("unshare") is None:
+        pytest.skip("needs root and util-linux")
+
+
+@pytest.mark.ranks
+def test_nothing_is_wrong_and_nothing_is_left(data: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    code, told = Doctor(data, tmp_path / "run").end()
+    assert code == 0, told
+    assert time.monotonic() - start < 30
+    assert "bad " not in told
+    for subject in ("versions", "device", "cores", "open files", "/dev/shm", "data", "memory", "run folder", "grace",
+                    "processes   2 on 1 nodes", "all-reduce  right", "seen by all"):  # fmt: skip
+        assert subject in told, subject
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "subject", "told"),
+    [
+        ("data.dir=/nowhere", "data", "/nowhere"),
+        ("run.device=cuda", "device", "no GPU is seen"),
+        ("train.global_batch_size=1", "processes", "smaller than the number of processes"),
+        ("model.name=models_for_tests:Picky", "model", "models_for_tests:Picky"),
+        ("model.name=models_for_tests:Heavy launch.grace_seconds=1", "grace", "takes"),
+        ("run.dir=/dev/null/run", "run folder", "cannot be written"),
+    ],
+)
+def test_what_one_process_sees(
+    key: str, subject: str, told: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = doctor.look_here(config.load(None, [f"data.dir={data}", f"run.dir={tmp_path / 'run'}", *key.split()]))
+    (bad,) = (each for each in found if each.level == "bad")
+    assert bad.subject == subject
+    assert told in bad.told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ranks
+def test_what_is_wrong_is_an_error_without_a_traceback(data: Path, tmp_path: Path) -> None:
+    code, told = Doctor(data, tmp_path / "run", "data.dir=/nowhere").end()
+    assert code == 78, told
+    assert "/nowhere" in told
+    assert "1 found wrong" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("shell", "code", "named"),
+    [
+        ("ulimit -n 200", 78, "200 allowed"),
+        ("mount -t tmpfs -o size=1m none /dev/shm", 0, "1 MiB free, 128 wanted by NCCL"),
+        ("mount -t tmpfs -o ro none RUN", 78, "Read-only file system"),
+    ],
+    ids=["open files", "shm", "read-only"],
+)
+def test_what_a_container_would_lack(shell: str, code: int, named: str, data: Path, tmp_path: Path) -> None:
+    needs_name_spaces()
+    (tmp_path / "run").mkdir()
+    found, told = Doctor(data, tmp_path / "run", shell=shell.replace("RUN", str(tmp_path / "run"))).end()
+    assert found == code, told
+    assert named in told
+
+
+@pytest.mark.ranks
+def test_too_little_memory(data: Path, tmp_path: Path) -> None:
+    roots = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
+    root = next((root for root in roots if os.access(root / "cgroup.procs", os.W_OK)), None)
+    if root is None:
+        pytest.skip("needs a memory control group to write to")
+    group = root / f"distrain-{os.getpid()}"
+    group.mkdir()
+    try:
+        limit = group / ("memory.limit_in_bytes" if root.name == "memory" else "memory.max")
+        if not limit.exists():
+            pytest.skip("no memory controller")
+        limit.write_text(str(1900 * 2**20))
+        code, told = Doctor(data, tmp_path / "run", shell=f"echo $$ > {group}/cgroup.procs").end()
+        assert code == 78, told
+        assert "GiB, 2.0 wanted by 2 processes here" in told
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.ranks
+def test_a_name_that_nobody_knows(data: Path, tmp_path: Path) -> None:
+    options = "--nodes 2 --node 1 --host no-such-host.invalid --port 29400"
+    code, told = Doctor(data, tmp_path / "run", "timeouts.start_seconds=3", nproc=1, options=options).end()
+    assert code == 78, told
+    assert "no-such-host.invalid, cannot be found" in told
+
+
+@pytest.mark.ranks
+def test_a_port_that_is_taken(data: Path, tmp_path: Path) -> None:
+    with free_port() as (_, port):
+        options = f"--nodes 2 --node 0 --host localhost --port {port}"
+        code, told = Doctor(data, tmp_path / "run", nproc=1, options=options).end()
+    assert code == 78, told
+    assert f"port {port} cannot be had" in told
+
+
+@pytest.mark.ranks
+def test_a_node_that_does_not_come(data: Path, tmp_path: Path) -> None:
+    with free_port() as (_, port):
+        pass
+    options = f"--nodes 2 --node 0 --host localhost --port {port}"
+    code, told = Doctor(data, tmp_path / "run", "timeouts.start_seconds=6", nproc=1, options=options).end()
+    assert code == 78, told
+    assert "rank 1 did not come" in told
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("what", ["run folder", "data"])
+def test_what_two_nodes_do_not_share(what: str, data: Path, tmp_path: Path) -> None:
+    needs_name_spaces()
+    with free_port() as (_, port):
+        pass
+    run = tmp_path / "run"
+    run.mkdir()
+    shell = f"mount -t tmpfs none {run if what == 'run folder' else data}"
+    nodes = [
+        Doctor(data, run, nproc=1, options=f"--nodes 2 --node {node} --host localhost --port {port}",
+               shell=shell if node else "")
+        for node in range(2)
+    ]  # fmt: skip
+    ends = [node.end() for node in nodes]
+    assert [code for code, _ in ends] == [78, 78], ends
+    named = "rank 1 does not see what rank 0 writes" if what == "run folder" else "manifest.json"
+    assert named in ends[0][1], ends[0][1]
