@@ -9,6 +9,7 @@ ARG BASE_IMAGE=docker.io/library/python:3.11-slim
 # What changes seldom: a change of the code leaves this layer, which holds torch, as it is.
 FROM ${BASE_IMAGE} AS dependencies
 COPY requirements.lock /build/
+# Without pip, and what pip keeps is not in the image: nothing here has to be left behind.
 RUN python -m venv --without-pip /opt/venv
 RUN --mount=type=cache,target=/root/.cache/pip python -m pip --python /opt/venv/bin/python \
     install --no-compile --no-deps --require-hashes -r /build/requirements.lock
@@ -20,11 +21,10 @@ COPY pyproject.toml README.md LICENSE /build/
 COPY distrain /build/distrain
 RUN python -m pip --python /opt/venv/bin/python install --no-deps --no-build-isolation --target /opt/app /build
 
-FROM ${BASE_IMAGE}
+FROM dependencies
 LABEL org.opencontainers.image.title="distrain" \
       org.opencontainers.image.description="Train on WebDataset shards with any number of processes, and get the same result" \
       org.opencontainers.image.licenses="Apache-2.0"
-COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=code /opt/app /opt/app
 COPY configs /work/configs
 # A user id without an entry in /etc/passwd has neither name nor home: what looks for them finds them here.

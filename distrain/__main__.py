@@ -1,6 +1,7 @@
 """The command `distrain`, also as `python -m distrain` under torchrun and accelerate launch."""
 
 import os
+import signal
 import sys
 
 
@@ -14,6 +15,9 @@ def main() -> int:
         signals.install()
         # When a process is gone, torch's store prints pages of C++ frames; we say it in a line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    else:
+        # As a container's first process it would never see a signal that it has no handler for.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from distrain import cli
 
     code = cli.main()

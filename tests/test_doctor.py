@@ -83,7 +83,8 @@ def test_what_one_process_sees(
     key: str, subject: str, told: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    found = doctor.look_here(config.load(None, [f"data.dir={data}", f"run.dir={tmp_path / 'run'}", *key.split()]))
+    keys = [f"data.dir={data}", f"run.dir={tmp_path / 'run'}", "model.name=models_for_tests:Faulty", *key.split()]
+    found = doctor.look_here(config.load(None, keys))
     (bad,) = (each for each in found if each.level == "bad")
     assert bad.subject == subject
     assert told in bad.told

@@ -78,23 +78,62 @@ def configured(data: Path, folder: Path, name: str = "small", **sections: dict[s
 
 
 SLOW = {"FAULT": "unhurried:0:1"}  # so that what is done to it finds it before its end
+# The warning comes 20 to 28 s into a life, as SLURM looks every 30 s: too soon for all of these steps.
+LONG: dict[str, dict[str, Any]] = {
+    "train": {"max_steps": 700}, "eval": {"every_steps": 200}, "checkpoint": {"every_steps": 300},
+}  # fmt: skip
+FATAL: dict[str, tuple[str, dict[str, dict[str, Any]], int, int]] = {  # FAULT, keys, exit code, restarts
+    "configuration": ("none:0:0", {"train": {"lrr": 1}}, 78, 0),
+    "crash": ("crash:3:30", {}, 1, 0),
+    "no progress": ("kill:3:10", {"launch": {"max_lives_without_progress": 2}}, 1, 1),
+}
 
 
-def test_the_time_limit(cluster: Cluster, data: Path, tmp_path: Path, undisturbed: Callable[..., Any]) -> None:
-    # The warning comes 20 to 28 s into a life, as SLURM looks every 30 s: too soon for all of these steps.
-    length = {"train": {"max_steps": 700}, "eval": {"every_steps": 200}, "checkpoint": {"every_steps": 300}}
-    job = Submitted(
-        cluster, tmp_path, configured(data, tmp_path, **length),
-        options=("--time=1", "--signal=B:USR2@40"), **SLOW,
-    )  # fmt: skip
-    assert job.wait(300) == "COMPLETED 0"
+@pytest.fixture(scope="module")
+def submitted(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
+    """Jobs that do not disturb each other, all at once: most of their time they wait for SLURM."""
+    found = {}
+    for name, (fault, sections, _, _) in FATAL.items():
+        folder = tmp_path_factory.mktemp("fatal")
+        found[name] = Submitted(cluster, folder, configured(data, folder, **sections), FAULT=fault)
+    folder = tmp_path_factory.mktemp("array")
+    files = [configured(data, folder, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
+    found["array"] = Submitted(cluster, folder, *files, options=("--array=0-1", "--nodes=1"))
+    folder = tmp_path_factory.mktemp("limit")
+    limits = ("--time=1", "--signal=B:USR2@40")
+    found["limit"] = Submitted(cluster, folder, configured(data, folder, **LONG), options=limits, **SLOW)
+    return found
+
+
+@pytest.mark.parametrize("name", FATAL)
+def test_what_does_not_come_back(name: str, submitted: dict[str, Submitted]) -> None:
+    job, (_, _, code, restarts) = submitted[name], FATAL[name]
+    assert job.wait() == f"FAILED {code}", job.output
+    assert job.restarts == restarts
+    if name == "configuration":
+        assert any("train.lrr: unknown key" in text for text in job.logs().values())
+
+
+def test_an_array_of_configurations(submitted: dict[str, Submitted]) -> None:
+    job = submitted["array"]
+    array = job.id
+    for task, name in enumerate(("first", "second")):
+        job.id = f"{array}_{task}"
+        assert job.wait() == "COMPLETED 0"
+        assert yaml.safe_load((job.runs / name / "config.yaml").read_text())["run"]["seed"] == task
+        assert exit_file(job.runs / name)["code"] == 0
+
+
+def test_the_time_limit(submitted: dict[str, Submitted], undisturbed: Callable[..., Any]) -> None:
+    job = submitted["limit"]
+    assert job.wait(400) == "COMPLETED 0"
     assert job.restarts >= 1, job.output
     assert "the time limit is near" in job.output
     assert "comes back" in job.output
     run = job.runs / "small"
     assert exit_file(run)["code"] == 0
     assert len(list((run / "lives").iterdir())) == job.restarts + 1
-    trained(run).same_as(undisturbed(4, **length))
+    trained(run).same_as(undisturbed(4, **LONG))
     names = set(job.logs())
     for life in range(job.restarts + 1):
         for rank in ("node-0", "rank-00001", "rank-00002", "rank-00003"):
@@ -130,36 +169,6 @@ def test_cancelled_jobs_save_and_stay_away(cluster: Cluster, data: Path, tmp_pat
     until(lambda: exit_file(run)["code"] == 75, "the launcher has left", 30)
     assert "is saved" in exit_file(run)["reason"]
     assert job.restarts == 0
-
-
-@pytest.mark.parametrize(
-    ("fault", "sections", "code", "restarts"),
-    [
-        ("none:0:0", {"train": {"lrr": 1}}, 78, 0),
-        ("crash:3:30", {}, 1, 0),
-        ("kill:3:10", {"launch": {"max_lives_without_progress": 2}}, 1, 1),
-    ],
-    ids=["configuration", "crash", "no progress"],
-)
-def test_what_does_not_come_back(
-    fault: str, sections: dict[str, Any], code: int, restarts: int, cluster: Cluster, data: Path, tmp_path: Path
-) -> None:
-    job = Submitted(cluster, tmp_path, configured(data, tmp_path, **sections), FAULT=fault)
-    assert job.wait() == f"FAILED {code}", job.output
-    assert job.restarts == restarts
-    if "train" in sections:
-        assert any("train.lrr: unknown key" in text for text in job.logs().values())
-
-
-def test_an_array_of_configurations(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    files = [configured(data, tmp_path, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
-    job = Submitted(cluster, tmp_path, *files, options=("--array=0-1", "--nodes=1"))
-    array = job.id
-    for task, name in enumerate(("first", "second")):
-        job.id = f"{array}_{task}"
-        assert job.wait() == "COMPLETED 0"
-        assert yaml.safe_load((job.runs / name / "config.yaml").read_text())["run"]["seed"] == task
-        assert exit_file(job.runs / name)["code"] == 0
 
 
 def test_preparing(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Commands in README.md and docs/: those tagged `run` run as printed, those tagged `check` fit the command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+from datasets import make
+
+from distrain import cli, config
+
+REPO = Path(__file__).parent.parent
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+TAGS = {"bash run", "bash check", "bash ci", "python run", "text"}
+LINKED = ("configs", "launch", "k8s")
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    tag: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks() -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"^```([^\n]*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            found.append(Block(page.name, text[: match.start()].count("\n") + 1, match[1], match[2]))
+    return found
+
+
+BLOCKS = blocks()
+
+
+def tagged(*tags: str) -> list[Block]:
+    return [block for block in BLOCKS if block.tag in tags]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command, without comments and variables before it."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            del words[0]
+        if words:
+            found.append(words)
+    return found
+
+
+def check_distrain(words: list[str]) -> None:
+    """The options, paths of configuration files and keys of a `distrain` command."""
+    command: click.Command = cli.cli
+    name, rest = "distrain", list(words)
+    while isinstance(command, click.Group):
+        name = rest.pop(0)
+        command = command.commands[name]
+    params = command.make_context(name, rest).params
+    if name == "launch":
+        check_distrain(list(params["command"]))
+    if name in ("train", "doctor"):
+        file = params["file"]
+        config.load(REPO / file if file is not None else None, params["overrides"])
+
+
+def check(words: list[str]) -> None:
+    program = words[0]
+    if "distrain" in words and program in ("distrain", "torchrun", "accelerate", "srun", "python"):
+        if "--config_file" in words:
+            assert (REPO / words[words.index("--config_file") + 1]).is_file()
+        check_distrain(words[words.index("distrain") + 1 :])
+    elif program == "sbatch":
+        rest = [word for word in words[1:] if not word.startswith("--")]
+        assert (REPO / rest[0]).is_file(), rest[0]
+        if rest[0].endswith("prepare.sbatch"):
+            check_distrain(["prepare", *words[words.index(rest[0]) + 1 :]])
+        else:
+            for file in (word for word in rest[1:] if "=" not in word):
+                config.load(REPO / file, [word for word in rest[1:] if "=" in word])
+    elif program == "launch/torchrun.sh":
+        check_distrain(["train", *words[1:]])
+    elif program == "docker":
+        if "run" in words:
+            check_distrain(words[words.index("distrain") + 1 :])
+    elif program == "kubectl":
+        if "-k" in words:
+            assert (REPO / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
+    else:
+        assert program in ("pip", "source", "git", "cd"), f"nobody checks {program}"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_every_block_is_tagged(block: Block) -> None:
+    assert block.tag in TAGS
+
+
+@pytest.mark.parametrize("block", tagged("bash check", "bash run"), ids=str)
+def test_commands_fit_the_command_line(block: Block) -> None:
+    found = commands(block.text)
+    assert found
+    for words in found:
+        check(words)
+
+
+def test_what_ci_runs_is_printed() -> None:
+    ci = (REPO / ".ci/run").read_text()
+    for block in tagged("bash ci"):
+        for words in commands(block.text):
+            if words[0] == "make":
+                assert words[1] in ci, words
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("page", sorted({block.page for block in tagged("bash run", "python run")}))
+def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
+    """Those of a page one after another, in one folder."""
+    for name in LINKED:
+        (tmp_path / name).symlink_to(REPO / name)
+    if page == "README.md":  # `make train`, above, has made it
+        make(tmp_path / "data/synthetic", 2000, 500, image_size=32)
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for block in tagged("bash run", "python run"):
+        if block.page != page:
+            continue
+        shell = ["bash", "-euo", "pipefail", "-c"] if block.tag.startswith("bash") else [sys.executable, "-c"]
+        done = subprocess.run(
+            [*shell, block.text], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, f"{block}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
