@@ -6,7 +6,7 @@ RUN ?= runs/synthetic
 DATA ?= data/synthetic
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test test-fast test-ranks test-faults faults guards lint format clean
+.PHONY: help install train test test-fast test-ranks test-faults test-slurm test-images faults guards lock lint format clean
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -27,16 +27,23 @@ train: $(VENV)/installed ## Train on the embedded data set, on all local GPUs or
 	$(BIN)/distrain launch --nproc $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)') \
 		-- train --config configs/synthetic.yaml data.dir=$(DATA) run.dir=$(RUN)
 
-test: test-fast test-ranks test-faults ## All tests, of the faults the short form
+test: test-fast test-ranks test-faults test-slurm test-images ## All tests, of the faults the short form
 
 test-fast: $(VENV)/installed-dev ## The tests that need one process
-	$(BIN)/pytest -m "not ranks and not faults" --durations=5
+	$(BIN)/pytest -m "not ranks and not faults and not slurm and not images" --durations=5
 
 test-ranks: $(VENV)/installed-dev ## The tests that start several processes
 	$(BIN)/pytest -m ranks --durations=5
 
 test-faults: $(VENV)/installed-dev ## The short form of `make faults`
 	$(BIN)/pytest -m short --durations=5
+
+test-slurm: $(VENV)/installed-dev ## launch/*.sbatch on a real SLURM; skips where Debian's packages or root are missing
+	$(BIN)/pytest -m slurm -rs --durations=5
+
+# Its layers stay in podman's storage, about 6 GiB, for the next time.
+test-images: $(VENV)/installed-dev ## The image built and run, the pods of k8s/ as containers; skips likewise
+	$(BIN)/pytest -m images -rs --durations=5
 
 # What has passed as the code is now is not run again: an interrupted run goes on. PART=kills runs one part.
 faults: $(VENV)/installed-dev ## Every fault, in parts: up to an hour; goes on where it was interrupted
@@ -45,6 +52,10 @@ faults: $(VENV)/installed-dev ## Every fault, in parts: up to an hour; goes on w
 guards: $(VENV)/installed-dev ## Take out every guard against a fault: its test must fail; writes docs/faults.md
 	$(BIN)/python tests/faults/guards.py try
 	$(BIN)/python tests/faults/guards.py table
+
+lock: $(VENV)/installed-dev ## Choose new versions for the image
+	$(BIN)/uv pip compile pyproject.toml --native-tls --universal --python-version 3.10 --generate-hashes \
+		--no-annotate --no-header --upgrade -o requirements.lock
 
 lint: $(VENV)/installed-dev ## Style, types, and the arrows of the architecture
 	$(BIN)/ruff check .

@@ -23,8 +23,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-import psutil
-
 from distrain import checkpoint, files, lives, signals
 from distrain.config import Config
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK, PeerLostError
@@ -216,7 +214,6 @@ class _Workers:
             "GROUP_RANK": topology.node,
             "MASTER_ADDR": topology.host,
             "MASTER_PORT": port,
-            **_interface(topology),
         }
         common: dict[str, object] = {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -450,26 +447,6 @@ def _wait_for_name(host: str, stops: _Stops, config: Config, trains: bool) -> bo
                 told = now
                 print(f"distrain: waiting for the name {host}: {error.strerror}", file=sys.stderr, flush=True)
             time.sleep(0.5)
-
-
-def _interface(topology: Topology) -> dict[str, str]:
-    """The network interface towards the first node, for gloo: it would take whatever the host's own name stands for."""
-    if topology.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
-        return {}
-    own = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries if name != "lo"}
-    try:
-        found = socket.getaddrinfo(topology.host, topology.port, type=socket.SOCK_DGRAM)
-    except OSError:
-        return {}
-    for family, _, _, _, address in found:
-        if address[0] in own:  # this is the first node
-            return {"GLOO_SOCKET_IFNAME": own[str(address[0])]}
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:
-            asking.connect(address)
-            local = asking.getsockname()[0]
-            if local in own:
-                return {"GLOO_SOCKET_IFNAME": own[local]}
-    return {}
 
 
 def describe(topology: Topology, processes: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
@@ -64,6 +65,10 @@ def join(store: Any, notices: Notices, size: int, backend: str, seconds: float, 
     with loss_told(f"the processes could not meet at {_where()}"):
         _wait_for_all(store, notices, rank, size, backend, time.monotonic() + seconds)
         watch.beat()
+        if several_nodes():
+            name = _interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            if name is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         if backend == "nccl":
             # The watch ends waits, and says why; NCCL's own would abort the process without a word of ours.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
@@ -74,9 +79,29 @@ def join(store: Any, notices: Notices, size: int, backend: str, seconds: float, 
 
 def linger() -> None:
     """Rank 0 serves the store: processes of other nodes must find there why it leaves."""
-    alone = os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")
-    if os.environ.get("RANK") == "0" and not alone:
+    if os.environ.get("RANK") == "0" and several_nodes():
         time.sleep(_LINGER_SECONDS)
+
+
+def several_nodes() -> bool:
+    """Whether the launcher's environment speaks of processes on other nodes."""
+    return os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
+
+
+def _interface(host: str, port: int) -> str | None:
+    """The network interface towards the first node, for gloo: it would take what this host's own name stands for, which
+    is a loopback address where /etc/hosts says so.
+    """
+    own = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries if name != "lo"}
+    with contextlib.suppress(OSError):
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:
+                asking.connect(address)  # sends nothing
+                # On the first node itself that is the loopback, but the address is one of its own.
+                for local in (str(address[0]), asking.getsockname()[0]):
+                    if local in own:
+                        return own[local]
+    return None
 
 
 def _where() -> str:

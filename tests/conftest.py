@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 from datasets import make
 from group import Group
-from harness import Job, Trained, small_run, trained
+from harness import Job, Trained, ip, small_run, trained
 
 from distrain.manifest import Dataset
 
@@ -71,3 +74,32 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         return found[key]
 
     return get
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[list[str], str]]:
+    """Two hosts on one bridge: the commands' prefixes that run there, and the name to cut the second one's link by."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs iproute2")
+    mark = uuid.uuid4().hex[:6]
+    bridge, names = f"dtb{mark}", [f"dt{mark}-{number}" for number in range(2)]
+    try:
+        ip("link", "add", bridge, "type", "bridge")
+    except subprocess.CalledProcessError:
+        pytest.skip("cannot make network name spaces here")
+    try:
+        ip("link", "set", bridge, "up")
+        for number, name in enumerate(names):
+            ip("netns", "add", name)
+            ip("link", "add", f"dtv{mark}{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", f"dtv{mark}{number}", "master", bridge, "up")
+            ip("-n", name, "addr", "add", f"10.99.7.{10 + number}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "eth0", "up")
+        yield names, f"dtv{mark}1"
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+        for number in range(2):
+            subprocess.run(["ip", "link", "delete", f"dtv{mark}{number}"], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)

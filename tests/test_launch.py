@@ -18,48 +18,50 @@ pytestmark = pytest.mark.ranks
 BIN = Path(sys.executable).parent
 FILES = Path(__file__).parent.parent / "launch"
 LAUNCHERS = {
-    "distrain": (1, [str(BIN / "distrain")]),
-    "python": (1, [sys.executable, "-m", "distrain"]),
-    "torchrun": (2, [str(BIN / "torchrun"), "--nproc-per-node", "2", "--standalone", "-m", "distrain"]),
+    "distrain": (1, [str(BIN / "distrain"), "train"]),
+    "python": (1, [sys.executable, "-m", "distrain", "train"]),
+    "distrain launch": (2, [str(BIN / "distrain"), "launch", "--nproc", "2", "--", "train"]),
+    "torchrun": (2, [str(FILES / "torchrun.sh")]),
     "accelerate": (
         2,
-        [str(BIN / "accelerate"), "launch", "--config_file", str(FILES / "accelerate-2cpu.yaml"), "-m", "distrain"],
+        [str(BIN / "accelerate"), "launch", "--config_file", str(FILES / "accelerate-2cpu.yaml"), "-m", "distrain",
+         "train"],
     ),
 }  # fmt: skip
 
 
+def environ(**more: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    return {**kept, "PATH": f"{BIN}:{kept['PATH']}", "PROCESSES": "2", "OMP_NUM_THREADS": "1", **more}
+
+
 def launch(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     return subprocess.run(
-        [*LAUNCHERS[name][1], *arguments],
-        capture_output=True, text=True, timeout=240, env={**environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+        [*LAUNCHERS[name][1], *arguments], capture_output=True, text=True, timeout=240, env=environ(), check=False
+    )
 
 
 def test_every_launcher_trains_the_same(small: Dataset, tmp_path: Path) -> None:
     ends = {}
     for name, (size, _) in LAUNCHERS.items():
         run = tmp_path / name
-        done = launch(
-            name, "train", f"data.dir={small.root}", f"run.dir={run}", "train.max_steps=30", "train.precision=fp64"
-        )
+        done = launch(name, f"data.dir={small.root}", f"run.dir={run}", "train.max_steps=30", "train.precision=fp64")
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("Finished Training") == 1
         assert json.loads((run / "result.json").read_text())["world_size"] == size
         ends[name] = load_file(run / "checkpoints/step-00000030/model.safetensors")
-    for name in ("python", "accelerate"):
-        other = {"python": "distrain", "accelerate": "torchrun"}[name]
+    for name, other in (("python", "distrain"), ("accelerate", "torchrun"), ("distrain launch", "torchrun")):
         assert all(torch.equal(ends[name][key], ends[other][key]) for key in ends[name])
     assert all(float((ends["torchrun"][k] - ends["python"][k]).abs().max()) < 1e-12 for k in ends["python"])
 
 
 def test_errors_come_once_without_traceback_of_ours(small: Dataset, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    alone = launch("python", "train", "train.lrr=1", f"run.dir={run}")
+    alone = launch("python", "train.lrr=1", f"run.dir={run}")
     assert alone.returncode == 78
     assert alone.stderr.startswith("distrain: error: the configuration cannot be used:")
     assert "Traceback" not in alone.stderr
-    together = launch("torchrun", "train", f"data.dir={small.root}", f"run.dir={run}", "train.global_batch_size=1")
+    together = launch("torchrun", f"data.dir={small.root}", f"run.dir={run}", "train.global_batch_size=1")
     assert together.returncode != 0
     assert together.stderr.count("distrain: error:") == 1
     assert "smaller than the number of processes" in together.stderr
@@ -76,3 +78,39 @@ def test_accelerate_that_starts_fewer_than_asked_is_an_error(small: Dataset, tmp
     assert done.returncode != 0
     assert "asked for 2 processes and started one" in done.stderr
     assert not run.exists()
+
+
+def test_torchrun_on_two_nodes(nodes: tuple[list[str], str], small: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, str(FILES / "torchrun.sh"), f"data.dir={small.root}", f"run.dir={run}",
+             "train.max_steps=30"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environ(NODES="2", NODE=str(number), HOST="10.99.7.10", PROCESSES="1"),
+        )
+        for number, name in enumerate(nodes[0])
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
+    assert json.loads((run / "result.json").read_text())["world_size"] == 2
+    alone = launch("torchrun", f"data.dir={small.root}", f"run.dir={tmp_path / 'alone'}", "train.max_steps=30")
+    assert alone.returncode == 0, alone.stderr
+    ends = [load_file(folder / "checkpoints/step-00000030/model.safetensors") for folder in (run, tmp_path / "alone")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+@pytest.mark.parametrize("name", ["torchrun", "accelerate"])
+def test_doctor_under_other_launchers(name: str, small: Dataset, tmp_path: Path) -> None:
+    words = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "distrain", "train"]
+    command = words if name == "torchrun" else LAUNCHERS[name][1]
+    done = subprocess.run(
+        [*command[:-1], "doctor", f"data.dir={small.root}", f"run.dir={tmp_path / 'run'}"],
+        capture_output=True, text=True, timeout=120, env=environ(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "processes   2 on 1 nodes" in done.stdout

@@ -217,6 +217,11 @@ def trained(run: Path) -> Trained:
     return Trained(load_file(newest / "model.safetensors"), ids_by_step(run), metrics_but_times(run))
 
 
+def ip(*arguments: str) -> None:
+    """One command of iproute2."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
+
+
 def exit_file(run: Path) -> dict[str, Any]:
     """RUN/exit.json."""
     found: dict[str, Any] = json.loads((run / "exit.json").read_text())

@@ -1,52 +1,15 @@
-"""Two nodes: network name spaces with an address and a host name each; one's link is cut in mid-step."""
+"""Two nodes (see `nodes` in tests/conftest.py); one's link is cut in mid-step."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Job, exit_file, small_run, trained
+from harness import Job, exit_file, ip, small_run, trained
 
 pytestmark = pytest.mark.faults
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
-
-
-@pytest.fixture
-def nodes() -> Iterator[tuple[list[str], str]]:
-    """Two hosts on one bridge: the commands' prefixes that run there, and the name to cut the second one's link by."""
-    if shutil.which("ip") is None:
-        pytest.skip("needs iproute2")
-    mark = uuid.uuid4().hex[:6]
-    bridge, names = f"dtb{mark}", [f"dt{mark}-{number}" for number in range(2)]
-    try:
-        ip("link", "add", bridge, "type", "bridge")
-    except subprocess.CalledProcessError:
-        pytest.skip("cannot make network name spaces here")
-    try:
-        ip("link", "set", bridge, "up")
-        for number, name in enumerate(names):
-            ip("netns", "add", name)
-            ip("link", "add", f"dtv{mark}{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("link", "set", f"dtv{mark}{number}", "master", bridge, "up")
-            ip("-n", name, "addr", "add", f"10.99.7.{10 + number}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "eth0", "up")
-        yield names, f"dtv{mark}1"
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-        for number in range(2):
-            subprocess.run(["ip", "link", "delete", f"dtv{mark}{number}"], check=False, capture_output=True)
-        subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
 
 
 def start(data: Path, tmp_path: Path, names: list[str], **environ: str) -> list[Job]:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine import Engine
-
-NEEDED = ("buildah", "podman", "mmdebstrap", "runc")
-GIB = 25
-"""Free disk that building takes: torch with CUDA, unpacked, in layers."""
+from engine import Engine, missing
 
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
     """Builds and runs containers."""
-    if os.geteuid():
-        pytest.skip("building an image here needs root")
-    lacking = [name for name in NEEDED if shutil.which(name) is None]
+    lacking = missing()
     if lacking:
-        pytest.skip(f"no {', '.join(lacking)} (Debian: buildah podman mmdebstrap runc)")
-    free = shutil.disk_usage("/var/lib").free / 2**30
-    if free < GIB:
-        pytest.skip(f"{free:.0f} GiB of free disk, {GIB} are needed to build the image")
+        pytest.skip(lacking)
     with tempfile.TemporaryDirectory(prefix="distrain-image-") as folder:
         found = Engine(Path(folder))
         yield found

@@ -1,4 +1,7 @@
-"""buildah and podman as Debian has them, on a machine without a Docker engine."""
+"""buildah and podman as Debian has them, on a machine without a Docker engine.
+
+python tests/images/engine.py      builds the image's layers, for tests that come later
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import secrets
 import shutil
 import ssl
 import subprocess
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +23,21 @@ PODMAN = ["podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
 LIMITS = ["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=20000:20000", "--no-healthcheck"]
 RESTRICTED = ["--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
 """As the pods are: nothing of the image can be changed, nothing more may be had."""
+
+_NEEDED = ("buildah", "podman", "mmdebstrap", "runc")
+_GIB = 25
+"""Free disk that building takes: torch with CUDA, unpacked, in layers."""
+
+
+def missing() -> str:
+    """Why no image can be built here; empty where one can."""
+    if os.geteuid():
+        return "building an image here needs root"
+    lacking = [name for name in _NEEDED if shutil.which(name) is None]
+    if lacking:
+        return f"no {', '.join(lacking)} (Debian: buildah podman runc mmdebstrap netavark aardvark-dns)"
+    free = shutil.disk_usage("/var/lib").free / 2**30
+    return f"{free:.0f} GiB of free disk, {_GIB} are needed to build the image" if free < _GIB else ""
 
 
 class Engine:
@@ -96,7 +116,8 @@ class Engine:
             "mmdebstrap", "--variant=minbase", "--include=python3,python3-venv,python3-pip,ca-certificates",
             '--customize-hook=ln -s python3 "$1/usr/bin/python"', "bookworm", str(archive), seconds=600,
         )  # fmt: skip
-        self._run("podman", "import", str(archive), BASE, seconds=300)
+        path = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # as python:slim has it
+        self._run("podman", "import", "--change", path, str(archive), BASE, seconds=300)
         archive.unlink()
 
     def _run(self, *command: str, seconds: float = 120) -> None:
@@ -106,3 +127,18 @@ class Engine:
     def _ask(self, *command: str, seconds: float = 60) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
         return done.stdout.strip()
+
+
+def main() -> None:
+    """Build, where that can be done, and say how long it took."""
+    start, lacking = time.monotonic(), missing()
+    if not lacking:
+        with tempfile.TemporaryDirectory(prefix="distrain-image-") as folder:
+            engine = Engine(Path(folder))
+            engine.build()
+            engine.close()
+    print(lacking or f"== the image's layers took {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
