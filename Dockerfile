@@ -1,7 +1,7 @@
 # The package and what it needs, at locked versions; the job's own arguments follow the image's name:
 #
 #   docker build -t distrain .
-#   docker run --rm -v "$PWD/data:/data:ro" -v "$PWD/runs:/runs" distrain train data.dir=/data/mine run.dir=/runs/first
+#   docker run --rm --user "$(id -u):$(id -g)" -v ./data:/work/data -v ./runs:/work/runs distrain train data.dir=data/mine
 #
 # It runs under any user id, with a read-only root (give it a writable /tmp), no capabilities and no network.
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim
@@ -12,7 +12,7 @@ COPY requirements.lock /build/
 # Without pip, and what pip keeps is not in the image: nothing here has to be left behind.
 RUN python -m venv --without-pip /opt/venv
 RUN --mount=type=cache,target=/root/.cache/pip python -m pip --python /opt/venv/bin/python \
-    install --no-compile --no-deps --require-hashes -r /build/requirements.lock
+    install --no-deps --require-hashes -r /build/requirements.lock
 # The code lies in a folder of its own, which this environment looks into.
 RUN echo /opt/app > "$(/opt/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/app.pth"
 

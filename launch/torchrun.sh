@@ -17,5 +17,6 @@ meeting=(--standalone)
 if [ "$NODES" -gt 1 ]; then
   meeting=(--nnodes "$NODES" --node-rank "$NODE" --master-addr "${HOST:?the name of the first machine}" --master-port "$PORT")
 fi
-exec torchrun "${meeting[@]}" --nproc-per-node "$PROCESSES" --shutdown-timeout "$GRACE" \
-  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2 -m distrain train "$@"
+# As variables: torchrun knows the options since 2.12 only.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2
+exec torchrun "${meeting[@]}" --nproc-per-node "$PROCESSES" -m distrain train "$@"

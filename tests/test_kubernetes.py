@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +21,7 @@ UNITS = {"Mi": 2**20, "Gi": 2**30}
 
 @pytest.fixture(scope="module", params=OVERLAYS)
 def rendered(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    kubectl = Path(sys.executable).with_name("kubectl")
-    done = subprocess.run(
-        [kubectl, "kustomize", str(K8S / "overlays" / request.param)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return render(K8S / "overlays" / request.param)
 
 
 def one(rendered: list[dict[str, Any]], kind: str, containing: str = "") -> dict[str, Any]:
@@ -110,12 +105,16 @@ def test_the_job_comes_back_when_it_should(rendered: list[dict[str, Any]]) -> No
     assert spec["backoffLimit"] % spec["completions"] == 0
     verdicts = {}
     for rule in spec["podFailurePolicy"]["rules"]:
-        for code in rule.get("onExitCodes", {}).get("values", ["disruption"]):
-            verdicts[code] = rule["action"]
-        if "onExitCodes" in rule:
-            assert rule["onExitCodes"]["operator"] == "In"
-            assert rule["onExitCodes"]["containerName"] == trainer(rendered)["name"]
-    assert verdicts == {"disruption": "Ignore", 75: "Ignore", 78: "FailJob"}
+        codes = rule.get("onExitCodes", {"values": ["disruption"], "containerName": None, "operator": "In"})
+        assert codes["operator"] == "In"
+        for code in codes["values"]:
+            verdicts[codes["containerName"], code] = rule["action"]
+    pod = spec["template"]["spec"]
+    (main,), (first,) = ([each["name"] for each in pod[part]] for part in ("containers", "initContainers"))
+    assert verdicts == {
+        (None, "disruption"): "Ignore", (main, 75): "Ignore", (main, 78): "FailJob",
+        (first, 75): "Ignore", (first, 143): "Ignore",
+    }  # fmt: skip
 
 
 def test_the_number_of_nodes_is_the_same_everywhere(rendered: list[dict[str, Any]]) -> None:
@@ -126,15 +125,18 @@ def test_the_number_of_nodes_is_the_same_everywhere(rendered: list[dict[str, Any
 
 def test_pods_find_each_other_and_nobody_else_does(rendered: list[dict[str, Any]]) -> None:
     template = training(rendered)["spec"]["template"]
-    labels = template["metadata"]["labels"].items()
+    own = {"batch.kubernetes.io/job-name": training(rendered)["metadata"]["name"]}  # a label that the Job's pods get
     service, policy = one(rendered, "Service"), one(rendered, "NetworkPolicy")
     assert template["spec"]["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["publishNotReadyAddresses"] is True
-    assert service["spec"]["selector"].items() <= labels
-    assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels
+    assert service["spec"]["selector"] == own
+    assert policy["spec"]["podSelector"]["matchLabels"] == own
     ((sources,),) = (rule["from"] for rule in policy["spec"]["ingress"])
-    assert sources["podSelector"]["matchLabels"].items() <= labels
+    assert sources["podSelector"]["matchLabels"] == own
+    for kind in ("podAffinity", "podAntiAffinity"):
+        for term in template["spec"].get("affinity", {}).get(kind, {}).values():
+            assert term[0]["labelSelector"]["matchLabels"] == own
     assert policy["spec"]["policyTypes"] == ["Ingress"]
 
 
@@ -158,7 +160,26 @@ def test_no_secret_is_needed_or_written_down(rendered: list[dict[str, Any]]) -> 
     assert not any(each["kind"] == "Secret" for each in rendered)
 
 
+def render(folder: Path) -> list[dict[str, Any]]:
+    kubectl = Path(sys.executable).with_name("kubectl")
+    done = subprocess.run(
+        [kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
 def test_kueue_admits_it() -> None:
-    job = yaml.safe_load((K8S / "overlays/kueue/train.yaml").read_text())
+    job = training(render(K8S / "overlays/kueue"))
     assert job["spec"]["suspend"] is True
     assert "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]
+
+
+def test_a_second_job_under_another_name_is_on_its_own(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    mine = tmp_path / "k8s/overlays/mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text("nameSuffix: -second\nresources:\n  - ../gpu-multi-node\n")
+    test_pods_find_each_other_and_nobody_else_does(found := render(mine))
+    test_every_mount_has_its_volume_and_every_volume_its_claim(found)
+    assert all("-second" in each["metadata"]["name"] for each in found)
