@@ -71,16 +71,15 @@ def examine(config: Config) -> None:
         _print(f"{socket.gethostname()}:", own)  # before the others are waited for: they may never come
     with signals.noted(), closing(watch(config)) as watching:
         try:
-            rt = start_runtime(config, watching)
+            with start_runtime(config, watching) as rt:
+                watching.enter("train")
+                shared = _look_together(config, rt)
+                every = rt.from_all(own)
         except AgainError as error:
             raise ConfigError(
                 f"doctor: the processes cannot meet: {error}\n  → see that all nodes were started, reach the first"
                 " one's port, and have the same --nodes and --nproc"
             ) from error
-        with rt:
-            watching.enter("train")
-            shared = _look_together(config, rt)
-            every = rt.from_all(own)
         if rt.is_main:
             _print("all processes:", shared)
             told = set(own)
@@ -206,6 +205,8 @@ def data(config: Config) -> Iterator[Finding]:
 
 def run_folder(config: Config) -> Iterator[Finding]:
     """What a checkpoint needs: write, sync, rename, link; and how long a save takes against the grace."""
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        return  # one process of a run writes checkpoints: more at once would be slower
     folder = _nearest(Path(config.run.dir))
     start = time.monotonic()
     try:
@@ -371,9 +372,11 @@ def _same_folder(config: Config, rt: Runtime) -> Iterator[Finding]:
     problem = attempt(lambda: path.write_text("here", encoding="ascii")) if rt.is_main else None
     if rt.from_main(problem) is not None:
         return  # told as what the main process found
-    blind = [str(rank) for rank, seen in enumerate(rt.from_all(_seen(path))) if not seen]
-    if rt.is_main:
-        path.unlink(missing_ok=True)
+    try:
+        blind = [str(rank) for rank, seen in enumerate(rt.from_all(_seen(path))) if not seen]
+    finally:
+        if rt.is_main:
+            path.unlink(missing_ok=True)
     if blind:
         yield Finding(
             "run folder",

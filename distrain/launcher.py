@@ -23,8 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+import yaml
+
 from distrain import checkpoint, files, lives, signals
-from distrain.config import Config
+from distrain.config import Config, public
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK, PeerLostError
 from distrain.report import FOLDER, Failure, Place, read_failure, read_place
 from distrain.signals import LAUNCHER, STOP
@@ -36,8 +38,6 @@ _LEAVE_SECONDS = 5.0
 _HANG_SECONDS = 30.0
 """How much later than a process's own watch this one steps in."""
 _TICK = 0.05
-_DONE_SECONDS = 60.0
-"""A first node that has no name for so long, and whose run is done, does not come."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,10 @@ def launch(
     Raises:
         ConfigError: the topology cannot be used.
     """
+    if topology.nodes > 1 and arguments[0] == "train" and _is_done(config):
+        # A pod that was lost at the very end comes back to find the others gone, for good.
+        print(f"{config.run.dir}: the run is done", flush=True)
+        return Outcome(EXIT_OK, "the run is done", None)
     book = _Book(config) if arguments[0] == "train" and topology.node == 0 else None
     stops = _Stops()
     with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder, signals.handled_by(stops.note):
@@ -137,8 +141,8 @@ def launch(
         if earlier:
             stops.note(signal.Signals[earlier])
         try:
-            if topology.nodes > 1 and not _wait_for_name(topology.host, stops, config, trains=arguments[0] == "train"):
-                return Outcome(EXIT_OK, "the run is done", None)
+            if topology.nodes > 1:
+                _wait_for_name(topology.host, config.timeouts.start_seconds, stops)
             with _store_socket(topology) as store:
                 workers = _Workers(arguments, topology, processes, store, Path(folder), logs)
                 ends = workers.wait(stops, grace)
@@ -328,6 +332,8 @@ class _Book:
         self._checkpoints = self._run / checkpoint.FOLDER
         self._before = read_exit(self._run)
         self._life = lives.newest_life(self._run)
+        # Lives are counted by leases: a launch that ended before it had one leaves their number as it is.
+        self._launch = int(self._before.get("launch", 0)) + 1
         if self._run.is_dir() and lives.owner(self._run) is None:
             step = checkpoint.newest_verified(self._checkpoints)
             self._write({"code": None, "reason": "running", "step": step, "life": self._life + 1})
@@ -367,12 +373,25 @@ class _Book:
         return checkpoint.newest_verified(self._checkpoints)
 
     def _write(self, content: dict[str, object]) -> None:
-        kept = {"lives_without_progress": self._before.get("lives_without_progress", 0)}
+        kept = {
+            "launch": self._launch,
+            "lives_without_progress": self._before.get("lives_without_progress", 0),
+        }
         try:
             self._run.mkdir(parents=True, exist_ok=True)
             files.replace(self._run / EXIT_FILE, json.dumps({**kept, **content}, indent=1) + "\n")
         except OSError as error:
             print(f"warning: {self._run / EXIT_FILE}: cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def _is_done(config: Config) -> bool:
+    """Whether the run ended well, with this configuration."""
+    run = Path(config.run.dir)
+    try:
+        done = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return False
+    return read_exit(run).get("code") == EXIT_OK and bool(done == public(config))
 
 
 def read_exit(run: Path) -> dict[str, Any]:
@@ -420,23 +439,19 @@ def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
         yield listening
 
 
-def _wait_for_name(host: str, stops: _Stops, config: Config, trains: bool) -> bool:
-    """Until the first node's name is known: pods start in any order. False if it has gone because the run is done: a
-    pod that was lost at the very end must not wait for the others, which are through.
+def _wait_for_name(host: str, seconds: float, stops: _Stops) -> None:
+    """Until the first node's name is known: pods start in any order.
 
     Raises:
-        PeerLostError: not within `timeouts.start_seconds`, or asked to stop.
+        PeerLostError: not within `seconds`, or asked to stop.
     """
-    seconds, run = config.timeouts.start_seconds, Path(config.run.dir)
     start = told = time.monotonic()
     while True:
         try:
             socket.getaddrinfo(host, None)
-            return True
+            return
         except OSError as error:
             now = time.monotonic()
-            if trains and now - start > _DONE_SECONDS and read_exit(run).get("code") == 0:
-                return False
             if now - start > seconds or stops.first:
                 why = f"stopped by {stops.first}" if stops.first else f"waited {seconds:g} s"
                 raise PeerLostError(

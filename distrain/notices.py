@@ -24,7 +24,7 @@ class Notices:
 
     def __init__(self, store: Any) -> None:
         self._store = store.clone() if hasattr(store, "clone") else store  # a connection of its own
-        self._asking: threading.Thread | None = None
+        self._silent: threading.Thread | None = None
 
     def leave(self, failure: Failure) -> None:
         """Tell why this process leaves the others; the first to fail stays."""
@@ -58,13 +58,15 @@ class Notices:
         return dict(found)
 
     def _bounded(self, action: Callable[[], object]) -> None:
-        if self._asking is not None and self._asking.is_alive():
+        if self._silent is not None and self._silent.is_alive():
             return  # the store does not answer
 
         def work() -> None:
             with contextlib.suppress(Exception):
                 action()
 
-        self._asking = threading.Thread(target=work, name="distrain-ask", daemon=True)
-        self._asking.start()
-        self._asking.join(_ANSWER_SECONDS)
+        asking = threading.Thread(target=work, name="distrain-ask", daemon=True)
+        asking.start()
+        asking.join(_ANSWER_SECONDS)
+        if asking.is_alive():
+            self._silent = asking

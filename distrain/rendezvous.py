@@ -101,7 +101,9 @@ def _interface(host: str, port: int) -> str | None:
                 for local in (str(address[0]), asking.getsockname()[0]):
                     if local in own:
                         return own[local]
-    return None
+    # /etc/hosts may call the first node's own name a loopback address, which no other node can reach.
+    found = {name for address, name in own.items() if address.count(".") == 3}
+    return found.pop() if len(found) == 1 else None
 
 
 def _where() -> str:

@@ -108,7 +108,11 @@ def check_kubectl(words: list[str]) -> None:
         (job,) = re.findall(r"batch.kubernetes.io/job-name=([a-z-]+)", words[words.index("-l") + 1])
         kubectl = Path(sys.executable).with_name("kubectl")
         rendered = subprocess.run(
-            [kubectl, "kustomize", REPO / "k8s/overlays/cpu-demo"], capture_output=True, text=True, timeout=60, check=True
+            [kubectl, "kustomize", REPO / "k8s/overlays/cpu-demo"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
         )
         assert f"name: {job}\n" in rendered.stdout
 

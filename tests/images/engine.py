@@ -63,12 +63,13 @@ class Engine:
         )  # fmt: skip
         return name
 
-    def network(self) -> str:
-        """A network of this machine's own, whose containers find each other by name."""
+    def network(self) -> tuple[str, str]:
+        """A network of this machine's own: its name, and the first three numbers of its addresses."""
         name = f"distrain-{self._mark}-{len(self._networks)}"
-        self._run("podman", "network", "create", "--internal", name)
+        first = f"10.{200 + secrets.randbelow(40)}.{secrets.randbelow(256)}"
+        self._run("podman", "network", "create", "--subnet", f"{first}.0/24", name)
         self._networks.append(name)
-        return name
+        return name, first
 
     def start(self, image: str, *arguments: str, options: Sequence[str] = ()) -> str:
         """Start a container; its name."""
@@ -94,10 +95,6 @@ class Engine:
         """Run a container to its end: its exit code, and what it said."""
         container = self.start(image, *arguments, options=options)
         return self.wait(container), self.logs(container)
-
-    def layers(self, image: str) -> list[str]:
-        """Digests of an image's layers."""
-        return self._ask("podman", "inspect", "--format", '{{join .RootFS.Layers " "}}', image).split()
 
     def close(self) -> None:
         """Remove what was made."""

@@ -22,7 +22,7 @@ class Pods:
 
     def __init__(self, engine: Engine, image: str, folder: Path) -> None:
         self._engine, self._image, self._folder = engine, image, folder
-        self._network = engine.network()
+        self._network, self._addresses = engine.network()
         kubectl = Path(sys.executable).with_name("kubectl")
         text = subprocess.run(
             [kubectl, "kustomize", REPO / "k8s/overlays/cpu-demo"],
@@ -47,11 +47,15 @@ class Pods:
     def _options(self, index: int, container: dict[str, Any]) -> list[str]:
         host = f"{self._job['metadata']['name']}-{index}"
         name = f"{host}.{self._pod['subdomain']}.default.svc.cluster.local"
+        address = f"{self._addresses}.{10 + index}"
+        hosts = self._folder / f"hosts-{index}"
+        hosts.write_text(f"127.0.0.1 localhost\n{address} {name} {host}\n")  # as the kubelet writes it
         context, limits = self._pod["securityContext"], container["resources"]["limits"]
         found = [
-            *RESTRICTED, "--user", f"{context['runAsUser']}:{context['runAsGroup']}", "--hostname", name,
-            "--network", f"{self._network}:alias={name}", "--memory", limits["memory"].lower().rstrip("i"),
-            "-e", f"JOB_COMPLETION_INDEX={index}",
+            *RESTRICTED, "--user", f"{context['runAsUser']}:{context['runAsGroup']}", "--hostname", host,
+            "--no-hosts", "-v", f"{hosts}:/etc/hosts:ro",
+            "--network", f"{self._network}:ip={address},alias={name}",  # the Service's part: a name while it runs
+            "--memory", limits["memory"].lower().rstrip("i"), "-e", f"JOB_COMPLETION_INDEX={index}",
         ]  # fmt: skip
         for variable in container.get("env", []):
             if "value" in variable:
@@ -76,16 +80,27 @@ class Pods:
         return ["-v", f"{source}:{path}{only}"]
 
 
-def test_a_pod_is_deleted_and_the_job_comes_back(engine: Engine, image: str, folder: Path) -> None:
+def test_pods_are_deleted_and_killed_and_the_job_comes_back(engine: Engine, image: str, folder: Path) -> None:
     pods = Pods(engine, image, folder)
     run = folder / "runs/demo"
     undisturbed = [pods.start(index, *SHORT, "run.dir=/runs/undisturbed") for index in range(2)]
     assert [engine.wait(pod) for pod in undisturbed] == [0, 0], engine.logs(undisturbed[0])
-    first = [pods.start(index, *SHORT) for index in range(2)]
+
+    both = [pods.start(index, *SHORT) for index in range(2)]
     until(lambda: newest_step(run) >= 50, "a checkpoint", 120)
-    engine.signal(first[1], "TERM")
-    assert [engine.wait(pod) for pod in first] == [75, 75], engine.logs(first[0])
-    second = [pods.start(index, *SHORT) for index in (1, 0)]
-    assert [engine.wait(pod) for pod in second] == [0, 0], engine.logs(second[1])
+    engine.signal(both[1], "TERM")
+    assert [engine.wait(pod) for pod in both] == [75, 75], engine.logs(both[0])
+
+    both = [pods.start(index, *SHORT) for index in (1, 0)][::-1]
+    until(lambda: newest_step(run) >= 250, "a later checkpoint", 120)
+    engine.signal(both[0], "KILL")
+    assert [engine.wait(pod) for pod in both] == [137, 75], engine.logs(both[1])
+
+    both = [pods.start(index, *SHORT) for index in range(2)]
+    assert [engine.wait(pod) for pod in both] == [0, 0], engine.logs(both[0])
     assert json.loads((run / "exit.json").read_text())["code"] == 0
     trained(run).same_as(trained(folder / "runs/undisturbed"))
+
+    late = pods.start(1, *SHORT)  # one that was lost at the very end: the other one does not come back for it
+    assert engine.wait(late) == 0
+    assert "the run is done" in engine.logs(late)

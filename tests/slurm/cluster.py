@@ -38,7 +38,7 @@ class Cluster:
         mark = secrets.token_hex(2)
         self._bridge = f"sl{mark}"
         self._spaces = [f"sl{mark}n{number}" for number in range(nodes)]
-        self._subnet = f"10.{96 + secrets.randbelow(32)}.{secrets.randbelow(256)}"
+        self._subnet = f"10.{200 + secrets.randbelow(40)}.{secrets.randbelow(256)}"
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self.environ = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -197,6 +197,8 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 ReturnToService=2
 SlurmdTimeout=15
+# Tests ask about jobs that have long ended.
+MinJobAge=3600
 KillWait=30
 {chr(10).join(nodes)}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
