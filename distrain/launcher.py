@@ -33,8 +33,11 @@ from distrain.signals import LAUNCHER, STOP
 from distrain.topology import LOCAL, STORE_SOCKET, Topology
 
 EXIT_FILE = "exit.json"
+NODES = "nodes"
 _LEAVE_SECONDS = 5.0
 """For processes that do not save, after another one failed."""
+_WORD_SECONDS = 2 * _LEAVE_SECONDS
+"""For other nodes' launchers to tell why their processes ended."""
 _HANG_SECONDS = 30.0
 """How much later than a process's own watch this one steps in."""
 _TICK = 0.05
@@ -130,11 +133,14 @@ def launch(
     Raises:
         ConfigError: the topology cannot be used.
     """
-    if topology.nodes > 1 and arguments[0] == "train" and _is_done(config):
+    trains = arguments[0] == "train"
+    if topology.nodes > 1 and trains and _is_done(config):
         # A pod that was lost at the very end comes back to find the others gone, for good.
         print(f"{config.run.dir}: the run is done", flush=True)
         return Outcome(EXIT_OK, "the run is done", None)
-    book = _Book(config) if arguments[0] == "train" and topology.node == 0 else None
+    book = _Book(config) if trains and topology.node == 0 else None
+    if book is not None and book.exhausted is not None:
+        return book.close(book.exhausted)
     stops = _Stops()
     with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder, signals.handled_by(stops.note):
         earlier = signals.requested()  # while this module was imported
@@ -151,7 +157,13 @@ def launch(
             outcome = Outcome(EXIT_AGAIN, str(error), None)
         except OSError as error:
             outcome = Outcome(EXIT_FAULT, f"processes could not be started: {error}", None)
-    return outcome if book is None or _is_busy(outcome.first) else book.close(outcome)
+    if trains and topology.node:
+        _leave_word(Path(config.run.dir), topology.node, outcome)
+    if book is None or _is_busy(outcome.first):
+        return outcome
+    if outcome.code == EXIT_AGAIN and outcome.first is not None and topology.nodes > 1:
+        outcome = book.hear(topology.nodes, outcome)
+    return book.close(outcome)
 
 
 def _is_busy(end: End | None) -> bool:
@@ -334,9 +346,36 @@ class _Book:
         self._life = lives.newest_life(self._run)
         # Lives are counted by leases: a launch that ended before it had one leaves their number as it is.
         self._launch = int(self._before.get("launch", 0)) + 1
+        self._words_before = [read_exit(path.parent, path.name) for path in (self._run / NODES).glob("*.json")]
+        self._step = self._before.get("step") or 0
+        self._idle = int(self._before.get("lives_without_progress", 0))
         if self._run.is_dir() and lives.owner(self._run) is None:
             step = checkpoint.newest_verified(self._checkpoints)
+            if self._before.get("code", 0) is None:  # a launcher that was killed: it could not say how its life ended
+                self._idle = 0 if (step or 0) > self._step else self._idle + 1
+            self._step = step or 0
             self._write({"code": None, "reason": "running", "step": step, "life": self._life + 1})
+
+    @property
+    def exhausted(self) -> Outcome | None:
+        """Set where launchers were killed again and again, before they could count."""
+        reason = (
+            f"{self._idle} lives in a row without progress (launch.max_lives_without_progress), killed without a word"
+        )
+        return Outcome(EXIT_FAULT, reason, None) if self._idle >= self._most else None
+
+    def hear(self, nodes: int, outcome: Outcome) -> Outcome:
+        """A peer was lost: if it crashed, only its own node's launcher knows, which leaves word in RUN/nodes."""
+        deadline = time.monotonic() + _WORD_SECONDS
+        while True:
+            told = [read_exit(self._run / NODES, f"{node:05d}.json") for node in range(1, nodes)]
+            new = [word for word in told if word and word not in self._words_before]
+            for word in new:
+                if word["code"] not in (EXIT_OK, EXIT_AGAIN):
+                    return Outcome(int(word["code"]), f"{word['host']}: {word['reason']}", outcome.first)
+            if len(new) == nodes - 1 or time.monotonic() > deadline:
+                return outcome
+            time.sleep(0.2)
 
     def can_go_on(self) -> bool:
         """Whether the next life finds a verified checkpoint, or nothing at all."""
@@ -347,9 +386,7 @@ class _Book:
     def close(self, outcome: Outcome) -> Outcome:
         """Write down an outcome; too many lives without progress turn `run it again` into a fault."""
         step = self._newest_at_end
-        # Compared with what was last written: a life whose launcher was killed has written nothing, but may have saved.
-        progress = (step or 0) > (self._before.get("step") or 0)
-        idle = 0 if progress or outcome.code == EXIT_OK else self._before.get("lives_without_progress", 0) + 1
+        idle = 0 if (step or 0) > self._step or outcome.code == EXIT_OK else self._idle + 1
         if outcome.code == EXIT_AGAIN and idle >= self._most:
             reason = f"{idle} lives in a row without progress (launch.max_lives_without_progress); {outcome.reason}"
             outcome = Outcome(EXIT_FAULT, reason, outcome.first)
@@ -373,10 +410,7 @@ class _Book:
         return checkpoint.newest_verified(self._checkpoints)
 
     def _write(self, content: dict[str, object]) -> None:
-        kept = {
-            "launch": self._launch,
-            "lives_without_progress": self._before.get("lives_without_progress", 0),
-        }
+        kept = {"launch": self._launch, "lives_without_progress": self._idle}
         try:
             self._run.mkdir(parents=True, exist_ok=True)
             files.replace(self._run / EXIT_FILE, json.dumps({**kept, **content}, indent=1) + "\n")
@@ -394,10 +428,20 @@ def _is_done(config: Config) -> bool:
     return read_exit(run).get("code") == EXIT_OK and bool(done == public(config))
 
 
-def read_exit(run: Path) -> dict[str, Any]:
-    """RUN/exit.json; empty where there is none."""
+def _leave_word(run: Path, node: int, outcome: Outcome) -> None:
+    """How another node than the first one ended, for the first one's launcher; where there is a run at all."""
+    if not run.is_dir():
+        return
+    word = {"code": outcome.code, "reason": outcome.reason, "host": socket.gethostname(), "time": time.time()}
+    with contextlib.suppress(OSError):
+        (run / NODES).mkdir(exist_ok=True)
+        files.replace(run / NODES / f"{node:05d}.json", json.dumps(word, indent=1) + "\n")
+
+
+def read_exit(folder: Path, name: str = EXIT_FILE) -> dict[str, Any]:
+    """RUN/exit.json, or a file like it; empty where there is none."""
     try:
-        found = json.loads((run / EXIT_FILE).read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -52,6 +52,12 @@ def test_a_fault_on_another_node_is_told_on_the_first(two_nodes: Callable[..., t
     assert "rank 1 failed first" in first.output
 
 
+def test_a_crash_on_another_node_is_told_on_the_first(two_nodes: Callable[..., tuple[Job, Job]]) -> None:
+    first, second = two_nodes(FAULT="crash:1:30")
+    assert (first.wait(), second.wait()) == (1, 1), first.output + second.output
+    assert "rank 1 was ended by SIGSEGV" in exit_file(first.run)["reason"]
+
+
 @pytest.mark.parametrize("what", ["environment", "data"])
 def test_one_node_that_cannot_start_ends_all(
     what: str, two_nodes: Callable[..., tuple[Job, Job]], tmp_path: Path
@@ -99,6 +105,19 @@ def test_lives_without_progress_are_bounded(data: Path, tmp_path: Path, undistur
     assert exit_file(job.run)["lives_without_progress"] == 1
     finish(job.run).same_as(expected)
     assert exit_file(job.run)["lives_without_progress"] == 0
+
+
+def test_launchers_that_are_killed_without_a_word_are_counted(data: Path, tmp_path: Path) -> None:
+    tree = small_run(data, tmp_path / "run", launch={"max_lives_without_progress": 2})
+    for _ in range(3):  # the first one finds no folder to count in
+        with Job(tree, tmp_path, 1) as job:
+            job.wait_for("first step")
+            job.signal("launcher", number=signal.SIGKILL)
+            job.all_gone(5)
+    assert exit_file(job.run)["code"] is None
+    with Job(tree, tmp_path, 1) as job:
+        assert job.wait(30) == 1
+    assert "2 lives in a row without progress" in exit_file(job.run)["reason"]
 
 
 def test_any_number_of_processes_goes_on(data: Path, tmp_path: Path, undisturbed: Any) -> None:
