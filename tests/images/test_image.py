@@ -27,7 +27,8 @@ def test_what_is_in_it(engine: Engine, image: str) -> None:
     code, told = engine.run(image)
     assert code == 0
     assert "Exit codes: 0 done" in told
-    look = "PATH=$PATH:/usr/bin:/bin; command -v gcc cc make git; id -u; python -c 'import distrain as d; print(d.__file__)'"
+    tools = "PATH=$PATH:/usr/bin:/bin; command -v gcc cc make git"
+    look = f"{tools}; id -u; python -c 'import distrain; print(distrain.__file__)'"
     code, told = engine.run(image, "-c", look, options=["--entrypoint", "sh", *ANYBODY, *RESTRICTED])
     assert code == 0, told
     assert told.split() == ["12345", "/opt/app/distrain/__init__.py"]  # no compiler, no git

@@ -81,6 +81,7 @@ SLOW = {"FAULT": "unhurried:0:1"}  # so that what is done to it finds it before 
 # The warning comes 30 to 60 s into a life, as SLURM looks every 30 s: too soon for all of these steps.
 LONG: dict[str, dict[str, Any]] = {
     "train": {"max_steps": 1300}, "eval": {"every_steps": 400}, "checkpoint": {"every_steps": 500},
+    "launch": {"max_lives_without_progress": 10},
 }  # fmt: skip
 FATAL: dict[str, tuple[str, dict[str, dict[str, Any]], int, int]] = {  # FAULT, keys, exit code, restarts
     "configuration": ("none:0:0", {"train": {"lrr": 1}}, 78, 0),
@@ -100,8 +101,9 @@ def submitted(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFac
     files = [configured(data, folder, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
     found["array"] = Submitted(cluster, folder, *files, options=("--array=0-1", "--nodes=1"))
     folder = tmp_path_factory.mktemp("limit")
-    limits = ("--time=1", "--signal=B:USR2@30")
-    found["limit"] = Submitted(cluster, folder, configured(data, folder, **LONG), options=limits, **SLOW)
+    others = ":".join(job.id for job in found.values())  # beside them a life would be over before its first step
+    options = ("--time=1", "--signal=B:USR2@30", f"--dependency=afterany:{others}")
+    found["limit"] = Submitted(cluster, folder, configured(data, folder, **LONG), options=options, **SLOW)
     return found
 
 
