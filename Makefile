@@ -33,7 +33,7 @@ test-fast: $(VENV)/installed-dev ## The tests that need one process
 	$(BIN)/pytest -m "not ranks and not faults and not slurm and not images" --durations=5
 
 test-ranks: $(VENV)/installed-dev ## The tests that start several processes
-	$(BIN)/pytest -m ranks --durations=5
+	$(BIN)/pytest -m "ranks and not faults" --durations=5
 
 test-faults: $(VENV)/installed-dev ## The short form of `make faults`
 	$(BIN)/pytest -m short --durations=5
@@ -47,7 +47,7 @@ test-images: $(VENV)/installed-dev ## The image built and run, the pods of k8s/ 
 
 # What has passed as the code is now is not run again: an interrupted run goes on. PART=kills runs one part.
 faults: $(VENV)/installed-dev ## Every fault, in parts: up to an hour; goes on where it was interrupted
-	DISTRAIN_FAULTS=$(CURDIR)/.faults $(BIN)/pytest tests/faults/$(if $(PART),test_$(PART).py) -m faults -v -s --durations=10
+	DISTRAIN_FAULTS=$(CURDIR)/.faults $(BIN)/pytest tests$(if $(PART),/faults/test_$(PART).py) -m faults -v -s --durations=10
 
 guards: $(VENV)/installed-dev ## Take out every guard against a fault: its test must fail; writes docs/faults.md
 	$(BIN)/python tests/faults/guards.py try

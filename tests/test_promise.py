@@ -147,7 +147,10 @@ def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(small: Dataset, grou
     assert found[1][0]["total"] == 203
 
 
-@pytest.mark.parametrize("w", [1, 2, 3, 4])
+# One and two processes are killed in many more ways in tests/faults: here they belong to `make faults`.
+@pytest.mark.parametrize(
+    "w", [pytest.param(1, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults), 3, 4]
+)
 def test_killed_twice_in_an_epoch_ends_with_the_same_bits(
     w: int, epoch500: Dataset, group: Groups, tmp_path: Path
 ) -> None:
