@@ -199,7 +199,7 @@ ReturnToService=2
 SlurmdTimeout=15
 # Tests ask about jobs that have long ended.
 MinJobAge=3600
-KillWait=30
+KillWait=10
 {chr(10).join(nodes)}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
