@@ -24,7 +24,7 @@ LIMITS = ["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=20000:20000", "--
 RESTRICTED = ["--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
 """As the pods are: nothing of the image can be changed, nothing more may be had."""
 
-_NEEDED = ("buildah", "podman", "mmdebstrap", "runc")
+_NEEDED = ("buildah", "podman", "mmdebstrap", "runc", "iptables")
 _GIB = 25
 """Free disk that building takes: torch with CUDA, unpacked, in layers."""
 
@@ -35,7 +35,7 @@ def missing() -> str:
         return "building an image here needs root"
     lacking = [name for name in _NEEDED if shutil.which(name) is None]
     if lacking:
-        return f"no {', '.join(lacking)} (Debian: buildah podman runc mmdebstrap netavark aardvark-dns)"
+        return f"no {', '.join(lacking)} (Debian: buildah podman runc mmdebstrap netavark aardvark-dns iptables)"
     free = shutil.disk_usage("/var/lib").free / 2**30
     return f"{free:.0f} GiB of free disk, {_GIB} are needed to build the image" if free < _GIB else ""
 
