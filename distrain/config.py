@@ -95,6 +95,11 @@ class Data(Section):
     )
     std: PositivePerChannel | None = _key(None, "divided by, per channel; null: the train split's", identity=True)
     audit: bool = _key(False, "every process writes the ids it trained on to RUN/audit/")
+    cache: Literal["auto", "off", "ram", "device"] = _key(
+        "auto",
+        "where train lies after its first epoch, in every process: off: it is read anew; ram; device: on the GPU;"
+        " auto: on the GPU or in ram where a quarter of what is free holds it",
+    )
     read_ahead: Whole = _key(1, "rounds of shards read before they are needed; memory grows with it", ge=1, le=16)
 
 

@@ -20,10 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 
-from distrain import manifest, model, shards, signals
+from distrain import machine, manifest, model, shards, signals
 from distrain.config import Config
 from distrain.errors import AgainError, ConfigError, DataError, UserError
 from distrain.fetch import Settings
@@ -192,14 +191,15 @@ def data(config: Config) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("processes", "bad", str(error))
         return
-    wanted = local * (_BASE_BYTES + memory(dataset, order, World(0, size), config.data.read_ahead))
-    free = _memory()
+    cached = config.data.cache == "ram"  # auto takes what is left over
+    wanted = local * (_BASE_BYTES + memory(dataset, order, World(0, size), config.data.read_ahead, cached))
+    free = machine.free_memory()
     level: Level = "ok" if wanted <= free else "bad"
     yield Finding(
         "memory",
         level,
         f"{free / 2**30:,.1f} GiB, {wanted / 2**30:,.1f} wanted by {local} processes here",
-        "lower data.read_ahead, prepare with more --shards, or ask for more memory",
+        "lower data.read_ahead, set data.cache=auto, prepare with more --shards, or ask for more memory",
     )
 
 
@@ -269,24 +269,6 @@ def _read(config: Config) -> Dataset:
     for needed in ("train", "test"):
         dataset.split(needed)
     return dataset
-
-
-def _memory() -> int:
-    """Bytes that the processes here may still use: the machine's, or what is left to their control group."""
-    free = psutil.virtual_memory().available
-    groups = [""]  # a container sees its own group as the root
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-        groups += [line.split(":", 2)[2].strip("/") for line in lines if line.split(":")[1] in ("", "memory")]
-    for group in groups:
-        for root, limit, used in (
-            ("/sys/fs/cgroup", "memory.max", "memory.current"),
-            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            with contextlib.suppress(OSError, ValueError):
-                numbers = [int(Path(root, group, name).read_text(encoding="ascii")) for name in (limit, used)]
-                free = min(free, numbers[0] - numbers[1])
-    return int(free)
 
 
 def _nearest(folder: Path) -> Path:

@@ -17,7 +17,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from distrain import augment, checkpoint, files, lives, manifest, model, optim, runtime, signals, tracking
+from distrain import augment, cache, checkpoint, files, lives, manifest, model, optim, runtime, signals, tracking
+from distrain.cache import Cache
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity, public
 from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
@@ -74,6 +75,8 @@ class Job:
     std: Tensor
     identity: dict[str, Any]
     started: float
+    cache: Cache | None = None
+    """The train split in memory, where it fits and is wanted."""
     state: State = field(default_factory=State)
     lease: Lease | None = None
     """The main process's right to write in the run's folder."""
@@ -196,7 +199,13 @@ def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job
         torch.tensor(std, dtype=rt.dtype, device=rt.device),
         {**identity(config), "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
         started,
+        _cache(config, dataset, rt),
     )
+
+
+def _cache(config: Config, dataset: Dataset, rt: Runtime) -> Cache | None:
+    place = rt.all_or_none(lambda: cache.choose(config.data.cache, dataset, rt.device))
+    return Cache(dataset, place, pin=place != rt.device) if place is not None else None
 
 
 def agree_on_data(rt: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
@@ -475,7 +484,8 @@ def _summary(job: Job) -> None:
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in found.splits.items())
     parameters = sum(parameter.numel() for parameter in job.module.parameters())
     largest, ideal = order.largest_share(rt.world.size), order.global_batch_size / rt.world.size
-    buffers = memory(job.dataset, order, rt.world, job.config.data.read_ahead) / 2**20
+    buffers = memory(job.dataset, order, rt.world, job.config.data.read_ahead, job.cache is not None) / 2**20
+    where = f"; train stays in {'GPU memory' if job.cache.device.type == 'cuda' else 'RAM'}" if job.cache else ""
     print(
         f"data     {job.dataset.root}: {splits}; {len(found.classes)} classes, {'×'.join(map(str, found.image_shape))}"
     )
@@ -483,6 +493,6 @@ def _summary(job: Job) -> None:
     asked = f"asked for {os.environ.get('WORLD_SIZE', '1')} × {job.config.run.device}"
     share = f"slowest share {largest / ideal:.2f} × the ideal of {ideal:g}"
     print(f"devices  {rt.world.size} × {rt.device.type} ({asked}); {share}")
-    print(f"memory   {buffers:,.0f} MiB per process for reading")
+    print(f"memory   {buffers:,.0f} MiB per process for reading{where}")
     print(f"steps    {job.total_steps:,} of {order.global_batch_size}, {order.steps_per_epoch:,} an epoch")
     print(f"run      {job.run}", flush=True)

@@ -7,6 +7,9 @@
 Buffers are used again (touching fresh memory costs as much as reading): a batch is valid until the next one is asked
 for. No worker processes: nothing in /dev/shm, nothing to orphan.
 
+With a cache (`distrain.cache`) the thread puts the shards there that it does not hold yet, and a round is a list of
+indices: a batch is gathered from the cache.
+
 Data is waited for in one place, `ready`, before a step that begins a round (`Order.begins_round`): all ranks wait there
 together, so a stop request or a damaged shard finds them all at the same step.
 """
@@ -24,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distrain import shards
+from distrain import cache, shards
+from distrain.cache import Cache, Samples
 from distrain.manifest import Dataset, Shard
 from distrain.order import Order, World, augmentation_words
 from distrain.shards import Block
@@ -47,13 +51,28 @@ class Batch(NamedTuple):
 
 
 @dataclass
-class _Round:
+class _Laid:
     """Samples of one round in training order, flat over (row, owned lane)."""
 
     number: int
-    images: Tensor
-    labels: Tensor
-    ids: NDArray[np.int64]
+    samples: Samples
+
+    def take(self, here: slice) -> Samples:
+        """Views."""
+        return Samples(self.samples.images[here], self.samples.labels[here], self.samples.ids[here])
+
+
+@dataclass
+class _Indexed:
+    """The same as indices into a cache: int64, flat over (row, owned lane)."""
+
+    number: int
+    index: Tensor
+    cache: Cache
+
+    def take(self, here: slice) -> Samples:
+        """Copies."""
+        return self.cache.gather(self.index[here])
 
 
 class TrainingBatches:
@@ -63,7 +82,15 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int, with_words: bool, pin: bool
+        self,
+        dataset: Dataset,
+        order: Order,
+        world: World,
+        steps: range,
+        read_ahead: int,
+        with_words: bool,
+        pin: bool,
+        held: Cache | None = None,
     ) -> None:
         self._order, self._world, self._steps = order, world, iter(steps)
         self._with_words, self._pin = with_words, pin
@@ -71,9 +98,12 @@ class TrainingBatches:
         closed = threading.Event()
         self.shards_read = 0
         """So many were read so far: whether reading gets on."""
-        rounds = _read_rounds(dataset, order, world, steps, ahead + 1, pin, closed, self._count)
+        read = _Reading(dataset, order, world, closed, self._count)
+        rounds: Iterator[_Laid | _Indexed] = (
+            read.into_ring(steps, ahead + 1, pin) if held is None else read.into_cache(steps, held, pin)
+        )
         self._background = Background(rounds, ahead, closed)
-        self._current: _Round | None = None
+        self._current: _Laid | _Indexed | None = None
 
     def _count(self) -> None:
         self.shards_read += 1
@@ -96,31 +126,30 @@ class TrainingBatches:
     def __next__(self) -> Batch:
         step = next(self._steps)
         self.ready(step, None)
-        images, labels, ids = self._share(step)
-        return Batch(images, labels, ids, self._words(step))
+        return Batch(*self._share(step), self._words(step))
 
     def close(self) -> None:
         """End the thread, after the shard that it is at."""
         self._background.close()
 
-    def _share(self, step: int) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+    def _share(self, step: int) -> Samples:
         """This rank's samples of a step: a stretch of the current round, or of several."""
         order, world = self._order, self._world
         epoch, in_epoch = divmod(step, order.steps_per_epoch)
         size = len(order.owned_lanes(world)) * order.samples_per_shard
         start = order.owned_before(in_epoch * order.global_batch_size, world)
         stop = order.owned_before((in_epoch + 1) * order.global_batch_size, world)
-        parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]] = []
+        parts: list[Samples] = []
         for number in order.rounds(step):
             assert self._current is not None
             if self._current.number < number:
                 # Its buffer will be filled again: what is still needed of it leaves now.
-                parts = [(images.clone(), labels.clone(), ids.copy()) for images, labels, ids in parts]
+                parts = [Samples(images.clone(), labels.clone(), ids.copy()) for images, labels, ids in parts]
                 self._take()
             offset = (number - epoch * order.rounds_per_epoch) * size
             here = slice(max(start - offset, 0), min(stop - offset, size))
-            parts.append((self._current.images[here], self._current.labels[here], self._current.ids[here]))
-        parts = [part for part in parts if len(part[2])] or parts[:1]
+            parts.append(self._current.take(here))
+        parts = [part for part in parts if len(part.ids)] or parts[:1]
         return parts[0] if len(parts) == 1 else _join(parts)
 
     def _take(self) -> None:
@@ -173,10 +202,12 @@ class EvaluationBatches:
         return self._block is not None and self._start < len(self._block.labels)
 
 
-def memory(dataset: Dataset, order: Order, world: World, read_ahead: int) -> int:
-    """Bytes of the round buffers of one rank."""
+def memory(dataset: Dataset, order: Order, world: World, read_ahead: int, cached: bool = False) -> int:
+    """Bytes that one rank reads train into: the cache, or the round buffers."""
+    if cached:
+        return cache.size(dataset)
     samples = len(order.owned_lanes(world)) * order.samples_per_shard
-    return (1 + max(read_ahead, order.rounds_per_step)) * samples * (dataset.manifest.sample_bytes + 16)
+    return (1 + max(read_ahead, order.rounds_per_step)) * samples * cache.sample_size(dataset)
 
 
 def _read(dataset: Dataset, shard: Shard, stop: threading.Event) -> list[Block]:
@@ -189,49 +220,65 @@ def _read_whole(dataset: Dataset, owned: list[Shard], closed: threading.Event) -
         yield Block(*(np.concatenate(arrays) for arrays in zip(*_read(dataset, shard, closed), strict=True)))
 
 
-def _join(parts: list[tuple[Tensor, Tensor, NDArray[np.int64]]]) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+def _join(parts: list[Samples]) -> Samples:
     images, labels, ids = zip(*parts, strict=True)
-    return torch.cat(images), torch.cat(labels), np.concatenate(ids)
+    return Samples(torch.cat(images), torch.cat(labels), np.concatenate(ids))
 
 
-def _read_rounds(
-    dataset: Dataset,
-    order: Order,
-    world: World,
-    steps: range,
-    buffers: int,
-    pin: bool,
-    closed: threading.Event,
-    count: Callable[[], None],
-) -> Iterator[_Round]:
-    """The rounds that the steps reach into. Every `buffers`-th round lies in the same memory."""
-    lanes = order.owned_lanes(world)
-    rows = order.samples_per_shard
-    entries = dataset.split("train").shards
+@dataclass
+class _Reading:
+    """How the thread reads: the rounds that the steps reach into, one after another."""
 
-    def allocate(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty((rows * len(lanes), *shape), dtype=dtype, pin_memory=pin)
+    dataset: Dataset
+    order: Order
+    world: World
+    closed: threading.Event
+    count: Callable[[], None]
+    """Called after every shard."""
 
-    ring = [
-        _Round(
-            -1,
-            allocate(*dataset.manifest.image_shape, dtype=torch.uint8),
-            allocate(dtype=torch.int64),
-            np.empty(rows * len(lanes), np.int64),
-        )
-        for _ in range(buffers)
-    ]
-    for place, number in enumerate(_rounds_of(order, steps)):
-        epoch, round_ = divmod(number, order.rounds_per_epoch)
-        epoch_shards = order.epoch_shards(epoch)[round_]
-        into = ring[place % buffers]
-        into.number = number
-        for column, lane in enumerate(lanes):
-            index = int(epoch_shards[lane])
-            taken = order.shard_samples(epoch, index, entries[index].samples)
-            _lay(_read(dataset, entries[index], closed), taken, into, column, len(lanes))
-            count()
-        yield into
+    def into_ring(self, steps: range, buffers: int, pin: bool) -> Iterator[_Laid]:
+        """Every `buffers`-th round lies in the same memory."""
+        lanes = len(self.order.owned_lanes(self.world))
+        samples = lanes * self.order.samples_per_shard
+
+        def allocate(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((samples, *shape), dtype=dtype, pin_memory=pin)
+
+        shape = self.dataset.manifest.image_shape
+        ring = [
+            Samples(allocate(*shape, dtype=torch.uint8), allocate(dtype=torch.int64), np.empty(samples, dtype=np.int64))
+            for _ in range(buffers)
+        ]
+        for place, number in enumerate(_rounds_of(self.order, steps)):
+            into = ring[place % buffers]
+            for column, shard, taken in self._parts(number):
+                _lay(self._read(shard), taken, into, column, lanes)
+                self.count()
+            yield _Laid(number, into)
+
+    def into_cache(self, steps: range, held: Cache, pin: bool) -> Iterator[_Indexed]:
+        """Shards that the cache does not hold are read into it."""
+        lanes = len(self.order.owned_lanes(self.world))
+        for number in _rounds_of(self.order, steps):
+            index = torch.empty((self.order.samples_per_shard, lanes), dtype=torch.int64, pin_memory=pin)
+            for column, shard, taken in self._parts(number):
+                if not held.holds(shard):
+                    held.put(shard, self._read(shard))
+                index[:, column] = torch.from_numpy(taken + held.start(shard))
+                self.count()
+            yield _Indexed(number, index.flatten(), held)
+
+    def _parts(self, number: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+        """(column, shard, its samples in their order) of each owned lane in a round."""
+        epoch, round_ = divmod(number, self.order.rounds_per_epoch)
+        of_round = self.order.epoch_shards(epoch)[round_]
+        entries = self.dataset.split("train").shards
+        for column, lane in enumerate(self.order.owned_lanes(self.world)):
+            shard = int(of_round[lane])
+            yield column, shard, self.order.shard_samples(epoch, shard, entries[shard].samples)
+
+    def _read(self, shard: int) -> list[Block]:
+        return _read(self.dataset, self.dataset.split("train").shards[shard], self.closed)
 
 
 def _rounds_of(order: Order, steps: range) -> Iterator[int]:
@@ -244,7 +291,7 @@ def _rounds_of(order: Order, steps: range) -> Iterator[int]:
                 yield number
 
 
-def _lay(blocks: list[Block], taken: NDArray[np.int64], into: _Round, column: int, columns: int) -> None:
+def _lay(blocks: list[Block], taken: NDArray[np.int64], into: Samples, column: int, columns: int) -> None:
     """Copy the samples `taken` of a shard to rows 0, 1, 2 … of one column of a round's buffer."""
     row_of = np.full(sum(len(block.ids) for block in blocks), -1)
     row_of[taken] = np.arange(len(taken))

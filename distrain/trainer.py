@@ -92,6 +92,7 @@ def fit(job: Job, logs: Logs) -> None:
         config.data.read_ahead,
         with_words=config.augment.flip or config.augment.crop_padding > 0,
         pin=job.runtime.device.type == "cuda",
+        held=job.cache,
     )
     first = state.step
     job.runtime.watch.enter("first step")

@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distrain import shards
-from distrain.errors import ShardError
-from distrain.manifest import Dataset
+from distrain import cache, machine, shards
+from distrain.cache import Cache
+from distrain.errors import ConfigError, ShardError
+from distrain.manifest import Dataset, Shard
 from distrain.order import Order, World, augmentation_words
 from distrain.stream import Background, EvaluationBatches, TrainingBatches, memory
 
@@ -50,21 +51,24 @@ def ids_of(dataset: Dataset, index: int) -> list[int]:
     return _IDS[key]
 
 
-def streamed(dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int = 1) -> list[list[int]]:
-    batches = TrainingBatches(dataset, order, world, steps, read_ahead, with_words=False, pin=False)
+def streamed(
+    dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int = 1, cached: bool = False
+) -> list[list[int]]:
+    held = Cache(dataset, torch.device("cpu")) if cached else None
+    batches = TrainingBatches(dataset, order, world, steps, read_ahead, with_words=False, pin=False, held=held)
     with closing(batches):
         return [batch.ids.tolist() for batch in batches]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2), st.integers(0, 2**62), st.data())
+@given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2), st.integers(0, 2**62), st.booleans(), st.data())
 def test_any_world_streams_what_the_order_says_from_any_step(
-    small: Dataset, global_batch_size: int, size: int, ahead: int, seed: int, data: st.DataObject
+    small: Dataset, global_batch_size: int, size: int, ahead: int, seed: int, cached: bool, data: st.DataObject
 ) -> None:
     order = order_of(small, global_batch_size, seed)
     first = data.draw(st.integers(0, 3 * order.steps_per_epoch))
     steps = range(first, min(first + 6, 3 * order.steps_per_epoch))
-    shares = [streamed(small, order, World(rank, size), steps, ahead + 1) for rank in range(size)]
+    shares = [streamed(small, order, World(rank, size), steps, ahead + 1, cached) for rank in range(size)]
     for number, step in enumerate(steps):
         expected = planned(small, order, step)
         assert sorted(sum((share[number] for share in shares), [])) == sorted(expected)
@@ -170,3 +174,46 @@ def test_memory_is_what_the_buffers_take(small: Dataset) -> None:
     per_sample = 16 * 16 * 3 + 16
     assert memory(small, order, World(0, 1), 1) == 2 * 12 * order.samples_per_shard * per_sample
     assert memory(small, order, World(0, 12), 2) == 3 * order.samples_per_shard * per_sample
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
+    small: Dataset, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = order_of(small, 32)
+    steps = range(6 * order.steps_per_epoch)
+    world = World(size - 1, size)
+    with closing(TrainingBatches(small, order, world, steps, 1, with_words=False, pin=False)) as streamed_:
+        expected = [(batch.images.clone(), batch.labels.clone(), batch.ids.copy()) for batch in streamed_]
+    read: list[str] = []
+    original = shards.read
+
+    def counting(root: object, shard: Shard, *rest: object, **more: object) -> list[shards.Block]:
+        read.append(shard.name)
+        return original(root, shard, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "read", counting)
+    held = Cache(small, torch.device("cpu"))
+    with closing(TrainingBatches(small, order, world, steps, 1, with_words=False, pin=False, held=held)) as cached:
+        found = list(cached)
+    assert len(read) == len(set(read))
+    assert len(found) == len(expected)
+    for batch, (images, labels, ids) in zip(found, expected, strict=True):
+        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.labels, labels)
+        assert np.array_equal(batch.ids, ids)
+
+
+def test_where_train_is_kept(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, need = torch.device("cpu"), cache.size(small)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for free, auto in ((8 * need, cpu), (8 * need - 8, None)):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        assert cache.choose("auto", small, cpu) == auto
+        assert cache.choose("ram", small, cpu) == cpu
+        assert cache.choose("off", small, cpu) is None
+    monkeypatch.setattr(machine, "free_memory", lambda: 2 * need - 2)
+    with pytest.raises(ConfigError, match=r"data.cache=ram: .* do not fit"):
+        cache.choose("ram", small, cpu)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        cache.choose("device", small, cpu)
