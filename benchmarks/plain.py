@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from distrain.model import Net
+from distrain.models.net import Net
 
 
 def load(folder: Path, batch_size: int, workers: int, shuffle: bool) -> DataLoader:

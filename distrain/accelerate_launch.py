@@ -10,7 +10,7 @@ import psutil
 
 from distrain.errors import ConfigError
 
-MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
+MIXED = {"fp32": "no", "tf32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 """What accelerate calls our precisions."""
 
 

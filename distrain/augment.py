@@ -25,30 +25,51 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return rows.reshape(samples, height, width, channels).permute(0, 3, 1, 2)
 
 
-def augment(images: Tensor, words: Tensor, flip: bool, crop_padding: int) -> Tensor:
-    """Mirror and shift each image as its random word says.
+def augment(
+    images: Tensor, words: Tensor, flip: bool, crop_padding: int, cutout: int = 0, blank: Tensor | None = None
+) -> Tensor:
+    """Mirror, shift and blank each image as its random words say.
 
     Args:
         images: uint8 [N, H, W, C].
-        words: int64 [N], 64 random bits a sample: bit 0 mirrors, bits 8–27 and 28–47 shift down and right.
+        words: int64 [N, 2], 128 random bits a sample: of the first, bit 0 mirrors, bits 8–27 and 28–47 shift down and
+            right; of the second, bits 0–19 and 20–39 place the centre of the square.
         flip: whether to mirror.
         crop_padding: largest shift in pixels; what comes in from outside is the reflected edge.
+        cutout: side of the square, which may reach over the edge (DeVries and Taylor, "Cutout", 2017); 0: none.
+        blank: uint8 [C], what the square is filled with.
 
     Returns:
         uint8 [N, H, W, C].
     """
+    _, height, width, _ = images.shape
     if crop_padding:
-        _, height, width, _ = images.shape
         shifts = 2 * crop_padding + 1
-        down = (((words >> 8) & 0xFFFFF) * shifts >> 20) - crop_padding
-        right = (((words >> 28) & 0xFFFFF) * shifts >> 20) - crop_padding
+        down = _below(shifts, words[:, 0] >> 8) - crop_padding
+        right = _below(shifts, words[:, 0] >> 28) - crop_padding
         rows = _reflect(torch.arange(height, device=images.device) + down[:, None], height)
         columns = _reflect(torch.arange(width, device=images.device) + right[:, None], width)
         samples = torch.arange(len(images), device=images.device)
         images = images[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
     if flip:
-        images = torch.where((words & 1).bool()[:, None, None, None], images.flip(2), images)
+        images = torch.where((words[:, 0] & 1).bool()[:, None, None, None], images.flip(2), images)
+    if cutout:
+        assert blank is not None
+        in_rows = _inside(height, _below(height, words[:, 1]), cutout)
+        in_columns = _inside(width, _below(width, words[:, 1] >> 20), cutout)
+        images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], blank, images)
     return images
+
+
+def _below(limit: int, words: Tensor) -> Tensor:
+    """Numbers from 0 to limit - 1, from the lowest 20 bits."""
+    return (words & 0xFFFFF) * limit >> 20
+
+
+def _inside(size: int, centre: Tensor, side: int) -> Tensor:
+    """bool [N, size]: whether a pixel lies in a stretch of `side` around its centre."""
+    offset = torch.arange(size, device=centre.device) - centre[:, None] + side // 2
+    return (offset >= 0) & (offset < side)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

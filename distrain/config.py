@@ -42,6 +42,11 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    """Accept what other YAML tools make of `off`."""
+    return "off" if value is False or value in ("false", "False") else value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
@@ -95,7 +100,7 @@ class Data(Section):
     )
     std: PositivePerChannel | None = _key(None, "divided by, per channel; null: the train split's", identity=True)
     audit: bool = _key(False, "every process writes the ids it trained on to RUN/audit/")
-    cache: Literal["auto", "off", "ram", "device"] = _key(
+    cache: Annotated[Literal["auto", "off", "ram", "device"], BeforeValidator(_off)] = _key(
         "auto",
         "where train lies after its first epoch, in every process: off: it is read anew; ram; device: on the GPU;"
         " auto: on the GPU or in ram where a quarter of what is free holds it",
@@ -108,8 +113,14 @@ class Model(Section):
 
     name: str = _key(
         "net",
-        "net, or package.module:Class (called with num_classes=…, image_shape=(C, H, W))",
+        "net, resnet9, a classifier of torchvision (resnet18 …), or package.module:Class (called with num_classes=…,"
+        " image_shape=(C, H, W))",
         identity=True,
+    )
+    init: str | None = _key(
+        None,
+        "file of weights to start from, safetensors or a state dict of torch.save; a head of another size starts anew",
+        min_length=1,
     )
     activation: Literal["relu", "sigmoid", "tanh"] = _key("relu", "activation of net", identity=True)
 
@@ -120,6 +131,14 @@ class Augment(Section):
     flip: bool = _key(False, "mirror half of the images, left to right", identity=True)
     crop_padding: Whole = _key(
         0, "shift by up to so many pixels in both directions, edges reflected", identity=True, ge=0
+    )
+    cutout: Whole = _key(0, "side in pixels of a square that is blanked to the mean; 0: none", identity=True, ge=0)
+    mixup: float = _key(
+        0.0,
+        "alpha of mixup: a step's images and labels are mixed with weights from Beta(alpha, alpha); 0: none",
+        identity=True,
+        ge=0,
+        le=1,
     )
 
 
@@ -149,8 +168,24 @@ class Train(Section):
     )
     weight_decay: float = _key(0.0, "L2 (SGD, Adam) or decoupled (AdamW)", identity=True, ge=0)
     clip_norm: float | None = _key(None, "largest norm of the gradient; null: no clipping", identity=True, gt=0)
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = _key(
-        "fp32", "bf16 and fp16: mixed; fp16 needs a GPU; fp64 for proofs", identity=True
+    label_smoothing: float = _key(0.0, "part of each label spread over all classes", identity=True, ge=0, lt=1)
+    ema_decay: float | None = _key(
+        None,
+        "decay a step of an average of the weights, which is then what is evaluated and saved as the model; null: none",
+        identity=True,
+        gt=0,
+        lt=1,
+    )
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = _key(
+        "fp32",
+        "tf32: fp32 with products in TF32; bf16 and fp16: mixed; tf32 and fp16 need a GPU; fp64 for proofs",
+        identity=True,
+    )
+    deterministic: bool = _key(
+        False, "on GPUs: only operations that give the same bits each time (CPUs always do); slower"
+    )
+    compile: Annotated[Literal["off", "default", "reduce-overhead"], BeforeValidator(_off)] = _key(
+        "off", "torch.compile of the model, in that mode; reduce-overhead: with CUDA graphs. Needs a C++ compiler"
     )
 
     @model_validator(mode="before")
@@ -216,6 +251,12 @@ class Log(Section):
     every_steps: Whole = _key(50, "steps between lines", ge=1)
 
 
+class Profile(Section):
+    """A trace by torch's profiler; what part of the time waits, copies and computes is always measured."""
+
+    steps: Whole = _key(0, "steps of each life that are traced, after its tenth, to RUN/trace/; 0: none", ge=0, le=1000)
+
+
 class Wandb(Section):
     """Weights & Biases, from the main process."""
 
@@ -237,6 +278,7 @@ class Config(Section):
     timeouts: Timeouts = Timeouts()
     launch: Launch = Launch()
     log: Log = Log()
+    profile: Profile = Profile()
     wandb: Wandb = Wandb()
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from distrain import machine, manifest, model, shards, signals
+from distrain import machine, manifest, models, shards, signals
 from distrain.config import Config
 from distrain.errors import AgainError, ConfigError, DataError, UserError
 from distrain.fetch import Settings
@@ -234,8 +234,8 @@ def _save(config: Config, speed: float) -> Iterator[Finding]:
         found = _read(config).manifest
         height, width, channels = found.image_shape
         settings = config.model
-        module = model.build(settings.name, settings.activation, len(found.classes), (channels, height, width))
-        model.check_output(settings.name, module, torch.zeros(2, channels, height, width), len(found.classes))
+        module = models.build(settings.name, settings.activation, len(found.classes), (channels, height, width))
+        models.check_output(settings.name, module, torch.zeros(2, channels, height, width), len(found.classes))
     except (UserError, AgainError) as error:
         if not isinstance(error, DataError):  # of the data it was told already
             yield Finding("model", "bad", str(error))

@@ -5,10 +5,11 @@ What is trained depends on data, configuration and seed alone: see docs/design.m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from distrain import augment, cache, checkpoint, files, lives, manifest, model, optim, runtime, signals, tracking
+from distrain import augment, cache, checkpoint, files, lives, manifest, models, optim, runtime, signals, tracking
 from distrain.cache import Cache
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity, public
@@ -26,6 +28,7 @@ from distrain.fetch import Settings
 from distrain.lives import Lease
 from distrain.manifest import Dataset
 from distrain.order import Order
+from distrain.profiling import Profile
 from distrain.report import fail, failure_of
 from distrain.runtime import Runtime
 from distrain.stream import memory
@@ -33,6 +36,9 @@ from distrain.tracking import Logs
 from distrain.watch import Watch
 
 CONFIG, RESULT, STACKS = "config.yaml", "result.json", "stacks"
+
+_FOLLOWED = "weights."
+"""Of the model that is trained, in optimizer.safetensors, where model.safetensors holds their average."""
 
 
 @dataclass
@@ -67,7 +73,7 @@ class Job:
     total_steps: int
     runtime: Runtime
     module: nn.Module
-    """The model itself; evaluated and saved."""
+    """The model itself."""
     ddp: nn.Module
     """The model as accelerate prepared it; trained."""
     optimizer: Any
@@ -77,6 +83,13 @@ class Job:
     started: float
     cache: Cache | None = None
     """The train split in memory, where it fits and is wanted."""
+    average: AveragedModel | None = None
+    """Of the weights, where there is `train.ema_decay`."""
+    dependent: list[str] = field(default_factory=list)
+    """Layers by which what is trained depends on the number of processes."""
+    passes: int = 1
+    """Micro-batches of every rank in a step."""
+    profile: Profile = field(default_factory=Profile)
     state: State = field(default_factory=State)
     lease: Lease | None = None
     """The main process's right to write in the run's folder."""
@@ -101,6 +114,16 @@ class Job:
     def checkpoints(self) -> Path:
         """RUN/checkpoints."""
         return self.run / checkpoint.FOLDER
+
+    @property
+    def scored(self) -> nn.Module:
+        """What is evaluated, and saved as the model: the average of its weights, where there is one."""
+        return self.module if self.average is None else self.average.module
+
+    @property
+    def blank(self) -> Tensor:
+        """Colour of cutout's squares: uint8 [C], the mean."""
+        return (self.mean * 255).round().to(torch.uint8)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step of the run."""
@@ -149,10 +172,9 @@ def watch(config: Config) -> Watch:
 
 def start_runtime(config: Config, watching: Watch) -> Runtime:
     """Join the other processes of the run."""
-    settings = config.run
-    return runtime.start(
-        settings.device, config.train.precision, settings.cpu_threads, config.timeouts.start_seconds, watching
-    )
+    run, train = config.run, config.train
+    settings = runtime.Settings(run.device, train.precision, run.cpu_threads, train.deterministic)
+    return runtime.start(settings, config.timeouts.start_seconds, watching)
 
 
 def set_up(config: Config, started: float, rt: Runtime) -> Job:
@@ -184,8 +206,14 @@ def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job
     """The job at step 0."""
     order = make_order(config, dataset, rt.world.size)
     mean, std = _normalization(config, dataset)
-    _check_crop(config, dataset)
-    module = build_model(config, dataset, rt)
+    _check_augmentation(config, dataset)
+    fewest, most = order.shares(rt.world.size)
+    passes = -(-most // (config.train.micro_batch_size or most))
+    module = build_model(config, dataset, rt, empty=fewest < passes)
+    dependent = models.world_size_dependent(module, in_parts=config.train.micro_batch_size is not None)
+    start = _initialise(config, module, rt)
+    module = rt.couple(module)
+    average = _average(config, module, rt)
     return Job(
         config,
         Path(config.run.dir),
@@ -197,15 +225,39 @@ def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job
         *_prepare(config, module, rt),
         torch.tensor(mean, dtype=rt.dtype, device=rt.device),
         torch.tensor(std, dtype=rt.dtype, device=rt.device),
-        {**identity(config), "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
+        {**identity(config), **start, "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
         started,
         _cache(config, dataset, rt),
+        average,
+        dependent,
+        passes,
     )
+
+
+def _initialise(config: Config, module: nn.Module, rt: Runtime) -> dict[str, str]:
+    """Weights from `model.init`; what identifies them, whatever the file is called."""
+    if config.model.init is None:
+        return {}
+    path = Path(config.model.init)
+    anew = rt.all_or_none(lambda: models.initialise(module, path))
+    if anew and rt.is_main:
+        print(f"model.init: {anew}", flush=True)
+    return {"model.init": models.digest(module)}
+
+
+def _average(config: Config, module: nn.Module, rt: Runtime) -> AveragedModel | None:
+    """A second model that follows the weights: decay · average + (1 - decay) · weights after every step."""
+    if config.train.ema_decay is None:
+        return None
+    follow = get_ema_multi_avg_fn(config.train.ema_decay)
+    average = AveragedModel(module, multi_avg_fn=follow, use_buffers=True).to(rt.device)
+    average.module = rt.prepare_scoring(average.module)
+    return average
 
 
 def _cache(config: Config, dataset: Dataset, rt: Runtime) -> Cache | None:
     place = rt.all_or_none(lambda: cache.choose(config.data.cache, dataset, rt.device))
-    return Cache(dataset, place, pin=place != rt.device) if place is not None else None
+    return Cache(dataset, place, pin=place.type != rt.device.type) if place is not None else None
 
 
 def agree_on_data(rt: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
@@ -264,30 +316,34 @@ def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[
     return values[0], values[1]
 
 
-def _check_crop(config: Config, dataset: Dataset) -> None:
-    largest = min(dataset.manifest.image_shape[:2]) - 1
-    if config.augment.crop_padding > largest:
-        raise ConfigError(f"augment.crop_padding={config.augment.crop_padding}: at most {largest} for these images")
+def _check_augmentation(config: Config, dataset: Dataset) -> None:
+    settings, smallest = config.augment, min(dataset.manifest.image_shape[:2])
+    if settings.crop_padding >= smallest:
+        raise ConfigError(f"augment.crop_padding={settings.crop_padding}: at most {smallest - 1} for these images")
+    if settings.cutout > smallest:
+        raise ConfigError(f"augment.cutout={settings.cutout}: at most {smallest} for these images")
+    lanes, batch = dataset.split("train").lanes, config.train.global_batch_size
+    if settings.mixup and batch < 2 * lanes:
+        raise ConfigError(
+            f"augment.mixup mixes samples of the same lane: of {lanes} lanes, a train.global_batch_size of {batch} has"
+            f" fewer than two of each; raise it to {2 * lanes}, or prepare the data set with fewer --lanes"
+        )
 
 
-def build_model(config: Config, dataset: Dataset, rt: Runtime) -> nn.Module:
-    """The model that the configuration names, with its first weights; tried on two black pictures.
+def build_model(config: Config, dataset: Dataset, rt: Runtime, empty: bool = False) -> nn.Module:
+    """The model that the configuration names, with its first weights; tried on two black pictures, and on none if
+    shares may be `empty`.
 
     Raises:
         ConfigError: it cannot be built, or does not give one logit for each class.
     """
     torch.manual_seed(config.run.seed)  # weights are drawn on the CPU, so every device starts from the same
     height, width, channels = dataset.manifest.image_shape
-    classes = len(dataset.manifest.classes)
-    module = model.build(config.model.name, config.model.activation, classes, (channels, height, width)).to(rt.dtype)
-    model.check_output(config.model.name, module, torch.zeros(2, channels, height, width, dtype=rt.dtype), classes)
-    kinds = model.world_size_dependent(module)
-    if kinds and rt.is_main:
-        print(
-            f"warning: model {config.model.name} has {', '.join(kinds)}: what it learns depends on the number of"
-            " processes",
-            file=sys.stderr,
-        )
+    classes, name = len(dataset.manifest.classes), config.model.name
+    module = models.build(name, config.model.activation, classes, (channels, height, width)).to(rt.dtype)
+    for samples in (2, 0) if empty else (2,):
+        images = torch.zeros(samples, channels, height, width, dtype=rt.dtype)
+        models.check_output(name, module, images, classes)
     return module
 
 
@@ -303,6 +359,8 @@ def _prepare(config: Config, module: nn.Module, rt: Runtime) -> tuple[nn.Module,
         settings.betas,
         settings.weight_decay,
     )
+    if settings.compile != "off":
+        module.compile(mode=settings.compile)
     return rt.prepare(module, optimizer)
 
 
@@ -315,12 +373,27 @@ def _settle(job: Job) -> None:
     buffers = {name: buffer.clone() for name, buffer in job.module.named_buffers()}
     images = torch.zeros(2, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
     for _ in range(2):
-        with job.runtime.peers():
+        with job.runtime.peers(), _what_cannot_be_had():
             logits = job.ddp(augment.normalize(images, job.mean, job.std))
-        job.runtime.backward(logits.sum() * 0)
+        with _what_cannot_be_had():
+            job.runtime.backward(logits.sum() * 0)
     job.optimizer.zero_grad()
     for name, buffer in job.module.named_buffers():
         buffer.copy_(buffers[name])
+
+
+@contextlib.contextmanager
+def _what_cannot_be_had() -> Iterator[None]:
+    """Around the first passes: a compiler that is missing, or an operation that has no deterministic form."""
+    try:
+        yield
+    except Exception as error:
+        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise ConfigError(f"train.compile: the model cannot be compiled: {told}; set train.compile=off") from error
+        if "deterministic" in str(error):
+            raise ConfigError(f"train.deterministic: {told}; set it to false, or change the model") from error
+        raise
 
 
 def _resume(job: Job) -> None:
@@ -413,8 +486,13 @@ def holds_run(run: Path) -> bool:
 def _restore(job: Job, path: Path) -> None:
     """Every process loads the checkpoint; if one cannot, all leave together."""
     saved = job.runtime.all_or_none(lambda: checkpoint.load(path))
-    job.module.load_state_dict(saved.model)
-    optim.load_state_tensors(job.optimizer, saved.optimizer)
+    job.scored.load_state_dict(saved.model)
+    tensors = saved.optimizer
+    if job.average is not None:  # the weights that it follows lie beside the optimizer's memory of them
+        following = {name: tensors.pop(_FOLLOWED + name) for name in saved.model}
+        job.module.load_state_dict(following)
+        job.average.n_averaged.fill_(saved.step)
+    optim.load_state_tensors(job.optimizer, tensors)
     job.runtime.load_scaler_state(saved.state["scaler"])
     job.state = State(**{name: saved.state[name] for name in State.__dataclass_fields__})
     job.saved_step = saved.step
@@ -468,7 +546,9 @@ def _write(job: Job, logs: Logs, why: str) -> None:
         "cpu_threads": job.config.run.cpu_threads,
     }
     tensors = optim.state_tensors(job.optimizer)
-    checkpoint.save(job.checkpoints, job.state.step, job.module.state_dict(), tensors, state)
+    if job.average is not None:
+        tensors |= {_FOLLOWED + name: value for name, value in job.module.state_dict().items()}
+    checkpoint.save(job.checkpoints, job.state.step, job.scored.state_dict(), tensors, state)
     best = job.state.best["step"] if job.state.best else None
     settings = job.config.checkpoint
     try:
@@ -483,9 +563,15 @@ def _summary(job: Job) -> None:
     found = job.dataset.manifest
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in found.splits.items())
     parameters = sum(parameter.numel() for parameter in job.module.parameters())
-    largest, ideal = order.largest_share(rt.world.size), order.global_batch_size / rt.world.size
+    largest, ideal = order.shares(rt.world.size)[1], order.global_batch_size / rt.world.size
     buffers = memory(job.dataset, order, rt.world, job.config.data.read_ahead, job.cache is not None) / 2**20
     where = f"; train stays in {'GPU memory' if job.cache.device.type == 'cuda' else 'RAM'}" if job.cache else ""
+    if job.dependent:
+        print(
+            f"warning: model {job.config.model.name} has {', '.join(job.dependent)}: what it learns depends on the"
+            " number of processes",
+            file=sys.stderr,
+        )
     print(
         f"data     {job.dataset.root}: {splits}; {len(found.classes)} classes, {'×'.join(map(str, found.image_shape))}"
     )

@@ -16,6 +16,7 @@ as easy as 1, 2, 3", SC 2011): numpy promises that stream for all its versions, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 # What a draw is for: with the seed it makes the generator's key, so that no two uses share a stream.
-_SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC = range(1, 6)
+_SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC, _MIXUP = range(1, 7)
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,43 @@ class Order:
         """Whether a step of the run reaches into a round that no step before it did: all ranks know it alike."""
         return step == 0 or self.rounds(step).stop > self.rounds(step - 1).stop
 
-    def largest_share(self, world_size: int) -> int:
-        """Most samples that one rank has in one step; the ideal is G / W. The step waits for that rank."""
-        steps = range(min(self.steps_per_epoch, self.lanes))  # the shares repeat after C steps at the latest
-        return max(
-            self.owned_before((s + 1) * self.global_batch_size, world)
-            - self.owned_before(s * self.global_batch_size, world)
-            for s in steps
-            for world in (World(rank, world_size) for rank in range(world_size))
-        )
+    def shares(self, world_size: int) -> tuple[int, int]:
+        """Fewest and most samples that one rank has in one step; the ideal is G / W. The step waits for the latter."""
+        lanes = np.arange(self.lanes)
+        fewest, most = self.global_batch_size, 0
+        for step in range(min(self.steps_per_epoch, self.lanes)):  # the shares repeat after C steps at the latest
+            rounds, rest = divmod(self.global_batch_size, self.lanes)
+            once_more = (lanes - step * self.global_batch_size) % self.lanes < rest
+            counts = np.bincount(lanes % world_size, rounds + once_more, minlength=world_size)
+            fewest, most = min(fewest, int(counts.min())), max(most, int(counts.max()))
+        return fewest, most
+
+    def partners(self, step: int, world: World) -> Ints:
+        """For each of a rank's samples in a step of an epoch, in order, another one of the same lane and so of the same
+        rank: int64 [n], indices among them. The sample itself where its lane has no other.
+        """
+        places = self.places(step, world)
+        following = places + self.lanes
+        return np.searchsorted(places, np.where(following < self.global_batch_size, following, places % self.lanes))
 
 
 def augmentation_words(seed: int, step: int, global_batch_size: int) -> Words:
-    """One random word for each sample of a global batch, by its place in it: uint64 [G]."""
-    return _philox(seed, _AUGMENT, step).random_raw(global_batch_size)
+    """Two random words for each sample of a global batch, by its place in it: uint64 [G, 2]."""
+    return _philox(seed, _AUGMENT, step).random_raw(2 * global_batch_size).reshape(2, -1).T
+
+
+def mixup_weight(seed: int, step: int, alpha: float) -> float:
+    """What a sample keeps of itself in a step under mixup: drawn from Beta(alpha, alpha), 0 < alpha ≤ 1.
+
+    By Jöhnk's rejection (1964), from words: numpy's own `beta` may change with its version.
+    """
+    words = _philox(seed, _MIXUP, step)
+    while True:  # each try succeeds with a probability of a half or more
+        u, v = (math.log((int(word) >> 11) + 0.5) - 53 * math.log(2) for word in words.random_raw(2))
+        x, y = u / alpha, v / alpha  # logarithms: powers of small alphas would underflow
+        larger, smaller = max(x, y), min(x, y)
+        if larger + math.log1p(math.exp(smaller - larger)) <= 0:
+            return 1 / (1 + math.exp(min(y - x, 700.0)))
 
 
 def permutation(n: int, seed: int, purpose: int, a: int = 0, b: int = 0) -> Ints:

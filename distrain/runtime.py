@@ -22,6 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from distrain import accelerate_launch, rendezvous, signals
+from distrain.batch_norm import over_all_ranks
 from distrain.errors import AgainError, ConfigError, PeerLostError, SaveError, Stopped, UserError
 from distrain.notices import Notices
 from distrain.order import World
@@ -87,8 +88,14 @@ class Runtime:
         """Whether this process writes the run's folder and speaks to the user."""
         return self.world.rank == 0
 
+    def couple(self, module: nn.Module) -> nn.Module:
+        """The model with BatchNorm's statistics taken over all processes; as it is, for one process."""
+        return over_all_ranks(module, self.device.type == "cuda") if self.world.size > 1 else module
+
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
         """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""
+        if self.device.type == "cuda":
+            module.to(memory_format=torch.channels_last)
         with self._meeting():  # DDP compares and sends parameters
             prepared, stepping = self._accelerator.prepare(module, optimizer)
         if self.world.size > 1:
@@ -267,7 +274,17 @@ _left_behind: list[Runtime] = []
 """Groups that lost a process: torch has one group a process, and these cannot be closed."""
 
 
-def start(device: str, precision: str, cpu_threads: int, start_seconds: float, watch: Watch) -> Runtime:
+@dataclass(frozen=True)
+class Settings:
+    """How a process computes: `run.device`, `train.precision`, `run.cpu_threads`, `train.deterministic`."""
+
+    device: str
+    precision: str
+    cpu_threads: int
+    deterministic: bool = False
+
+
+def start(asked_for: Settings, start_seconds: float, watch: Watch) -> Runtime:
     """Join the group that the launcher's environment describes; one process alone where there is none.
 
     Raises:
@@ -287,7 +304,7 @@ def start(device: str, precision: str, cpu_threads: int, start_seconds: float, w
     if notices is not None:
         watch.connect(notices)
     try:
-        return _start(device, precision, cpu_threads, start_seconds, watch, store, notices)
+        return _start(asked_for, start_seconds, watch, store, notices)
     except PeerFailedError:
         raise
     except Exception as error:
@@ -297,16 +314,10 @@ def start(device: str, precision: str, cpu_threads: int, start_seconds: float, w
         raise
 
 
-def _start(
-    device: str,
-    precision: str,
-    cpu_threads: int,
-    start_seconds: float,
-    watch: Watch,
-    store: Any,
-    notices: Notices | None,
-) -> Runtime:
+def _start(settings: Settings, start_seconds: float, watch: Watch, store: Any, notices: Notices | None) -> Runtime:
+    device, precision = settings.device, settings.precision
     on_cpu = _on_cpu(device, precision)
+    _set_numerics(precision, settings.deterministic)
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     owns_group = not dist.is_initialized()
     if owns_group and store is not None and notices is not None:
@@ -318,7 +329,7 @@ def _start(
         gradient_accumulation_steps=1,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    torch.set_num_threads(cpu_threads)  # after accelerate, which sets its own number on CPUs
+    torch.set_num_threads(settings.cpu_threads)  # after accelerate, which sets its own number on CPUs
     world = World(accelerator.process_index, accelerator.num_processes)
     if owns_group and world.size != asked:
         raise ConfigError(f"{asked} processes were asked for, this one finds itself among {world.size}")
@@ -332,6 +343,17 @@ def _start(
     return Runtime(accelerator, world, dtype, owns_group, watch, control, notices)
 
 
+def _set_numerics(precision: str, deterministic: bool) -> None:
+    """How GPUs compute. fp32 is fp32: cuDNN's own default is TF32, with 10 bits of mantissa."""
+    tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read at its first use
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic  # choosing by timing differs from run to run
+
+
 def _on_cpu(device: str, precision: str) -> bool:
     """Whether to compute on the CPU.
 
@@ -342,7 +364,7 @@ def _on_cpu(device: str, precision: str) -> bool:
     if device == "cuda" and not cuda:
         raise ConfigError("run.device=cuda: this process sees no GPU; use run.device=cpu, or mend the driver")
     on_cpu = device == "cpu" or not cuda
-    if on_cpu and precision == "fp16":
-        raise ConfigError("train.precision=fp16 needs a GPU; on the CPU use bf16 or fp32")
+    if on_cpu and precision in ("fp16", "tf32"):
+        raise ConfigError(f"train.precision={precision} needs a GPU; on the CPU use bf16 or fp32")
     accelerate_launch.check(os.environ, precision, on_cpu)
     return on_cpu

@@ -41,7 +41,7 @@ _CLOSE_SECONDS = 5.0
 
 class Batch(NamedTuple):
     """A rank's share of a step: images uint8 [n, H, W, C], labels int64 [n], ids int64 [n] as read beside the
-    images, words int64 [n] (random bits of each sample; empty unless asked for).
+    images, words int64 [n, 2] (random bits of each sample; empty unless asked for).
     """
 
     images: Tensor
@@ -162,7 +162,8 @@ class TrainingBatches:
             return torch.empty(0, dtype=torch.int64)
         order = self._order
         drawn = augmentation_words(order.seed, step, order.global_batch_size)
-        return torch.from_numpy(drawn[order.places(step % order.steps_per_epoch, self._world)].view(np.int64))
+        own = drawn[order.places(step % order.steps_per_epoch, self._world)]
+        return torch.from_numpy(np.ascontiguousarray(own).view(np.int64))
 
 
 class EvaluationBatches:

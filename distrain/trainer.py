@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from distrain import augment, checkpoint, evaluation, files, signals
+from distrain import checkpoint, evaluation, files, profiling, signals
 from distrain import job as jobs
 from distrain.config import Config, from_tree, load, public
 from distrain.errors import DataError, DivergedError, SaveError, Stopped
 from distrain.evaluation import Scores
 from distrain.job import RESULT, Job, attempt, save, set_up
 from distrain.runtime import POLL_SECONDS, StopAgreed
-from distrain.stream import Batch, TrainingBatches
+from distrain.step import Feed, train_step
+from distrain.stream import TrainingBatches
 from distrain.tracking import METRICS, JsonLines, Logs, Progress, WandbMirror, audit_path
+
+TRACE = "trace"
+"""RUN/trace: what torch's profiler saw."""
 
 _MOST_STEPS_UNASKED = 256
 """Steps between two questions whether to stop, at most."""
@@ -90,7 +92,7 @@ def fit(job: Job, logs: Logs) -> None:
         job.runtime.world,
         range(state.step, job.total_steps),
         config.data.read_ahead,
-        with_words=config.augment.flip or config.augment.crop_padding > 0,
+        with_words=config.augment.flip or config.augment.crop_padding > 0 or config.augment.cutout > 0,
         pin=job.runtime.device.type == "cuda",
         held=job.cache,
     )
@@ -100,23 +102,31 @@ def fit(job: Job, logs: Logs) -> None:
     job.next_poll = job.polled_step = first
     job.polled = time.monotonic()
     job.saved_at = job.clock = time.monotonic()
-    with closing(batches):
+    feed = Feed(batches, job.runtime.device)
+    trace = profiling.traced(job.run / TRACE, config.profile.steps, job.runtime.world.rank)
+    with closing(batches), trace as tracer:
         while True:
             _after_step(job, logs)
             if state.step == job.total_steps:
                 return
-            if state.step == first or job.order.begins_round(state.step):
-                _await_data(job, batches)
-            batch = next(batches)
+            with job.profile.phase("data" if state.step > first else "start"):
+                if state.step == first or job.order.begins_round(state.step):
+                    _await_data(job, batches)
+                batch = feed.take()
             if logs.audit is not None:
-                epoch = state.step // job.order.steps_per_epoch
-                logs.audit.write({"step": state.step, "epoch": epoch, "ids": batch.ids.tolist()})
+                with job.profile.phase("log"):
+                    epoch = state.step // job.order.steps_per_epoch
+                    logs.audit.write({"step": state.step, "epoch": epoch, "ids": batch.ids.tolist()})
             job.losses.append(train_step(job, batch))
+            if state.step + 1 < job.total_steps and not job.order.begins_round(state.step + 1):
+                feed.copy_ahead()
             state.step += 1
             logs.progress.step()
             if state.step == first + 1:
                 job.runtime.watch.enter("train")
             job.runtime.watch.step(state.step)
+            if tracer is not None:
+                tracer.step()
 
 
 def _after_step(job: Job, logs: Logs) -> None:
@@ -218,50 +228,6 @@ def _keep(job: Job, logs: Logs, why: str) -> None:
         save(job, logs, why)
 
 
-def train_step(job: Job, batch: Batch) -> Tensor:
-    """One optimizer step on a rank's share of the global batch.
-
-    DDP takes the mean of the ranks' gradients; each rank's loss is the sum over its samples times W / G, so the
-    gradient is the global batch's mean whatever the shares and micro-batches.
-
-    Returns:
-        The sum of this rank's losses, fp64, not yet synchronised with the device.
-    """
-    config, rt = job.config.train, job.runtime
-    for group in job.optimizer.param_groups:
-        group["lr"] = job.learning_rate(job.state.step)
-    rt.seed(job.layer_seed())  # layers that draw random numbers draw the same after a resume
-    scale = rt.world.size / config.global_batch_size
-    images, labels, weight = _to_device(job, batch)
-    micro = min(config.micro_batch_size or len(labels), len(labels))
-    total = torch.zeros((), dtype=torch.float64, device=rt.device)
-    for start in range(0, len(labels), micro):
-        with rt.accumulating(job.ddp, last=start + micro >= len(labels)):
-            with rt.peers():
-                logits = job.ddp(augment.normalize(images[start : start + micro], job.mean, job.std))
-            loss = F.cross_entropy(logits, labels[start : start + micro], reduction="sum") * weight
-            rt.backward(loss * scale)
-        total += loss.detach()
-    if config.clip_norm is not None:
-        rt.clip(job.ddp, config.clip_norm)
-    rt.step(job.optimizer)
-    return total
-
-
-def _to_device(job: Job, batch: Batch) -> tuple[Tensor, Tensor, float]:
-    """Augmented images and labels on the device, and what the loss counts for: 0 for an empty share, which takes
-    part in the reduction with a black picture.
-    """
-    device, settings = job.runtime.device, job.config.augment
-    if not len(batch.labels):
-        black = torch.zeros(1, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=device)
-        return black, torch.zeros(1, dtype=torch.int64, device=device), 0.0
-    images = batch.images.to(device, non_blocking=True)
-    labels = batch.labels.to(device, non_blocking=True)
-    words = batch.words.to(device, non_blocking=True)
-    return augment.augment(images, words, settings.flip, settings.crop_padding), labels, 1.0
-
-
 def _fold(job: Job) -> None:
     """Take the losses since the last time, over all ranks, into the state.
 
@@ -286,7 +252,7 @@ def _fold(job: Job) -> None:
 
 def _check_weights(job: Job) -> None:
     """The last update is seen by no loss yet: nothing is saved or scored before its weights are known to be finite."""
-    if not all(bool(parameter.isfinite().all()) for parameter in job.module.parameters()):
+    if not bool(torch.stack([parameter.isfinite().all() for parameter in job.module.parameters()]).all()):
         raise _diverged(job, job.state.step - 1, "the weights are no longer finite")
 
 
@@ -309,6 +275,7 @@ def _log_train(job: Job, logs: Logs) -> None:
     lr = job.learning_rate(step - 1)
     epoch = step / job.order.steps_per_epoch
     left = (job.total_steps - step) * seconds / steps
+    parts = job.profile.shares(seconds, profiling.reducing(job.ddp))
     state.logged, state.loss_sum, state.loss_steps, state.loss_seconds = step, 0.0, 0, 0.0
     logs.progress.train(step, epoch, loss, lr, rate, left)
     logs.record(
@@ -319,6 +286,7 @@ def _log_train(job: Job, logs: Logs) -> None:
             "train/lr": lr,
             "train/images_per_second": rate,
             "seconds": job.elapsed,
+            **{f"profile/{name}": round(part, 5) for name, part in parts.items()},
         },
     )
 
@@ -345,21 +313,21 @@ def _as_metrics(job: Job, split: str, scores: Scores) -> dict[str, float]:
 
 
 def _score(job: Job, split: str) -> Scores:
-    job.runtime.share_buffers(job.module)
+    job.runtime.share_buffers(job.scored)
     size = job.config.eval.batch_size
-    return evaluation.evaluate(job.module, job.dataset, split, job.mean, job.std, size, job.runtime)
+    return evaluation.evaluate(job.scored, job.dataset, split, job.mean, job.std, size, job.runtime)
 
 
 def finish(job: Job, logs: Logs) -> dict[str, Any]:
     """Score the test split with the best checkpoint on val, or the last one where there is no val."""
     step = job.state.best["step"] if job.state.best else job.state.step
     if step != job.state.step:
-        job.module.load_state_dict(checkpoint.load(checkpoint.path_of(job.checkpoints, step)).model)
+        job.scored.load_state_dict(checkpoint.load(checkpoint.path_of(job.checkpoints, step)).model)
         job.holds_best = True
     scores = _score(job, "test")
     classes = job.dataset.manifest.classes
     order, world = job.order, job.runtime.world
-    epochs = job.state.step / order.steps_per_epoch
+    epochs, parts = job.state.step / order.steps_per_epoch, job.profile.total()
     result = {
         **scores.as_dict(classes),
         "steps": job.state.step,
@@ -372,12 +340,18 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
         "val_accuracy": job.state.best["accuracy"] if job.state.best else None,
         "precision": job.config.train.precision,
         "device": str(job.runtime.device.type),
+        "invariant": not job.dependent,
+        "profile": {name: round(part, 5) for name, part in parts.items()},
     }
     logs.record(job.state.step, _as_metrics(job, "test", scores))
     logs.progress.close()
     if job.runtime.is_main:
         text = json.dumps(result, indent=1) + "\n"
         job.save_problem = attempt(lambda: files.replace(job.run / RESULT, text)) or job.save_problem
+        if parts:
+            print("time     " + profiling.told(parts))
+        for line in profiling.advice(parts):
+            print(f"         {line}")
         print("Finished Training")
         print(scores.line("test"))
         print(f"Run: {job.run}", flush=True)

@@ -29,6 +29,23 @@ class Coupled(nn.Sequential):
         )
 
 
+class Normed(nn.Sequential):
+    """BatchNorm of both kinds."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(
+            nn.Conv2d(image_shape[0], 6, 3, stride=2),
+            nn.BatchNorm2d(6),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(3),
+            nn.Flatten(),
+            nn.Linear(54, 16),
+            nn.BatchNorm1d(16, momentum=None),
+            nn.Tanh(),
+            nn.Linear(16, num_classes),
+        )
+
+
 class Broken(nn.Module):
     """Cannot be built."""
 

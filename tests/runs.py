@@ -22,4 +22,7 @@ def metrics_but_times(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what the clock decides."""
     timed = ("seconds", "train/images_per_second")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in timed and not key.startswith("profile/")}
+        for line in lines
+    ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distrain.order import Ints, Order, World, augmentation_words, permutation
+from distrain.order import Ints, Order, World, augmentation_words, mixup_weight, permutation
 
 
 @st.composite
@@ -101,14 +102,37 @@ def test_rounds_per_epoch_reach_the_last_step_and_no_further(order: Order, epoch
 
 
 @given(orders(), st.data())
-def test_largest_share_is_the_largest_of_all_steps(order: Order, data: st.DataObject) -> None:
+def test_shares_are_the_smallest_and_largest_of_all_steps(order: Order, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, order.lanes))
     every = [
         len(share(order, step, World(rank, size))) for step in range(order.steps_per_epoch) for rank in range(size)
     ]
-    assert order.largest_share(size) == max(every)
+    assert order.shares(size) == (min(every), max(every))
     if order.lanes % size == 0 and order.global_batch_size % size == 0:
         assert set(every) == {order.global_batch_size // size}
+
+
+@given(orders(), st.data())
+def test_partners_are_the_same_on_any_number_of_ranks(order: Order, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, order.lanes))
+    step = data.draw(st.integers(0, order.steps_per_epoch - 1))
+    alone = order.partners(step, World())
+    assert sorted(alone) == list(range(order.global_batch_size))
+    for rank in range(size):
+        world = World(rank, size)
+        places = order.places(step, world)
+        assert (places[order.partners(step, world)] == alone[places]).all()
+    if order.global_batch_size >= 2 * order.lanes:
+        assert (alone != np.arange(order.global_batch_size)).all()
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0])
+def test_mixup_weights_are_drawn_from_a_beta_distribution(alpha: float) -> None:
+    drawn = np.array([mixup_weight(5, step, alpha) for step in range(4000)])
+    assert ((drawn >= 0) & (drawn <= 1)).all()
+    assert abs(drawn.mean() - 0.5) < 0.03
+    assert abs(drawn.var() - 1 / (4 * (2 * alpha + 1))) < 0.01
+    assert mixup_weight(5, 3, alpha) == drawn[3]
 
 
 @given(st.integers(0, 300), st.integers(0, 2**63 - 1), st.integers(0, 9), st.integers(0, 2**40))
@@ -133,7 +157,7 @@ def test_the_order_never_changes_between_versions() -> None:
     order = Order(8, 4, 5, 4, 42)
     assert order.epoch_shards(3).tolist() == EPOCH_SHARDS
     assert order.shard_samples(3, 2, 6).tolist() == SHARD_SAMPLES
-    assert augmentation_words(42, 7, 2).tolist() == WORDS
+    assert augmentation_words(42, 7, 2)[:, 0].tolist() == WORDS
 
 
 EPOCH_SHARDS = [[5, 1, 2, 0], [6, 3, 4, 7]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from group import Group, GroupError, wait_for
 from runs import ids_by_step
 from safetensors.torch import load_file
 
-from distrain import augment, manifest, model, optim, shards
+from distrain import augment, manifest, models, optim, shards
 from distrain.config import from_tree
 from distrain.manifest import Dataset
 
@@ -79,7 +80,7 @@ def test_epoch_in_fp64_is_the_same_on_1_to_4_processes(epoch500: Dataset, group:
     assert max(seen.values()) == 1
     assert len(seen) + results[1]["dropped_per_epoch"] == 8035
     torch.manual_seed(7)
-    start = model.build("net", "relu", 10, (3, 16, 16)).double().state_dict()
+    start = models.build("net", "relu", 10, (3, 16, 16)).double().state_dict()
     end = weights(tmp_path / "1")
     assert all(not torch.equal(start[name], end[name]) for name in end), "a parameter never moved"
     for w in (2, 3, 4):
@@ -112,11 +113,57 @@ def test_50_steps_are_the_same_on_1_to_4_processes(
         assert distance(weights(tmp_path / str(w)), weights(tmp_path / "1")) < bound
 
 
-def test_empty_shares_take_part(tmp_path: Path, group: Groups) -> None:
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "model": {"name": "models_for_tests:Normed"},
+    "augment": {"cutout": 5, "mixup": 0.4},
+    "train": {
+        "epochs": None,
+        "max_steps": 60,
+        "global_batch_size": 30,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.95,
+        "weight_decay": 1e-3,
+    },
+}
+"""Every option that could tell how many processes there are."""
+
+
+def test_every_option_keeps_the_promise(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    for w in (1, 2, 3, 4):
+        cache = {"cache": "ram" if w % 2 else "off"}
+        result = group(w).train(configuration(small, tmp_path / str(w), **EVERYTHING, data=cache))
+        assert result["invariant"] is True
+    for w in (2, 3, 4):
+        assert ids_by_step(tmp_path / str(w)) == ids_by_step(tmp_path / "1")
+        assert distance(weights(tmp_path / str(w)), weights(tmp_path / "1")) < 1e-10
+
+
+def test_every_option_resumes_to_the_same_bits(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    tree = {
+        **EVERYTHING,
+        "train": {**EVERYTHING["train"], "precision": "fp32"},
+        "checkpoint": {"every_steps": 20, "keep": 0},
+    }
+    for name in ("whole", "cut"):
+        group(3).train(configuration(small, tmp_path / name, **tree))
+    (tmp_path / "cut/result.json").unlink()
+    for step in (40, 60):
+        shutil.rmtree(tmp_path / f"cut/checkpoints/step-{step:08d}")
+    group(3).train(configuration(small, tmp_path / "cut", **tree, data={"cache": "off"}))
+    assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    followed = [
+        load_file(tmp_path / name / "checkpoints/step-00000060/optimizer.safetensors") for name in ("whole", "cut")
+    ]
+    assert same_bits(*followed)
+
+
+@pytest.mark.parametrize("model", ["net", "models_for_tests:Normed"])
+def test_empty_shares_take_part(model: str, tmp_path: Path, group: Groups) -> None:
     # 5 lanes on 4 ranks: rank 0 owns two, and steps of 4 leave some rank without a sample.
     dataset = make(tmp_path / "data", 103, lanes=5)
     for w in (1, 4):
-        group(w).train(configuration(dataset, tmp_path / str(w), train={"global_batch_size": 4}))
+        sections = {"train": {"global_batch_size": 4}, "model": {"name": model}}
+        group(w).train(configuration(dataset, tmp_path / str(w), **sections))
     lines = [json.loads(line) for line in (tmp_path / "4/audit/rank-00003.jsonl").read_text().splitlines()]
     assert any(not line["ids"] for line in lines)
     assert ids_by_step(tmp_path / "4") == ids_by_step(tmp_path / "1")
@@ -135,7 +182,7 @@ def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(small: Dataset, grou
     from distrain.sources.synthetic import Synthetic
 
     source = Synthetic(1003, 203, 16, 10, 0)
-    net = model.build("net", "relu", 10, (3, 16, 16))
+    net = models.build("net", "relu", 10, (3, 16, 16))
     net.load_state_dict(weights(run))
     mean, std = (torch.tensor(values) for values in (small.manifest.mean, small.manifest.std))
     confusion = torch.zeros(10, 10, dtype=torch.int64)
@@ -197,7 +244,7 @@ def test_plain_loop_fed_with_the_audit_gives_the_same_weights_step_by_step(
     images, labels = by_id(small)
     settings = from_tree(configuration(small, run, **changes)).train
     torch.manual_seed(7)
-    net = model.build("net", "relu", 10, (3, 16, 16)).double()
+    net = models.build("net", "relu", 10, (3, 16, 16)).double()
     sgd = torch.optim.SGD(net.parameters(), 1.0, momentum=0.9, weight_decay=0.01)
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in (small.manifest.mean, small.manifest.std))
     for step, ids in ids_by_step(run).items():
@@ -225,8 +272,6 @@ def by_id(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_swapped_ids_inside_a_shard_show_in_the_audit(small: Dataset, group: Groups, tmp_path: Path) -> None:
-    import shutil
-
     swapped = tmp_path / "data"
     shutil.copytree(small.root, swapped)
     dataset = manifest.read(swapped)

@@ -14,7 +14,7 @@ from group import Group
 from PIL import Image
 from safetensors.torch import load_file
 
-from distrain import cli, config, manifest, model
+from distrain import cli, config, manifest, models
 from distrain.manifest import Dataset
 
 pytestmark = [pytest.mark.ranks, pytest.mark.real_data]
@@ -61,7 +61,7 @@ def test_the_tutorial_step_by_step_against_a_plain_loop(
         for line in map(json.loads, path.read_text().splitlines()):
             trained.setdefault(line["step"], []).extend(line["ids"])
     torch.manual_seed(0)
-    net = model.build("net", "relu", 10, (3, 32, 32)).double()
+    net = models.build("net", "relu", 10, (3, 32, 32)).double()
     sgd = torch.optim.SGD(net.parameters(), 0.001, momentum=0.9)
     classes = cifar10.manifest.classes
     for step in range(steps):

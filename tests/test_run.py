@@ -318,7 +318,9 @@ def test_a_model_with_batch_norm_and_dropout_trains_and_is_warned_of(
 ) -> None:
     changes: dict[str, Any] = {"model": {"name": "models_for_tests:Coupled"}, "train": {"epochs": 1}}
     distrain.train(tree(small, tmp_path / "whole", **changes))
-    assert "BatchNorm1d, Dropout" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "has Dropout: what it learns depends on the number of processes" in told
+    assert json.loads((tmp_path / "whole/result.json").read_text())["invariant"] is False
     distrain.train(tree(small, tmp_path / "cut", checkpoint={"every_steps": 5, "keep": 0}, **changes))
     shutil.rmtree(tmp_path / "cut/checkpoints/step-00000015")
     shutil.rmtree(tmp_path / "cut/checkpoints/step-00000010")
@@ -326,6 +328,64 @@ def test_a_model_with_batch_norm_and_dropout_trains_and_is_warned_of(
     distrain.train(tree(small, tmp_path / "cut", **changes))
     ends = [load_file(tmp_path / name / "checkpoints/step-00000015/model.safetensors") for name in ("whole", "cut")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_what_is_scored_and_saved_is_the_average_of_the_weights(small: Dataset, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"checkpoint": {"every_steps": 1, "keep": 0}, "train": {"max_steps": 12, "epochs": None}}
+    distrain.train(tree(small, tmp_path / "plain", **changes))
+    changes["train"] = {**changes["train"], "ema_decay": 0.9}
+    distrain.train(tree(small, tmp_path / "run", **changes))
+    folders = [f"checkpoints/step-{step:08d}" for step in range(1, 13)]
+    expected: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        trained = load_file(tmp_path / "plain" / folder / "model.safetensors")
+        followed = load_file(tmp_path / "run" / folder / "optimizer.safetensors")
+        assert all(torch.equal(value, followed[f"weights.{name}"]) for name, value in trained.items())
+        expected = {name: 0.9 * expected.get(name, value) + 0.1 * value for name, value in trained.items()}
+        saved = load_file(tmp_path / "run" / folder / "model.safetensors")
+        assert all(torch.allclose(saved[name], value, atol=1e-6) for name, value in expected.items())
+
+
+def test_fine_tuning_starts_from_the_files_weights(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distrain.train(tree(small, tmp_path / "first"))
+    file = tmp_path / "first/checkpoints/step-00000030/model.safetensors"
+    changes: dict[str, Any] = {
+        "model": {"init": str(file)},
+        "checkpoint": {"every_steps": 1, "keep": 0},
+        "train": {"max_steps": 2, "epochs": None, "lr": 1e-9},
+    }
+    distrain.train(tree(small, tmp_path / "second", **changes))
+    start, end = (load_file(path) for path in (file, tmp_path / "second/checkpoints/step-00000002/model.safetensors"))
+    assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in start)
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(file, moved)
+    changes["model"] = {"init": str(moved)}  # the same weights by another name: the same run
+    changes["train"] = {**changes["train"], "max_steps": 2}
+    distrain.train(tree(small, tmp_path / "second", **changes))
+    shutil.copy(tmp_path / "second/checkpoints/step-00000001/model.safetensors", moved)
+    with pytest.raises(ConfigError, match=r"model\.init"):
+        distrain.train(tree(small, tmp_path / "second", **changes))
+
+
+def test_a_step_is_traced_and_its_time_is_told(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = distrain.train(tree(small, tmp_path / "run", profile={"steps": 3}))
+    trace = json.loads((tmp_path / "run/trace/rank-00000.json").read_text())
+    assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
+    assert sum(result["profile"].values()) == pytest.approx(1, abs=1e-4)
+    assert set(result["profile"]) == {"start", "data", "copy", "log", "reduce", "compute"}
+    assert "time     start" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if "train/loss" in line):
+        assert sum(part for name, part in line.items() if name.startswith("profile/")) == pytest.approx(1, abs=1e-4)
+
+
+def test_mixup_needs_two_samples_of_a_lane(small: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"augment.mixup .* raise it to 24"):
+        distrain.train(tree(small, tmp_path / "run", augment={"mixup": 0.2}, train={"global_batch_size": 23}))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
-from distrain import model, optim
+from distrain import models, optim
 from distrain.augment import augment, normalize
 from distrain.errors import ConfigError
+from distrain.models.net import ACTIVATIONS
 
 
 class TutorialNet(nn.Module):
@@ -30,7 +32,7 @@ class TutorialNet(nn.Module):
 
 
 def test_net_is_the_tutorials() -> None:
-    net = model.build("net", "relu", 10, (3, 32, 32))
+    net = models.build("net", "relu", 10, (3, 32, 32))
     assert sum(parameter.numel() for parameter in net.parameters()) == 62_006
     TutorialNet().load_state_dict(net.state_dict(), strict=True)
 
@@ -38,7 +40,7 @@ def test_net_is_the_tutorials() -> None:
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize(("shape", "classes"), [((3, 32, 32), 10), ((1, 28, 28), 3), ((3, 64, 48), 100)])
 def test_net_takes_other_images_and_classes(activation: str, shape: tuple[int, int, int], classes: int) -> None:
-    net = model.build("net", activation, classes, shape)
+    net = models.build("net", activation, classes, shape)
     assert net(torch.zeros(2, *shape)).shape == (2, classes)
 
 
@@ -46,9 +48,9 @@ def test_activations_differ() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(1, 3, 32, 32)
     outputs = []
-    for activation in model.ACTIVATIONS:
+    for activation in ACTIVATIONS:
         torch.manual_seed(0)
-        outputs.append(model.build("net", activation, 10, (3, 32, 32))(inputs))
+        outputs.append(models.build("net", activation, 10, (3, 32, 32))(inputs))
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
 
@@ -64,11 +66,11 @@ def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "    return nn.Flatten()\n"
     )
     monkeypatch.chdir(tmp_path)
-    mine = model.build("mine_for_test:Linear", "relu", 7, (3, 8, 8))
+    mine = models.build("mine_for_test:Linear", "relu", 7, (3, 8, 8))
     assert mine(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
-    assert model.world_size_dependent(mine) == ["Dropout"]
+    assert models.world_size_dependent(mine) == ["Dropout"]
     with pytest.raises(ConfigError, match="nothing to train"):
-        model.build("mine_for_test:nothing", "relu", 7, (3, 8, 8))
+        models.build("mine_for_test:nothing", "relu", 7, (3, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -77,17 +79,81 @@ def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_an_unknown_model_is_told(name: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        model.build(name, "relu", 10, (3, 32, 32))
+        models.build(name, "relu", 10, (3, 32, 32))
 
 
 def test_images_too_small_for_net_are_told() -> None:
     with pytest.raises(ConfigError, match="at least 16 pixels"):
-        model.build("net", "relu", 10, (3, 15, 32))
+        models.build("net", "relu", 10, (3, 15, 32))
 
 
-def test_net_keeps_the_promise_and_batch_norm_does_not() -> None:
-    assert model.world_size_dependent(model.build("net", "relu", 10, (3, 32, 32))) == []
-    assert model.world_size_dependent(nn.Sequential(nn.BatchNorm2d(3), nn.Dropout2d())) == ["BatchNorm2d", "Dropout2d"]
+def test_layers_that_break_the_promise_are_named() -> None:
+    assert models.world_size_dependent(models.build("net", "relu", 10, (3, 32, 32))) == []
+    norm = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout2d(0.0))
+    assert models.world_size_dependent(norm) == []  # its statistics are taken over all ranks
+    assert models.world_size_dependent(norm, in_parts=True) == ["BatchNorm2d"]
+    private = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Dropout2d())
+    assert models.world_size_dependent(private) == ["BatchNorm2d", "Dropout2d"]
+    assert models.world_size_dependent(models.build("convnext_tiny", "relu", 10, (3, 32, 32))) == ["StochasticDepth"]
+
+
+def test_resnet9_is_the_one_of_the_literature() -> None:
+    resnet = models.build("resnet9", "relu", 10, (3, 32, 32))
+    assert sum(parameter.numel() for parameter in resnet.parameters()) == 6_573_120
+    assert resnet(torch.zeros(2, 3, 48, 32)).shape == (2, 10)
+    with pytest.raises(ConfigError, match="at least 16 pixels"):
+        models.build("resnet9", "relu", 10, (3, 15, 32))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 96, 96)])
+def test_torchvisions_models_take_images_of_any_size(name: str, shape: tuple[int, int, int]) -> None:
+    built = models.build(name, "relu", 7, shape)
+    models.check_output(name, built, torch.zeros(2, *shape), 7)
+    first = next(layer for layer in built.modules() if isinstance(layer, nn.Conv2d))
+    assert first.in_channels == shape[0]
+    assert (first.stride == (1, 1)) == (shape[1] < 64)
+
+
+def test_a_name_that_is_nearly_right_is_told() -> None:
+    with pytest.raises(ConfigError, match="did you mean resnet18"):
+        models.build("resnet_18", "relu", 10, (3, 32, 32))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_weights_from_a_file(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    trained, path = models.build("resnet18", "relu", 5, (3, 32, 32)), tmp_path / f"weights.{form}"
+    state = trained.state_dict()
+    save_file(state, path) if form == "safetensors" else torch.save(state, path)
+    same = models.build("resnet18", "relu", 5, (3, 32, 32))
+    assert models.initialise(same, path) is None
+    assert models.digest(same) == models.digest(trained)
+    tuned = models.build("resnet18", "relu", 9, (3, 32, 32))
+    head = tuned.state_dict()["fc.weight"].clone()
+    assert "fc starts anew: 5 classes" in str(models.initialise(tuned, path))
+    assert torch.equal(tuned.state_dict()["fc.weight"], head)
+    assert torch.equal(tuned.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+    with pytest.raises(ConfigError, match="weights of another model; they differ in"):
+        models.initialise(models.build("resnet34", "relu", 5, (3, 32, 32)), path)
+    with pytest.raises(ConfigError, match="weights of another model; they differ in"):
+        models.initialise(models.build("resnet18", "relu", 5, (1, 32, 32)), path)
+
+
+def test_what_is_no_file_of_weights_is_told(tmp_path: Path) -> None:
+    net = models.build("net", "relu", 10, (3, 32, 32))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        models.initialise(net, tmp_path / "missing.safetensors")
+    for name in ("text.safetensors", "text.pt"):
+        (tmp_path / name).write_text("no weights")
+        with pytest.raises(ConfigError, match="holds no weights"):
+            models.initialise(net, tmp_path / name)
+    torch.save(net, tmp_path / "whole.pt")  # a pickled model, which could run code
+    with pytest.raises(ConfigError, match="holds no weights"):
+        models.initialise(net, tmp_path / "whole.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ConfigError, match="no state dict"):
+        models.initialise(net, tmp_path / "list.pt")
 
 
 def test_normalize_is_the_textbook_formula() -> None:
@@ -103,28 +169,40 @@ def test_normalize_is_the_textbook_formula() -> None:
 def test_augmentation_does_to_each_image_what_its_own_word_says(flip: bool, padding: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (6, 9, 8, 3), dtype=torch.uint8, generator=random)
-    words = torch.randint(-(2**63), 2**63 - 1, (6,), generator=random)
-    together = augment(images, words, flip, padding)
+    words = torch.randint(-(2**63), 2**63 - 1, (6, 2), generator=random)
+    cutout = int(torch.randint(0, 8, (), generator=random))
+    blank = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    together = augment(images, words, flip, padding, cutout, blank)
     for number in range(6):
-        alone = augment(images[number : number + 1], words[number : number + 1], flip, padding)
+        here = slice(number, number + 1)
+        alone = augment(images[here], words[here], flip, padding, cutout, blank)
         assert torch.equal(alone[0], together[number])
-        assert torch.equal(together[number], by_hand(images[number], int(words[number]), flip, padding))
+        expected = by_hand(images[number], words[number].tolist(), flip, padding, cutout, blank)
+        assert torch.equal(together[number], expected)
 
 
-def by_hand(image: torch.Tensor, word: int, flip: bool, padding: int) -> torch.Tensor:
-    """Reflect-pad, crop, flip, with torch's own functions."""
-    word %= 2**64
+def by_hand(
+    image: torch.Tensor, words: list[int], flip: bool, padding: int, cutout: int, blank: torch.Tensor
+) -> torch.Tensor:
+    """Reflect-pad, crop, flip, with torch's own functions; then a square."""
+    word, other = (each % 2**64 for each in words)
     down, right = ((word >> at & 0xFFFFF) * (2 * padding + 1) >> 20 for at in (8, 28))
     padded = nn.functional.pad(image.permute(2, 0, 1).float()[None], [padding] * 4, mode="reflect")[0]
     height, width, _ = image.shape
     cropped = padded[:, down : down + height, right : right + width].permute(1, 2, 0).to(torch.uint8)
-    return cropped.flip(1) if flip and word & 1 else cropped
+    out = (cropped.flip(1) if flip and word & 1 else cropped).clone()
+    for y in range(height) if cutout else ():
+        for x in range(width):
+            top, left = ((other & 0xFFFFF) * height >> 20, (other >> 20 & 0xFFFFF) * width >> 20)
+            if 0 <= y - top + cutout // 2 < cutout and 0 <= x - left + cutout // 2 < cutout:
+                out[y, x] = blank
+    return out
 
 
 def test_all_shifts_and_both_sides_are_drawn_alike() -> None:
     from distrain.order import augmentation_words
 
-    words = torch.from_numpy(augmentation_words(0, 0, 20_000).view("int64"))
+    words = torch.from_numpy(augmentation_words(0, 0, 20_000).copy().view("int64"))
     image = torch.arange(8 * 8, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(20_000, 8, 8, 1)
     centre = augment(image, words, True, 1)[:, 4, 4, 0]
     values, counts = centre.unique(return_counts=True)

@@ -1,0 +1,169 @@
+"""Models by name: `net`, `resnet9`, torchvision's, or a class that the user names; and what they are looked at for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from distrain.batch_norm import can_be_global
+from distrain.errors import ConfigError
+from distrain.models import vision
+from distrain.models.net import Net
+from distrain.models.resnet9 import ResNet9
+
+_PICKLES = (".pt", ".pth", ".bin")
+
+
+def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """The model of that name, its weights drawn from torch's current seed.
+
+    Args:
+        name: `net`, `resnet9`, one of torchvision's, or `package.module:Class`, called with `num_classes` and
+            `image_shape`.
+        activation: of `net`.
+        num_classes: length of the model's output.
+        image_shape: (C, H, W) of its input.
+
+    Raises:
+        ConfigError: no such model, or it does not take these images.
+    """
+    if name == "net":
+        return Net(num_classes, image_shape, activation)
+    if name == "resnet9":
+        return ResNet9(num_classes, image_shape)
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        known = vision.names()
+        if name in known:
+            return vision.build(name, num_classes, image_shape)
+        close = difflib.get_close_matches(name, ["net", "resnet9", *known], n=1)
+        hint = (
+            f"did you mean {close[0]}?" if close else "give net, resnet9, one of torchvision's, or package.module:Class"
+        )
+        raise ConfigError(f"model.name={name}: unknown; {hint}")
+    here = str(Path.cwd())
+    if here not in sys.path:  # the command `distrain` does not look into the current folder by itself
+        sys.path.insert(0, here)
+    try:
+        model = getattr(importlib.import_module(module_name), class_name)(
+            num_classes=num_classes, image_shape=image_shape
+        )
+    except Exception as error:  # the user's code, which may do anything
+        raise ConfigError(f"model.name={name}: {_told(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.name={name}: made a {type(model).__name__}, not a torch.nn.Module")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"model.name={name}: has nothing to train")
+    return model
+
+
+def check_output(name: str, model: nn.Module, images: Tensor, num_classes: int) -> None:
+    """Try a model on images [N, C, H, W]; its buffers stay as they were.
+
+    Raises:
+        ConfigError: it fails, or does not give [N, num_classes].
+    """
+    training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except Exception as error:
+        raise ConfigError(f"model.name={name}: fails on images {list(images.shape)}: {_told(error)}") from error
+    model.train(training)
+    if not isinstance(logits, Tensor) or logits.shape != (len(images), num_classes):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"model.name={name}: gives {shape} for {len(images)} images, not [{len(images)}, {num_classes}]"
+        )
+
+
+def _told(error: Exception) -> str:
+    """An exception of the user's code in one line, with the place it comes from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def initialise(model: nn.Module, path: Path) -> str | None:
+    """Give a model the weights in a file; its head keeps its own where the file's is of another size.
+
+    Args:
+        model: whose parameters and buffers are overwritten.
+        path: safetensors, or a state dict as `torch.save` writes it (.pt, .pth, .bin), of which only tensors are read.
+
+    Returns:
+        What starts anew, if anything does.
+
+    Raises:
+        ConfigError: the file cannot be read, or is of another model.
+    """
+    found = _read_weights(path)
+    own = model.state_dict()
+    head = _head(own)
+    other = [name for name in own if name not in found or found[name].shape != own[name].shape]
+    strange = [name for name in found if name not in own]
+    if strange or any(not name.startswith(head) or name not in found for name in other):
+        names = ", ".join([*other, *strange][:5])
+        raise ConfigError(f"model.init={path}: holds the weights of another model; they differ in {names}")
+    model.load_state_dict({name: own[name] if name in other else value for name, value in found.items()})
+    if not other:
+        return None
+    return f"{head} starts anew: {len(found[other[0]])} classes in {path}, {len(own[other[0]])} here"
+
+
+def digest(model: nn.Module) -> str:
+    """xxh3-128 of all weights, by name."""
+    found = xxhash.xxh3_128()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _head(state: dict[str, Tensor]) -> str:
+    """The last layer with weights: what gives the logits."""
+    return list(state)[-1].rpartition(".")[0]
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    try:
+        if path.suffix in _PICKLES:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            found = safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"model.init={path}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # either library says in its own way that this is no such file
+        raise ConfigError(f"model.init={path}: holds no weights ({str(error).splitlines()[0]})") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ConfigError(f"model.init={path}: holds no state dict; save `model.state_dict()`")
+    return found
+
+
+def world_size_dependent(model: nn.Module, in_parts: bool = False) -> list[str]:
+    """Kinds of layers that couple the samples of a share or draw random numbers: what is trained then depends on
+    the number of processes. `in_parts`: shares are computed in micro-batches, of which BatchNorm takes its statistics.
+    """
+    return sorted({type(layer).__name__ for layer in model.modules() if _depends_on_share(layer, in_parts)})
+
+
+def _depends_on_share(layer: nn.Module, in_parts: bool) -> bool:
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return in_parts or not can_be_global(layer)
+    if isinstance(layer, nn.modules.dropout._DropoutNd):
+        return layer.p > 0
+    dropout = getattr(layer, "dropout", 0.0)  # of attention and recurrent layers
+    return (
+        isinstance(layer, nn.RReLU)
+        or (isinstance(dropout, float) and dropout > 0)
+        or type(layer).__name__ == "StochasticDepth"  # torchvision's, which is not imported for its name
+    )
