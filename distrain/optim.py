@@ -18,7 +18,7 @@ def build(
     betas: Sequence[float],
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW over the parameters, fused: one kernel for all of them (a twentieth of a small step on CPUs)."""
+    """SGD, Adam or AdamW over the parameters, fused: one kernel for all (a twentieth of a small step on CPUs)."""
     if name == "sgd":
         return torch.optim.SGD(
             parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
