@@ -45,7 +45,7 @@ def conflicts(environ: Mapping[str, str], precision: str, on_cpu: bool) -> list[
 
     asks("ACCELERATE_MIXED_PRECISION", {"no", MIXED[precision]}, f"train.precision={precision}")
     asks("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", {"1"}, "accumulation follows from train.micro_batch_size")
-    asks("ACCELERATE_DYNAMO_BACKEND", {"no"}, "distrain does not compile the model")
+    asks("ACCELERATE_DYNAMO_BACKEND", {"no"}, "train.compile decides whether the model is compiled")
     for feature in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "TP", "SAGEMAKER"):
         asks(f"ACCELERATE_USE_{feature}", {"false", "0", "no"}, "distrain trains with DDP alone")
     if not on_cpu:
