@@ -6,7 +6,7 @@ RUN ?= runs/synthetic
 DATA ?= data/synthetic
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test test-fast test-ranks test-faults test-slurm test-images faults guards lock lint format clean
+.PHONY: help install train test test-fast test-gpu test-ranks test-faults test-slurm test-images faults guards lock lint format clean
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -31,6 +31,9 @@ test: test-fast test-ranks test-faults test-slurm test-images ## All tests, of t
 
 test-fast: $(VENV)/installed-dev ## The tests that need one process
 	$(BIN)/pytest -m "not ranks and not faults and not slurm and not images" --durations=5
+
+test-gpu: $(VENV)/installed-dev ## The tests that need a GPU, and the promise's on it
+	$(BIN)/pytest -m gpu -rs --durations=5
 
 test-ranks: $(VENV)/installed-dev ## The tests that start several processes
 	$(BIN)/pytest -m "ranks and not faults" --durations=5

@@ -23,6 +23,8 @@ class GlobalBatchNorm(_BatchNorm):
         if input.dim() < 2:
             raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
 
+    # Compiled, its backward pass runs a second time through what is freed (torch 2.15).
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Normalised, as x is shaped."""
         self._check_input_dim(x)

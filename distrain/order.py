@@ -74,8 +74,11 @@ class Order:
 
     def places(self, step: int, world: World) -> Ints:
         """Places in the global batch of a step of an epoch that a rank owns, ascending: int64 [n]."""
-        lane = (np.arange(self.global_batch_size) + step * self.global_batch_size) % self.lanes
-        return np.flatnonzero(lane % world.size == world.rank)
+        lanes = np.arange(world.rank, self.lanes, world.size)
+        first = np.sort((lanes - step * self.global_batch_size) % self.lanes)
+        rows = np.arange(0, self.global_batch_size, self.lanes)
+        places = (rows[:, None] + first).reshape(-1)
+        return places[: np.searchsorted(places, self.global_batch_size)]
 
     def owned_lanes(self, world: World) -> range:
         """Lanes of a rank, ascending."""
