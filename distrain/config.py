@@ -113,8 +113,8 @@ class Model(Section):
 
     name: str = _key(
         "net",
-        "net, resnet9, a classifier of torchvision (resnet18 …), or package.module:Class (called with num_classes=…,"
-        " image_shape=(C, H, W))",
+        "net, small, resnet9, a classifier of torchvision (resnet18 …), or package.module:Class (called with"
+        " num_classes=…, image_shape=(C, H, W))",
         identity=True,
     )
     init: str | None = _key(

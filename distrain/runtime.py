@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from distrain import accelerate_launch, rendezvous, signals
+from distrain import accelerate_launch, machine, rendezvous, signals
 from distrain.batch_norm import over_all_ranks
 from distrain.errors import AgainError, ConfigError, PeerLostError, SaveError, Stopped, UserError
 from distrain.notices import Notices
@@ -318,6 +318,8 @@ def _start(settings: Settings, start_seconds: float, watch: Watch, store: Any, n
     device, precision = settings.device, settings.precision
     on_cpu = _on_cpu(device, precision)
     _set_numerics(precision, settings.deterministic)
+    if on_cpu:
+        machine.keep_freed_memory()
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     owns_group = not dist.is_initialized()
     if owns_group and store is not None and notices is not None:

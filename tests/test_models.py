@@ -97,6 +97,15 @@ def test_layers_that_break_the_promise_are_named() -> None:
     assert models.world_size_dependent(models.build("convnext_tiny", "relu", 10, (3, 32, 32))) == ["StochasticDepth"]
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (4, 8, 17)])
+def test_small_takes_small_images(shape: tuple[int, int, int]) -> None:
+    small = models.build("small", "relu", 10, shape)
+    assert small(torch.zeros(2, *shape)).shape == (2, 10)
+    assert models.world_size_dependent(small) == []
+    with pytest.raises(ConfigError, match="at least 8 pixels"):
+        models.build("small", "relu", 10, (3, 7, 32))
+
+
 def test_resnet9_is_the_one_of_the_literature() -> None:
     resnet = models.build("resnet9", "relu", 10, (3, 32, 32))
     assert sum(parameter.numel() for parameter in resnet.parameters()) == 6_573_120

@@ -1,4 +1,4 @@
-"""Models by name: `net`, `resnet9`, torchvision's, or a class that the user names; and what they are looked at for."""
+"""Models by name: `net`, `small`, `resnet9`, torchvision's, or a class that the user names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import importlib
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from distrain.errors import ConfigError
 from distrain.models import vision
 from distrain.models.net import Net
 from distrain.models.resnet9 import ResNet9
+from distrain.models.small import Small
+
+_BUILT_IN: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {"small": Small, "resnet9": ResNet9}
 
 _PICKLES = (".pt", ".pth", ".bin")
 
@@ -25,7 +29,7 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
     """The model of that name, its weights drawn from torch's current seed.
 
     Args:
-        name: `net`, `resnet9`, one of torchvision's, or `package.module:Class`, called with `num_classes` and
+        name: `net`, `small`, `resnet9`, one of torchvision's, or `package.module:Class`, called with `num_classes` and
             `image_shape`.
         activation: of `net`.
         num_classes: length of the model's output.
@@ -36,8 +40,8 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
     """
     if name == "net":
         return Net(num_classes, image_shape, activation)
-    if name == "resnet9":
-        return ResNet9(num_classes, image_shape)
+    if name in _BUILT_IN:
+        return _BUILT_IN[name](num_classes, image_shape)
     module_name, colon, class_name = name.partition(":")
     if not colon:
         known = vision.names()
