@@ -211,7 +211,7 @@ FAULTS = [
           "        if outcome.code == EXIT_AGAIN and idle >= self._most:", "        if False:",
           f"{CODES}::test_lives_without_progress_are_bounded"),
     fault("1, 2, 3, 1 and 4 processes in turn", "all", "same ids; fp64 weights within 1e-10 of one process",
-          "a rank's loss counts W / G under DDP's mean", "trainer.py",
+          "a rank's loss counts W / G under DDP's mean", "step.py",
           "    scale = rt.world.size / config.global_batch_size", "    scale = 2 / config.global_batch_size",
           f"{CODES}::test_any_number_of_processes_goes_on"),
     fault("a link cut between two nodes", "train", f"both nodes: 75 within the time-out; {AGAIN}",
