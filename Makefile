@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/synthetic
 DATA ?= data/synthetic
+BENCH_OUT ?= bench-out
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test test-fast test-gpu test-ranks test-faults test-slurm test-images faults guards lock lint format clean
+.PHONY: help install train test test-fast test-gpu test-ranks test-faults test-slurm test-images faults guards bench lock lint format clean
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -55,6 +56,10 @@ faults: $(VENV)/installed-dev ## Every fault, in parts: up to an hour; goes on w
 guards: $(VENV)/installed-dev ## Take out every guard against a fault: its test must fail; writes docs/faults.md
 	$(BIN)/python tests/faults/guards.py try
 	$(BIN)/python tests/faults/guards.py table
+
+bench: $(VENV)/installed-dev ## Measure this machine, into bench-out; IMAGES=FOLDER with train/CLASS/ and test/CLASS/
+	$(BIN)/distrain bench reading training scaling evaluation startup memory accuracy --out $(BENCH_OUT) \
+		$(if $(IMAGES),--images $(IMAGES))
 
 lock: $(VENV)/installed-dev ## Choose new versions for the image
 	$(BIN)/uv pip compile pyproject.toml --native-tls --universal --python-version 3.10 --generate-hashes \

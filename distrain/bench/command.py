@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from distrain import config, files, manifest, models
-from distrain.bench import CHEAP, plot
+from distrain.bench import CHEAP, PARTS, plot
 from distrain.bench.context import Context
 from distrain.bench.table import Table
 from distrain.errors import ConfigError
@@ -65,7 +65,8 @@ def run(asked: Asked) -> None:
     _check_dataset(dataset)
     (asked.out / PLOT).unlink(missing_ok=True)  # it would show another run's figures
     tables: dict[str, Table] = {}
-    parts = list(dict.fromkeys(asked.parts or CHEAP))
+    # In this order: parts that train here change how the process allocates, and reading comes before them.
+    parts = [part for part in PARTS if part in (asked.parts or CHEAP)]
     with tempfile.TemporaryDirectory(prefix="work-", dir=asked.out) as work, _one_thread():
         assert isinstance(dataset.root, Path)
         context = Context(

@@ -23,13 +23,17 @@ import numpy as np
 from distrain import files, manifest, shards, stream
 from distrain.bench.context import Context, take_turns
 from distrain.bench.processes import call
-from distrain.bench.reading import BATCH, order_of
+from distrain.bench.reader import BATCH, order_of
 from distrain.bench.table import Row, Table, ratio
 from distrain.manifest import Dataset, Manifest, Split
 from distrain.order import Order, World
 
 _ROUNDS = 3
 """Of the smallest data set: with fewer, read-ahead would not fill its buffers."""
+
+
+_TIMED = (10**4, 10**5, 10**6)
+"""Images of 8×8."""
 
 
 class _Case(NamedTuple):
@@ -84,7 +88,7 @@ def _cases(quick: bool) -> list[_Case]:
 
 
 def _times(context: Context) -> dict[str, Callable[[], float]]:
-    sizes = (10**4, 10**5) if context.quick else (10**4, 10**5, 10**6)
+    sizes = _TIMED[:2] if context.quick else _TIMED
     made = {size: write(context.work / "times" / str(size), size, 8, 64, 64) for size in sizes}
     return {
         f"reading {size:,} images of 8×8": functools.partial(_microseconds, dataset) for size, dataset in made.items()

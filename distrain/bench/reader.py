@@ -1,4 +1,4 @@
-"""One process that reads an epoch of the first rank's share, and says what it cost.
+"""An epoch read through distrain; as a program, a process that reads the first rank's share and says what it cost.
 
     python -m distrain.bench.reader DATA PROCESSES
 
@@ -11,13 +11,35 @@ import json
 import re
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from distrain import manifest
-from distrain.bench.reading import read
-from distrain.order import World
+from distrain.cache import Cache
+from distrain.manifest import Dataset
+from distrain.order import Order, World
+from distrain.stream import TrainingBatches
+
+BATCH = 512
+
+
+def order_of(dataset: Dataset, batch: int) -> Order:
+    """The order of training on a data set."""
+    split = dataset.split("train")
+    return Order(len(split.shards), split.lanes, min(shard.samples for shard in split.shards), batch, seed=0)
+
+
+def read(dataset: Dataset, epoch: int, held: Cache | None, world: World | None = None) -> int:
+    """Images in the batches of one epoch."""
+    order = order_of(dataset, BATCH)
+    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+    batches = TrainingBatches(
+        dataset, order, world or World(), steps, read_ahead=1, with_words=False, pin=False, held=held
+    )
+    with closing(batches):
+        return sum(len(batch.labels) for batch in batches)
 
 
 def peak() -> float:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -21,13 +20,11 @@ from torchvision import transforms
 
 from distrain.bench.context import Context, load, rate, take_turns
 from distrain.bench.members import write_tars
+from distrain.bench.reader import BATCH, read
 from distrain.bench.table import Row, Table, ratio
 from distrain.cache import Cache
 from distrain.manifest import Dataset
-from distrain.order import Order, World
-from distrain.stream import TrainingBatches
 
-BATCH = 512
 _TO_FLOATS = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
 
 
@@ -57,23 +54,6 @@ def measure(context: Context) -> Table:
             "npy members and the arrays in memory decode no image",
         ],
     )
-
-
-def order_of(dataset: Dataset, batch: int) -> Order:
-    """The order of training on a data set."""
-    split = dataset.split("train")
-    return Order(len(split.shards), split.lanes, min(shard.samples for shard in split.shards), batch, seed=0)
-
-
-def read(dataset: Dataset, epoch: int, held: Cache | None, world: World | None = None) -> int:
-    """Images in the batches of one epoch."""
-    order = order_of(dataset, BATCH)
-    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-    batches = TrainingBatches(
-        dataset, order, world or World(), steps, read_ahead=1, with_words=False, pin=False, held=held
-    )
-    with closing(batches):
-        return sum(len(batch.labels) for batch in batches)
 
 
 def cached(dataset: Dataset) -> dict[str, Callable[[], float]]:

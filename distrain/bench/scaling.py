@@ -12,7 +12,7 @@ from functools import partial
 
 from distrain.bench.context import Context, take_turns
 from distrain.bench.processes import call, call_all, steady, step_keys, train_command
-from distrain.bench.reading import order_of
+from distrain.bench.reader import order_of
 from distrain.bench.table import Row, Table, ratio
 
 

@@ -1,0 +1,229 @@
+"""`distrain bench`: each part on little data; what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import make
+
+from distrain import cli
+from distrain.bench import accuracy, command, evaluation, memory, scaling, startup, training
+from distrain.bench.context import Context
+from distrain.bench.members import write_folders
+from distrain.bench.processes import CommandError, call
+from distrain.bench.table import Row, Table, ratio
+from distrain.manifest import Dataset
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Of 4 shards of 4 lanes: little to open."""
+    return make(tmp_path_factory.mktemp("bench") / "data", 1100, 100, image_size=32, shards=4, lanes=4)
+
+
+@pytest.fixture
+def context(images: Dataset, tmp_path: Path) -> Context:
+    return Context(
+        data=images.root,
+        dataset=images,
+        work=tmp_path,
+        images=None,
+        repeats=1,
+        quick=True,
+        device="cpu",
+        models=("net",),
+        recipe=Path("configs/cifar10.yaml"),
+        batches=(128,),
+    )
+
+
+def bench(*arguments: Any) -> int:
+    return cli.main(["bench", *map(str, arguments)])
+
+
+def medians(table: Table) -> dict[str, float]:
+    rows = [*table.rows, *table.ratios]
+    found = {(row.name, row.unit): row.as_dict()["median"] for row in rows}
+    assert len(found) == len(rows)
+    assert all(math.isfinite(value) and value >= 0 for value in found.values())
+    assert all(value > 0 for (_, unit), value in found.items() if unit != "%")
+    return {name: value for (name, _), value in found.items()}
+
+
+# What it writes
+
+
+def test_parts_are_printed_and_written_with_all_samples(images: Dataset, tmp_path: Path, capsys: Capture) -> None:
+    assert bench("evaluation", "reading", "--data", images.root, "--out", tmp_path, "--repeats", 2, "--quick") == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["finished"]
+    assert list(found["parts"]) == ["reading", "evaluation"]
+    assert found["data"]["splits"] == {"train": 1100, "test": 100}
+    assert {"torch", "distrain", "python"} <= set(found["versions"])
+    reading = {row["name"]: row for row in found["parts"]["reading"]["rows"]}
+    assert len(reading) == 8
+    for row in reading.values():
+        assert len(row["samples"]) == 2
+        assert 0 < row["lowest"] <= row["median"] <= row["highest"]
+    assert len(found["parts"]["reading"]["ratios"]) == 6
+    assert reading["distrain, first epoch"]["median"] > reading["webdataset, PNG"]["median"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.png"]
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in reading)
+
+
+def test_what_is_interrupted_keeps_its_parts_and_is_not_finished(
+    images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Context) -> Table:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling, "measure", lambda _: Table("t", [Row("a", "s", [1.0])]))
+    monkeypatch.setattr(startup, "measure", interrupted)
+    arguments = ("scaling", "startup", "--data", images.root, "--out", tmp_path)
+    (tmp_path / "bench.png").write_bytes(b"of another run")
+    assert bench(*arguments) == 130
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert not found["finished"]
+    assert list(found["parts"]) == ["scaling"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_image_files_are_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folders(
+        make(tmp_path / "source", 600, 40, image_size=32, shards=2, lanes=2), tmp_path / "files", 600
+    )
+    monkeypatch.setattr(scaling, "measure", lambda context: Table(str(context.images), [Row("a", "s", [1.0])]))
+    for _ in range(2):
+        assert bench("scaling", "--images", source, "--out", tmp_path / "out", "--no-plot") == 0
+    found = json.loads((tmp_path / "out/bench.json").read_text())
+    assert found["data"]["splits"] == {"train": 600, "test": 40}
+    assert found["parts"]["scaling"]["title"] == str(source)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "'speed' is not one of"),
+        (["--repeats", "0"], "--repeats"),
+        (["--images", ".", "--data", "."], "not both"),
+        (["--images", "missing"], "train/CLASS/"),
+        (["--data", "missing"], "missing"),
+        (["--models", "net,nett"], "did you mean net"),
+        (["accuracy", "--recipe", "missing.yaml"], "missing.yaml: cannot be read"),
+    ],
+)
+def test_what_cannot_be_had_is_one_message_and_nothing_written(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert bench(*arguments, "--out", "out") == 78
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_images_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    make(tmp_path / "data", 100, 20, image_size=8, shards=2, lanes=2)
+    assert bench("--data", tmp_path / "data", "--out", tmp_path / "out") == 78
+    assert "100 training images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_it_says_so_before_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: None)
+    assert bench("--out", tmp_path / "out") == 78
+    assert "pip install 'distrain[bench]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_that_fails_is_told_with_its_words() -> None:
+    with pytest.raises(CommandError, match=r"(?s)ended with 3:\nso it goes"):
+        call(["sh", "-c", "echo so it goes >&2; exit 3"])
+
+
+def test_ratios_are_taken_repeat_by_repeat() -> None:
+    found = ratio(Row("a", "s", [2.0, 8.0, 9.0]), Row("b", "s", [1.0, 2.0, 9.0]))
+    assert found.samples == [2.0, 4.0, 1.0]
+    assert found.as_dict()["median"] == 2.0
+
+
+# The parts
+
+
+def test_evaluation(context: Context) -> None:
+    assert set(medians(evaluation.measure(context))) == {
+        "net: distrain",
+        "net: bare loop in memory",
+        "net: distrain / net: bare loop in memory",
+    }
+
+
+def test_worlds_are_no_larger_than_machine_lanes_and_data(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "most_processes", property(lambda _: 6))
+    assert scaling.worlds(context, 128) == [1, 2, 4]  # 4 lanes
+    assert scaling.worlds(context, 512) == [1, 2]  # 1,100 images
+    wide = replace(context, dataset=make(context.work / "wide", 600, 20, image_size=8, shards=8, lanes=8))
+    assert scaling.worlds(wide, 64) == [1, 2, 4, 6]
+
+
+@pytest.mark.ranks
+def test_training(context: Context) -> None:
+    found = medians(training.measure(context))
+    assert len(found) == 7
+    assert found["net, batch 128: distrain from shards: waits for data"] <= 100
+
+
+@pytest.mark.ranks
+def test_scaling(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "most_processes", property(lambda _: 2))
+    assert set(medians(scaling.measure(context))) == {
+        "batch 128 × 1",
+        "batch 128 × 2",
+        "batch 128, 2 runs at once",
+        "batch 128 × 2 / batch 128 × 1",
+        "batch 128 × 2 / batch 128, 2 runs at once",
+    }
+
+
+@pytest.mark.ranks
+def test_startup(context: Context) -> None:
+    found = medians(startup.measure(context))
+    assert found["distrain train, fresh"] > found["import torch, accelerate"] / 2
+    assert 0 < found["distrain train, resumed"] < 300
+
+
+@pytest.mark.ranks
+def test_memory_does_not_grow_with_the_data(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = memory._cases(quick=True)[:3]
+    monkeypatch.setattr(memory, "_cases", lambda _: cases)
+    monkeypatch.setattr(memory, "_TIMED", (10**4,))
+    found = medians(memory.measure(context))
+    small, large, shared = (found[str(case)] for case in cases)
+    assert large < 1.5 * small
+    assert shared < small
+    assert small > 0.5 * found[f"bound: {cases[0]}"]
+
+
+@pytest.mark.ranks
+def test_accuracy(context: Context) -> None:
+    recipe = context.work / "recipe.yaml"
+    shutil.copy(Path(__file__).parent.parent / "configs/cifar10.yaml", recipe)
+    table = accuracy.measure(replace(context, recipe=recipe))
+    assert [row.unit for row in table.rows[:3]] == ["%", "%", "s"]
+    assert table.notes or len(table.rows) == 5
