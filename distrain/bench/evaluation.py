@@ -48,7 +48,9 @@ def measure(context: Context) -> Table:
             both = [Row(key, "images/s", values) for key, values in samples.items()]
             rows += both
             ratios.append(ratio(*both))
-    return Table(f"Evaluation on {context.device}, {len(labels):,} images, batches of {BATCH}", rows, ratios)
+    largest = min(BATCH, max(shard.samples for shard in dataset.split("test").shards))
+    note = f"a batch of distrain's is a slice of a shard: {largest} images at most here"
+    return Table(f"Evaluation on {context.device}, {len(labels):,} images, batches of {BATCH}", rows, ratios, [note])
 
 
 @torch.no_grad()

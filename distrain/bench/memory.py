@@ -1,11 +1,10 @@
 """What reading needs, whatever the size of the data: memory, time an image, and time to plan a step.
 
 - memory: how far the resident memory of a fresh process grows while it reads an epoch, without a cache, beside the
-  bound, lanes / processes × samples of a shard × bytes of a sample × (1 + read_ahead). Above the bound lies what does
-  not grow with the data: a shard as it is parsed, a batch that is joined from two rounds, the allocator.
+  buffers, lanes / processes × samples of a shard × bytes of a sample × (1 + read_ahead). What lies above them is a
+  shard as it is parsed, a batch that is joined from two rounds, code that is loaded at its first use, the allocator.
 - time: an epoch of 8×8 images, of 10^4 to 10^6 of them
-- plan: `Order.owned_before`, `places` and `partners` for one rank of W, of 32 samples each; places grow with the global
-  batch, not with the data
+- plan: `Order.owned_before`, `places` and `partners` for one rank of W, of 32 samples each
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def measure(context: Context) -> Table:
     plans = {f"plan of a step, 1 of {size:,} processes": functools.partial(_plan, size) for size in (1, 64, 4096)}
     found = take_turns("memory", {**contestants, **times, **plans}, context.repeats)
     grown = [Row(name, "MiB", found[name]) for name in contestants]
-    bound = [Row(f"bound: {name}", "MiB", [bounds[name]] * context.repeats) for name in contestants]
+    bound = [Row(f"its buffers: {name}", "MiB", [bounds[name]] * context.repeats) for name in contestants]
     rows = [row for pair in zip(grown, bound, strict=True) for row in pair]
     rows += [Row(name, "µs/image", found[name]) for name in times]
     rows += [Row(name, "µs", found[name]) for name in plans]

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from distrain.bench.table import Row, Table, spread
 
+_FAR = 50
+"""Bars that are further apart have a logarithmic axis: the short ones could not be seen."""
+
 
 def draw(tables: Mapping[str, Table], path: Path) -> None:
     """Write a PNG file, whole or not at all."""
@@ -34,6 +37,8 @@ def _panel(axes: object, title: str, rows: list[Row]) -> None:
     above = [found["highest"] - found["median"] for found in spreads]
     names, colours = [row.name for row in rows], ["C0" if "distrain" in row.name else "C7" for row in rows]
     axes.barh(names, medians, xerr=[below, above], color=colours, ecolor="black", capsize=2)  # type: ignore[attr-defined]
+    if min(medians) > 0 and max(medians) > _FAR * min(medians):
+        axes.set_xscale("log")  # type: ignore[attr-defined]
     axes.invert_yaxis()  # type: ignore[attr-defined]
     axes.set_title(title, loc="left", fontsize="medium")  # type: ignore[attr-defined]
     axes.grid(axis="x", alpha=0.3)  # type: ignore[attr-defined]
