@@ -6,6 +6,7 @@ What is trained depends on data, configuration and seed alone: see docs/design.m
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -19,7 +20,8 @@ import yaml
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from distrain import augment, cache, checkpoint, files, lives, manifest, models, optim, runtime, signals, tracking
+from distrain import cache, checkpoint, files, lives, manifest, models, optim, runtime, signals, tracking
+from distrain.augment import Normalizer
 from distrain.cache import Cache
 from distrain.checkpoint import Saved
 from distrain.config import Config, identity, public
@@ -120,7 +122,12 @@ class Job:
         """What is evaluated, and saved as the model: the average of its weights, where there is one."""
         return self.module if self.average is None else self.average.module
 
-    @property
+    @functools.cached_property
+    def normalize(self) -> Normalizer:
+        """From uint8 to the model's input."""
+        return Normalizer(self.mean, self.std, self.dataset.manifest.image_shape[1])
+
+    @functools.cached_property
     def blank(self) -> Tensor:
         """Colour of cutout's squares: uint8 [C], the mean."""
         return (self.mean * 255).round().to(torch.uint8)
@@ -374,7 +381,7 @@ def _settle(job: Job) -> None:
     images = torch.zeros(2, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
     for _ in range(2):
         with job.runtime.peers(), _what_cannot_be_had():
-            logits = job.ddp(augment.normalize(images, job.mean, job.std))
+            logits = job.ddp(job.normalize(images))
         with _what_cannot_be_had():
             job.runtime.backward(logits.sum() * 0)
     job.optimizer.zero_grad()

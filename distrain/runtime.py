@@ -115,7 +115,11 @@ class Runtime:
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients, and reduce them unless `accumulating`."""
         with self._meeting():
-            self._accelerator.backward(loss)
+            # accelerate divides by its own number of micro-batches, 1: an operation more each way.
+            if self._accelerator.scaler is not None:
+                self._accelerator.backward(loss)
+            else:
+                loss.backward()
 
     def clip(self, model: nn.Module, norm: float) -> None:
         """Bound the norm of the whole gradient."""
@@ -234,6 +238,9 @@ class Runtime:
     @contextlib.contextmanager
     def _meeting(self) -> Iterator[None]:
         """Around a collective: waiting for the others is known as waiting, their loss as loss."""
+        if self.world.size == 1:
+            yield
+            return
         with self.peers(), self.watch.meeting():
             yield
 
@@ -249,7 +256,9 @@ class Runtime:
         # The wrapper looks for a package on disk twice a step (0.1 ms): it is only asked where its scaler is needed.
         direct = optimizer if self._accelerator.scaler is not None else optimizer.optimizer
         direct.step()
-        direct.zero_grad()
+        for group in direct.param_groups:  # `zero_grad` takes 40 µs more
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _abandon(self, error: BaseException) -> None:
         """The other processes are somewhere else: leaving must not wait for them, and they are told why."""

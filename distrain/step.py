@@ -76,7 +76,7 @@ def train_step(job: Job, batch: Batch) -> Tensor:
     scale = rt.world.size / config.global_batch_size
     with job.profile.phase("copy"):
         share = _share(job, batch)
-    total = torch.zeros((), dtype=torch.float64, device=rt.device)
+    losses: list[Tensor] = []
     # As many passes on every rank, or those that share BatchNorm's statistics would wait for each other.
     samples, passes = len(share.labels), job.passes
     for number in range(passes):
@@ -86,13 +86,13 @@ def train_step(job: Job, batch: Batch) -> Tensor:
                 logits = job.ddp(_inputs(job, share, here))
             loss = _loss(share, here, logits, config.label_smoothing)
             rt.backward(loss * scale)
-        total += loss.detach()
+        losses.append(loss.detach().double())
     if config.clip_norm is not None:
         rt.clip(job.ddp, config.clip_norm)
     rt.step(job.optimizer)
     if job.average is not None:
         job.average.update_parameters(job.module)
-    return total
+    return losses[0] if passes == 1 else torch.stack(losses).sum()
 
 
 def _share(job: Job, batch: Batch) -> _Share:
@@ -108,10 +108,10 @@ def _share(job: Job, batch: Batch) -> _Share:
 
 
 def _inputs(job: Job, share: _Share, here: slice) -> Tensor:
-    own = augment.normalize(share.images[here], job.mean, job.std)
+    own = job.normalize(share.images[here])
     if share.partners is None:
         return own
-    return own.lerp(augment.normalize(share.images[share.partners[here]], job.mean, job.std), 1 - share.kept)
+    return own.lerp(job.normalize(share.images[share.partners[here]]), 1 - share.kept)
 
 
 def _loss(share: _Share, here: slice, logits: Tensor, smoothing: float) -> Tensor:

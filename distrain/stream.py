@@ -39,6 +39,10 @@ _CLOSE_SECONDS = 5.0
 """A process that was asked to stop does not wait for a file system or a server that does not answer."""
 
 
+_GATHERED = 256
+"""Samples gathered from a cache at once, at least."""
+
+
 class Batch(NamedTuple):
     """A rank's share of a step: images uint8 [n, H, W, C], labels int64 [n], ids int64 [n] as read beside the
     images, words int64 [n, 2] (random bits of each sample; empty unless asked for).
@@ -69,10 +73,19 @@ class _Indexed:
     number: int
     index: Tensor
     cache: Cache
+    _gathered: range = range(0)
+    _samples: Samples | None = None
 
     def take(self, here: slice) -> Samples:
-        """Copies."""
-        return self.cache.gather(self.index[here])
+        """Views of copies, which are made for many small batches at a time: a gather costs as much as a small step's
+        update.
+        """
+        if self._samples is None or here.start < self._gathered.start or here.stop > self._gathered.stop:
+            stop = min(max(here.stop, here.start + _GATHERED), len(self.index))
+            self._gathered, self._samples = range(here.start, stop), self.cache.gather(self.index[here.start : stop])
+        start = self._gathered.start
+        there = slice(here.start - start, here.stop - start)
+        return Samples(self._samples.images[there], self._samples.labels[there], self._samples.ids[there])
 
 
 class TrainingBatches:

@@ -104,13 +104,14 @@ def fit(job: Job, logs: Logs) -> None:
     job.saved_at = job.clock = time.monotonic()
     feed = Feed(batches, job.runtime.device)
     trace = profiling.traced(job.run / TRACE, config.profile.steps, job.runtime.world.rank)
+    begins_round = True  # for this life's thread, whatever the step
     with closing(batches), trace as tracer:
         while True:
             _after_step(job, logs)
             if state.step == job.total_steps:
                 return
             with job.profile.phase("data" if state.step > first else "start"):
-                if state.step == first or job.order.begins_round(state.step):
+                if begins_round:
                     _await_data(job, batches)
                 batch = feed.take()
             if logs.audit is not None:
@@ -118,7 +119,8 @@ def fit(job: Job, logs: Logs) -> None:
                     epoch = state.step // job.order.steps_per_epoch
                     logs.audit.write({"step": state.step, "epoch": epoch, "ids": batch.ids.tolist()})
             job.losses.append(train_step(job, batch))
-            if state.step + 1 < job.total_steps and not job.order.begins_round(state.step + 1):
+            begins_round = job.order.begins_round(state.step + 1)
+            if state.step + 1 < job.total_steps and not begins_round:
                 feed.copy_ahead()
             state.step += 1
             logs.progress.step()
