@@ -224,6 +224,11 @@ def verify(folder: str) -> None:
     type=click.Path(path_type=Path),
     help="What the part accuracy trains.",
 )
+@click.option(
+    "--target",
+    type=click.FloatRange(0, 100, min_open=True),
+    help="Percent that the part accuracy waits for.  [default: what the plain script has]",
+)
 @click.option("--plot/--no-plot", default=True, help="bench.png needs matplotlib: pip install 'distrain[bench]'.")
 def bench(models: str, **options: Any) -> None:
     """Measure this machine: distrain beside the usual ways, and beside the machine's own limits.
@@ -240,7 +245,7 @@ def bench(models: str, **options: Any) -> None:
     evaluation   a bare loop on data in memory
     startup      seconds to the first step, of a new run and of a resumed one
     memory       of reading, by the size of data and shards; time an image; time to plan a step
-    accuracy     slow: time until the plain script's accuracy, with --recipe
+    accuracy     slow: time until the plain script's accuracy, or --target, with --recipe
 
     Contestants take turns; medians and spreads are printed, every sample is in OUT/bench.json.
     """

@@ -227,3 +227,7 @@ def test_accuracy(context: Context) -> None:
     table = accuracy.measure(replace(context, recipe=recipe))
     assert [row.unit for row in table.rows[:3]] == ["%", "%", "s"]
     assert table.notes or len(table.rows) == 5
+
+    table = accuracy.measure(replace(context, recipe=recipe, target=0.5))
+    assert [row.unit for row in table.rows] == ["%", "s", "s"]
+    assert table.ratios == []

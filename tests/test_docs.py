@@ -95,6 +95,11 @@ def check(words: list[str]) -> None:
     elif program == "docker":
         if "run" in words:
             check_distrain(words[words.index("distrain") + 1 :])
+    elif program == "make":
+        targets = [word for word in words[1:] if "=" not in word]
+        known = re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.MULTILINE)
+        assert targets
+        assert set(targets) <= set(known)
     elif program == "kubectl":
         check_kubectl(words)
     else:

@@ -1,5 +1,5 @@
 """Accuracy and the time it takes: two epochs of the plain script (`distrain.bench.plain`), then a recipe that is
-evaluated four times an epoch until its end. Repeat k has seed k.
+evaluated four times an epoch until its end. Repeat k has seed k. `--target` takes the place of the script.
 
 "seconds" are of training: reading and decoding included, start and evaluation not. "clock" is the run's own, from the
 start of distrain's work in its process: the set-up and earlier evaluations included.
@@ -32,31 +32,47 @@ class Point(NamedTuple):
 
 def measure(context: Context) -> Table:
     """Accuracies, and the time until the recipe has the script's mean accuracy."""
-    folder = context.images or write_folders(context.dataset, context.work / "all-files", sys.maxsize)
     plains: list[dict[str, float]] = []
     curves: list[list[Point]] = []
 
     def plain() -> float:
-        asked = [sys.executable, "-m", "distrain.bench.plain", str(folder), "--seed", str(len(plains))]
-        plains.append(json.loads(call([*asked, "--device", context.device], threads=None)))
+        plains.append(_plain(context, folder, seed=len(plains)))
         return 100 * plains[-1]["accuracy"]
 
     def recipe() -> float:
         curves.append(list(_curve(_train(context, seed=len(curves)))))
         return 100 * curves[-1][-1].accuracy
 
-    found = take_turns("accuracy", {"plain script, two epochs": plain, context.recipe.name: recipe}, context.repeats)
-    target = statistics.fmean(one["accuracy"] for one in plains)
-    reached = [next((point for point in curve if point.accuracy >= target), None) for curve in curves]
+    contestants = {context.recipe.name: recipe}
+    folder = context.images or context.work / "all-files"
+    if context.target is None:
+        if context.images is None:
+            write_folders(context.dataset, folder, sys.maxsize)
+        contestants = {"plain script, two epochs": plain, **contestants}
+    found = take_turns("accuracy", contestants, context.repeats)
     rows = [Row(name, "%", samples) for name, samples in found.items()]
-    rows.append(Row("plain script, two epochs", "s", [one["seconds"] for one in plains]))
+    if context.target is None:
+        rows.append(Row("plain script, two epochs", "s", [one["seconds"] for one in plains]))
+        target = statistics.fmean(one["accuracy"] for one in plains)
+    else:
+        target = context.target / 100
+    reached = [next((point for point in curve if point.accuracy >= target), None) for curve in curves]
     missed = [seed for seed, point in enumerate(reached) if point is None]
     if missed:
         return Table(_title(context), rows, [], [f"{100 * target:.2f} % was not reached by seeds {missed}"])
-    for name in ("seconds", "clock"):
-        samples = [getattr(point, name) for point in reached]
-        rows.append(Row(f"{context.recipe.name} until {100 * target:.2f} %, {name}", "s", samples))
-    return Table(_title(context), rows, [ratio(rows[2], rows[3]), ratio(rows[2], rows[4])])
+    times = [
+        Row(f"{context.recipe.name} until {100 * target:.2f} %, {name}", "s", [getattr(p, name) for p in reached])
+        for name in ("seconds", "clock")
+    ]
+    ratios = [ratio(rows[-1], row) for row in times] if plains else []
+    return Table(_title(context), [*rows, *times], ratios)
+
+
+def _plain(context: Context, folder: Path, seed: int) -> dict[str, float]:
+    """Two epochs of the plain script."""
+    asked = [sys.executable, "-m", "distrain.bench.plain", str(folder), "--seed", str(seed)]
+    found: dict[str, float] = json.loads(call([*asked, "--device", context.device], threads=None))
+    return found
 
 
 def _title(context: Context) -> str:

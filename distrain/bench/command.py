@@ -48,6 +48,7 @@ class Asked:
     device: str
     models: Sequence[str]
     recipe: Path
+    target: float | None
     plot: bool
 
 
@@ -79,6 +80,7 @@ def run(asked: Asked) -> None:
             device=device,
             models=tuple(asked.models) or (("net", "resnet9") if device == "cuda" else ("net",)),
             recipe=asked.recipe,
+            target=asked.target,
         )
         found = describe(asked, context)
         _write(asked.out, found, tables, finished=False)

@@ -36,6 +36,8 @@ class Context:
     """cpu or cuda."""
     models: tuple[str, ...]
     recipe: Path
+    target: float | None = None
+    """Accuracy in percent that the recipe is timed to; None: the plain script's."""
     batches: tuple[int, ...] = (128, 512)
     """Samples of a step, for one process."""
 
