@@ -23,6 +23,6 @@ def train(config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> dict[str,
     Raises:
         distrain.errors.UserError: configuration or data cannot be used, or the loss diverged.
     """
-    from distrain import trainer  # imports torch: seconds
+    from distrain.training import trainer  # imports torch: seconds
 
     return trainer.train(config)

@@ -9,7 +9,7 @@ def main() -> int:
     """Run a command. Stop requests are noted before anything slow is imported."""
     command = "".join(sys.argv[1:2])  # no other word: `prepare folder train` trains nothing
     if command in ("train", "evaluate", "doctor", "launch"):
-        from distrain import signals
+        from distrain.processes import signals
 
         signals.end_with_launcher()
         signals.install()

@@ -13,9 +13,10 @@ from typing import Any
 
 import click
 
-from distrain import __version__, address, config, report, signals
-from distrain.bench import PARTS
+from distrain import __version__, address, config
 from distrain.errors import EXIT_AGAIN, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
+from distrain.processes import failures, signals
+from distrain.tools.bench import PARTS
 
 _AFTER_FIRST_SECONDS = 5
 """How long a node's other processes hold back an error that its first one will probably tell."""
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return EXIT_OK
     except click.ClickException as error:
-        if not report.fail(report.failure("user", EXIT_NEVER_AGAIN, error.format_message())):
+        if not failures.fail(failures.failure("user", EXIT_NEVER_AGAIN, error.format_message())):
             error.show()
         return EXIT_NEVER_AGAIN
     except click.Abort:
@@ -41,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _end(error: Exception) -> int:
     """Tell the launcher, or else the user, why this process ends; the exit code."""
-    why = report.failure_of(error)
-    if report.fail(why):
+    why = failures.failure_of(error)
+    if failures.fail(why):
         return why.code
     if int(os.environ.get("LOCAL_RANK", "0")) > 0 and why.kind != "fault" and not isinstance(error, ShardError):
         # torchrun ends the others when one process ends: the first one's message comes out once, whole.
@@ -52,7 +53,7 @@ def _end(error: Exception) -> int:
                 return why.code
             time.sleep(0.05)
     prefix = "" if why.code == EXIT_AGAIN else "error: "
-    shown = None if isinstance(error, report.PeerFailedError) else why.traceback
+    shown = None if isinstance(error, failures.PeerFailedError) else why.traceback
     print(shown or f"distrain: {prefix}{error}", file=sys.stderr, flush=True)
     return why.code
 
@@ -86,7 +87,7 @@ def train(file: Path | None, overrides: tuple[str, ...]) -> None:
     Under torchrun, accelerate launch or alone. Values: defaults < --config < section.key=value.
     """
     resolved = config.load(file, overrides)
-    from distrain import trainer
+    from distrain.training import trainer
 
     trainer.train(resolved)
 
@@ -127,7 +128,7 @@ def launch(
     --nodes), or are this machine alone. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded: the run saves and
     leaves with 75. The exit code is also in RUN/exit.json, with the reason.
     """
-    from distrain import launcher, topology
+    from distrain.processes import launcher, topology
 
     resolved = config.Config()
     if command[0] in ("train", "doctor"):
@@ -163,7 +164,7 @@ def doctor(file: Path | None, overrides: tuple[str, ...]) -> None:
     folder and how long a save takes, at the rendezvous, and at what the processes share. Exit code 0, or 78.
     """
     resolved = config.load(file, (*_DOCTOR, *overrides))
-    from distrain import doctor as looking
+    from distrain.tools import doctor as looking
 
     looking.examine(resolved)
 
@@ -185,7 +186,7 @@ def show_config() -> None:
 @click.option("--checkpoint", "which", help="best, last or a folder's name; default: best, where there is a val split.")
 def evaluate(run: Path, overrides: tuple[str, ...], split: str, which: str | None) -> None:
     """Score a checkpoint of RUN, on any number of processes."""
-    from distrain import scoring
+    from distrain.tools import evaluate as scoring
 
     scoring.evaluate_run(run, split, overrides, which)
 
@@ -194,7 +195,7 @@ def evaluate(run: Path, overrides: tuple[str, ...], split: str, which: str | Non
 @click.argument("folder")
 def verify(folder: str) -> None:
     """Check every digest and count of the data set in FOLDER, or at an address."""
-    from distrain import manifest, prepare
+    from distrain.data import manifest, prepare
     from distrain.errors import DataError
 
     dataset = manifest.read(folder)
@@ -249,7 +250,7 @@ def bench(models: str, **options: Any) -> None:
 
     Contestants take turns; medians and spreads are printed, every sample is in OUT/bench.json.
     """
-    from distrain.bench import command
+    from distrain.tools.bench import command
 
     names = [name.strip() for name in models.split(",") if name.strip()]
     command.run(command.Asked(models=names, **options))
@@ -328,7 +329,7 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
     """CIFAR-10 as torchvision downloads and verifies it."""
 
     def open_source(work: Path) -> Any:
-        from distrain.sources.cifar10 import Cifar10
+        from distrain.data.sources.cifar10 import Cifar10
 
         return Cifar10(root, work)
 
@@ -349,7 +350,7 @@ def prepare_folder(paths: tuple[Path, ...], image_size: int, out: Path, **option
     """Your own images: a folder per class under train/ and test/, or .tar(.gz) archives of such folders."""
 
     def open_source(work: Path) -> Any:
-        from distrain.sources.folder import Folder
+        from distrain.data.sources.folder import Folder
 
         return Folder(paths, image_size, work)
 
@@ -368,7 +369,7 @@ def prepare_synthetic(
     """The embedded data set: pictures drawn by a generator from a seed. No download."""
 
     def open_source(work: Path) -> Any:
-        from distrain.sources.synthetic import Synthetic
+        from distrain.data.sources.synthetic import Synthetic
 
         return Synthetic(samples, test_samples, image_size, classes, options["seed"])
 
@@ -377,7 +378,7 @@ def prepare_synthetic(
 
 
 def _prepare(out: Path, kind: str, asked: dict[str, Any], open_source: Callable[[Path], Any], options: Any) -> None:
-    from distrain import prepare
+    from distrain.data import prepare
 
     dataset, made = prepare.prepare(out, kind, asked, open_source, prepare.Options(**options))
     skipped = dataset.manifest.source.get("skipped")

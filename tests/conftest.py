@@ -15,7 +15,7 @@ from datasets import make
 from group import Group
 from harness import Job, Trained, ip, small_run, trained
 
-from distrain.manifest import Dataset
+from distrain.data.manifest import Dataset
 
 CIFAR10 = Path(os.environ.get("DISTRAIN_CIFAR10_JPEG", Path(__file__).parent.parent.parent / "shared" / "data"))
 """Folder with cifar10-train.tar.gz and cifar10-test.tar.gz, JPEG files in class folders."""

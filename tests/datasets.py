@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distrain.manifest import Dataset
-from distrain.prepare import Options, prepare
-from distrain.sources.synthetic import Synthetic
+from distrain.data.manifest import Dataset
+from distrain.data.prepare import Options, prepare
+from distrain.data.sources.synthetic import Synthetic
 
 
 def make(out: Path, samples: int, test_samples: int = 100, image_size: int = 16, **options: object) -> Dataset:

@@ -139,7 +139,7 @@ def _train(config: dict[str, Any]) -> Any:
 
 
 def _evaluate(run: str, split: str) -> Any:
-    from distrain import scoring
+    from distrain.tools import evaluate as scoring
 
     scores, checkpoint, classes = scoring.evaluate_run(Path(run), split, [], None)
     return {**scores.as_dict(classes), "checkpoint": checkpoint}

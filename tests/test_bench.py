@@ -13,12 +13,12 @@ import pytest
 from datasets import make
 
 from distrain import cli
-from distrain.bench import accuracy, command, evaluation, memory, scaling, startup, training
-from distrain.bench.context import Context
-from distrain.bench.members import write_folders
-from distrain.bench.processes import CommandError, call
-from distrain.bench.table import Row, Table, ratio
-from distrain.manifest import Dataset
+from distrain.data.manifest import Dataset
+from distrain.tools.bench import accuracy, command, evaluation, memory, scaling, startup, training
+from distrain.tools.bench.context import Context
+from distrain.tools.bench.members import write_folders
+from distrain.tools.bench.processes import CommandError, call
+from distrain.tools.bench.table import Row, Table, ratio
 
 Capture = pytest.CaptureFixture[str]
 

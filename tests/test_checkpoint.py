@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distrain import checkpoint
 from distrain.errors import DataError
+from distrain.runs import checkpoint
 
 
 def save(folder: Path, step: int, value: float = 1.0, best: int | None = None, why: str = "interval") -> Path:

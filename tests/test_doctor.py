@@ -16,7 +16,8 @@ import pytest
 import torch
 from harness import arguments, clean_environ, small_run
 
-from distrain import config, doctor
+from distrain import config
+from distrain.tools import doctor
 
 SECONDS = 60
 

@@ -28,12 +28,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distrain
-from distrain import address, cli, config, fetch, manifest, shards
+from distrain import address, cli, config
+from distrain.data import fetch, manifest, shards
+from distrain.data.fetch import Cache, Remote, Settings, locate
+from distrain.data.manifest import Dataset
+from distrain.data.order import Order, World
+from distrain.data.stream import EvaluationBatches, TrainingBatches
 from distrain.errors import ConfigError, DataError, ShardError
-from distrain.fetch import Cache, Remote, Settings, locate
-from distrain.manifest import Dataset
-from distrain.order import Order, World
-from distrain.stream import EvaluationBatches, TrainingBatches
 
 USER, PASSWORD, TOKEN = "someone", "pa55word", "t0ken"
 SHARD = "train/00003.tar"
@@ -661,7 +662,7 @@ def test_a_full_disk_makes_room_and_without_any_is_told_once(
 READER = """
 import hashlib, random, sys
 from pathlib import Path
-from distrain import fetch, manifest
+from distrain.data import fetch, manifest
 address, cache, most, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 dataset = manifest.read(address, fetch.Settings(cache, most, 5, 30))
 entries, draw = dataset.split("train").shards, random.Random(seed)

@@ -12,7 +12,7 @@ from runs import ids_by_step
 from safetensors.torch import load_file
 
 import distrain
-from distrain.manifest import Dataset
+from distrain.data.manifest import Dataset
 
 pytestmark = [
     pytest.mark.gpu,

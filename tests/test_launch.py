@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distrain.manifest import Dataset
+from distrain.data.manifest import Dataset
 
 pytestmark = pytest.mark.ranks
 BIN = Path(sys.executable).parent

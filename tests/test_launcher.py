@@ -6,9 +6,10 @@ import signal
 
 import pytest
 
-from distrain.launcher import End, judge, show
-from distrain.report import Failure, Place
-from distrain.watch import behind
+from distrain.processes.beacon import Place
+from distrain.processes.failures import Failure
+from distrain.processes.launcher import End, judge, show
+from distrain.processes.watch import behind
 
 
 def end(rank: int, code: int, kind: str | None = None, time: float = 0.0, by_launcher: bool = False) -> End:

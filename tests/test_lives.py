@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from distrain import lives
 from distrain.errors import BusyError, Stopped
+from distrain.runs import lives
 
 
 def test_lives_are_counted_and_a_released_lease_is_free(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from distrain import manifest
 from distrain.cli import main
+from distrain.data import manifest
 from distrain.errors import DataError, ShardError
 
 Tree = dict[str, Any]

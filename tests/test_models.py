@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from distrain import models, optim
-from distrain.augment import augment, normalize
+from distrain import models
 from distrain.errors import ConfigError
 from distrain.models.net import ACTIVATIONS
+from distrain.training import optim
+from distrain.training.augment import augment, normalize
 
 
 class TutorialNet(nn.Module):
@@ -209,7 +210,7 @@ def by_hand(
 
 
 def test_all_shifts_and_both_sides_are_drawn_alike() -> None:
-    from distrain.order import augmentation_words
+    from distrain.data.order import augmentation_words
 
     words = torch.from_numpy(augmentation_words(0, 0, 20_000).copy().view("int64"))
     image = torch.arange(8 * 8, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(20_000, 8, 8, 1)

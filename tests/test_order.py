@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distrain.order import Ints, Order, World, augmentation_words, mixup_weight, permutation
+from distrain.data.order import Ints, Order, World, augmentation_words, mixup_weight, permutation
 
 
 @st.composite

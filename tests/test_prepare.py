@@ -22,12 +22,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distrain import cli, manifest, shards
+from distrain import cli
+from distrain.data import manifest, shards
+from distrain.data.manifest import Dataset
+from distrain.data.prepare import DEFAULT_LANES, SHARD_BYTES, Options, choose, layout, stratified
+from distrain.data.shards import Block
+from distrain.data.sources.synthetic import Synthetic
 from distrain.errors import ConfigError
-from distrain.manifest import Dataset
-from distrain.prepare import DEFAULT_LANES, SHARD_BYTES, Options, choose, layout, stratified
-from distrain.shards import Block
-from distrain.sources.synthetic import Synthetic
 
 Capture = pytest.CaptureFixture[str]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs forked workers and /proc")

@@ -16,9 +16,11 @@ from group import Group, GroupError, wait_for
 from runs import ids_by_step
 from safetensors.torch import load_file
 
-from distrain import augment, manifest, models, optim, shards
+from distrain import models
 from distrain.config import from_tree
-from distrain.manifest import Dataset
+from distrain.data import manifest, shards
+from distrain.data.manifest import Dataset
+from distrain.training import augment, optim
 
 pytestmark = pytest.mark.ranks
 Groups = Callable[[int], Group]
@@ -186,7 +188,7 @@ def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(small: Dataset, grou
             assert answer["confusion_matrix"] == found[1][0]["confusion_matrix"], w
             assert answer["loss"] == pytest.approx(found[1][0]["loss"], abs=1e-12)
     # A plain loop over the source's own pictures.
-    from distrain.sources.synthetic import Synthetic
+    from distrain.data.sources.synthetic import Synthetic
 
     source = Synthetic(1003, 203, 16, 10, 0)
     net = models.build("net", "relu", 10, (3, 16, 16))

@@ -14,8 +14,9 @@ from group import Group
 from PIL import Image
 from safetensors.torch import load_file
 
-from distrain import cli, config, manifest, models
-from distrain.manifest import Dataset
+from distrain import cli, config, models
+from distrain.data import manifest
+from distrain.data.manifest import Dataset
 
 pytestmark = [pytest.mark.ranks, pytest.mark.real_data]
 Groups = Callable[[int], Group]

@@ -16,9 +16,12 @@ from runs import metrics_but_times
 from safetensors.torch import load_file
 
 import distrain
-from distrain import cli, config, job, manifest, signals
+from distrain import cli, config
+from distrain.data import manifest
+from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, DataError, DivergedError, Stopped
-from distrain.manifest import Dataset
+from distrain.processes import signals
+from distrain.training import saving
 
 
 def tree(dataset: Dataset, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -403,4 +406,4 @@ def test_the_identity_in_a_checkpoint_has_no_paths(small: Dataset, tmp_path: Pat
     assert str(tmp_path) not in json.dumps(state)
     assert state["identity"]["data.manifest"] == small.digest
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 2
-    assert job.holds_run(run)
+    assert saving.holds_run(run)

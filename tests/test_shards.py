@@ -17,11 +17,11 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrain import shards
+from distrain.data import shards
+from distrain.data.manifest import Dataset, Shard
+from distrain.data.shards import Block
+from distrain.data.sources.synthetic import Synthetic
 from distrain.errors import ShardError
-from distrain.manifest import Dataset, Shard
-from distrain.shards import Block
-from distrain.sources.synthetic import Synthetic
 
 SHAPE = [4, 5, 3]
 CLASSES = 10

@@ -12,12 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distrain import cache, machine, shards
-from distrain.cache import Cache
+from distrain import machine
+from distrain.data import cache, shards
+from distrain.data.cache import Cache
+from distrain.data.manifest import Dataset, Shard
+from distrain.data.order import Order, World, augmentation_words
+from distrain.data.stream import Background, EvaluationBatches, TrainingBatches, memory
 from distrain.errors import ConfigError, ShardError
-from distrain.manifest import Dataset, Shard
-from distrain.order import Order, World, augmentation_words
-from distrain.stream import Background, EvaluationBatches, TrainingBatches, memory
 
 
 def order_of(dataset: Dataset, global_batch_size: int, seed: int = 1) -> Order:
@@ -27,7 +28,7 @@ def order_of(dataset: Dataset, global_batch_size: int, seed: int = 1) -> Order:
 
 
 def planned(dataset: Dataset, order: Order, step: int) -> list[int]:
-    """Ids of a step, from the definition in `distrain.order` and the shards alone."""
+    """Ids of a step, from the definition in `distrain.data.order` and the shards alone."""
     epoch, in_epoch = divmod(step, order.steps_per_epoch)
     ids = []
     for position in range(in_epoch * order.global_batch_size, (in_epoch + 1) * order.global_batch_size):
@@ -88,7 +89,7 @@ def test_whole_epochs_use_every_sample_once_but_for_the_dropped(small: Dataset) 
 
 
 def test_images_labels_and_words_belong_to_their_ids(small: Dataset) -> None:
-    from distrain.sources.synthetic import Synthetic
+    from distrain.data.sources.synthetic import Synthetic
 
     source = Synthetic(1003, 203, 16, 10, 0)
     order = order_of(small, 50)
@@ -122,7 +123,7 @@ def test_evaluation_batches_are_the_same_for_every_world_and_own_each_sample_onc
 def test_a_damaged_shard_ends_the_stream_naming_it(small: Dataset, tmp_path) -> None:
     import shutil
 
-    from distrain import manifest
+    from distrain.data import manifest
 
     shutil.copytree(small.root, tmp_path / "data")
     dataset = manifest.read(tmp_path / "data")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.tracking import JsonLines, Progress, WandbMirror, audit_path, cut_back
+from distrain.runs.tracking import JsonLines, Progress, WandbMirror, audit_path, cut_back
 
 
 def lines(path: Path) -> list[int]:

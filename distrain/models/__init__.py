@@ -13,9 +13,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from distrain.batch_norm import can_be_global
 from distrain.errors import ConfigError
 from distrain.models import vision
+from distrain.models.batch_norm import can_be_global
 from distrain.models.net import Net
 from distrain.models.resnet9 import ResNet9
 from distrain.models.small import Small

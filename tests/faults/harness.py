@@ -1,6 +1,6 @@
 """A real job under `distrain launch`, watched from outside: wait for an event, do harm, see how it ends.
 
-Events are read from the processes' own beacons (`distrain.report`), so nothing sleeps and hopes.
+Events are read from the processes' own beacons (`distrain.processes.beacon`), so nothing sleeps and hopes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from runs import ids_by_step, metrics_but_times
 from safetensors.torch import load_file
 
-from distrain.report import Place, read_place
+from distrain.processes.beacon import Place, read_place
 
 REPO = Path(__file__).parent.parent.parent
 SECONDS = 120

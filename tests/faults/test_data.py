@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness import Job, exit_file, newest_step, small_run, trained
 
-from distrain import manifest
+from distrain.data import manifest
 
 pytestmark = pytest.mark.faults
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from harness import Job, exit_file, small_run, until
 
-from distrain import manifest
+from distrain.data import manifest
 
 pytestmark = pytest.mark.faults
 QUICK = {"start_seconds": 60, "step_seconds": 5, "eval_seconds": 5, "save_seconds": 5}

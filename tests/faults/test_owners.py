@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from harness import Job, small_run, trained, until
 
-from distrain import lives
+from distrain.runs import lives
 
 pytestmark = pytest.mark.faults
 

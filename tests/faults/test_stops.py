@@ -14,7 +14,7 @@ import psutil
 import pytest
 from harness import Job, Trained, exit_file, newest_step, small_run, trained, until
 
-from distrain import manifest
+from distrain.data import manifest
 
 pytestmark = pytest.mark.faults
 PHASES: dict[str, tuple[str, int]] = {

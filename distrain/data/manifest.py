@@ -1,0 +1,198 @@
+"""`manifest.json`: what a data set holds, with a digest for every shard. Written last, so a folder without one is
+not a data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distrain.config import Data
+from distrain.data.fetch import FetchError, Remote, Settings, locate
+from distrain.errors import DataError, UnreachableError
+
+NAME = "manifest.json"
+_MOST_BYTES = 2**28
+"""Longest manifest fetched from an address: of a million shards."""
+FORMAT = "distrain-blocks"
+VERSION = 1
+IMAGES, LABELS, IDS = "images.npy", "labels.npy", "ids.npy"
+"""Members of a block, behind its key: uint8 [N, H, W, C], int64 [N], int64 [N] (index in the source's split)."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Shard(_Record):
+    """One tar file. Its name is a path below the data set's folder that cannot lead out of it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z]+/[0-9]{5,}\.tar$")]
+    samples: Annotated[int, Field(ge=1)]
+    bytes: Annotated[int, Field(ge=1)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    xxh3_128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class Split(_Record):
+    """The shards of train, val or test. Sizes differ by at most one sample; lanes divide their number."""
+
+    samples: int
+    lanes: Annotated[int, Field(ge=1)]
+    shards: Annotated[list[Shard], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Split:
+        sizes = [shard.samples for shard in self.shards]
+        if sum(sizes) != self.samples:
+            raise ValueError(f"{self.samples} samples, but the shards hold {sum(sizes)}")
+        if len(sizes) % self.lanes:
+            raise ValueError(f"{self.lanes} lanes do not divide {len(sizes)} shards")
+        if max(sizes) - min(sizes) > 1:
+            raise ValueError("shard sizes differ by more than one sample")
+        if len({shard.name for shard in self.shards}) != len(sizes):
+            raise ValueError("a shard is named twice")
+        return self
+
+
+class Manifest(_Record):
+    """The whole data set; `mean` and `std` are the train split's, per channel, of images in 0 … 1 (a std of 0 is told
+    as 1).
+    """
+
+    format: Literal["distrain-blocks"]
+    version: Literal[1]
+    source: dict[str, Any]
+    classes: Annotated[list[str], Field(min_length=1)]
+    image_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
+    mean: list[float]
+    std: list[float]
+    splits: Annotated[dict[Literal["train", "val", "test"], Split], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Manifest:
+        channels = self.image_shape[2]
+        if not len(self.mean) == len(self.std) == channels:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} stds for {channels} channels")
+        if not all(0 < value < math.inf for value in self.std) or not all(map(math.isfinite, self.mean)):
+            raise ValueError("means and stds must be finite, stds above 0")
+        for name, split in self.splits.items():
+            if any(shard.bytes < shard.samples * self.sample_bytes for shard in split.shards):
+                raise ValueError(f"a shard of {name} is smaller than its samples")
+        return self
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one image: H · W · C."""
+        height, width, channels = self.image_shape
+        return height * width * channels
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set: its folder, local or remote, its manifest and the manifest's sha256."""
+
+    root: Path | Remote
+    manifest: Manifest
+    digest: str
+
+    def split(self, name: str) -> Split:
+        """The split of that name.
+
+        Raises:
+            DataError: the data set has none.
+        """
+        found = {str(key): value for key, value in self.manifest.splits.items()}.get(name)
+        if found is None:
+            raise DataError(f"{self.root}: has no split {name!r}, only {', '.join(self.manifest.splits)}")
+        return found
+
+    def missing(self, splits: Sequence[str]) -> Iterator[str]:
+        """One line for each shard of the splits that is not there or not of its size. Of a remote data set, none: a
+        request for every shard would take minutes, and a fetch that fails is told anyway.
+        """
+        if isinstance(self.root, Remote):
+            return
+        for name in splits:
+            for shard in self.split(name).shards:
+                try:
+                    size = os.stat(self.root / shard.name).st_size
+                except OSError as error:
+                    yield f"{shard.name}: {error.strerror}"
+                    continue
+                if size != shard.bytes:
+                    yield f"{shard.name}: {size} bytes instead of {shard.bytes}"
+
+
+def read(folder: str | Path, fetching: Settings | None = None) -> Dataset:
+    """The data set in a folder or at an address.
+
+    Args:
+        folder: its path, or its address as `data.dir` takes it.
+        fetching: how a remote one is fetched; None: as the keys' defaults say, and nothing is kept.
+
+    Raises:
+        ConfigError: an address that cannot be opened.
+        DataError: no folder, no manifest, another format or version, or a manifest that contradicts itself.
+    """
+    root = locate(folder, fetching or Settings.of(Data(), cached=False))
+    raw = _fetched(root) if isinstance(root, Remote) else _read(root)
+    again = "prepare the data set again"
+    try:
+        tree = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{root / NAME}: not JSON ({error}); {again}") from None
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise DataError(f"{root / NAME}: not a manifest of distrain; {again}")
+    if tree.get("version") != VERSION:
+        raise DataError(
+            f"{root / NAME}: version {tree.get('version')!r}, this distrain reads version {VERSION}; {again}"
+        )
+    try:
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        where = f"{where}: " if where else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{root / NAME}: {where}{message}; {again}") from None
+    return Dataset(root, manifest, hashlib.sha256(raw).hexdigest())
+
+
+def _read(root: Path) -> bytes:
+    try:
+        return (root / NAME).read_bytes()
+    except OSError as error:
+        reason = "holds no data set (no manifest.json)" if root.is_dir() else (error.strerror or str(error))
+        raise DataError(f"{root}: {reason}; make one with `distrain prepare`, or set data.dir") from None
+
+
+def _fetched(root: Remote) -> bytes:
+    try:
+        return root.fetch(NAME, _MOST_BYTES, _not_json)
+    except FetchError as error:
+        cure = error.cure or "upload a folder that `distrain prepare` made, or set data.dir"
+        kind = UnreachableError if error.unreachable else DataError
+        raise kind(f"{root / NAME}: {error.reason}; {cure}") from None
+
+
+def _not_json(raw: bytes) -> str | None:
+    """A manifest has no digest to check it by, but cut short it does not parse."""
+    try:
+        json.loads(raw)
+    except ValueError as error:
+        return f"not JSON ({error})"
+    return None
+
+
+def to_json(manifest: Manifest) -> str:
+    """The text of a manifest; the same manifest always gives the same bytes."""
+    return json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,180 @@
+"""Shards: plain WebDataset tars whose records are blocks of samples. Writing, reading and verifying one.
+
+Reading is a `wds.DataPipeline` over one shard: open and check size and digest → webdataset's tar reader → blocks
+without pickle. A tar cut at a member's boundary reads without error, so a shard is checked before it is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import webdataset as wds
+import xxhash
+from numpy.typing import NDArray
+from webdataset import tariterators
+
+from distrain.data.fetch import FetchError, Remote
+from distrain.data.manifest import IDS, IMAGES, LABELS, Shard
+from distrain.errors import ShardError, UnreachableError
+
+BLOCK_SAMPLES = 1024
+"""Most samples in a block: what a stock reader decodes at once."""
+
+_HEADER_BYTES = 256
+"""Longest npy header accepted; numpy writes 128 bytes for these arrays."""
+
+_CURE = "restore the file or prepare the data set again; `distrain verify` checks all shards"
+
+_DIGESTS: dict[str, Callable[[bytes], str]] = {
+    "xxh3_128": xxhash.xxh3_128_hexdigest,
+    "sha256": lambda data: hashlib.sha256(data).hexdigest(),
+}
+
+
+class Block(NamedTuple):
+    """Consecutive samples: images uint8 [N, H, W, C], labels int64 [N], ids int64 [N]."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64]
+
+
+def write(path: Path, block: Block, block_samples: int = BLOCK_SAMPLES) -> None:
+    """Write one shard; the same block always gives the same bytes."""
+    with path.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+        for start in range(0, len(block.ids), block_samples):
+            part = slice(start, start + block_samples)
+            arrays: dict[str, NDArray[Any]] = {
+                IMAGES: block.images[part],
+                LABELS: block.labels[part],
+                IDS: block.ids[part],
+            }
+            tar.write({"__key__": f"{start:08d}"} | {name: _npy(array) for name, array in arrays.items()})
+
+
+def describe(path: Path, name: str, samples: int) -> Shard:
+    """The manifest's entry of a shard file."""
+    data = path.read_bytes()
+    return Shard(
+        name=name,
+        samples=samples,
+        bytes=len(data),
+        **{name: digest(data) for name, digest in _DIGESTS.items()},
+    )
+
+
+def read(
+    root: Path | Remote,
+    shard: Shard,
+    image_shape: list[int],
+    num_classes: int,
+    digests: Sequence[Literal["xxh3_128", "sha256"]] = ("xxh3_128",),
+    stop: threading.Event | None = None,
+) -> list[Block]:
+    """The blocks of one shard, verified: size, digest, headers, shapes, number of samples, labels. Setting `stop` ends
+    the wait for a remote one.
+
+    Raises:
+        ShardError: naming the shard and what is wrong with it.
+    """
+    data = _fetched(root, shard, digests, stop) if isinstance(root, Remote) else _read_checked(root, shard, digests)
+
+    def opened() -> Iterator[dict[str, Any]]:
+        yield {"url": str(root / shard.name), "stream": io.BytesIO(data)}
+
+    def decoded(samples: Iterator[dict[str, Any]]) -> Iterator[Block]:
+        for sample in samples:
+            yield _decode(sample, image_shape, num_classes)
+
+    pipeline = wds.DataPipeline(opened, tariterators.tar_file_expander, tariterators.group_by_keys, decoded)
+    try:
+        blocks = list(pipeline)
+    except MemoryError:
+        raise
+    except ShardError as error:
+        # webdataset appends the stream and the address to an exception's arguments.
+        raise ShardError(f"{error.args[0]}; {_CURE}") from error
+    except Exception as error:
+        # The digest fits, so the file is as it was written: whoever wrote it did not write a shard.
+        raise ShardError(f"{root / shard.name}: not a shard of blocks: {error}; {_CURE}") from error
+    found = sum(len(block.ids) for block in blocks)
+    if found != shard.samples:
+        promise = f"holds {found} samples, the manifest promises {shard.samples}"
+        raise ShardError(f"{root / shard.name}: {promise}; {_CURE}")
+    return blocks
+
+
+def _read_checked(root: Path, shard: Shard, digests: Sequence[str]) -> bytes:
+    path = root / shard.name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}; {_CURE}") from error
+    reason = _wrong(data, shard, digests)
+    if reason is not None:
+        raise ShardError(f"{path}: {reason}; {_CURE}")
+    return data
+
+
+def _fetched(root: Remote, shard: Shard, digests: Sequence[str], stop: threading.Event | None) -> bytes:
+    try:
+        return root.read(shard.name, shard.bytes, shard.sha256, lambda data: _wrong(data, shard, digests), stop)
+    except FetchError as error:
+        kind = UnreachableError if error.unreachable else ShardError
+        raise kind(f"{root / shard.name}: {error.reason}; {error.cure or _CURE}") from None
+
+
+def _wrong(data: bytes, shard: Shard, digests: Sequence[str]) -> str | None:
+    if len(data) != shard.bytes:
+        return f"{len(data)} bytes instead of {shard.bytes}"
+    for digest in digests:
+        if _DIGESTS[digest](data) != getattr(shard, digest):
+            return f"changed since it was prepared (its {digest} differs)"
+    return None
+
+
+def _decode(sample: dict[str, Any], image_shape: list[int], num_classes: int) -> Block:
+    where = f"{sample['__url__']}: block {sample['__key__']}"
+    missing = [name for name in (IMAGES, LABELS, IDS) if name not in sample]
+    if missing:
+        raise ShardError(f"{where}: has no {', '.join(missing)}")
+    images = _parse_npy(sample[IMAGES], np.dtype(np.uint8), tuple(image_shape), f"{where}.{IMAGES}")
+    labels = _parse_npy(sample[LABELS], np.dtype(np.int64), (), f"{where}.{LABELS}")
+    ids = _parse_npy(sample[IDS], np.dtype(np.int64), (), f"{where}.{IDS}")
+    if not len(images) == len(labels) == len(ids):
+        raise ShardError(f"{where}: {len(images)} images, {len(labels)} labels, {len(ids)} ids")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ShardError(f"{where}: labels {labels.min()} to {labels.max()}, the data set has {num_classes} classes")
+    return Block(images, labels, ids)
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def _parse_npy(data: bytes, dtype: np.dtype[Any], tail: tuple[int, ...], where: str) -> NDArray[Any]:
+    """A view of the array in `data`. The header is checked against the bytes at hand before it is believed."""
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"npy version {version}")
+        shape, fortran, found = np.lib.format.read_array_header_1_0(file, max_header_size=_HEADER_BYTES)
+    except Exception as error:  # numpy's header parser raises more than ValueError on damaged text
+        raise ShardError(f"{where}: not an npy array ({error})") from None
+    if found != dtype or fortran or not shape or shape[1:] != tail:
+        wanted = f"{dtype} [N{''.join(f', {n}' for n in tail)}]"
+        raise ShardError(f"{where}: holds {found} {list(shape)}, wanted {wanted}")
+    start = file.tell()
+    promised = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if promised != len(data) - start:
+        raise ShardError(f"{where}: header promises {promised} bytes, {len(data) - start} are there")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)

@@ -1,0 +1,1 @@
+"""One process among others: launched, joined, watched, asked to stop."""

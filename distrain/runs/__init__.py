@@ -1,0 +1,1 @@
+"""A run's folder: its checkpoints, its lives, what it writes down."""

@@ -1,0 +1,1 @@
+"""What works on a run, or beside one: a module for each command of that name."""

@@ -1,0 +1,383 @@
+"""`distrain doctor`: what would end a job, or make it slow, found in seconds and before it starts.
+
+Each process looks at its own node, then all meet, and look at what they share. Nothing is left on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from distrain import machine, models
+from distrain.config import Config
+from distrain.data import manifest, shards
+from distrain.data.fetch import Settings
+from distrain.data.manifest import Dataset
+from distrain.data.order import World
+from distrain.data.stream import memory
+from distrain.errors import AgainError, ConfigError, DataError, UserError
+from distrain.processes import signals
+from distrain.processes.runtime import Runtime
+from distrain.training.saving import attempt
+from distrain.training.setup import agree_on_data, make_order, start_runtime, watch
+
+_PROBE_BYTES = 16 * 2**20
+_BASE_BYTES = 2**30
+"""A process with torch in it, before it has any data."""
+_SHM = Path("/dev/shm")  # noqa: S108 - only its size is asked for
+_SHM_BYTES = 64 * 2**20
+"""Of a process that talks NCCL; a container has that much unless it is told otherwise."""
+
+Level = Literal["ok", "note", "bad"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, how it is, and what to do about it."""
+
+    subject: str
+    level: Level
+    told: str
+    cure: str = ""
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        cure = f"\n{'':20}→ {self.cure}" if self.cure and self.level != "ok" else ""
+        return f"  {self.level:4}  {self.subject:11} {self.told}{cure}"
+
+
+def examine(config: Config) -> None:
+    """Look at everything, under any launcher, and print it.
+
+    Raises:
+        ConfigError: on all processes, where something would end a job.
+    """
+    own = look_here(config)
+    first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if int(os.environ.get("RANK", "0")) == 0 or (first_here and _bad(own)):
+        _print(f"{socket.gethostname()}:", own)  # before the others are waited for: they may never come
+    with signals.noted(), closing(watch(config)) as watching:
+        try:
+            with start_runtime(config, watching) as rt:
+                watching.enter("train")
+                shared = _look_together(config, rt)
+                every = rt.from_all(own)
+        except AgainError as error:
+            raise ConfigError(
+                f"doctor: the processes cannot meet: {error}\n  → see that all nodes were started, reach the first"
+                " one's port, and have the same --nodes and --nproc"
+            ) from error
+        if rt.is_main:
+            _print("all processes:", shared)
+            told = set(own)
+            for rank, findings in enumerate(every):
+                _print(f"rank {rank}:", [each for each in findings if each.level != "ok" and each not in told])
+                told.update(findings)
+    wrong = len({each for findings in [*every, shared] for each in findings if each.level == "bad"})
+    if wrong:
+        raise ConfigError(f"doctor: {wrong} found wrong; see above")
+    if rt.is_main:
+        print("nothing was found that would end a job", flush=True)
+
+
+def look_here(config: Config) -> list[Finding]:
+    """What one process sees on its node."""
+    return [finding for look in _LOCAL for finding in look(config)]
+
+
+def _bad(findings: list[Finding]) -> int:
+    return sum(finding.level == "bad" for finding in findings)
+
+
+def _print(title: str, findings: list[Finding]) -> None:
+    if findings:
+        print("\n".join([title, *(finding.line for finding in findings)]), flush=True)
+
+
+# --- one process, on its node ---
+
+
+def versions(config: Config) -> Iterator[Finding]:
+    """What is installed."""
+    names = ("torch", "torchvision", "accelerate", "webdataset")
+    found = ", ".join(f"{name} {version(name)}" for name in names)
+    yield Finding("versions", "ok", f"Python {platform.python_version()}, {found}")
+
+
+def device(config: Config) -> Iterator[Finding]:
+    """What this process would compute on."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.run.device == "cuda" and not count:
+        yield Finding("device", "bad", "run.device=cuda, but no GPU is seen", "mend the driver, or give run.device=cpu")
+    elif config.run.device == "cpu" or not count:
+        yield Finding("device", "ok", "CPU")
+    elif count < processes:
+        yield Finding(
+            "device", "bad", f"{count} GPUs for {processes} processes", "start as many processes as there are GPUs"
+        )
+    else:
+        names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
+        yield Finding("device", "ok", f"{count} GPUs: {names}")
+
+
+def cores(config: Config) -> Iterator[Finding]:
+    """Cores that this node's processes may use."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * config.run.cpu_threads
+    level: Level = "ok" if own >= wanted else "note"
+    yield Finding(
+        "cores", level, f"{own} for {wanted} threads", "ask for more (--cpus-per-task, requests.cpu) or use fewer"
+    )
+
+
+def open_files(config: Config) -> Iterator[Finding]:
+    """Connections to all others, shards, libraries."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 256 + 4 * int(os.environ.get("WORLD_SIZE", "1"))
+    level: Level = "ok" if limit >= wanted or limit == resource.RLIM_INFINITY else "bad"
+    yield Finding("open files", level, f"{limit} allowed, {wanted} wanted", f"raise the limit: ulimit -n {wanted}")
+
+
+def shared_memory(config: Config) -> Iterator[Finding]:
+    """NCCL uses it; processes on CPUs do not."""
+    if not _SHM.is_dir():
+        return
+    free = shutil.disk_usage(_SHM).free
+    wanted = _SHM_BYTES * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    level: Level = "ok" if free >= wanted else "note" if on_cpu else "bad"
+    yield Finding(
+        str(_SHM),
+        level,
+        f"{free / 2**20:,.0f} MiB free, {wanted / 2**20:,.0f} wanted by NCCL",
+        "give the container more: --shm-size, or an emptyDir in memory",
+    )
+
+
+def data(config: Config) -> Iterator[Finding]:
+    """The data set as this node sees it, how fast it is read, and what reading takes."""
+    try:
+        dataset = _read(config)
+    except (UserError, AgainError) as error:
+        yield Finding("data", "bad", str(error), "give data.dir a folder that all nodes see")
+        return
+    shard = dataset.split("train").shards[0]
+    start = time.monotonic()
+    try:
+        found = dataset.manifest
+        for _ in shards.read(dataset.root, shard, found.image_shape, len(found.classes)):
+            pass
+    except (UserError, AgainError) as error:
+        yield Finding("data", "bad", str(error), "`distrain verify` checks all shards")
+        return
+    rate = shard.bytes / max(time.monotonic() - start, 1e-6) / 2**20
+    yield Finding("data", "ok", f"{dataset.root}: {found.splits['train'].samples:,} samples, {rate:,.0f} MiB/s")
+    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        order = make_order(config, dataset, size)
+    except UserError as error:
+        yield Finding("processes", "bad", str(error))
+        return
+    cached = config.data.cache == "ram"  # auto takes what is left over
+    wanted = local * (_BASE_BYTES + memory(dataset, order, World(0, size), config.data.read_ahead, cached))
+    free = machine.free_memory()
+    level: Level = "ok" if wanted <= free else "bad"
+    yield Finding(
+        "memory",
+        level,
+        f"{free / 2**30:,.1f} GiB, {wanted / 2**30:,.1f} wanted by {local} processes here",
+        "lower data.read_ahead, set data.cache=auto, prepare with more --shards, or ask for more memory",
+    )
+
+
+def run_folder(config: Config) -> Iterator[Finding]:
+    """What a checkpoint needs: write, sync, rename, link; and how long a save takes against the grace."""
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        return  # one process of a run writes checkpoints: more at once would be slower
+    folder = _nearest(Path(config.run.dir))
+    start = time.monotonic()
+    try:
+        with _probe(folder) as path:
+            _write_synced(path, os.urandom(_PROBE_BYTES))
+            seconds = time.monotonic() - start
+            os.link(path, path.with_suffix(".link"))  # a lease is taken by a link
+            path.with_suffix(".link").unlink()
+            path.rename(path.with_suffix(".renamed"))
+    except OSError as error:
+        yield Finding(
+            "run folder",
+            "bad",
+            f"{folder}: cannot be written: {error.strerror}",
+            "choose a run.dir that this user may write, on a file system that knows rename and link",
+        )
+        return
+    speed = _PROBE_BYTES / max(seconds, 1e-6)
+    yield Finding("run folder", "ok", f"{folder}: write, sync, rename, link; {speed / 2**20:,.0f} MiB/s")
+    yield from _save(config, speed)
+
+
+def _save(config: Config, speed: float) -> Iterator[Finding]:
+    try:
+        found = _read(config).manifest
+        height, width, channels = found.image_shape
+        settings = config.model
+        module = models.build(settings.name, settings.activation, len(found.classes), (channels, height, width))
+        models.check_output(settings.name, module, torch.zeros(2, channels, height, width), len(found.classes))
+    except (UserError, AgainError) as error:
+        if not isinstance(error, DataError):  # of the data it was told already
+            yield Finding("model", "bad", str(error))
+        return
+    tensors = [*module.parameters(), *module.buffers()]
+    states = 2 if config.train.optimizer == "adamw" else 1
+    size = (1 + states) * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    seconds, grace = size / speed, config.launch.grace_seconds
+    level: Level = "ok" if 2 * seconds <= grace else "bad"
+    yield Finding(
+        "grace",
+        level,
+        f"{grace} s after a stop request; a checkpoint of {size / 2**20:,.0f} MiB takes {seconds:.1f} s",
+        "raise launch.grace_seconds, and the scheduler's own (--signal, terminationGracePeriodSeconds) above it",
+    )
+
+
+_LOCAL: list[Callable[[Config], Iterator[Finding]]] = [
+    versions,
+    device,
+    cores,
+    open_files,
+    shared_memory,
+    data,
+    run_folder,
+]
+
+
+def _read(config: Config) -> Dataset:
+    dataset = manifest.read(config.data.dir, Settings.of(config.data))
+    for needed in ("train", "test"):
+        dataset.split(needed)
+    return dataset
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there: nothing is made for a look."""
+    folder = folder.absolute()
+    while not folder.is_dir() and folder.parent != folder and not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+@contextlib.contextmanager
+def _probe(folder: Path) -> Iterator[Path]:
+    path = folder / f".distrain-doctor-{uuid.uuid4().hex}"
+    try:
+        yield path
+    finally:
+        for left in folder.glob(f"{path.name}*") if folder.is_dir() else ():
+            left.unlink(missing_ok=True)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- all processes ---
+
+
+def _look_together(config: Config, rt: Runtime) -> list[Finding]:
+    findings = [
+        Finding("processes", "ok", f"{rt.world.size} on {len(set(rt.from_all(socket.gethostname())))} nodes"),
+        _same_versions(rt),
+        *_reduce(rt),
+        *_same_folder(config, rt),
+    ]
+    with contextlib.suppress(UserError, AgainError):  # a node that cannot read it has said so
+        dataset = rt.all_or_none(lambda: _read(config))
+        try:
+            agree_on_data(rt, dataset, [name for name in ("train", "val", "test") if name in dataset.manifest.splits])
+        except DataError as error:
+            findings.append(Finding("data", "bad", str(error), "let all nodes see one folder, and verify it"))
+    return findings
+
+
+def _same_versions(rt: Runtime) -> Finding:
+    found = rt.from_all((version("torch"), version("distrain")))
+    others = [
+        f"rank {rank} has torch {torch_}, distrain {own}"
+        for rank, (torch_, own) in enumerate(found)
+        if (torch_, own) != found[0]
+    ]
+    if others:
+        return Finding("versions", "bad", "; ".join(others[:4]), "install the same everywhere, or run one image")
+    return Finding("versions", "ok", "the same everywhere")
+
+
+def _reduce(rt: Runtime) -> Iterator[Finding]:
+    """Sums over all processes: right, and how fast."""
+    size = rt.world.size
+    if size == 1:
+        return
+    right = torch.full((1,), float(rt.world.rank + 1), device=rt.device)
+    rt.sum(right)
+    if right.item() != size * (size + 1) / 2:
+        yield Finding("all-reduce", "bad", f"the sum over {size} ranks is {right.item()}", "look at the interconnect")
+        return
+    buffer = torch.ones(_PROBE_BYTES // 4, device=rt.device)
+    rt.sum(buffer)
+    start = time.monotonic()
+    rt.sum(buffer)
+    buffer[0].item()  # the device is done
+    seconds = time.monotonic() - start
+    yield Finding("all-reduce", "ok", f"right; {_PROBE_BYTES / 2**20:.0f} MiB in {1000 * seconds:,.1f} ms")
+
+
+def _same_folder(config: Config, rt: Runtime) -> Iterator[Finding]:
+    """Whether what the main process writes is seen by all."""
+    folder, name = _nearest(Path(config.run.dir)), f".distrain-doctor-{uuid.uuid4().hex}"
+    name = str(rt.from_main(name))
+    path = folder / name
+    problem = attempt(lambda: path.write_text("here", encoding="ascii")) if rt.is_main else None
+    if rt.from_main(problem) is not None:
+        return  # told as what the main process found
+    try:
+        blind = [str(rank) for rank, seen in enumerate(rt.from_all(_seen(path))) if not seen]
+    finally:
+        if rt.is_main:
+            path.unlink(missing_ok=True)
+    if blind:
+        yield Finding(
+            "run folder",
+            "bad",
+            f"{folder}: rank {', '.join(blind[:8])} does not see what rank 0 writes",
+            "choose a run.dir on a file system that all nodes share: every process reads checkpoints from it",
+        )
+    else:
+        yield Finding("run folder", "ok", "seen by all")
+
+
+def _seen(path: Path) -> bool:
+    """A network file system may show a new file late."""
+    deadline = time.monotonic() + 3
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

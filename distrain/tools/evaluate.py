@@ -1,0 +1,113 @@
+"""`distrain evaluate`: score a checkpoint of a run, on any number of processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from distrain import files
+from distrain.config import Config, identity, load
+from distrain.data import manifest
+from distrain.data.fetch import Settings
+from distrain.data.manifest import Dataset
+from distrain.errors import ConfigError, DataError, Stopped
+from distrain.processes import signals
+from distrain.processes.runtime import Runtime, StopAgreed
+from distrain.runs import checkpoint
+from distrain.runs.checkpoint import Saved
+from distrain.training import evaluation
+from distrain.training.evaluation import Scores
+from distrain.training.job import CONFIG, RESULT
+from distrain.training.setup import agree_on_data, build_model, start_runtime, watch
+
+
+def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | None) -> tuple[Scores, str, list[str]]:
+    """Score a checkpoint of a run: `which` (best, last, or a folder's name), by default the one its result is of.
+
+    Returns:
+        The scores, the checkpoint's name and the classes.
+    """
+    if not (run / CONFIG).exists():
+        raise DataError(f"{run}: holds no run (no {CONFIG})")
+    config = load(run / CONFIG, overrides)
+    with signals.noted(), closing(watch(config)) as watching, start_runtime(config, watching) as rt:
+        dataset = rt.all_or_none(lambda: _read_data(config, split))
+        # The main process chooses: of a run that goes on, others may see newer ones.
+        path, skipped = rt.from_main(rt.all_or_none(lambda: _choose(run, which) if rt.is_main else None))
+        for line in skipped if rt.is_main else []:
+            print(f"warning: skipped {line}", file=sys.stderr)
+        saved = rt.all_or_none(lambda: checkpoint.load(path))
+        agree_on_data(rt, dataset, [split])
+        _check_identity(config, dataset, saved)
+        try:
+            scores = _score(config, dataset, split, saved, rt)
+        except StopAgreed as stop:
+            raise Stopped(f"stopped{stop.by}; nothing was written") from None
+        if rt.is_main:
+            out = run / "evaluations" / f"{split}-{saved.path.name}.json"
+            out.parent.mkdir(exist_ok=True)
+            scored = {**scores.as_dict(dataset.manifest.classes), "split": split, "world_size": rt.world.size}
+            files.replace(out, json.dumps(scored, indent=1) + "\n")
+            print(scores.line(split))
+            print(f"{saved.path.name}, written to {out}", flush=True)
+    return scores, saved.path.name, dataset.manifest.classes
+
+
+def _score(config: Config, dataset: Dataset, split: str, saved: Saved, rt: Runtime) -> Scores:
+    module = build_model(config, dataset, rt)
+    module.load_state_dict(saved.model)
+    module = rt.prepare_scoring(module)
+    mean, std = (
+        torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
+        for key in ("mean", "std")
+    )
+    return evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt)
+
+
+def _check_identity(config: Config, dataset: Dataset, saved: Saved) -> None:
+    """What is scored is what was trained; only the precision to score in may differ."""
+    asked = {**identity(config), "data.manifest": dataset.digest}
+    free = ("train.precision", "data.mean", "data.std")  # mean and std are taken from the checkpoint
+    trained = saved.state["identity"]
+    differ = checkpoint.differences(
+        *({k: v for k, v in fields.items() if k not in free} for fields in (trained, asked))
+    )
+    if differ:
+        raise ConfigError("\n  ".join([f"{saved.path}: was not trained with this configuration:", *differ]))
+
+
+def _read_data(config: Config, split: str) -> Dataset:
+    dataset = manifest.read(config.data.dir, Settings.of(config.data))
+    dataset.split(split)
+    return dataset
+
+
+def _choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
+    """The checkpoint that was asked for, and why newer ones were passed over."""
+    folder = run / checkpoint.FOLDER
+    if which is not None and which not in ("best", "last"):
+        return folder / which, []
+    saved, skipped = checkpoint.newest(folder)
+    if saved is None:
+        raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
+    best = _best(run, saved)
+    if best is None and which == "best":
+        raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; take last")
+    return (best if best is not None and which != "last" else saved.path), skipped
+
+
+def _best(run: Path, last: Saved) -> Path | None:
+    """The best checkpoint on val: the result's, where it is of this checkpoint; its last evaluation may be newer."""
+    try:
+        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    except OSError:
+        result = {}
+    if result.get("steps") == last.step and result["val_accuracy"] is not None:
+        return run / checkpoint.FOLDER / str(result["checkpoint"])
+    best = last.state["best"]
+    return checkpoint.path_of(run / checkpoint.FOLDER, best["step"]) if best is not None else None

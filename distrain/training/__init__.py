@@ -1,0 +1,1 @@
+"""The training itself: setting up a run, the loop, a step, evaluation."""

@@ -1,0 +1,272 @@
+"""A run being set up: data set → order → process group → model and optimizer → lease and checkpoint.
+
+What is trained depends on data, configuration and seed alone: see docs/design.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from distrain import models
+from distrain.config import Config, identity
+from distrain.data import cache, manifest
+from distrain.data.cache import Cache
+from distrain.data.fetch import Settings
+from distrain.data.manifest import Dataset
+from distrain.data.order import Order
+from distrain.errors import ConfigError, DataError
+from distrain.processes import runtime
+from distrain.processes.runtime import Runtime
+from distrain.processes.watch import Watch
+from distrain.training import optim
+from distrain.training.job import STACKS, Job
+from distrain.training.saving import resume
+from distrain.training.summary import tell_start
+
+
+def watch(config: Config) -> Watch:
+    """The time-outs of a run."""
+    limits = config.timeouts
+    return Watch(
+        {
+            "start": limits.start_seconds + config.run.wait_seconds,  # all wait while the main process waits
+            "first step": limits.start_seconds,
+            "train": limits.step_seconds,
+            "evaluate": limits.eval_seconds,
+            "save": limits.save_seconds,
+        },
+        Path(config.run.dir, STACKS),
+    )
+
+
+def start_runtime(config: Config, watching: Watch) -> Runtime:
+    """Join the other processes of the run."""
+    run, train = config.run, config.train
+    settings = runtime.Settings(run.device, train.precision, run.cpu_threads, train.deterministic)
+    return runtime.start(settings, config.timeouts.start_seconds, watching)
+
+
+def set_up(config: Config, started: float, rt: Runtime) -> Job:
+    """Everything that a run needs, at the step it goes on from."""
+    rt.leave_if_asked()
+    dataset = rt.all_or_none(lambda: _read_data(config))
+    agree_on_data(rt, dataset, [split for split in ("train", "val", "test") if split in dataset.manifest.splits])
+    job = _build(config, dataset, rt, started)
+    _settle(job)
+    rt.leave_if_asked()
+    try:
+        resume(job)
+        if rt.is_main:
+            tell_start(job)
+    except BaseException:
+        job.close()
+        raise
+    return job
+
+
+def _read_data(config: Config) -> Dataset:
+    dataset = manifest.read(config.data.dir, Settings.of(config.data))
+    for needed in ("train", "test"):
+        dataset.split(needed)
+    return dataset
+
+
+def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job:
+    """The job at step 0."""
+    order = make_order(config, dataset, rt.world.size)
+    mean, std = _normalization(config, dataset)
+    _check_augmentation(config, dataset)
+    fewest, most = order.shares(rt.world.size)
+    passes = -(-most // (config.train.micro_batch_size or most))
+    module = build_model(config, dataset, rt, empty=fewest < passes)
+    dependent = models.world_size_dependent(module, in_parts=config.train.micro_batch_size is not None)
+    start = _initialise(config, module, rt)
+    module = rt.couple(module)
+    average = _average(config, module, rt)
+    return Job(
+        config,
+        Path(config.run.dir),
+        dataset,
+        order,
+        config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch,
+        rt,
+        module,
+        *_prepare(config, module, rt),
+        torch.tensor(mean, dtype=rt.dtype, device=rt.device),
+        torch.tensor(std, dtype=rt.dtype, device=rt.device),
+        {**identity(config), **start, "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
+        started,
+        _cache(config, dataset, rt),
+        average,
+        dependent,
+        passes,
+    )
+
+
+def _initialise(config: Config, module: nn.Module, rt: Runtime) -> dict[str, str]:
+    """Weights from `model.init`; what identifies them, whatever the file is called."""
+    if config.model.init is None:
+        return {}
+    path = Path(config.model.init)
+    anew = rt.all_or_none(lambda: models.initialise(module, path))
+    if anew and rt.is_main:
+        print(f"model.init: {anew}", flush=True)
+    return {"model.init": models.digest(module)}
+
+
+def _average(config: Config, module: nn.Module, rt: Runtime) -> AveragedModel | None:
+    """A second model that follows the weights: decay · average + (1 - decay) · weights after every step."""
+    if config.train.ema_decay is None:
+        return None
+    follow = get_ema_multi_avg_fn(config.train.ema_decay)
+    average = AveragedModel(module, multi_avg_fn=follow, use_buffers=True).to(rt.device)
+    average.module = rt.prepare_scoring(average.module)
+    return average
+
+
+def _cache(config: Config, dataset: Dataset, rt: Runtime) -> Cache | None:
+    place = rt.all_or_none(lambda: cache.choose(config.data.cache, dataset, rt.device))
+    return Cache(dataset, place, pin=place.type != rt.device.type) if place is not None else None
+
+
+def agree_on_data(rt: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
+    """All processes see the same data set, and the main one sees every shard of it."""
+    digests = rt.from_all(dataset.digest)
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
+    missing = rt.from_main(list(dataset.missing(splits)) if rt.is_main else None)
+    if missing:
+        more = [f"and {len(missing) - 5} more"] if len(missing) > 5 else []
+        raise DataError(
+            "\n  ".join([f"{dataset.root}: shards are missing or damaged:", *missing[:5], *more])
+            + "\nrestore them or prepare the data set again; `distrain verify` checks all shards"
+        )
+
+
+def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
+    """The order of the run.
+
+    Raises:
+        ConfigError: it cannot be had with this batch, or on so many processes.
+    """
+    split = dataset.split("train")
+    batch = config.train.global_batch_size
+    order = Order(len(split.shards), split.lanes, min(shard.samples for shard in split.shards), batch, config.run.seed)
+    if world_size > split.lanes:
+        raise ConfigError(
+            f"{world_size} processes for {split.lanes} lanes of {dataset.root}: start at most {split.lanes},"
+            f" or prepare the data set with --lanes {world_size} or more"
+        )
+    if world_size > batch:
+        raise ConfigError(
+            f"train.global_batch_size={batch} is smaller than the number of processes, {world_size}: "
+            f"raise it, or start at most {batch}"
+        )
+    if order.steps_per_epoch == 0:
+        raise ConfigError(
+            f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard} samples"
+            f" that an epoch of {dataset.root} can use; lower it"
+        )
+    return order
+
+
+def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
+    channels = dataset.manifest.image_shape[2]
+    values = []
+    for key, asked, found in (
+        ("mean", config.data.mean, dataset.manifest.mean),
+        ("std", config.data.std, dataset.manifest.std),
+    ):
+        value = asked if asked is not None else found
+        if len(value) != channels:
+            raise ConfigError(f"data.{key}: {len(value)} values for images of {channels} channels")
+        values.append(value)
+    return values[0], values[1]
+
+
+def _check_augmentation(config: Config, dataset: Dataset) -> None:
+    settings, smallest = config.augment, min(dataset.manifest.image_shape[:2])
+    if settings.crop_padding >= smallest:
+        raise ConfigError(f"augment.crop_padding={settings.crop_padding}: at most {smallest - 1} for these images")
+    if settings.cutout > smallest:
+        raise ConfigError(f"augment.cutout={settings.cutout}: at most {smallest} for these images")
+    lanes, batch = dataset.split("train").lanes, config.train.global_batch_size
+    if settings.mixup and batch < 2 * lanes:
+        raise ConfigError(
+            f"augment.mixup mixes samples of the same lane: of {lanes} lanes, a train.global_batch_size of {batch} has"
+            f" fewer than two of each; raise it to {2 * lanes}, or prepare the data set with fewer --lanes"
+        )
+
+
+def build_model(config: Config, dataset: Dataset, rt: Runtime, empty: bool = False) -> nn.Module:
+    """The model that the configuration names, with its first weights; tried on two black pictures, and on none if
+    shares may be `empty`.
+
+    Raises:
+        ConfigError: it cannot be built, or does not give one logit for each class.
+    """
+    torch.manual_seed(config.run.seed)  # weights are drawn on the CPU, so every device starts from the same
+    height, width, channels = dataset.manifest.image_shape
+    classes, name = len(dataset.manifest.classes), config.model.name
+    module = models.build(name, config.model.activation, classes, (channels, height, width)).to(rt.dtype)
+    for samples in (2, 0) if empty else (2,):
+        images = torch.zeros(samples, channels, height, width, dtype=rt.dtype)
+        models.check_output(name, module, images, classes)
+    return module
+
+
+def _prepare(config: Config, module: nn.Module, rt: Runtime) -> tuple[nn.Module, Any]:
+    """The model and its optimizer, as accelerate prepares them."""
+    settings = config.train
+    optimizer = optim.build(
+        settings.optimizer,
+        module.parameters(),
+        settings.lr,
+        settings.momentum,
+        settings.nesterov,
+        settings.betas,
+        settings.weight_decay,
+    )
+    if settings.compile != "off":
+        module.compile(mode=settings.compile)
+    return rt.prepare(module, optimizer)
+
+
+def _settle(job: Job) -> None:
+    """Two backward passes whose gradients are thrown away, before anything is loaded.
+
+    DDP rebuilds its buckets after the first backward pass of a life, and sums in another order from then on: without
+    this, a resumed run differs in the last bits from one that was not interrupted, on three processes or more.
+    """
+    buffers = {name: buffer.clone() for name, buffer in job.module.named_buffers()}
+    images = torch.zeros(2, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
+    for _ in range(2):
+        with job.runtime.peers(), _what_cannot_be_had():
+            logits = job.ddp(job.normalize(images))
+        with _what_cannot_be_had():
+            job.runtime.backward(logits.sum() * 0)
+    job.optimizer.zero_grad()
+    for name, buffer in job.module.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+@contextlib.contextmanager
+def _what_cannot_be_had() -> Iterator[None]:
+    """Around the first passes: a compiler that is missing, or an operation that has no deterministic form."""
+    try:
+        yield
+    except Exception as error:
+        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise ConfigError(f"train.compile: the model cannot be compiled: {told}; set train.compile=off") from error
+        if "deterministic" in str(error):
+            raise ConfigError(f"train.deterministic: {told}; set it to false, or change the model") from error
+        raise
