@@ -5,9 +5,37 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+_LIBRARIES = ("distrain", "torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow")
+
+
+def describe() -> dict[str, Any]:
+    """System, processor, cores that this process may use, memory in GiB: for records of what was measured."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what decides what is trained, and how fast."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def free_memory() -> int:

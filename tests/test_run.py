@@ -59,7 +59,8 @@ def test_a_run_leaves_what_is_documented(small: Dataset, tmp_path: Path, capsys:
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
     assert sorted(path.name for path in run.iterdir()) == [
-        "audit", "checkpoints", "config.yaml", "lives", "metrics.jsonl", "result.json",
+        "audit", "checkpoints", "config.yaml", "lives", "metrics.jsonl", "pictures", "result.json",
+        "setup.json",
     ]  # fmt: skip
     assert config.load(run / "config.yaml") == config.from_tree(tree(small, run, data={"audit": True}))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

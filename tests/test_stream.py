@@ -107,15 +107,17 @@ def test_images_labels_and_words_belong_to_their_ids(small: Dataset) -> None:
 
 
 def test_evaluation_batches_are_the_same_for_every_world_and_own_each_sample_once(small: Dataset) -> None:
-    def batches(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(size: int) -> Iterator[tuple[torch.Tensor, ...]]:
         for rank in range(size):
             yield from EvaluationBatches(small, "test", World(rank, size), 7)
 
-    def content(size: int) -> list[tuple[bytes, tuple[int, ...]]]:
-        return sorted((images.numpy().tobytes(), tuple(labels.tolist())) for images, labels in batches(size))
+    def content(size: int) -> list[tuple[bytes, tuple[int, ...], tuple[int, ...]]]:
+        found = batches(size)
+        return sorted((images.numpy().tobytes(), tuple(a.tolist()), tuple(b.tolist())) for images, a, b in found)
 
     alone = content(1)
-    assert sum(len(labels) for _, labels in alone) == 203
+    assert sum(len(labels) for _, labels, _ in alone) == 203
+    assert sorted(id_ for *_, ids in alone for id_ in ids) == list(range(203))
     for size in (2, 3, 5, 12, 20):  # more processes than lanes: some own nothing
         assert content(size) == alone
 

@@ -180,8 +180,8 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """Images uint8 [n, H, W, C] and labels int64 [n] of the shards in this rank's lanes, in fixed slices of a shard:
-    the same batches, and so the same logits, whatever the number of processes. Every sample has one owner.
+    """Images uint8 [n, H, W, C], labels int64 [n] and ids int64 [n] of the shards in this rank's lanes, in fixed slices
+    of a shard: the same batches, and so the same logits, whatever the number of processes. Every sample has one owner.
     """
 
     def __init__(self, dataset: Dataset, split_name: str, world: World, batch_size: int) -> None:
@@ -197,16 +197,17 @@ class EvaluationBatches:
         """Whether the next batch, or the end, can be had at once; waits up to `timeout` seconds for it."""
         return self._left() or self._background.wait(1, timeout)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
         while not self._left():
             self._block, self._start = next(self._background), 0
         assert self._block is not None
         here = slice(self._start, self._start + self._size)
         self._start += self._size
-        return torch.from_numpy(self._block.images[here]), torch.from_numpy(self._block.labels[here])
+        images, labels, ids = (torch.from_numpy(array[here]) for array in self._block)
+        return images, labels, ids
 
     def close(self) -> None:
         """End the thread, after the shard that it is at."""

@@ -34,8 +34,8 @@ from distrain.processes.failures import Failure, read_failure
 from distrain.processes.signals import LAUNCHER, STOP
 from distrain.processes.topology import LOCAL, STORE_SOCKET, Topology
 from distrain.runs import checkpoint, lives
+from distrain.runs.folder import EXIT
 
-EXIT_FILE = "exit.json"
 NODES = "nodes"
 _LEAVE_SECONDS = 5.0
 """For processes that do not save, after another one failed."""
@@ -416,9 +416,9 @@ class _Book:
         kept = {"launch": self._launch, "lives_without_progress": self._idle}
         try:
             self._run.mkdir(parents=True, exist_ok=True)
-            files.replace(self._run / EXIT_FILE, json.dumps({**kept, **content}, indent=1) + "\n")
+            files.replace(self._run / EXIT, json.dumps({**kept, **content}, indent=1) + "\n")
         except OSError as error:
-            print(f"warning: {self._run / EXIT_FILE}: cannot be written: {error.strerror}", file=sys.stderr)
+            print(f"warning: {self._run / EXIT}: cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def _is_done(config: Config) -> bool:
@@ -441,7 +441,7 @@ def _leave_word(run: Path, node: int, outcome: Outcome) -> None:
         files.replace(run / NODES / f"{node:05d}.json", json.dumps(word, indent=1) + "\n")
 
 
-def read_exit(folder: Path, name: str = EXIT_FILE) -> dict[str, Any]:
+def read_exit(folder: Path, name: str = EXIT) -> dict[str, Any]:
     """RUN/exit.json, or a file like it; empty where there is none."""
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))

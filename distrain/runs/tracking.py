@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-METRICS, AUDIT = "metrics.jsonl", "audit"
+from distrain.runs.folder import AUDIT, METRICS
 
 _ABANDON_SECONDS = 5.0
 """For wandb when a run was stopped: schedulers kill after as little as 30 s, and wandb's files are on disk."""
@@ -129,7 +129,7 @@ class Progress:
         else:
             self.say(
                 f"step {step}/{self._total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
-                f"{rate:,.0f} images/s  {_clock(seconds_left)} left"
+                f"{rate:,.0f} images/s  {clock(seconds_left)} left"
             )
 
     def say(self, line: str) -> None:
@@ -148,7 +148,8 @@ class Progress:
             self._bar.close()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

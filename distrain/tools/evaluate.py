@@ -20,9 +20,9 @@ from distrain.processes import signals
 from distrain.processes.runtime import Runtime, StopAgreed
 from distrain.runs import checkpoint
 from distrain.runs.checkpoint import Saved
+from distrain.runs.folder import CONFIG, RESULT
 from distrain.training import evaluation
 from distrain.training.evaluation import Scores
-from distrain.training.job import CONFIG, RESULT
 from distrain.training.setup import agree_on_data, build_model, start_runtime, watch
 
 

@@ -21,6 +21,8 @@ from distrain.errors import DataError
 from distrain.processes.runtime import POLL_SECONDS, Runtime
 from distrain.training.augment import normalize
 
+Keep = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -70,8 +72,10 @@ def evaluate(
     std: Tensor,
     batch_size: int,
     runtime: Runtime,
+    keep: Keep | None = None,
 ) -> Scores:
-    """Score a model on a split, on all processes together; the result is the same on each of them.
+    """Score a model on a split, on all processes together; the result is the same on each of them. `keep` is called
+    with each batch of this process: images, ids, labels, logits.
 
     Raises:
         DataError: on all processes: a shard cannot be read, or the number of samples scored is not the manifest's.
@@ -81,11 +85,13 @@ def evaluate(
     # Counts and the loss travel in one vector of fp64, which holds integers exactly up to 2**53.
     sums = torch.zeros(num_classes**2 + 1, dtype=torch.float64, device=runtime.device)
 
-    def score(images: Tensor, labels: Tensor) -> None:
-        truth = labels.to(runtime.device)
-        logits = model(normalize(images.to(runtime.device), mean, std))
+    def score(images: Tensor, labels: Tensor, ids: Tensor) -> None:
+        images, truth = images.to(runtime.device), labels.to(runtime.device)
+        logits = model(normalize(images, mean, std))
         sums[:-1] += torch.bincount(truth * num_classes + logits.argmax(1), minlength=num_classes**2)
         sums[-1] += F.cross_entropy(logits, truth, reduction="sum")
+        if keep is not None:
+            keep(images, ids.to(runtime.device), truth, logits)
 
     training = model.training
     model.eval()
@@ -103,7 +109,7 @@ def evaluate(
 
 
 def _for_each(
-    batches: EvaluationBatches, score: Callable[[Tensor, Tensor], None], runtime: Runtime, shown: Any
+    batches: EvaluationBatches, score: Callable[[Tensor, Tensor, Tensor], None], runtime: Runtime, shown: Any
 ) -> None:
     """Score this process's batches, meeting the others a few times a second until all are through: nobody is left
     waiting by one that was asked to stop, or cannot read a shard.

@@ -23,8 +23,6 @@ from distrain.training import optim
 from distrain.training.augment import Normalizer
 from distrain.training.profiling import Profile
 
-CONFIG, RESULT, STACKS = "config.yaml", "result.json", "stacks"
-
 
 @dataclass
 class State:

@@ -17,9 +17,10 @@ from distrain.processes import signals
 from distrain.processes.failures import fail, failure_of
 from distrain.runs import checkpoint, lives, tracking
 from distrain.runs.checkpoint import Saved
+from distrain.runs.folder import CONFIG, METRICS, RESULT
 from distrain.runs.tracking import Logs
 from distrain.training import optim
-from distrain.training.job import CONFIG, RESULT, Job, State
+from distrain.training.job import Job, State
 
 _FOLLOWED = "weights."
 """Of the model that is trained, in optimizer.safetensors, where model.safetensors holds their average."""
@@ -107,7 +108,7 @@ def _say_and_clear(job: Job, saved: Saved | None) -> None:
 
 def holds_run(run: Path) -> bool:
     """Whether a folder has anything of a run in it that would be lost: a step logged, a checkpoint, a result."""
-    metrics = run / tracking.METRICS
+    metrics = run / METRICS
     logged = metrics.exists() and metrics.stat().st_size > 0
     return logged or (run / RESULT).exists() or bool(checkpoint.steps(run / checkpoint.FOLDER))
 

@@ -6,6 +6,8 @@ What is trained depends on data, configuration and seed alone: see docs/design.m
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from distrain import models
+from distrain import files, models
 from distrain.config import Config, identity
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
@@ -25,10 +27,11 @@ from distrain.errors import ConfigError, DataError
 from distrain.processes import runtime
 from distrain.processes.runtime import Runtime
 from distrain.processes.watch import Watch
+from distrain.runs.folder import SETUP, STACKS
 from distrain.training import optim
-from distrain.training.job import STACKS, Job
-from distrain.training.saving import resume
-from distrain.training.summary import tell_start
+from distrain.training.job import Job
+from distrain.training.saving import attempt, resume
+from distrain.training.summary import facts, tell_start
 
 
 def watch(config: Config) -> Watch:
@@ -64,7 +67,12 @@ def set_up(config: Config, started: float, rt: Runtime) -> Job:
     try:
         resume(job)
         if rt.is_main:
-            tell_start(job)
+            found = facts(job)
+            text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+            problem = attempt(lambda: files.replace(job.run / SETUP, text))
+            if problem is not None:  # a full disk: nothing that is trained depends on it
+                print(f"warning: {SETUP} could not be written: {problem}", file=sys.stderr)
+            tell_start(job, found)
     except BaseException:
         job.close()
         raise

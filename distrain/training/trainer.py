@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -21,15 +22,14 @@ from distrain.errors import DataError, DivergedError, SaveError, Stopped
 from distrain.processes import signals
 from distrain.processes.runtime import POLL_SECONDS, StopAgreed
 from distrain.runs import checkpoint
-from distrain.runs.tracking import METRICS, JsonLines, Logs, Progress, WandbMirror, audit_path
-from distrain.training import evaluation, profiling, setup
+from distrain.runs.folder import METRICS, RESULT, TRACE
+from distrain.runs.tracking import JsonLines, Logs, Progress, WandbMirror, audit_path
+from distrain.training import evaluation, pictures, profiling, setup
 from distrain.training.evaluation import Scores
-from distrain.training.job import RESULT, Job
+from distrain.training.job import Job
 from distrain.training.saving import attempt, save
 from distrain.training.step import Feed, train_step
-
-TRACE = "trace"
-"""RUN/trace: what torch's profiler saw."""
+from distrain.training.summary import tell_end
 
 _MOST_STEPS_UNASKED = 256
 """Steps between two questions whether to stop, at most."""
@@ -121,6 +121,8 @@ def fit(job: Job, logs: Logs) -> None:
                 with job.profile.phase("log"):
                     epoch = state.step // job.order.steps_per_epoch
                     logs.audit.write({"step": state.step, "epoch": epoch, "ids": batch.ids.tolist()})
+            if state.step == 0 and job.runtime.is_main:
+                _warn_of(logs, attempt(functools.partial(pictures.save_augmented, job, batch)), "pictures")
             job.losses.append(train_step(job, batch))
             begins_round = job.order.begins_round(state.step + 1)
             if state.step + 1 < job.total_steps and not begins_round:
@@ -317,10 +319,10 @@ def _as_metrics(job: Job, split: str, scores: Scores) -> dict[str, float]:
     return {f"{split}/accuracy": scores.accuracy, f"{split}/loss": scores.loss, "seconds": job.elapsed}
 
 
-def _score(job: Job, split: str) -> Scores:
+def _score(job: Job, split: str, keep: evaluation.Keep | None = None) -> Scores:
     job.runtime.share_buffers(job.scored)
     size = job.config.eval.batch_size
-    return evaluation.evaluate(job.scored, job.dataset, split, job.mean, job.std, size, job.runtime)
+    return evaluation.evaluate(job.scored, job.dataset, split, job.mean, job.std, size, job.runtime, keep)
 
 
 def finish(job: Job, logs: Logs) -> dict[str, Any]:
@@ -329,7 +331,9 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     if step != job.state.step:
         job.scored.load_state_dict(checkpoint.load(checkpoint.path_of(job.checkpoints, step)).model)
         job.holds_best = True
-    scores = _score(job, "test")
+    wrong = pictures.Collector()
+    scores = _score(job, "test", wrong.add)
+    found = wrong.over_all(job.runtime)
     classes = job.dataset.manifest.classes
     order, world = job.order, job.runtime.world
     epochs, parts = job.state.step / order.steps_per_epoch, job.profile.total()
@@ -353,14 +357,15 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     if job.runtime.is_main:
         text = json.dumps(result, indent=1) + "\n"
         job.save_problem = attempt(lambda: files.replace(job.run / RESULT, text)) or job.save_problem
-        if parts:
-            print("time     " + profiling.told(parts))
-        for line in profiling.advice(parts):
-            print(f"         {line}")
-        print("Finished Training")
-        print(scores.line("test"))
-        print(f"Run: {job.run}", flush=True)
+        _warn_of(logs, attempt(lambda: pictures.save_wrong(job.run, found)), "pictures")
+        tell_end(job, scores, result)
     return result
+
+
+def _warn_of(logs: Logs, problem: str | None, what: str) -> None:
+    """Of something that nothing depends on."""
+    if problem is not None:
+        logs.progress.warn(f"{what} could not be written: {problem}")
 
 
 def _open_logs(job: Job) -> Logs:

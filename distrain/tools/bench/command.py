@@ -8,18 +8,15 @@ import importlib
 import importlib.util
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from distrain import config, files, models
+from distrain import config, files, machine, models
 from distrain.data import manifest
 from distrain.data.manifest import Dataset
 from distrain.data.prepare import Options, prepare
@@ -33,7 +30,6 @@ from distrain.tools.bench.table import Table
 RESULT, PLOT = "bench.json", "bench.png"
 _FEWEST = 512
 """Training images: a batch of every part."""
-_LIBRARIES = ("distrain", "torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -162,11 +158,8 @@ def describe(asked: Asked, context: Context) -> dict[str, Any]:
         "format": "distrain-bench",
         "version": 1,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _LIBRARIES},
-        },
+        "machine": {**machine.describe(), "gpus": _gpus(), "load_before": list(os.getloadavg())},
+        "versions": machine.versions(),
         "options": {
             "repeats": asked.repeats,
             "quick": asked.quick,
@@ -181,24 +174,8 @@ def describe(asked: Asked, context: Context) -> dict[str, Any]:
     }
 
 
-def _machine() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": gpus,
-        "load_before": list(os.getloadavg()),
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _write(out: Path, found: Mapping[str, Any], tables: Mapping[str, Table], finished: bool) -> None:
