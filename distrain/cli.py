@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -90,6 +91,19 @@ def train(file: Path | None, overrides: tuple[str, ...]) -> None:
     from distrain.training import trainer
 
     trainer.train(resolved)
+    if resolved.log.report and os.environ.get("RANK", "0") == "0":
+        _write_report(Path(resolved.run.dir))
+
+
+def _write_report(run: Path) -> None:
+    """Of a run that is done, and stays so whatever happens here."""
+    try:
+        from distrain.tools import report
+
+        print(f"Report: {report.write([run])}", flush=True)
+    except Exception as error:
+        again = f"`distrain report {run}` tries again"
+        print(f"warning: no report was written: {type(error).__name__}: {error}; {again}", file=sys.stderr, flush=True)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -191,6 +205,39 @@ def evaluate(run: Path, overrides: tuple[str, ...], split: str, which: str | Non
     scoring.evaluate_run(run, split, overrides, which)
 
 
+@cli.command("report")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN [RUN]...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to write.  [default: RUN/report; of several runs there is none]",
+)
+def write_report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write a page that shows what a run did, or compares several; it opens from disk, without any network.
+
+    \b
+    distrain report runs/first
+    distrain report runs/first runs/second --out comparison
+
+    OUT/index.html has curves, confusions, pictures that were got wrong, what augmentation does, configuration, data
+    and machine; OUT/*.png are its charts. A run that is not done yet can be looked at as well.
+    """
+    from distrain.tools import report
+
+    click.echo(report.write(runs, out))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status(run: Path, as_json: bool) -> None:
+    """Say how far RUN is, wherever it goes on: step, rate, time left, last checkpoint, lives."""
+    from distrain.tools import status as looking
+
+    found = looking.look(run)
+    click.echo(json.dumps(found) if as_json else looking.tell(found))
+
+
 @cli.command()
 @click.argument("folder")
 def verify(folder: str) -> None:
@@ -230,7 +277,6 @@ def verify(folder: str) -> None:
     type=click.FloatRange(0, 100, min_open=True),
     help="Percent that the part accuracy waits for.  [default: what the plain script has]",
 )
-@click.option("--plot/--no-plot", default=True, help="bench.png needs matplotlib: pip install 'distrain[bench]'.")
 def bench(models: str, **options: Any) -> None:
     """Measure this machine: distrain beside the usual ways, and beside the machine's own limits.
 

@@ -249,6 +249,7 @@ class Log(Section):
     """Progress and metrics.jsonl."""
 
     every_steps: Whole = _key(50, "steps between lines", ge=1)
+    report: bool = _key(True, "`distrain train` writes RUN/report/ when it is done: a page with charts and pictures")
 
 
 class Profile(Section):

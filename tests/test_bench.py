@@ -14,7 +14,7 @@ from datasets import make
 
 from distrain import cli
 from distrain.data.manifest import Dataset
-from distrain.tools.bench import accuracy, command, evaluation, memory, scaling, startup, training
+from distrain.tools.bench import accuracy, evaluation, memory, scaling, startup, training
 from distrain.tools.bench.context import Context
 from distrain.tools.bench.members import write_folders
 from distrain.tools.bench.processes import CommandError, call
@@ -104,7 +104,7 @@ def test_image_files_are_prepared_once(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(scaling, "measure", lambda context: Table(str(context.images), [Row("a", "s", [1.0])]))
     for _ in range(2):
-        assert bench("scaling", "--images", source, "--out", tmp_path / "out", "--no-plot") == 0
+        assert bench("scaling", "--images", source, "--out", tmp_path / "out") == 0
     found = json.loads((tmp_path / "out/bench.json").read_text())
     assert found["data"]["splits"] == {"train": 600, "test": 40}
     assert found["parts"]["scaling"]["title"] == str(source)
@@ -140,15 +140,6 @@ def test_too_few_images_are_refused(tmp_path: Path, capsys: Capture) -> None:
     make(tmp_path / "data", 100, 20, image_size=8, shards=2, lanes=2)
     assert bench("--data", tmp_path / "data", "--out", tmp_path / "out") == 78
     assert "100 training images" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_matplotlib_it_says_so_before_it_measures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: None)
-    assert bench("--out", tmp_path / "out") == 78
-    assert "pip install 'distrain[bench]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

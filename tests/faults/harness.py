@@ -55,7 +55,7 @@ def small_run(data: Path, run: Path, /, **sections: dict[str, Any]) -> dict[str,
         "train": {"max_steps": 60, "global_batch_size": 16, "lr": 0.05},
         "eval": {"every_steps": 7},
         "checkpoint": {"every_steps": 10, "keep": 3},
-        "log": {"every_steps": 4},
+        "log": {"every_steps": 4, "report": "false"},
         "timeouts": {"start_seconds": 100, "step_seconds": 60, "eval_seconds": 60, "save_seconds": 60},
     }
     for section, values in sections.items():

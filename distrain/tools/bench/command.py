@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib
-import importlib.util
 import json
 import os
 import tempfile
@@ -46,7 +45,6 @@ class Asked:
     models: Sequence[str]
     recipe: Path
     target: float | None
-    plot: bool
 
 
 def run(asked: Asked) -> None:
@@ -86,9 +84,8 @@ def run(asked: Asked) -> None:
             tables[part] = measured
             print(f"\n{measured.text()}", flush=True)
             _write(asked.out, found, tables, finished=part == parts[-1])
-    if asked.plot:
-        plot.draw(tables, asked.out / PLOT)
-    print(f"\n{asked.out / RESULT}" + (f", {asked.out / PLOT}" if asked.plot else ""), flush=True)
+    plot.draw(tables, asked.out / PLOT)
+    print(f"\n{asked.out / RESULT}, {asked.out / PLOT}", flush=True)
 
 
 def check(asked: Asked) -> None:
@@ -97,8 +94,6 @@ def check(asked: Asked) -> None:
     Raises:
         ConfigError: naming it.
     """
-    if asked.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("the plot needs matplotlib: pip install 'distrain[bench]', or give --no-plot")
     if asked.images is not None and asked.data is not None:
         raise ConfigError("give --images or --data, not both")
     if asked.images is not None and not all((asked.images / split).is_dir() for split in ("train", "test")):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from distrain.tools.bench.table import Row, Table, spread
 
 _FAR = 50
@@ -13,8 +16,6 @@ _FAR = 50
 
 def draw(tables: Mapping[str, Table], path: Path) -> None:
     """Write a PNG file, whole or not at all."""
-    from matplotlib.figure import Figure  # an extra
-
     panels = [
         (f"{table.title} ({unit})", [row for row in table.rows if row.unit == unit])
         for table in tables.values()
@@ -30,15 +31,15 @@ def draw(tables: Mapping[str, Table], path: Path) -> None:
     work.replace(path)
 
 
-def _panel(axes: object, title: str, rows: list[Row]) -> None:
+def _panel(axes: Axes, title: str, rows: list[Row]) -> None:
     spreads = [spread(row.samples) for row in rows]
     medians = [found["median"] for found in spreads]
     below = [found["median"] - found["lowest"] for found in spreads]
     above = [found["highest"] - found["median"] for found in spreads]
     names, colours = [row.name for row in rows], ["C0" if "distrain" in row.name else "C7" for row in rows]
-    axes.barh(names, medians, xerr=[below, above], color=colours, ecolor="black", capsize=2)  # type: ignore[attr-defined]
+    axes.barh(names, medians, xerr=[below, above], color=colours, ecolor="black", capsize=2)
     if min(medians) > 0 and max(medians) > _FAR * min(medians):
-        axes.set_xscale("log")  # type: ignore[attr-defined]
-    axes.invert_yaxis()  # type: ignore[attr-defined]
-    axes.set_title(title, loc="left", fontsize="medium")  # type: ignore[attr-defined]
-    axes.grid(axis="x", alpha=0.3)  # type: ignore[attr-defined]
+        axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.grid(axis="x", alpha=0.3)

@@ -1,0 +1,272 @@
+"""The report of real runs: what it says, what it escapes, and how a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import distrain
+from distrain import cli
+from distrain.runs import folder
+from distrain.tools.report import charts
+
+NAMES = [
+    '<script>document.title="x"</script>',
+    "<img src=x onerror=alert(1)>",
+    "$\\frac{1}{0}$ & \"quotes\" 'too' {{ 7 * 7 }}",
+    "a class whose name is far too long for any chart, or table, or screen " + "x" * 80,
+    "猫",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs on images whose classes have names that would do harm; the second was stopped and went on."""
+    top = tmp_path_factory.mktemp("report")
+    draws = np.random.default_rng(0)
+    for split, number in (("train", 40), ("test", 8)):
+        for place, name in enumerate(NAMES):
+            (top / "photos" / split / name).mkdir(parents=True)
+            for image in range(number):
+                pixels = draws.integers(0, 256, (16, 16, 3), np.uint8) // 2 + 25 * place
+                Image.fromarray(pixels.astype(np.uint8)).save(top / "photos" / split / name / f"{image}.png")
+    data = top / "data"
+    assert cli.main(["prepare", "folder", f"{top}/photos", "--image-size", "16", "--lanes", "4", f"--out={data}"]) == 0
+    keys = [f"data.dir={data}", "train.global_batch_size=8", "log.every_steps=5", "eval.every_steps=10"]
+    keys += ["augment.flip=true", "augment.crop_padding=2", "checkpoint.every_steps=20"]
+    assert cli.main(["train", *keys, f"run.dir={top}/one", "train.max_steps=40"]) == 0
+    two = ["train", *keys, f"run.dir={top}/two", "train.max_steps=60", "augment.mixup=0.3", "log.report=false"]
+    two.append("model.name=models_for_tests:Faulty")
+    os.environ["FAULT"] = "stop:0:30"
+    try:
+        assert cli.main(two) == 75
+    finally:
+        del os.environ["FAULT"]
+    assert cli.main(two) == 0
+    return [top / "one", top / "two"]
+
+
+def test_train_writes_it_unless_told_not_to(runs: list[Path]) -> None:
+    one, two = runs
+    assert (one / "report" / "index.html").is_file()
+    assert not (two / "report").exists()
+    made = {path.name for path in (one / "report").glob("*.png")}
+    assert {"loss-step.png", "accuracy-time.png", "confusion.png", "classes.png", "profile.png"} <= made
+    for name in made:
+        with Image.open(one / "report" / name) as image:
+            image.verify()
+
+
+def test_it_says_what_the_run_did(runs: list[Path], tmp_path: Path) -> None:
+    assert cli.main(["report", str(runs[1]), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "index.html").read_text()
+    result = json.loads((runs[1] / "result.json").read_text())
+    assert f"<b>{result['accuracy']:.2%}</b>" in text
+    assert "went on after step" in text
+    assert "mixup 0.3" in text
+    assert "Each of the 40 test images was scored exactly once." in text
+    wrong = folder.read_pictures(runs[1] / folder.WRONG)
+    assert len(wrong["ids"]) == min(24, result["total"] - result["correct"])
+    assert text.count('title="test sample') == len(wrong["ids"])
+    assert not folder.read(runs[1]).ended  # no launcher, no verdict
+    assert charts.restarts(folder.read(runs[1])) == [folder.read(runs[1]).lives[1]["from_step"]]
+
+
+def test_wrong_pictures_are_those_of_the_data_set(runs: list[Path]) -> None:
+    from distrain.data import manifest
+    from distrain.tools.bench.context import load
+
+    data = manifest.read(runs[0].parent / "data")
+    images, labels = load(data, "test")
+    held = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+    wrong = folder.read_pictures(runs[0] / folder.WRONG)
+    assert len(wrong["ids"])
+    for image, label, predicted in zip(wrong["images"], wrong["labels"], wrong["predicted"], strict=True):
+        assert held[image.tobytes()] == label != predicted
+    assert (np.diff(wrong["probabilities"]) <= 0).all()
+
+
+def test_several_runs_are_compared(runs: list[Path], tmp_path: Path) -> None:
+    assert cli.main(["report", *map(str, runs), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "index.html").read_text()
+    rows = re.findall(r"<tr><th>([^<]+)</th>", text)
+    assert {"accuracy on test", "train.max_steps", "augment.mixup", "run.dir"} <= set(rows)
+    assert "train.lr" not in rows  # the same in both
+    assert (tmp_path / "confusion-2.png").is_file()
+
+
+def test_names_are_data(runs: list[Path]) -> None:
+    text = (runs[0] / "report" / "index.html").read_text()
+    assert "<script" not in text
+    assert "<img src=x" not in text
+    assert "&lt;script&gt;" in text
+    assert "{{ 7 * 7 }}" in text
+    assert "猫" in text
+
+
+def test_the_same_run_gives_the_same_page(runs: list[Path], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert cli.main(["report", str(runs[0]), "--out", str(tmp_path / name)]) == 0
+    assert (tmp_path / "a" / "index.html").read_bytes() == (tmp_path / "b" / "index.html").read_bytes()
+
+
+def test_a_run_that_goes_on_can_be_looked_at(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    (run / "result.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:6]) + lines[6][:20])  # a line that is being written
+    assert cli.main(["report", str(run)]) == 0
+    assert "This run is not done" in (run / "report" / "index.html").read_text()
+    (run / "metrics.jsonl").write_text("")
+    shutil.rmtree(run / "pictures")
+    assert cli.main(["report", str(run)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["missing"], "holds no run"),
+        (["one", "two"], "--out"),
+        (["one", "one", "--out", "x"], "named twice"),
+        (["one", "--out", "one/result.json/x"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_message(
+    arguments: list[str], told: str, runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(runs[0].parent)
+    assert cli.main(["report", *arguments]) == 78
+    said = capsys.readouterr().err
+    assert told in said
+    assert "Traceback" not in said
+
+
+def test_status_tells_how_far_a_run_is(runs: list[Path], tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["status", str(runs[1]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["step"], found["steps"], found["lives"]) == ("done", 60, 60, 2)
+    assert found["checkpoint"]["step"] == 60
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000060")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 50]
+    (run / "metrics.jsonl").write_text("".join(kept))
+    assert cli.main(["status", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "not running; the same command goes on" in said
+    assert "step     50 of 60 (83%)" in said
+    assert re.search(r"images/s, \d+:\d\d left", said)
+    assert cli.main(["status", str(tmp_path)]) == 78
+
+
+def test_a_running_run_has_an_owner(runs: list[Path], tmp_path: Path, capsys: Any) -> None:
+    from distrain.runs import lives
+
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    (run / "result.json").unlink()
+    lease = lives.acquire(run, 0)
+    try:
+        assert cli.main(["status", str(run)]) == 0
+        assert "run: running" in capsys.readouterr().out
+    finally:
+        lease.release()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    found.set_page_load_timeout(60)
+    yield found
+    found.quit()
+
+
+LAYOUT = """
+for (const one of document.querySelectorAll("details")) one.open = true;
+const wide = [...document.body.querySelectorAll("*")].filter(e => !e.closest(".scroll")
+  && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 200));
+const images = [...document.images];
+const boxes = [...document.querySelectorAll("figure, .tile, li, h2, h3, table, .augmented")];
+const overlap = [];
+for (const a of boxes) for (const b of boxes) {
+  if (a === b || a.contains(b) || b.contains(a)) continue;
+  const r = a.getBoundingClientRect(), s = b.getBoundingClientRect();
+  const across = r.left + 1 < s.right && s.left + 1 < r.right, down = r.top + 1 < s.bottom && s.top + 1 < r.bottom;
+  if (r.width && s.width && across && down)
+    overlap.push([a.outerHTML.slice(0, 80), b.outerHTML.slice(0, 80)]);
+}
+return {wide, overlap, images: images.length, broken: images.filter(i => !i.complete || !i.naturalWidth).length,
+  scroll: document.documentElement.scrollWidth, width: innerWidth, scripts: document.scripts.length,
+  title: document.title};
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("which", ["one", "both"])
+def test_a_browser_shows_it_whole_and_asks_for_nothing(
+    which: str, width: int, theme: str, runs: list[Path], browser: Any, tmp_path: Path
+) -> None:
+    page = runs[0] / "report" / "index.html"
+    if which == "both":
+        assert cli.main(["report", *map(str, runs), "--out", str(tmp_path)]) == 0
+        page = tmp_path / "index.html"
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get(page.as_uri())
+    found = browser.execute_script(LAYOUT)
+    assert found["broken"] == 0
+    assert found["images"] >= 9
+    assert found["wide"] == []
+    assert found["overlap"] == []
+    assert found["scroll"] <= found["width"] == width
+    assert found["scripts"] == 0
+    assert found["title"] != "x"
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
+    assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
+    assert page.as_uri() in asked
+    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[theme]
+
+
+def test_python_writes_no_report(runs: list[Path], tmp_path: Path) -> None:
+    """`distrain.train` leaves what is documented; the report is the command's."""
+    tree = {
+        "data": {"dir": str(runs[0].parent / "data")},
+        "run": {"dir": str(tmp_path / "run")},
+        "train": {"max_steps": 2, "global_batch_size": 8},
+    }
+    distrain.train(tree)
+    assert not (tmp_path / "run" / "report").exists()
