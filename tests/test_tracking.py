@@ -49,12 +49,14 @@ def test_lines_go_on_behind_what_is_there(tmp_path: Path) -> None:
 def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(True, 100, 0)
     progress.step()
-    progress.train(50, 0.5, 2.25, 0.01, 12345.6, 3700)
+    for step in (50, 60, 70, 100):
+        progress.train(step, 0.5, 2.25, 0.01, 12345.6, 3700)
     progress.say("hello")
     progress.close()
     out = capsys.readouterr().out
     assert out.splitlines() == [
         "step 50/100  epoch 0.50  loss 2.2500  lr 0.01  12,346 images/s  1:01:40 left",
+        "step 100/100  epoch 0.50  loss 2.2500  lr 0.01  12,346 images/s  1:01:40 left",  # too soon for those between
         "hello",
     ]
 

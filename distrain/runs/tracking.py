@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,6 +108,10 @@ def audit_path(run: Path, rank: int) -> Path:
     return run / AUDIT / f"rank-{rank:05d}.jsonl"
 
 
+_LINE_SECONDS = 5.0
+"""Between two plain lines about training, at least: a log is read by people. metrics.jsonl has them all."""
+
+
 class Progress:
     """Progress on the main process: a bar in a terminal, plain lines elsewhere. Silent where `show` is false."""
 
@@ -116,6 +121,7 @@ class Progress:
         if show and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc="train", unit="step", dynamic_ncols=True)
         self._total = total
+        self._told = float("-inf")
 
     def step(self) -> None:
         """One step is done."""
@@ -126,7 +132,8 @@ class Progress:
         """Loss since the last call, learning rate, images per second, time left."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2g}, {rate:,.0f} images/s")
-        else:
+        elif step == self._total or time.monotonic() - self._told >= _LINE_SECONDS:
+            self._told = time.monotonic()
             self.say(
                 f"step {step}/{self._total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
                 f"{rate:,.0f} images/s  {clock(seconds_left)} left"

@@ -286,12 +286,11 @@ def of_classes(result: dict[str, Any], classes: Sequence[str], suffix: str = "")
     """Confusion matrix and accuracy by class of a run that is done."""
     matrix = np.asarray(result["confusion_matrix"], dtype=float)
     shown = min(len(classes), MOST_CLASSES)
-    side = max(WIDTH, 1.4 + 0.24 * shown)
     height = max(HEIGHT, 0.7 + 0.21 * shown)
     return [
         Chart(
             f"confusion{suffix}", "Confusion: of each true class, %",
-            lambda figure, theme: _confusion(figure, theme, matrix, classes), (side, side),
+            lambda figure, theme: _confusion(figure, theme, matrix, classes), (WIDTH, WIDTH),
         ),
         Chart(
             f"classes{suffix}", "Accuracy by class",
@@ -310,8 +309,9 @@ def _confusion(figure: Figure, theme: Theme, matrix: NDArray[np.float64], classe
     if len(classes) > MOST_CLASSES:
         return
     names = [short(name, 14) for name in classes]
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    size = min(9.0, 215 / len(names))  # points: what a row has
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
     if len(classes) > _NUMBERED:
         return
     for row, column in np.ndindex(*percent.shape):
