@@ -7,7 +7,7 @@ DATA ?= data/synthetic
 BENCH_OUT ?= bench-out
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test test-fast test-gpu test-ranks test-faults test-slurm test-images faults guards bench gpu lock lint format clean
+.PHONY: help install train test test-fast test-browser test-gpu test-ranks test-faults test-slurm test-images faults guards bench gpu lock lint format clean
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -28,10 +28,13 @@ train: $(VENV)/installed ## Train on the embedded data set, on all local GPUs or
 	$(BIN)/distrain launch --nproc $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)') \
 		-- train --config configs/synthetic.yaml data.dir=$(DATA) run.dir=$(RUN)
 
-test: test-fast test-ranks test-faults test-slurm test-images ## All tests, of the faults the short form
+test: test-fast test-browser test-ranks test-faults test-slurm test-images ## All tests, of the faults the short form
 
 test-fast: $(VENV)/installed-dev ## The tests that need one process
-	$(BIN)/pytest -m "not ranks and not faults and not slurm and not images" --durations=5
+	$(BIN)/pytest -m "not ranks and not faults and not slurm and not images and not browser" --durations=5
+
+test-browser: $(VENV)/installed-dev ## The report in headless Chromium; skips where it is missing
+	$(BIN)/pytest -m browser -rs --durations=5
 
 test-gpu: $(VENV)/installed-dev ## The tests that need a GPU, and the promise's on it
 	$(BIN)/pytest -m gpu -rs --durations=5
