@@ -13,6 +13,9 @@ from typing import Any
 
 from distrain.errors import ConfigError
 
+CATCHABLE = (Exception, SystemExit)
+"""What the user's code may raise: a script that is imported may call sys.exit."""
+
 _OURS = str(Path(__file__).parent)
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
 _PYTHONS = ("<", sysconfig.get_path("stdlib"))
@@ -44,16 +47,16 @@ def telling(asked: str) -> Iterator[None]:
     """Turn whatever the user's code raises, which may be anything, into a ConfigError."""
     try:
         yield
-    except Exception as error:
+    except CATCHABLE as error:
         raise ConfigError(f"{asked}: {told(error)}") from error
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An exception of the user's code in one line, with the place in that code."""
     return " ".join(f"{type(error).__name__}: {error}".split()) + _place(error)
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """The innermost line that is the user's; else of an installed package; Python's and distrain's tell nothing."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:

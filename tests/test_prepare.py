@@ -736,6 +736,8 @@ class Dots:
                 raise UnreadableError("smudged")
             if self.fault == "raises":
                 return json.loads("{")
+            if self.fault == "exits":
+                sys.exit(0)
             if self.fault == "shape":
                 return np.zeros((4, 6), np.uint8)
             if self.fault == "dtype":
@@ -785,6 +787,10 @@ def not_picklable():
 
 def too_high():
     return tuples(labels={"train": np.arange(40) % 3})
+
+
+def leaves():
+    sys.exit("not a script")
 
 
 class Raises:
@@ -853,6 +859,7 @@ def test_what_is_unreadable_in_a_source_of_ones_own_is_named_or_left_out(own: Pa
     ("fault", "told"),
     [
         ("raises", "load() raises JSONDecodeError: Expecting property name enclosed in double quotes"),
+        ("exits", "load() raises SystemExit: 0"),
         ("shape", "load() gives uint8 [4, 6], should give uint8 [4, 6, 1]"),
         ("dtype", "load() gives float64 [4, 6, 1], should give uint8 [4, 6, 1]"),
         ("kind", "load() gives NoneType, should give uint8 [4, 6, 1]"),
@@ -887,6 +894,7 @@ def test_what_goes_wrong_in_a_worker_is_one_line_with_the_sample(fault: str, tol
         ("nothing", ["has no classes, image_shape, labels, name, load"]),
         ("not_picklable", ["cannot be sent to worker processes (TypeError: ", "open files in load(), not before"]),
         ("too_high", ["train dot 2: label 2, there are 2 classes"]),
+        ("leaves", ["SystemExit: not a script"]),
         ("Missing", ["AttributeError: module 'dots_for_test' has no attribute 'Missing'"]),
         ("", ["should be package.module:Class"]),
     ],

@@ -55,7 +55,7 @@ class Own:
             image = self._source.load(split, index)
         except (UnreadableError, MemoryError):
             raise
-        except Exception as error:
+        except plugins.CATCHABLE as error:
             raise self._failed(split, index, f"load() raises {plugins.told(error)}") from error
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != self.image_shape:
             given = _array(image) if isinstance(image, np.ndarray) else type(image).__name__
