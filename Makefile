@@ -7,7 +7,7 @@ DATA ?= data/synthetic
 BENCH_OUT ?= bench-out
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test test-fast test-browser test-gpu test-ranks test-faults test-slurm test-images faults guards bench gpu lock lint format clean
+.PHONY: help install train test test-fast test-browser test-gpu test-ranks test-faults test-slurm test-images faults guards bench gpu docs lock lint format clean
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -69,6 +69,9 @@ gpu: test-gpu test-ranks ## All that is to be measured on a GPU, into bench-out;
 		$(if $(IMAGES),--images $(IMAGES)) $(BENCH)
 	$(BIN)/distrain bench accuracy --recipe $(or $(RECIPE),configs/speedrun.yaml) --target $(or $(TARGET),94) \
 		--out $(BENCH_OUT)/speedrun $(if $(IMAGES),--images $(IMAGES)) $(BENCH)
+
+docs: $(VENV)/installed-dev ## Write docs/configuration.md from the code
+	$(BIN)/distrain config --markdown > docs/configuration.md
 
 lock: $(VENV)/installed-dev ## Choose new versions for the image
 	$(BIN)/uv pip compile pyproject.toml --native-tls --universal --python-version 3.10 --generate-hashes \

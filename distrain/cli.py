@@ -188,9 +188,10 @@ _DOCTOR = ("timeouts.start_seconds=20", "timeouts.step_seconds=15")
 
 
 @cli.command("config")
-def show_config() -> None:
+@click.option("--markdown", is_flag=True, help="As tables, with what each key may be: docs/configuration.md.")
+def show_config(markdown: bool) -> None:
     """Print every key with its default and meaning, as YAML."""
-    click.echo(config.commented_yaml(), nl=False)
+    click.echo(config.markdown() if markdown else config.commented_yaml(), nl=False)
 
 
 @cli.command()
@@ -421,6 +422,38 @@ def prepare_synthetic(
 
     asked = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": classes}
     _prepare(out, "synthetic", asked, open_source, options)
+
+
+def _pairs(_context: click.Context, _argument: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"{text}: should be key=value, the name and value of an argument of the class")
+        if key in pairs:
+            raise ConfigError(f"{text}: {key} is given twice")
+        pairs[key] = value
+    return pairs
+
+
+@prepare_group.command("source")
+@click.argument("name", metavar="package.module:Class")
+@click.argument("arguments", nargs=-1, callback=_pairs, metavar="[key=value]...")
+@_prepare_options
+def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: Any) -> None:
+    """A class of your own that gives images and labels: docs/extending.md has an example.
+
+    It is looked up in the current folder, then where Python looks, and called with the pairs as keyword arguments, all
+    of them text. The manifest records its name and the pairs, addresses without their secrets.
+    """
+
+    def open_source(_work: Path) -> Any:
+        from distrain.data.sources.own import Own
+
+        return Own(name, arguments)
+
+    recorded = {key: address.scrub(value) for key, value in arguments.items()}
+    _prepare(out, "source", {"class": name, "arguments": recorded}, open_source, options)
 
 
 def _prepare(out: Path, kind: str, asked: dict[str, Any], open_source: Callable[[Path], Any], options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,37 @@ def test_the_printed_defaults_are_the_defaults(tmp_path: Path) -> None:
     for section, name, _, meaning, _ in config.every_key():
         assert meaning, f"{section}.{name} has no meaning"
         assert f"  # {meaning}" in file.read_text()
+
+
+def test_the_printed_reference_is_what_the_code_says() -> None:
+    page = config.markdown()
+    assert (REPO / "docs/configuration.md").read_text() == page, "`make docs` writes it anew"
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in page.splitlines() if line.startswith("| `")]
+    assert [row[0].strip(" `") for row in rows] == [f"{section}.{name}" for section, name, *_ in config.every_key()]
+    for (*_, is_identity), row in zip(config.every_key(), rows, strict=True):
+        assert [cell.strip() for cell in row][-1] == ("id" if is_identity else "")
+        assert len(row) == 5
+        assert row[2].strip()
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train.optimizer", "`sgd`, `adam`, `adamw`"),
+        ("train.clip_norm", "number > 0, or null"),
+        ("train.micro_batch_size", "whole number ≥ 1, or null"),
+        ("train.betas", "list of 2 numbers"),
+        ("data.std", "list of numbers > 0, or null"),
+        ("run.seed", "whole number ≥ 0, < 2^63"),
+    ],
+)
+def test_the_reference_says_what_a_key_may_be(key: str, values: str) -> None:
+    (row,) = [line for line in config.markdown().splitlines() if line.startswith(f"| `{key}` ")]
+    assert row.split(" | ")[2] == values
+
+
+def test_what_would_end_a_cell_or_begin_a_tag_is_escaped() -> None:
+    assert config._cell("a|b <tag> 1 < 2") == "a\\|b \\<tag> 1 < 2"
 
 
 def test_a_resolved_configuration_reads_back(tmp_path: Path) -> None:

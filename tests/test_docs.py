@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +20,10 @@ from datasets import make
 from distrain import cli, config
 
 REPO = Path(__file__).parent.parent
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-TAGS = {"bash run", "bash check", "bash ci", "python run", "text"}
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+TAGS = {"bash run", "bash check", "bash ci", "python run", "text", "mermaid"}
+FILE = re.compile(r"[a-z]+ file=([\w./-]+)")
+"""A block that is a file: it is written into the folder in which the page's blocks run."""
 LINKED = ("configs", "launch", "k8s")
 
 
@@ -125,7 +129,7 @@ def check_kubectl(words: list[str]) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_every_block_is_tagged(block: Block) -> None:
-    assert block.tag in TAGS
+    assert block.tag in TAGS or FILE.fullmatch(block.tag)
 
 
 @pytest.mark.parametrize("block", tagged("bash check", "bash run"), ids=str)
@@ -143,6 +147,45 @@ def test_what_ci_runs_is_printed() -> None:
     assert set(printed) <= set(made)
 
 
+def modules_in_the_code() -> set[tuple[str, str]]:
+    """(folder, module); an `__init__` that holds no more than a docstring is none."""
+    root = REPO / "distrain"
+    found = set()
+    for path in root.rglob("*.py"):
+        folder = "distrain/" if path.parent == root else f"{path.parent.relative_to(root)}/"
+        if path.stem != "__init__" or len(ast.parse(path.read_text()).body) > 1:
+            found.add((folder, path.stem))
+    return found
+
+
+def modules_in_the_design() -> list[tuple[str, str]]:
+    """(folder, module) of the table in docs/design.md; a row without a folder belongs to that of the row above."""
+    text = (REPO / "docs/design.md").read_text().partition("\n## Modules\n")[2].partition("\n## ")[0]
+    found, folder = [], ""
+    for row in re.findall(r"^\|(.*?)\|(.*?)\|", text, re.MULTILINE)[2:]:
+        folder = row[0].strip(" `") or folder
+        found += [(folder, name) for name in re.findall(r"`(\w+)`", row[1])]
+    return found
+
+
+def test_the_design_names_every_module() -> None:
+    assert sorted(modules_in_the_code() - set(modules_in_the_design())) == []
+
+
+def test_the_design_names_no_module_that_is_not_there() -> None:
+    named = modules_in_the_design()
+    assert sorted(set(named) - modules_in_the_code()) == []
+    assert len(named) == len(set(named)), "one is named twice"
+
+
+def test_the_arrows_of_the_design_are_those_that_lint_checks() -> None:
+    contract = re.search(r"^layers = \[\n(.*?)^\]", (REPO / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    layers = [line.split(" | ") for line in re.findall(r'"(.*)"', contract[1])]
+    below = {(a, b) for upper, lower in pairwise(layers[1:]) for a in upper for b in lower}  # cli is the first shown
+    drawn = next(block for block in tagged("mermaid") if block.page == "design.md").text
+    assert set(re.findall(r"(\w+)(?:\[.*?\])? --> (\w+)", drawn)) == below
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("page", sorted({block.page for block in tagged("bash run", "python run")}))
 def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
@@ -152,8 +195,10 @@ def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
     if page == "README.md":  # `make train`, above, has made it
         make(tmp_path / "data/synthetic", 2000, 500, image_size=32)
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    for block in tagged("bash run", "python run"):
-        if block.page != page:
+    for block in (one for one in BLOCKS if one.page == page):
+        if file := FILE.fullmatch(block.tag):
+            (tmp_path / file[1]).write_text(block.text)
+        if block.tag not in ("bash run", "python run"):
             continue
         shell = ["bash", "-euo", "pipefail", "-c"] if block.tag.startswith("bash") else [sys.executable, "-c"]
         done = subprocess.run(

@@ -707,6 +707,222 @@ def test_fractions_that_leave_nothing_are_refused(tmp_path: Path, capsys: Captur
     assert "no training samples are left" in refused(capsys, tmp_path / "out", "folder", pets, *asked)
 
 
+# A class of the user's own
+
+OWN = """\
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from distrain.data.sources import UnreadableError
+
+
+class Dots:
+    classes = ["dark", "light"]
+    image_shape = (4, 6, 1)
+
+    def __init__(self, samples="40", fault=""):
+        self.labels = {"train": np.arange(int(samples)) % 2, "test": np.arange(10) % 2}
+        self.fault = fault
+
+    def name(self, split, index):
+        return f"{split} dot {index}"
+
+    def load(self, split, index):
+        if (split, index) == ("train", 7):
+            if self.fault == "unreadable":
+                raise UnreadableError("smudged")
+            if self.fault == "raises":
+                return json.loads("{")
+            if self.fault == "exits":
+                sys.exit(0)
+            if self.fault == "shape":
+                return np.zeros((4, 6), np.uint8)
+            if self.fault == "dtype":
+                return np.zeros((4, 6, 1))
+            if self.fault == "kind":
+                return None
+        return np.full((4, 6, 1), 100 * self.labels[split][index] + index, np.uint8)
+
+
+def tuples(**own):
+    found = Dots()
+    vars(found).update(own)
+    return found
+
+
+def no_train():
+    return tuples(labels={"test": np.arange(10) % 2, "valid": np.arange(3)})
+
+
+def no_integers():
+    return tuples(labels={"train": np.arange(40.0), "test": np.zeros((10, 2), int)})
+
+
+def no_mapping():
+    return tuples(labels=np.arange(40))
+
+
+def no_names():
+    return tuples(classes=("dark", "light"))
+
+
+def no_shape():
+    return tuples(image_shape=(4, 6))
+
+
+def twice():
+    return tuples(classes=["dark", "dark"])
+
+
+def nothing():
+    return object()
+
+
+def not_picklable():
+    return tuples(file=Path(__file__).open())
+
+
+def too_high():
+    return tuples(labels={"train": np.arange(40) % 3})
+
+
+def leaves():
+    sys.exit("not a script")
+
+
+class Raises:
+    def __init__(self):
+        self.file = Path("nowhere.csv").open()
+
+
+class Careless(Dots):
+    def name(self, split, index):
+        return self.nothing
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the user's, where the command is typed."""
+    (tmp_path / "dots_for_test.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "dots_for_test", raising=False)  # another test's
+    return tmp_path
+
+
+def prepare_own(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """As the user does it: a process of its own, started in the folder."""
+    command = [Path(sys.executable).with_name("distrain"), "prepare", "source", f"dots_for_test:{name}", "--out", "out"]
+    words = [str(word) for word in [*command, *arguments]]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+
+def own_line(text: str) -> int:
+    return OWN[: OWN.index(text)].count("\n") + 1
+
+
+def test_a_class_of_the_users_own_is_a_source(own: Path) -> None:
+    done = prepare_own("Dots", "samples=60", "--lanes", 3)
+    assert done.returncode == 0, done.stderr
+    dataset = manifest.read(own / "out")
+    found = dataset.manifest
+    assert (found.classes, found.image_shape) == (["dark", "light"], [4, 6, 1])
+    assert found.source["kind"] == "source"
+    assert found.source["class"] == "dots_for_test:Dots"
+    assert found.source["arguments"] == {"samples": "60"}
+    for split, count in (("train", 60), ("test", 10)):
+        block = samples(dataset, split)
+        assert sorted(block.ids.tolist()) == list(range(count))
+        assert (block.labels == block.ids % 2).all()
+        assert (block.images == (100 * (block.ids % 2) + block.ids)[:, None, None, None]).all()
+    assert run("verify", own / "out") == 0
+    assert "left alone" in prepare_own("Dots", "samples=60", "--lanes", 3).stdout
+    other = prepare_own("Dots", "samples=80", "--lanes", 3)
+    assert other.returncode == 78
+    assert "arguments: {'samples': '60'}, asked for {'samples': '80'}" in other.stderr
+
+
+def test_what_is_unreadable_in_a_source_of_ones_own_is_named_or_left_out(own: Path) -> None:
+    done = prepare_own("Dots", "fault=unreadable")
+    assert done.returncode == 78
+    assert "1 unreadable among the sources, 0 allowed:\n  train dot 7: smudged\n" in done.stderr
+    assert not (own / "out").exists()
+    assert prepare_own("Dots", "fault=unreadable", "--skip-bad", 1).returncode == 0
+    assert sorted(samples(manifest.read(own / "out"), "train").ids.tolist()) == [i for i in range(40) if i != 7]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("raises", "load() raises JSONDecodeError: Expecting property name enclosed in double quotes"),
+        ("exits", "load() raises SystemExit: 0"),
+        ("shape", "load() gives uint8 [4, 6], should give uint8 [4, 6, 1]"),
+        ("dtype", "load() gives float64 [4, 6, 1], should give uint8 [4, 6, 1]"),
+        ("kind", "load() gives NoneType, should give uint8 [4, 6, 1]"),
+    ],
+)
+def test_what_goes_wrong_in_a_worker_is_one_line_with_the_sample(fault: str, told: str, own: Path) -> None:
+    done = prepare_own("Dots", f"fault={fault}")
+    assert done.returncode == 78
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("distrain")]
+    assert message.startswith(f"distrain: error: prepare source dots_for_test:Dots: train dot 7: {told}")
+    assert "Traceback" not in done.stderr
+    if fault == "raises":
+        assert message.endswith(f"({own}/dots_for_test.py:{own_line('json.loads')})")
+    assert not (own / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("no_train", ["labels: has no split 'train'", "labels: has a split 'valid'; there are train, val and test"]),
+        (
+            "no_integers",
+            [
+                "labels['train']: should be numbers of classes, int64 [N], are float64 [40]",
+                "labels['test']: should be numbers of classes, int64 [N], are int64 [10, 2]",
+            ],
+        ),
+        ("no_mapping", ["labels: should map each split to its samples' labels, is array("]),
+        ("no_names", ["classes: should be a list of names (str), is ('dark', 'light')"]),
+        ("no_shape", ["image_shape: should be (height, width, channels), is (4, 6)"]),
+        ("twice", ["classes: 'dark' stands there twice"]),
+        ("nothing", ["has no classes, image_shape, labels, name, load"]),
+        ("not_picklable", ["cannot be sent to worker processes (TypeError: ", "open files in load(), not before"]),
+        ("too_high", ["train dot 2: label 2, there are 2 classes"]),
+        ("leaves", ["SystemExit: not a script"]),
+        ("Missing", ["AttributeError: module 'dots_for_test' has no attribute 'Missing'"]),
+        ("", ["should be package.module:Class"]),
+    ],
+)
+def test_a_class_that_does_not_fit_is_told(name: str, told: list[str], own: Path, capsys: Capture) -> None:
+    error = refused(capsys, own / "out", "source", f"dots_for_test:{name}")
+    assert "Traceback" not in error
+    for text in told:
+        assert text in error
+
+
+def test_the_place_in_the_users_code_is_told(own: Path, capsys: Capture) -> None:
+    error = refused(capsys, own / "out", "source", "dots_for_test:Raises")
+    place = f"({own}/dots_for_test.py:{own_line('nowhere.csv')})"
+    assert error.endswith(f"FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.csv' {place}\n")
+    error = refused(capsys, own / "out", "source", "dots_for_test:Dots", "sample=3")
+    assert "unexpected keyword argument 'sample'" in error
+    error = refused(capsys, own / "out", "source", "dots_for_test:Careless", "fault=raises")
+    assert "train sample 7 (its name() raises AttributeError: 'Careless' object has no attribute 'nothing'" in error
+
+
+def test_arguments_that_are_no_pairs_are_told_and_secrets_not_kept(own: Path, capsys: Capture) -> None:
+    for words, told in [(["samples"], "samples: should be key=value"), (["a=1", "a=2"], "a is given twice")]:
+        assert told in refused(capsys, own / "out", "source", "dots_for_test:Dots", *words)
+    assert run("prepare", "source", "dots_for_test:Dots", "fault=https://me:secret@host/x?k=y", "--out", "out") == 0
+    assert manifest.read("out").manifest.source["arguments"] == {"fault": "https://host/x"}
+
+
 # CIFAR-10
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from distrain import plugins
 from distrain.errors import ConfigError
 from distrain.models import vision
 from distrain.models.batch_norm import can_be_global
@@ -42,8 +40,7 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
         return Net(num_classes, image_shape, activation)
     if name in _BUILT_IN:
         return _BUILT_IN[name](num_classes, image_shape)
-    module_name, colon, class_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         known = vision.names()
         if name in known:
             return vision.build(name, num_classes, image_shape)
@@ -52,15 +49,7 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
             f"did you mean {close[0]}?" if close else "give net, resnet9, one of torchvision's, or package.module:Class"
         )
         raise ConfigError(f"model.name={name}: unknown; {hint}")
-    here = str(Path.cwd())
-    if here not in sys.path:  # the command `distrain` does not look into the current folder by itself
-        sys.path.insert(0, here)
-    try:
-        model = getattr(importlib.import_module(module_name), class_name)(
-            num_classes=num_classes, image_shape=image_shape
-        )
-    except Exception as error:  # the user's code, which may do anything
-        raise ConfigError(f"model.name={name}: {_told(error)}") from error
+    model = plugins.make(f"model.name={name}", name, num_classes=num_classes, image_shape=image_shape)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name={name}: made a {type(model).__name__}, not a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -75,24 +64,14 @@ def check_output(name: str, model: nn.Module, images: Tensor, num_classes: int) 
         ConfigError: it fails, or does not give [N, num_classes].
     """
     training = model.training
-    try:
-        with torch.no_grad():
-            logits = model.eval()(images)
-    except Exception as error:
-        raise ConfigError(f"model.name={name}: fails on images {list(images.shape)}: {_told(error)}") from error
+    with plugins.telling(f"model.name={name}: fails on images {list(images.shape)}"), torch.no_grad():
+        logits = model.eval()(images)
     model.train(training)
     if not isinstance(logits, Tensor) or logits.shape != (len(images), num_classes):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
             f"model.name={name}: gives {shape} for {len(images)} images, not [{len(images)}, {num_classes}]"
         )
-
-
-def _told(error: Exception) -> str:
-    """An exception of the user's code in one line, with the place it comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
 
 
 def initialise(model: nn.Module, path: Path) -> str | None:
