@@ -240,6 +240,41 @@ def status(run: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option("--checkpoint", "which", help="best, last or a folder's name; default: best, where there is a val split.")
+@click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="Most probable classes shown.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as_json: bool, device: str) -> None:
+    """Say what the model of RUN sees in image files; neither its data set nor other processes are needed."""
+    from distrain.tools import predict as predicting
+
+    for found in predicting.predict(run, images, which, device):
+        click.echo(predicting.tell(found, top, as_json))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="File: NAME.pt2 (torch.export) or NAME.onnx."
+)
+@click.option("--checkpoint", "which", help="best, last or a folder's name; default: best, where there is a val split.")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def export(run: Path, out: Path, which: str | None, force: bool) -> None:
+    """Write the model of RUN as one file, for use without distrain.
+
+    It takes images as float32 [N, C, H, W] in 0 … 1, of any N, and gives logits [N, K]; the names of the classes are in
+    the file. What was written is read back, and its outputs are compared with the model's. ONNX needs an extra: pip
+    install 'distrain[onnx]'.
+    """
+    from distrain.tools import export as exporting
+
+    found = exporting.export(run, out, which, force)
+    click.echo(f"{out}: {found['kind']} of {found['checkpoint']}; logits differ by {found['difference']:.2g} at most")
+
+
+@cli.command()
 @click.argument("folder")
 def verify(folder: str) -> None:
     """Check every digest and count of the data set in FOLDER, or at an address."""

@@ -20,7 +20,8 @@ from distrain.processes import signals
 from distrain.processes.runtime import Runtime, StopAgreed
 from distrain.runs import checkpoint
 from distrain.runs.checkpoint import Saved
-from distrain.runs.folder import CONFIG, RESULT
+from distrain.runs.folder import CONFIG
+from distrain.tools.trained import choose
 from distrain.training import evaluation
 from distrain.training.evaluation import Scores
 from distrain.training.setup import agree_on_data, build_model, start_runtime, watch
@@ -38,7 +39,7 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
     with signals.noted(), closing(watch(config)) as watching, start_runtime(config, watching) as rt:
         dataset = rt.all_or_none(lambda: _read_data(config, split))
         # The main process chooses: of a run that goes on, others may see newer ones.
-        path, skipped = rt.from_main(rt.all_or_none(lambda: _choose(run, which) if rt.is_main else None))
+        path, skipped = rt.from_main(rt.all_or_none(lambda: choose(run, which) if rt.is_main else None))
         for line in skipped if rt.is_main else []:
             print(f"warning: skipped {line}", file=sys.stderr)
         saved = rt.all_or_none(lambda: checkpoint.load(path))
@@ -85,29 +86,3 @@ def _read_data(config: Config, split: str) -> Dataset:
     dataset = manifest.read(config.data.dir, Settings.of(config.data))
     dataset.split(split)
     return dataset
-
-
-def _choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
-    """The checkpoint that was asked for, and why newer ones were passed over."""
-    folder = run / checkpoint.FOLDER
-    if which is not None and which not in ("best", "last"):
-        return folder / which, []
-    saved, skipped = checkpoint.newest(folder)
-    if saved is None:
-        raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
-    best = _best(run, saved)
-    if best is None and which == "best":
-        raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; take last")
-    return (best if best is not None and which != "last" else saved.path), skipped
-
-
-def _best(run: Path, last: Saved) -> Path | None:
-    """The best checkpoint on val: the result's, where it is of this checkpoint; its last evaluation may be newer."""
-    try:
-        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-    except OSError:
-        result = {}
-    if result.get("steps") == last.step and result["val_accuracy"] is not None:
-        return run / checkpoint.FOLDER / str(result["checkpoint"])
-    best = last.state["best"]
-    return checkpoint.path_of(run / checkpoint.FOLDER, best["step"]) if best is not None else None

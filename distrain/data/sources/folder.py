@@ -82,28 +82,40 @@ class Folder:
             with file.path.open("rb") as stream:
                 stream.seek(file.offset)
                 data = stream.read(file.length)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(data)) as image:
-                    return _square(image, self.image_shape[0])
-        except MemoryError:
-            raise
-        except UnidentifiedImageError as error:
-            raise UnreadableError("not an image of a known format") from error
-        except Exception as error:  # PIL's decoders raise nearly anything on damaged files
+        except OSError as error:
             raise UnreadableError(str(error)) from error
+        return read_image(data, self.image_shape)
 
 
-def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+def read_image(data: bytes, image_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """An image file's content as uint8 [H, W, C], C 1 or 3: resized to cover it, and cropped to its middle.
+
+    Raises:
+        UnreadableError: as `Folder.load`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                return _fitted(image, *image_shape)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableError("not an image of a known format") from error
+    except Exception as error:  # PIL's decoders raise nearly anything on damaged files
+        raise UnreadableError(str(error)) from error
+
+
+def _fitted(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):  # PIL would clip these to 0 … 255
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     if upright.mode in ("I", "F"):
         raise ValueError(f"pixels of PIL's mode {upright.mode}; convert them to 8 bits")
-    upright = upright.convert("RGB")
-    if upright.size != (size, size):
-        upright = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(upright)
+    upright = upright.convert("RGB" if channels == 3 else "L")
+    if upright.size != (width, height):
+        upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(upright).reshape(height, width, channels)
 
 
 def _place(name: str, parts: tuple[str, ...], is_file: bool) -> tuple[str, str]:

@@ -1,0 +1,172 @@
+"""What a run's model sees in image files, and the model as one file for use elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from distrain import cli, models
+from distrain.data.manifest import Dataset
+from distrain.tools.bench.context import load
+from distrain.training.augment import normalize
+
+
+def train(dataset: Dataset, run: Path, *keys: str) -> Path:
+    steps = ["train.max_steps=6", "train.global_batch_size=32", "log.report=false"]
+    assert cli.main(["train", f"data.dir={dataset.root}", f"run.dir={run}", *steps, *keys]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(small, tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture(scope="module")
+def pictures(small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The first 70 test images as PNG files: more than are computed at once."""
+    folder = tmp_path_factory.mktemp("pictures")
+    images, _ = load(small, "test", 70)
+    for number, image in enumerate(images.numpy()):
+        Image.fromarray(image).save(folder / f"{number:02d}.png")
+    return sorted(folder.iterdir())
+
+
+def plain(run: Path, dataset: Dataset, images: torch.Tensor) -> torch.Tensor:
+    """Logits by a plain forward pass."""
+    model = models.build("net", "relu", 10, (3, 16, 16)).eval()
+    model.load_state_dict(load_file(next((run / "checkpoints").glob("step-*")) / "model.safetensors"))
+    mean, std = (torch.tensor(values) for values in (dataset.manifest.mean, dataset.manifest.std))
+    with torch.no_grad():
+        return model(normalize(images, mean, std))
+
+
+def test_probabilities_are_those_of_a_plain_pass(run: Path, small: Dataset, pictures: list[Path], capsys: Any) -> None:
+    assert cli.main(["predict", str(run), *map(str, pictures), "--json", "--top", "10"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(one["file"]) for one in found] == pictures
+    wanted = plain(run, small, load(small, "test", 70)[0]).softmax(1)
+    for one, row in zip(found, wanted, strict=True):
+        assert [one["classes"][name] for name in small.manifest.classes] == pytest.approx(row.tolist(), abs=1e-5)
+        assert list(one["classes"].values()) == sorted(one["classes"].values(), reverse=True)
+
+
+def test_files_of_any_kind_and_name(run: Path, tmp_path: Path, capsys: Any) -> None:
+    grey = tmp_path / "a\nname.png"
+    Image.fromarray(np.zeros((40, 7), np.uint8)).save(grey)
+    assert cli.main(["predict", str(run), str(grey), "--top", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert out.count("%") == 2
+
+
+def test_grey_models_take_coloured_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    source = "import numpy as np\nclass Grey:\n    classes = ['a', 'b']\n    image_shape = (9, 12, 1)\n"
+    source += "    labels = {'train': np.arange(40) % 2, 'test': np.arange(8) % 2}\n"
+    source += "    def name(self, split, index): return f'{split} {index}'\n"
+    source += "    def load(self, split, index): return np.full((9, 12, 1), 100 * (index % 2), np.uint8)\n"
+    (tmp_path / "grey_source.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", "source", "grey_source:Grey", "--lanes", "4", "--out", "data"]) == 0
+    keys = ["data.dir=data", "run.dir=run", "train.max_steps=3", "train.global_batch_size=8", "log.report=false"]
+    assert cli.main(["train", *keys, "model.name=models_for_tests:Linear"]) == 0
+    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save("one.png")
+    capsys.readouterr()
+    assert cli.main(["predict", "run", "one.png"]) == 0
+    assert capsys.readouterr().out.startswith("one.png  ")
+
+
+def test_what_cannot_be_read_is_named_before_anything_is_said(
+    run: Path, pictures: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "no-image.png").write_bytes(b"no image")
+    bad = [tmp_path / "no-image.png", tmp_path / "missing.png", tmp_path]
+    assert cli.main(["predict", str(run), str(pictures[0]), *map(str, bad)]) == 78
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "3 of the images cannot be read" in said.err
+    assert all(str(file) in said.err for file in bad)
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("command", [["predict", "{}", "x.png"], ["export", "{}", "--out", "x.pt2"]])
+def test_a_run_without_a_checkpoint_is_told(command: list[str], run: Path, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main([word.format(tmp_path) for word in command]) == 78
+    assert "holds no run" in capsys.readouterr().err
+    for name in ("config.yaml", "setup.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    assert cli.main([word.format(tmp_path) for word in command]) == 78
+    assert "no readable checkpoint" in capsys.readouterr().err
+
+
+def run_file(path: Path, images: torch.Tensor) -> torch.Tensor:
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(images)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+    return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_an_exported_file_gives_the_models_logits(suffix: str, run: Path, small: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "made" / f"model.{suffix}"
+    assert cli.main(["export", str(run), "--out", str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    images, _ = load(small, "test", 9)
+    floats = images.permute(0, 3, 1, 2).float() / 255
+    for number in (1, 9):
+        found = run_file(out, floats[:number].contiguous())
+        assert torch.allclose(found, plain(run, small, images[:number]), atol=1e-4)
+    if suffix == "pt2":
+        kept: dict[str, str] = {"classes": ""}
+        torch.export.load(out, extra_files=kept)
+        assert json.loads(kept["classes"]) == small.manifest.classes
+
+
+@pytest.mark.parametrize("model", ["resnet9", "models_for_tests:Normed"])
+def test_models_with_batch_norm_and_an_average_are_exported(model: str, small: Dataset, tmp_path: Path) -> None:
+    run = train(small, tmp_path / "run", f"model.name={model}", "train.ema_decay=0.9", "train.max_steps=2")
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 0
+
+
+def test_fp64_runs_are_exported_in_fp32(small: Dataset, tmp_path: Path) -> None:
+    run = train(small, tmp_path / "run", "train.precision=fp64")
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 0
+    assert run_file(tmp_path / "model.pt2", torch.rand(3, 3, 16, 16)).dtype == torch.float32
+
+
+def test_what_cannot_be_exported_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from distrain.tools import export
+
+    there = tmp_path / "there.onnx"
+    there.write_text("mine")
+    for out, told in ((tmp_path / "model.zip", "should end with"), (there, "--force")):
+        assert cli.main(["export", str(run), "--out", str(out)]) == 78
+        assert told in capsys.readouterr().err
+    assert there.read_text() == "mine"
+    monkeypatch.setattr(export, "_run_torch", lambda path, images: torch.zeros(len(images), 10) + 5)
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 78
+    assert "something else" in capsys.readouterr().err
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "model.onnx")]) == 78
+    assert "distrain[onnx]" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
+
+
+def test_a_model_that_no_exporter_understands_is_told(small: Dataset, tmp_path: Path, capsys: Any) -> None:
+    run = train(small, tmp_path / "run", "model.name=models_for_tests:Branching")
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 78
+    said = capsys.readouterr().err
+    assert "cannot be exported" in said
+    assert "Traceback" not in said
