@@ -274,6 +274,24 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> None:
     click.echo(f"{out}: {found['kind']} of {found['checkpoint']}; logits differ by {found['difference']:.2g} at most")
 
 
+@cli.command("wandb")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--mode", default="online", show_default=True, type=click.Choice(["online", "offline"]))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for the offline run.")
+def send_to_wandb(run: Path, mode: str, out: Path | None) -> None:
+    """Send RUN to wandb as one run, however often it was interrupted: its metrics, configuration, result and pictures.
+
+    \b
+    distrain wandb runs/first                                    # with WANDB_API_KEY, or after `wandb login`
+    distrain wandb runs/first --mode offline --out to-wandb      # then `wandb sync` from another machine
+
+    What a server has already is not sent again.
+    """
+    from distrain.tools import wandb_run
+
+    click.echo(wandb_run.send(run, mode == "online", out))
+
+
 @cli.command()
 @click.argument("folder")
 def verify(folder: str) -> None:

@@ -251,6 +251,9 @@ class Log(Section):
 
     every_steps: Whole = _key(50, "steps between lines", ge=1)
     report: bool = _key(True, "`distrain train` writes RUN/report/ when it is done: a page with charts and pictures")
+    tensorboard: bool = _key(
+        False, "copy them, the configuration and pictures to RUN/tensorboard; needs distrain[tensorboard]"
+    )
 
 
 class Profile(Section):
@@ -260,11 +263,18 @@ class Profile(Section):
 
 
 class Wandb(Section):
-    """Weights & Biases, from the main process."""
+    """Weights & Biases, from the main process; `distrain wandb RUN` sends a run afterwards."""
 
     mode: Literal["disabled", "offline", "online"] = _key("disabled", "online needs WANDB_API_KEY or `wandb login`")
     project: str = _key("distrain", "project that the run is filed under")
     name: str | None = _key(None, "name shown; null: the run's folder")
+    group: str | None = _key(None, "group of runs; null: none, or with nodes=all the run's id", min_length=1)
+    job_type: str = _key("train", "kind of run within its group", min_length=1)
+    nodes: Literal["first", "all"] = _key(
+        "first",
+        "all: the first process of every other node opens a run beside the main one, in its group and of job type node,"
+        " for that node's system metrics",
+    )
 
 
 class Config(Section):

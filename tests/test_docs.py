@@ -106,6 +106,13 @@ def check(words: list[str]) -> None:
         assert set(targets) <= set(known)
     elif program == "kubectl":
         check_kubectl(words)
+    elif program == "wandb":
+        from wandb.cli.cli import cli as wandb
+
+        assert words[1] in wandb.commands
+    elif program == "tensorboard":
+        assert words[1] == "--logdir"
+        assert len(words) == 3
     else:
         assert program in ("pip", "source", "git", "cd", "mkdir"), f"nobody checks {program}"
 

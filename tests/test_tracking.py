@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import wandb
+from PIL import Image
+from tracked import as_lines, events, history, records, values, wandb_files
 
-from distrain.runs.tracking import JsonLines, Progress, WandbMirror, audit_path, cut_back
+import distrain
+from distrain.cli import main
+from distrain.config import Wandb
+from distrain.data.manifest import Dataset
+from distrain.errors import ConfigError, Stopped
+from distrain.runs import folder
+from distrain.runs.trackers import Outcome, TensorBoardMirror, WandbMirror, WandbRun, wandb_id
+from distrain.runs.tracking import JsonLines, Progress, audit_path, cut_back
 
 
 def lines(path: Path) -> list[int]:
@@ -69,16 +85,19 @@ def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def mirror(mode: str, run: Path, warnings: list[str]) -> WandbMirror:
-    return WandbMirror(mode, "distrain-test", "name", run, {"train": {"lr": 0.1}}, warnings.append)  # type: ignore[arg-type]
+    filed = WandbRun.of(Wandb(mode=mode, project="distrain-test", name="name"), run, wandb_id(run))  # type: ignore[arg-type]
+    return WandbMirror(filed, run, {"train": {"lr": 0.1}}, warnings.append)
 
 
 @pytest.fixture
-def no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith("WANDB_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    yield
+    wandb.teardown()  # it remembers a key
 
 
 @pytest.mark.usefixtures("no_wandb_account")
@@ -136,9 +155,251 @@ def test_a_broken_wandb_server_costs_one_warning(tmp_path: Path, monkeypatch: py
     assert "wandb cannot be reached" in warnings[0]
 
 
+def test_rows_that_a_server_has_are_not_sent_again(tmp_path: Path) -> None:
+    class Server:
+        starting_step = 4
+
+        def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
+            assert commit
+            sent.append((step, values["step"]))
+
+    sent: list[tuple[int, int]] = []
+    warnings: list[str] = []
+    one = WandbMirror(WandbRun("disabled", "", "", ""), tmp_path, {}, warnings.append, lines=2)
+    one._to = Server()
+    for step in (20, 30, 30, 40):  # the evaluation after step 30 was stopped, and is made up for
+        one.log({}, step)
+    assert (sent, warnings) == ([(4, 30), (5, 40)], [])
+
+
 def test_wandb_disabled_does_nothing(tmp_path: Path) -> None:
     warnings: list[str] = []
-    one = mirror("disabled", tmp_path, warnings)
+    one = WandbMirror(WandbRun("disabled", "", "", ""), tmp_path, {}, warnings.append)
     one.log({}, 1)
     one.close({})
     assert (warnings, list(tmp_path.iterdir())) == ([], [])
+
+
+def tree(dataset: Dataset, run: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {
+        "data": {"dir": str(dataset.root)},
+        "run": {"dir": str(run)},
+        "train": {"epochs": 2, "global_batch_size": 64},
+        "log": {"every_steps": 4},
+    }
+    for section, changes in sections.items():
+        found.setdefault(section, {}).update(changes)
+    return found
+
+
+def interrupted(dataset: Dataset, run: Path, monkeypatch: pytest.MonkeyPatch, **sections: dict[str, Any]) -> None:
+    """A life that breaks off, with lines since its checkpoint; one that is stopped; and one that goes on to the end."""
+    sections = {"model": {"name": "models_for_tests:Faulty"}, "checkpoint": {"every_steps": 10}, **sections}
+    for fault, error in (("raise:0:18", RuntimeError), ("stop:0:13", Stopped)):
+        monkeypatch.setenv("FAULT", fault)
+        with pytest.raises(error):
+            distrain.train(tree(dataset, run, **sections))
+    monkeypatch.delenv("FAULT")
+    distrain.train(tree(dataset, run, **sections))
+    first, second, third = (life["from_step"] for life in folder.read(run).lives)
+    assert (first, second) == (0, 10)
+    assert 10 < third < 30
+
+
+@pytest.mark.usefixtures("no_wandb_account")
+def test_an_interrupted_run_is_one_run_everywhere(
+    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, password = "0123456789abcdef" * 2 + "01234567", "hunter2hunter2"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr("sys.argv", ["distrain", f"data.dir=https://user:{password}@host/data?token={password}"])
+    run, out = tmp_path / "run", tmp_path / "out"
+    filed = {"mode": "offline", "group": "some group", "job_type": "a job"}
+    interrupted(small, run, monkeypatch, wandb=filed, log={"tensorboard": True})
+    found = folder.read(run)
+    assert main(["wandb", str(run), "--mode", "offline", "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "warning" not in told.err.lower()
+    (replayed,) = wandb_files(out)
+    assert told.out.splitlines()[-1] == f"to send it: wandb sync {replayed.parent}"
+
+    # Each life's files have their own rows, by the numbers of their lines: together they are metrics.jsonl.
+    lives = wandb_files(run)
+    assert len(lives) == 3
+    rows = {row["_step"]: row for path in lives for row in history(path)}
+    assert sorted(rows) == list(range(len(found.lines) + 1))
+    assert as_lines([rows[number] for number in sorted(rows)]) == found.lines
+    assert sum(len(history(path)) for path in lives) > len(rows)  # some were trained, and logged, twice
+    assert as_lines(history(replayed)) == found.lines
+
+    assert found.result is not None
+    for path in (lives[-1], replayed):
+        (start,) = [record.run for record in records(path) if record.HasField("run")]
+        assert (start.run_id, start.run_group, start.job_type) == (wandb_id(run), "some group", "a job")
+        settings: dict[str, Any] = {}
+        axes, summary = {}, {}
+        for record in records(path):
+            settings |= values(record.config.update)
+            summary |= values(record.summary.update)
+            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        assert settings["train"]["global_batch_size"] == 64
+        assert summary["accuracy"] == found.result["accuracy"]
+        assert {axes[f"{group}/*"] for group in ("train", "val", "test", "profile")} == {"step"}
+        assert (
+            settings["_wandb.visualize.result/confusion"]["panel_config"]["panelDefId"] == "wandb/confusion_matrix/v1"
+        )
+        last = history(path)[-1]
+        assert last["step"] == 30
+        table = json.loads((path.parent / "files" / last["result/by_class.path"]).read_text())
+        assert table["columns"] == ["class", "accuracy", "samples"]
+        assert {name: value for name, value, _ in table["data"]} == found.result["accuracy_by_class"]
+        assert sum(samples for *_, samples in table["data"]) == 203
+        cells = json.loads((path.parent / "files" / last["result/confusion_table.path"]).read_text())["data"]
+        names = found.classes
+        counts = {(names[i], names[j]): found.result["confusion_matrix"][i][j] for i in range(10) for j in range(10)}
+        assert {(actual, predicted): count for actual, predicted, count in cells} == counts
+        wrong = folder.read_pictures(run / folder.WRONG)
+        assert len(last["result/wrong.captions"]) == len(wrong["images"]) == 24
+        for place, image in enumerate(wrong["images"]):
+            with Image.open(path.parent / "files" / last["result/wrong.filenames"][place]) as shown:
+                assert (np.asarray(shown) == image).all()
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        assert key.encode() not in content, path
+        assert password.encode() not in content, path
+
+    shown = events(run / "tensorboard")
+    for name in {name for line in found.lines for name in line} - {"step"}:
+        expected = [(line["step"], line[name]) for line in found.lines if name in line]
+        assert [(event.step, event.value) for event in shown.Scalars(name)] == [
+            (step, pytest.approx(value)) for step, value in expected
+        ]
+    assert [event.step for event in shown.Images("pictures/wrong")] == [30]
+    assert [event.step for event in shown.Images("pictures/augmented")] == [30]
+    configuration = shown.Tensors("configuration/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "global_batch_size: 64" in configuration
+
+
+def outcome(names: list[str], matrix: list[list[int]], pictures: int = 0) -> Outcome:
+    by_class = {
+        name: row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(zip(names, matrix, strict=True))
+    }
+    wrong = {
+        "images": np.ones((pictures, 4, 4, 1), np.uint8),
+        "labels": np.zeros(pictures, np.int64),
+        "predicted": np.ones(pictures, np.int64),
+        "probabilities": np.full(pictures, 0.875),
+    }
+    return Outcome({"accuracy_by_class": by_class, "confusion_matrix": matrix}, wrong if pictures else {}, {})
+
+
+@pytest.mark.usefixtures("no_wandb_account")
+def test_names_of_classes_are_data(tmp_path: Path) -> None:
+    names = ["<script>alert('x')</script>\n\"é\"", "", "none of it"]
+    warnings: list[str] = []
+    one = mirror("offline", tmp_path, warnings)
+    one.result(outcome(names, [[1, 3, 0], [0, 2, 0], [0, 0, 0]], pictures=1), 7)
+    one.close({})
+    assert warnings == []
+    (path,) = wandb_files(tmp_path)
+    (row,) = history(path)
+    files = path.parent / "files"
+    table = json.loads((files / row["result/by_class.path"]).read_text())
+    assert table["data"] == [[names[0], 0.25, 4], [names[1], 1.0, 2], [names[2], None, 0]]
+    assert row["result/wrong.captions"] == [f"{names[0]} → {names[1]}, 87.5%"]
+    with Image.open(files / row["result/wrong.filenames"][0]) as shown:
+        assert np.asarray(shown).tolist() == [[1] * 4] * 4
+    assert not list(tmp_path.rglob("staging/*"))  # `wandb sync` needs nothing from outside the run's folder
+    assert not any(record.HasField("artifact") for record in records(path))
+
+
+def test_a_large_confusion_matrix_keeps_the_classes_with_the_most_mistakes() -> None:
+    matrix = (np.eye(500, dtype=int) * 100).tolist()
+    for k in range(30):
+        matrix[k * 3][490] = 1
+    shown = outcome([f"class {k}" for k in range(500)], matrix).confused()
+    assert len(shown) == 40
+    assert {*range(0, 90, 3), 490} <= set(shown)
+
+
+def test_tensorboard_that_cannot_be_had_is_told_before_anything_is_trained(
+    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"log.tensorboard=true: .*pip install 'distrain\[tensorboard\]'"):
+        distrain.train(tree(small, tmp_path / "run", log={"tensorboard": True}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_that_cannot_write_costs_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file")
+    warnings: list[str] = []
+    one = TensorBoardMirror(tmp_path, {}, warnings.append)
+    one.log({"train/loss": 1.0}, 1)
+    one.close({})
+    assert len(warnings) == 1
+    assert "tensorboard is off" in warnings[0]
+
+
+def test_tensorboard_asked_for_later_has_what_was_trained_before(
+    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("FAULT", "stop:0:18")
+    with pytest.raises(Stopped):
+        distrain.train(tree(small, run, model={"name": "models_for_tests:Faulty"}))
+    monkeypatch.delenv("FAULT")
+    distrain.train(tree(small, run, model={"name": "models_for_tests:Faulty"}, log={"tensorboard": True}))
+    expected = [line["step"] for line in folder.read(run).lines if "train/loss" in line]
+    assert [event.step for event in events(run / "tensorboard").Scalars("train/loss")] == expected
+
+
+@pytest.mark.usefixtures("no_wandb_account")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "no API key; set WANDB_API_KEY"),
+        (["--mode", "offline"], "needs --out FOLDER"),
+        (["--out", "out"], "--out is for --mode offline"),
+    ],
+)
+def test_distrain_wandb_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    assert main(["wandb", str(tmp_path), *options]) == 78
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("no_wandb_account")
+def test_every_other_node_has_a_run_beside_the_main_one(small: Dataset, tmp_path: Path) -> None:
+    run, names = tmp_path / "run", []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    keys = [f"data.dir={small.root}", f"run.dir={run}", "train.max_steps=4", "run.device=cpu"]
+    keys += ["wandb.mode=offline", "wandb.nodes=all", "train.global_batch_size=64"]
+    place = ["--nproc", "2", "--nodes", "2", "--host", "localhost", "--port", str(port)]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "distrain", "launch", *place, "--node", str(node), "--", "train", *keys],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    for node in nodes:
+        out, _ = node.communicate(timeout=240)
+        assert node.returncode == 0, out
+        assert "warning" not in out
+    main_id = wandb_id(run)
+    for path in wandb_files(run):
+        (start,) = [record.run for record in records(path) if record.HasField("run")]
+        names.append((start.run_id, start.display_name, start.run_group, start.job_type))
+        assert bool(as_lines(history(path))) == (start.job_type == "train")
+    assert sorted(names) == [
+        (main_id, "run", main_id, "train"),
+        (f"{main_id}-node-1", "run-node-1", main_id, "node"),
+    ]

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl (the truth), the audit, progress for people, wandb as a mirror."""
+"""What a run writes down: metrics.jsonl (the truth), the audit, progress for people; trackers copy the metrics."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import contextlib
 import json
 import os
 import sys
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from distrain.runs.folder import AUDIT, METRICS
+from distrain.runs.trackers import CLOSE_SECONDS, Outcome, Tracker
 
 _ABANDON_SECONDS = 5.0
-"""For wandb when a run was stopped: schedulers kill after as little as 30 s, and wandb's files are on disk."""
+"""For trackers when a run was stopped: schedulers kill after as little as 30 s, and their files are on disk."""
 
 
 class JsonLines:
@@ -162,102 +161,36 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-class WandbMirror:
-    """wandb on the main process. Whatever goes wrong there costs one warning, never the run."""
-
-    _CLOSE_SECONDS = 60
-
-    def __init__(
-        self,
-        mode: Literal["disabled", "offline", "online"],
-        project: str,
-        name: str,
-        run: Path,
-        config: dict[str, Any],
-        warn: Callable[[str], None],
-    ) -> None:
-        self._warn, self._run, self._wandb = warn, None, None
-        if mode == "disabled":
-            return
-        id_file = run / "wandb-id"
-        try:
-            import wandb
-
-            if mode == "online" and not wandb.api.api_key:
-                warn("wandb.mode=online: no API key (set WANDB_API_KEY or run `wandb login`); logging offline")
-                mode = "offline"
-            if not id_file.exists():
-                id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-            self._wandb = wandb
-            start = {
-                "project": project,
-                "name": name,
-                "dir": str(run),
-                "config": config,
-                "id": id_file.read_text(encoding="utf-8"),
-                "resume": "allow",
-                "settings": wandb.Settings(silent=True, init_timeout=30, console="off"),
-            }
-            try:
-                self._run = wandb.init(mode=mode, **start)
-            except Exception as error:
-                if mode == "offline":
-                    raise
-                warn(f"wandb cannot be reached ({error}); logging offline")
-                with contextlib.suppress(Exception):
-                    wandb.teardown()
-                self._run = wandb.init(mode="offline", **start)
-        except Exception as error:
-            warn(f"wandb is off: {error}; {METRICS} has everything")
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        """Mirror one line of the metrics."""
-        self._try(lambda run: run.log(values, step=step))
-
-    def close(self, summary: dict[str, Any], seconds: float = _CLOSE_SECONDS) -> None:
-        """Send the result; wait a bounded time for the server."""
-        self._try(lambda run: run.summary.update(summary))
-        if self._run is None:
-            return
-        finishing = threading.Thread(target=self._try, args=(lambda run: run.finish(),), daemon=True)
-        finishing.start()
-        finishing.join(seconds)
-        if finishing.is_alive():
-            self._warn(f"wandb did not finish within {seconds:g} s; `wandb sync` sends what is missing")
-
-    def _try(self, action: Callable[[Any], Any]) -> None:
-        if self._run is not None:
-            try:
-                action(self._run)
-            except Exception as error:
-                self._run = None
-                self._warn(f"wandb is off from here: {error}; {METRICS} has everything")
-
-
 @dataclass
 class Logs:
     """Where a run reports to; on other processes than the main one, only the audit is real."""
 
     progress: Progress
     metrics: JsonLines | None
-    wandb: WandbMirror | None
+    trackers: Sequence[Tracker]
     audit: JsonLines | None
     check: Callable[[], None]
     """Raises where this process may no longer write in the run's folder."""
     _told: bool = False
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, mirrored to wandb."""
-        if self.metrics is not None and self.wandb is not None:
+        """One line of metrics.jsonl, and its copies."""
+        if self.metrics is not None:
             self.check()
             self.metrics.write({"step": step, **values})
-            self.wandb.log(values, step)
+            for tracker in self.trackers:
+                tracker.log(values, step)
             try:
                 self.metrics.flush()
             except OSError as error:
                 if not self._told:  # once: a full disk stays full for a while
                     self._told = True
                     print(f"warning: {METRICS}: {error.strerror}; lines are kept until there is room", file=sys.stderr)
+
+    def result(self, step: int, found: Outcome) -> None:
+        """Show trackers what came of the run."""
+        for tracker in self.trackers:
+            tracker.result(found, step)
 
     def sync(self) -> None:
         """Put everything on disk.
@@ -281,7 +214,7 @@ class Logs:
             raise
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Close everything; `summary` goes to wandb.
+        """Close everything; `summary` goes to trackers.
 
         Raises:
             OSError: lines that were kept could not be written to the end.
@@ -291,10 +224,10 @@ class Logs:
         finally:
             self._end(summary)
 
-    def _end(self, summary: dict[str, Any], seconds: float = WandbMirror._CLOSE_SECONDS) -> None:
+    def _end(self, summary: dict[str, Any], seconds: float = CLOSE_SECONDS) -> None:
         self.progress.close()
         for lines in (self.metrics, self.audit):
             if lines is not None:
                 lines.close()
-        if self.wandb is not None:
-            self.wandb.close(summary, seconds)
+        for tracker in self.trackers:
+            tracker.close(summary, seconds)

@@ -28,6 +28,7 @@ from distrain.processes import runtime
 from distrain.processes.runtime import Runtime
 from distrain.processes.watch import Watch
 from distrain.runs.folder import SETUP, STACKS
+from distrain.runs.trackers import check_tensorboard
 from distrain.training import optim
 from distrain.training.job import Job
 from distrain.training.saving import attempt, resume
@@ -59,6 +60,8 @@ def start_runtime(config: Config, watching: Watch) -> Runtime:
 def set_up(config: Config, started: float, rt: Runtime) -> Job:
     """Everything that a run needs, at the step it goes on from."""
     rt.leave_if_asked()
+    if config.log.tensorboard:
+        rt.all_or_none(lambda: check_tensorboard() if rt.is_main else None)
     dataset = rt.all_or_none(lambda: _read_data(config))
     agree_on_data(rt, dataset, [split for split in ("train", "val", "test") if split in dataset.manifest.splits])
     job = _build(config, dataset, rt, started)

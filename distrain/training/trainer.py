@@ -15,15 +15,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from distrain import files
+from distrain import files, machine
 from distrain.config import Config, from_tree, load, public
 from distrain.data.stream import TrainingBatches
 from distrain.errors import DataError, DivergedError, SaveError, Stopped
 from distrain.processes import signals
 from distrain.processes.runtime import POLL_SECONDS, StopAgreed
-from distrain.runs import checkpoint
+from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import METRICS, RESULT, TRACE
-from distrain.runs.tracking import JsonLines, Logs, Progress, WandbMirror, audit_path
+from distrain.runs.tracking import JsonLines, Logs, Progress, audit_path
 from distrain.training import evaluation, pictures, profiling, setup
 from distrain.training.evaluation import Scores
 from distrain.training.job import Job
@@ -358,6 +358,8 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
         text = json.dumps(result, indent=1) + "\n"
         job.save_problem = attempt(lambda: files.replace(job.run / RESULT, text)) or job.save_problem
         _warn_of(logs, attempt(lambda: pictures.save_wrong(job.run, found)), "pictures")
+        if logs.trackers:
+            logs.result(job.state.step, trackers.outcome(job.run, result))
         tell_end(job, scores, result)
     return result
 
@@ -372,13 +374,36 @@ def _open_logs(job: Job) -> Logs:
     rt, config = job.runtime, job.config
     audit = JsonLines(audit_path(job.run, rt.world.rank)) if config.data.audit else None
     progress = Progress(rt.is_main, job.total_steps, job.state.step)
+    mirrors: list[trackers.Tracker] = []
+    if config.wandb.mode != "disabled":
+        mirrors += _open_wandb(job)
     if not rt.is_main:
-        return Logs(progress, None, None, audit, lambda: None)
-
-    def warn(message: str) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
-    name = config.wandb.name or job.run.resolve().name
-    wandb = WandbMirror(config.wandb.mode, config.wandb.project, name, job.run, public(config), warn)
+        return Logs(progress, None, mirrors, audit, lambda: None)
+    if config.log.tensorboard:
+        mirrors.append(trackers.TensorBoardMirror(job.run, public(config), _warn, from_step=job.state.step))
     metrics = JsonLines(job.run / METRICS, job.state.lines)
-    return Logs(progress, metrics, wandb, audit, job.check_lease)
+    return Logs(progress, metrics, mirrors, audit, job.check_lease)
+
+
+def _open_wandb(job: Job) -> list[trackers.Tracker]:
+    """The run at wandb on the main process, and with `wandb.nodes=all` one beside it on every other node."""
+    rt, asked = job.runtime, job.config.wandb
+    id_ = None
+    if rt.is_main:
+        try:
+            id_ = trackers.wandb_id(job.run)
+        except OSError as error:
+            _warn(f"wandb is off: {error}; {METRICS} has everything")
+    if asked.nodes == "all":
+        id_ = rt.from_main(id_)
+    node, number = machine.place(rt.world.rank)
+    if id_ is None or not (rt.is_main or (asked.nodes == "all" and number == 0)):
+        return []
+    filed, settings = trackers.WandbRun.of(asked, job.run, id_), public(job.config)
+    if rt.is_main:
+        return [trackers.WandbMirror(filed, job.run, settings, _warn, lines=job.state.lines)]
+    return [trackers.WandbMirror(filed.of_node(node), job.run, settings, _warn)]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
