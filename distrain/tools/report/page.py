@@ -243,7 +243,7 @@ def _wrong(record: Record) -> list[dict[str, str]]:
 def _augmented(record: Record) -> str | None:
     """One picture: a row for each image, itself first, then what augmentation makes of it."""
     arrays = read_pictures(record.folder / AUGMENTED)
-    if not arrays:
+    if not arrays or not len(arrays["images"]):  # the main process's share of the first step may be empty
         return None
     images, variants = arrays["images"], arrays["variants"]
     rows = np.concatenate([images[:, None], variants], axis=1)
