@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import wandb
 from PIL import Image
 from tracked import as_lines, events, history, records, values, wandb_files
+from wandb_server import WandbServer, serving
 
 import distrain
 from distrain.cli import main
@@ -278,6 +280,56 @@ def test_an_interrupted_run_is_one_run_everywhere(
     assert [event.step for event in shown.Images("pictures/augmented")] == [30]
     configuration = shown.Tensors("configuration/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "global_batch_size: 64" in configuration
+
+
+@pytest.fixture
+def server(no_wandb_account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with serving() as one:
+        monkeypatch.setenv("WANDB_BASE_URL", one.address)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        yield one
+
+
+def test_a_server_gets_every_line_once(
+    small: Dataset, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    interrupted(small, run, monkeypatch, wandb={"mode": "online"})
+    for _ in range(2):  # after the lives, and after the command, which has nothing to add
+        (rows,) = server.rows.values()
+        assert [row["_step"] for row in rows] == list(range(len(rows)))
+        sent, told = as_lines(rows), folder.read(run).lines
+        assert [(line["step"], line.get("train/loss"), line.get("test/loss")) for line in sent] == [
+            (line["step"], line.get("train/loss"), line.get("test/loss")) for line in told
+        ]
+        assert len(rows) == len(told) + 1
+        assert rows[-1]["result/by_class"]["nrows"] == 10
+        assert set(rows[-1]["result/wrong"]["filenames"]) <= set(server.uploaded)
+        assert main(["wandb", str(run)]) == 0
+
+
+def test_a_run_that_was_not_logged_is_sent_afterwards(
+    small: Dataset, tmp_path: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    distrain.train(tree(small, run))
+    assert main(["wandb", str(run)]) == 0
+    (id_, rows) = next(iter(server.rows.items()))
+    assert id_ == wandb_id(run)
+    assert as_lines(rows) == folder.read(run).lines
+    assert capsys.readouterr().out.endswith(f"/runs/{id_}\n")
+
+
+def test_a_server_that_goes_away_holds_nobody_up(tmp_path: Path, server: WandbServer) -> None:
+    warnings: list[str] = []
+    one = mirror("online", tmp_path, warnings)
+    one.log({"train/loss": 1.0}, 1)
+    server.down = True
+    one.log({"train/loss": 0.5}, 2)
+    started = time.monotonic()
+    one.close({}, 2)
+    assert time.monotonic() - started < 4
+    assert warnings == ["wandb did not finish within 2 s; metrics.jsonl has everything"]
 
 
 def outcome(names: list[str], matrix: list[list[int]], pictures: int = 0) -> Outcome:

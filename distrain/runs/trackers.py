@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from distrain.config import Wandb
 from distrain.errors import ConfigError
-from distrain.runs.folder import AUGMENTED, METRICS, TENSORBOARD, WANDB, WRONG, read_lines, read_pictures
+from distrain.runs.folder import AUGMENTED, METRICS, TENSORBOARD, WRONG, read_lines, read_pictures
 
 CLOSE_SECONDS = 60.0
 _MOST_CLASSES = 40
@@ -100,6 +100,7 @@ class Tracker(abc.ABC):
         finishing.start()
         finishing.join(seconds)
         if finishing.is_alive():
+            self._to = None  # what becomes of it is told no more
             self._warn(f"{self.name} did not finish within {seconds:g} s; {METRICS} has everything")
 
     @abc.abstractmethod
@@ -119,6 +120,8 @@ class Tracker(abc.ABC):
             try:
                 action(self._to)
             except Exception as error:
+                if self._to is None:
+                    return
                 self._to = None
                 self._warn(f"{self.name} is off from here: {error}; {METRICS} has everything")
 
@@ -201,7 +204,7 @@ class WandbMirror(Tracker):
                 without a server there is nothing.
         """
         super().__init__(warn)
-        self._row, self._folder, self._offline = lines, folder, True
+        self._row, self._offline = lines, True
         if filed.mode == "disabled":
             return
         try:
@@ -269,9 +272,10 @@ class WandbMirror(Tracker):
         columns = ["Actual", "Predicted", "nPredictions"]
         by_class = wandb.Table(columns=["class", "accuracy", "samples"], data=found.by_class())
         confusion = wandb.Table(columns=columns, data=cells)
-        if self._offline:  # or they would be artifacts too, which name a path of this machine for `wandb sync`
-            by_class.bind_to_run(to, "result/by_class", self._row)
-            confusion.bind_to_run(to, "result/confusion_table", self._row)
+        # As files of the run alone: as artifacts too, they would lie in a home directory until they are sent, and
+        # `wandb sync` on another machine would not find them.
+        by_class.bind_to_run(to, "result/by_class", self._row)
+        confusion.bind_to_run(to, "result/confusion_table", self._row)
         title, fields = f"Confusion matrix of test{some}", {name: name for name in columns}
         values: dict[str, Any] = {
             "result/by_class": by_class,
@@ -284,8 +288,7 @@ class WandbMirror(Tracker):
         ]
         if wrong:
             values["result/wrong"] = wrong
-        with _staged_in(self._folder / WANDB):
-            self._log(to, values, step)
+        self._log(to, values, step)
 
     def _summarize(self, to: Any, summary: dict[str, Any]) -> None:
         to.summary.update(summary)
@@ -303,20 +306,6 @@ def _no_arguments() -> Iterator[None]:
         yield
     finally:
         sys.argv = arguments
-
-
-@contextlib.contextmanager
-def _staged_in(folder: Path) -> Iterator[None]:
-    """Tables wait in the run's folder to be sent, not in a home directory, which a container may not write to."""
-    name = "WANDB_DATA_DIR"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(folder.resolve())
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def check_tensorboard() -> None:
