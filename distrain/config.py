@@ -48,6 +48,15 @@ def _off(value: Any) -> Any:
     return "off" if value is False or value in ("false", "False") else value
 
 
+def _local(value: Any) -> Any:
+    """Refuse an address where a folder or file is meant: a folder of that name would be made, silently."""
+    kind = address.scheme(value) if isinstance(value, str) else None
+    if kind is not None:
+        raise ValueError(f"should be a path here; {kind}:// is an address")
+    return value
+
+
+LocalPath = Annotated[str, BeforeValidator(_local)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
@@ -62,7 +71,7 @@ class Section(BaseModel):
 class Run(Section):
     """Where the run lives, and its seed."""
 
-    dir: str = _key(
+    dir: LocalPath = _key(
         "runs/default",
         "folder of the run: checkpoints, metrics, result; shared by all processes",
         min_length=1,
@@ -86,7 +95,7 @@ class Data(Section):
         "folder with manifest.json, or its address: file://, http://, https://, s3://, gs://, hf://",
         min_length=1,
     )
-    cache_dir: str | None = _key(
+    cache_dir: LocalPath | None = _key(
         None,
         "folder that keeps the shards of a remote data set; null: distrain in $XDG_CACHE_HOME or ~/.cache",
         min_length=1,
@@ -118,7 +127,7 @@ class Model(Section):
         " num_classes=…, image_shape=(C, H, W))",
         identity=True,
     )
-    init: str | None = _key(
+    init: LocalPath | None = _key(
         None,
         "file of weights to start from, safetensors or a state dict of torch.save; a head of another size starts anew",
         min_length=1,

@@ -1,4 +1,7 @@
-"""Errors, by what is to be done about them, and the exit codes of every command."""
+"""Errors, by what is to be done about them, and the exit codes of every command.
+
+Which error ends with which code: `distrain.processes.failures`.
+"""
 
 EXIT_OK = 0
 EXIT_FAULT = 1

@@ -145,7 +145,12 @@ def _evaluate(run: str, split: str) -> Any:
     return {**scores.as_dict(classes), "checkpoint": checkpoint}
 
 
-_CALLS = {"train": _train, "evaluate": _evaluate}
+def _train_each(configs: list[dict[str, Any]]) -> Any:
+    """Each rank has a configuration of its own."""
+    return _train(configs[int(os.environ["RANK"])])
+
+
+_CALLS = {"train": _train, "train_each": _train_each, "evaluate": _evaluate}
 
 
 def _serve(store: str) -> None:

@@ -194,3 +194,10 @@ def test_every_shipped_configuration_is_valid(file: Path) -> None:
 def test_quick_answers_do_not_import_torch(arguments: list[str]) -> None:
     code = f"import sys; from distrain.cli import main; main({arguments!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.cache_dir", "model.init"])
+def test_addresses_are_refused_where_a_path_is_meant(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: should be a path here; s3:// is an address") as caught:
+        config.load(None, [f"{key}=s3://key:secret@bucket/run"])
+    assert "secret" not in str(caught.value)

@@ -263,3 +263,14 @@ def test_optimizer_state_survives_the_way_through_flat_tensors(name: str, kind: 
     steps(net, optimizer, 2)
     steps(other, restored, 2)
     assert torch.equal(net.weight, other.weight)
+
+
+def test_only_the_head_itself_may_start_anew(tmp_path: Path) -> None:
+    def model(width: int) -> nn.Module:
+        layers = nn.Module()
+        layers.fc1, layers.fc = nn.Linear(4, width), nn.Linear(width, 3)
+        return layers
+
+    torch.save(model(5).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match="weights of another model; they differ in fc1"):
+        models.initialise(model(6), tmp_path / "weights.pt")

@@ -27,8 +27,9 @@ from distrain.data import manifest, shards
 from distrain.data.manifest import Dataset
 from distrain.data.prepare import DEFAULT_LANES, SHARD_BYTES, Options, choose, layout, stratified
 from distrain.data.shards import Block
+from distrain.data.sources.folder import Folder
 from distrain.data.sources.synthetic import Synthetic
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, DataError
 
 Capture = pytest.CaptureFixture[str]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs forked workers and /proc")
@@ -1125,3 +1126,13 @@ def test_the_order_of_a_split_depends_on_the_seed() -> None:
     orders = [choose(labels, {}, Options(seed=seed, test_fraction=0.0))["train"].ids.tolist() for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) == list(range(50))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"line\nbreak"])
+def test_names_that_nobody_can_write_down_are_told_first(name: bytes, tmp_path: Path) -> None:
+    for folder in (name, b"plain"):
+        os.makedirs(os.path.join(os.fsencode(tmp_path / "photos"), folder))
+        with open(os.path.join(os.fsencode(tmp_path / "photos"), folder, b"1.png"), "wb") as file:
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, "png")
+    with pytest.raises(DataError, match="rename it"):
+        Folder([tmp_path / "photos"], 8, tmp_path)

@@ -326,6 +326,24 @@ def test_batch_norm_is_scored_with_the_statistics_that_are_saved(small: Dataset,
     assert answer["confusion_matrix"] == result["confusion_matrix"]
 
 
+def test_processes_of_different_configurations_are_refused(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    one = configuration(small, tmp_path / "run", train={"epochs": None, "max_steps": 2})
+    other = configuration(small, tmp_path / "run", train={"epochs": None, "max_steps": 2, "lr": 0.2})
+    with pytest.raises(GroupError) as caught:
+        group(2).call("train_each", [one, other])
+    assert caught.value.kinds == ["ConfigError"] * 2
+    assert all("rank 1" in message and "train.lr (0.2, on rank 0 0.1)" in message for message in caught.value.messages)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_one_process_cannot_build_is_told_by_all(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    config = configuration(small, tmp_path / "run", model={"name": "models_for_tests:OnlyOnRank0"})
+    with pytest.raises(GroupError) as caught:
+        group(2).train(config)
+    assert caught.value.kinds == ["ConfigError"] * 2
+    assert all("not on this node" in message for message in caught.value.messages)
+
+
 def test_too_many_processes_are_refused(tmp_path: Path, group: Groups) -> None:
     dataset = make(tmp_path / "data", 50, lanes=3)
     with pytest.raises(GroupError) as caught:

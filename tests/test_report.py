@@ -119,6 +119,15 @@ def test_the_same_run_gives_the_same_page(runs: list[Path], tmp_path: Path) -> N
     assert (tmp_path / "a" / "index.html").read_bytes() == (tmp_path / "b" / "index.html").read_bytes()
 
 
+def test_the_same_command_again_is_no_interruption(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    again = json.loads((run / "lives" / "000001.json").read_text())
+    (run / "lives" / "000002.json").write_text(json.dumps({**again, "life": 2, "from_step": 40}))
+    assert cli.main(["report", str(run)]) == 0
+    assert "interrupted" not in (run / "report" / "index.html").read_text()
+
+
 def test_a_run_that_goes_on_can_be_looked_at(runs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs[1], run)

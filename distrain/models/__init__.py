@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -44,10 +44,9 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
         known = vision.names()
         if name in known:
             return vision.build(name, num_classes, image_shape)
-        close = difflib.get_close_matches(name, ["net", "resnet9", *known], n=1)
-        hint = (
-            f"did you mean {close[0]}?" if close else "give net, resnet9, one of torchvision's, or package.module:Class"
-        )
+        close = difflib.get_close_matches(name, ["net", *_BUILT_IN, *known], n=1)
+        own = ", ".join(["net", *_BUILT_IN])
+        hint = f"did you mean {close[0]}?" if close else f"give {own}, one of torchvision's, or package.module:Class"
         raise ConfigError(f"model.name={name}: unknown; {hint}")
     model = plugins.make(f"model.name={name}", name, num_classes=num_classes, image_shape=image_shape)
     if not isinstance(model, nn.Module):
@@ -92,13 +91,26 @@ def initialise(model: nn.Module, path: Path) -> str | None:
     head = _head(own)
     other = [name for name in own if name not in found or found[name].shape != own[name].shape]
     strange = [name for name in found if name not in own]
-    if strange or any(not name.startswith(head) or name not in found for name in other):
+    if strange or any(not head or not name.startswith(f"{head}.") or name not in found for name in other):
         names = ", ".join([*other, *strange][:5])
         raise ConfigError(f"model.init={path}: holds the weights of another model; they differ in {names}")
     model.load_state_dict({name: own[name] if name in other else value for name, value in found.items()})
     if not other:
         return None
     return f"{head} starts anew: {len(found[other[0]])} classes in {path}, {len(own[other[0]])} here"
+
+
+def load(model: nn.Module, weights: Mapping[str, Tensor], name: str, where: Path) -> None:
+    """Give a model the weights of a checkpoint of its own.
+
+    Raises:
+        ConfigError: its class has changed since.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        told = " ".join(str(error).split())
+        raise ConfigError(f"model.name={name}: is no longer the model that {where} was saved of: {told}") from error
 
 
 def digest(model: nn.Module) -> str:

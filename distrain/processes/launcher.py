@@ -477,7 +477,7 @@ def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
         yield None
         return
     try:
-        address = (LOCAL, 0) if topology.nodes == 1 else ("", topology.port)
+        address = (LOCAL, topology.port) if topology.nodes == 1 else ("", topology.port)
         listening = socket.create_server(address, backlog=4096)
     except OSError as error:
         # The life before may still hold it for a moment: another time it may be free.

@@ -1,4 +1,4 @@
-"""The process among its peers: devices, precision, collectives, agreements. The only module that knows accelerate.
+"""The process among its peers: devices, precision, collectives, agreements. What accelerate prepares, it prepares here.
 
 accelerate prepares the model and the optimizer, never the loader or the scheduler: prepared loaders split again what
 is already split, and prepared schedulers step once per process.

@@ -244,7 +244,8 @@ def _save(config: Config, speed: float) -> Iterator[Finding]:
             yield Finding("model", "bad", str(error))
         return
     tensors = [*module.parameters(), *module.buffers()]
-    states = 2 if config.train.optimizer == "adamw" else 1
+    states = 1 if config.train.optimizer == "sgd" else 2
+    states += config.train.ema_decay is not None
     size = (1 + states) * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     seconds, grace = size / speed, config.launch.grace_seconds
     level: Level = "ok" if 2 * seconds <= grace else "bad"

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from distrain import files
+from distrain import files, models
 from distrain.config import Config, identity, load
 from distrain.data import manifest
 from distrain.data.fetch import Settings
@@ -50,24 +52,35 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
         except StopAgreed as stop:
             raise Stopped(f"stopped{stop.by}; nothing was written") from None
         if rt.is_main:
-            out = run / "evaluations" / f"{split}-{saved.path.name}.json"
-            out.parent.mkdir(exist_ok=True)
+            print(scores.line(split), flush=True)
             scored = {**scores.as_dict(dataset.manifest.classes), "split": split, "world_size": rt.world.size}
-            files.replace(out, json.dumps(scored, indent=1) + "\n")
-            print(scores.line(split))
-            print(f"{saved.path.name}, written to {out}", flush=True)
+            _write(run / "evaluations" / f"{split}-{saved.path.name}.json", scored)
     return scores, saved.path.name, dataset.manifest.classes
 
 
+def _write(out: Path, scored: dict[str, Any]) -> None:
+    try:
+        out.parent.mkdir(exist_ok=True)
+        files.replace(out, json.dumps(scored, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror}; the score is above") from error
+    print(f"written to {out}", flush=True)
+
+
 def _score(config: Config, dataset: Dataset, split: str, saved: Saved, rt: Runtime) -> Scores:
-    module = build_model(config, dataset, rt)
-    module.load_state_dict(saved.model)
+    module = rt.all_or_none(lambda: _trained(config, dataset, saved, rt))
     module = rt.prepare_scoring(module)
     mean, std = (
         torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
         for key in ("mean", "std")
     )
     return evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt)
+
+
+def _trained(config: Config, dataset: Dataset, saved: Saved, rt: Runtime) -> nn.Module:
+    module = build_model(config, dataset, rt)
+    models.load(module, saved.model, config.model.name, saved.path)
+    return module
 
 
 def _check_identity(config: Config, dataset: Dataset, saved: Saved) -> None:

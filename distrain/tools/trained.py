@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain import models
-from distrain.errors import ConfigError, DataError
+from distrain.errors import DataError
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Saved
 from distrain.runs.folder import RESULT
@@ -55,13 +55,7 @@ def load(run: Path, which: str | None, device: str = "cpu") -> Trained:
     height, width, channels = record.setup["data"]["image_shape"]
     classes, wanted = record.classes, record.config.model
     model = models.build(wanted.name, wanted.activation, len(classes), (channels, height, width))
-    try:
-        model.load_state_dict(saved.model)
-    except RuntimeError as error:
-        told = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.name={wanted.name}: is no longer the model that {path} was saved of: {told}"
-        ) from error
+    models.load(model, saved.model, wanted.name, path)
     mean, std = (torch.tensor(saved.state["identity"][f"data.{key}"], device=device) for key in ("mean", "std"))
     return Trained(model.float().to(device).eval(), classes, (height, width, channels), mean, std, path.name)
 

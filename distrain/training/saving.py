@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from distrain import files
+from distrain import files, models
 from distrain.config import public
 from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
 from distrain.processes import signals
@@ -115,8 +115,7 @@ def holds_run(run: Path) -> bool:
 
 def _restore(job: Job, path: Path) -> None:
     """Every process loads the checkpoint; if one cannot, all leave together."""
-    saved = job.runtime.all_or_none(lambda: checkpoint.load(path))
-    job.scored.load_state_dict(saved.model)
+    saved = job.runtime.all_or_none(lambda: _load_into(job, path))
     tensors = saved.optimizer
     if job.average is not None:  # the weights that it follows lie beside the optimizer's memory of them
         following = {name: tensors.pop(_FOLLOWED + name) for name in saved.model}
@@ -126,6 +125,12 @@ def _restore(job: Job, path: Path) -> None:
     job.runtime.load_scaler_state(saved.state["scaler"])
     job.state = State(**{name: saved.state[name] for name in State.__dataclass_fields__})
     job.saved_step = saved.step
+
+
+def _load_into(job: Job, path: Path) -> Saved:
+    saved = checkpoint.load(path)
+    models.load(job.scored, saved.model, job.config.model.name, path)
+    return saved
 
 
 def save(job: Job, logs: Logs, why: str) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distrain import files, models
-from distrain.config import Config, identity
+from distrain.config import Config, identity, public
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
 from distrain.data.fetch import Settings
@@ -60,6 +60,7 @@ def start_runtime(config: Config, watching: Watch) -> Runtime:
 def set_up(config: Config, started: float, rt: Runtime) -> Job:
     """Everything that a run needs, at the step it goes on from."""
     rt.leave_if_asked()
+    _agree_on_configuration(rt, config)
     if config.log.tensorboard:
         rt.all_or_none(lambda: check_tensorboard() if rt.is_main else None)
     dataset = rt.all_or_none(lambda: _read_data(config))
@@ -82,6 +83,22 @@ def set_up(config: Config, started: float, rt: Runtime) -> Job:
     return job
 
 
+_OF_EACH_NODE = ("run.dir", "data.dir", "data.cache_dir", "data.cache_gib", "model.init")
+"""Keys that name places, which may be others on another node; what lies there is compared."""
+
+
+def _agree_on_configuration(rt: Runtime, config: Config) -> None:
+    """A file that was edited on one node alone would train other weights there, or leave processes waiting."""
+    own = {f"{section}.{key}": value for section, part in public(config).items() for key, value in part.items()}
+    compared = {key: value for key, value in own.items() if key not in _OF_EACH_NODE}
+    everyone = rt.from_all(compared)
+    for rank, other in enumerate(everyone):
+        differ = [key for key in everyone[0] if other.get(key) != everyone[0][key]]
+        if differ:
+            told = ", ".join(f"{key} ({other.get(key)!r}, on rank 0 {everyone[0][key]!r})" for key in differ[:5])
+            raise ConfigError(f"rank {rank} has another configuration than rank 0: {told}; give all nodes the same")
+
+
 def _read_data(config: Config) -> Dataset:
     dataset = manifest.read(config.data.dir, Settings.of(config.data))
     for needed in ("train", "test"):
@@ -96,7 +113,7 @@ def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job
     _check_augmentation(config, dataset)
     fewest, most = order.shares(rt.world.size)
     passes = -(-most // (config.train.micro_batch_size or most))
-    module = build_model(config, dataset, rt, empty=fewest < passes)
+    module = rt.all_or_none(lambda: build_model(config, dataset, rt, empty=fewest < passes))
     dependent = models.world_size_dependent(module, in_parts=config.train.micro_batch_size is not None)
     start = _initialise(config, module, rt)
     module = rt.couple(module)

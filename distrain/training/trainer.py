@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,7 +38,7 @@ _MOST_STEPS_UNASKED = 256
 def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
     """Train, evaluate and save a run; the same as `distrain train`.
 
-    SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are stop requests while it runs.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are stop requests while it runs.
 
     Args:
         config: a `Config`, nested mappings of its keys, or the path of a YAML file.
@@ -122,7 +122,7 @@ def fit(job: Job, logs: Logs) -> None:
                     epoch = state.step // job.order.steps_per_epoch
                     logs.audit.write({"step": state.step, "epoch": epoch, "ids": batch.ids.tolist()})
             if state.step == 0 and job.runtime.is_main:
-                _warn_of(logs, attempt(functools.partial(pictures.save_augmented, job, batch)), "pictures")
+                _try_pictures(logs, functools.partial(pictures.save_augmented, job, batch))
             job.losses.append(train_step(job, batch))
             begins_round = job.order.begins_round(state.step + 1)
             if state.step + 1 < job.total_steps and not begins_round:
@@ -329,7 +329,8 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     """Score the test split with the best checkpoint on val, or the last one where there is no val."""
     step = job.state.best["step"] if job.state.best else job.state.step
     if step != job.state.step:
-        job.scored.load_state_dict(checkpoint.load(checkpoint.path_of(job.checkpoints, step)).model)
+        best = job.runtime.all_or_none(lambda: checkpoint.load(checkpoint.path_of(job.checkpoints, step)))
+        job.scored.load_state_dict(best.model)
         job.holds_best = True
     wrong = pictures.Collector()
     scores = _score(job, "test", wrong.add)
@@ -357,17 +358,19 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     if job.runtime.is_main:
         text = json.dumps(result, indent=1) + "\n"
         job.save_problem = attempt(lambda: files.replace(job.run / RESULT, text)) or job.save_problem
-        _warn_of(logs, attempt(lambda: pictures.save_wrong(job.run, found)), "pictures")
+        _try_pictures(logs, lambda: pictures.save_wrong(job.run, found))
         if logs.trackers:
             logs.result(job.state.step, trackers.outcome(job.run, result))
         tell_end(job, scores, result)
     return result
 
 
-def _warn_of(logs: Logs, problem: str | None, what: str) -> None:
-    """Of something that nothing depends on."""
-    if problem is not None:
-        logs.progress.warn(f"{what} could not be written: {problem}")
+def _try_pictures(logs: Logs, action: Callable[[], None]) -> None:
+    """They are for people: whatever goes wrong costs a warning, never the run."""
+    try:
+        action()
+    except Exception as error:
+        logs.progress.warn(f"pictures could not be written: {type(error).__name__}: {error}")
 
 
 def _open_logs(job: Job) -> Logs:

@@ -1,4 +1,6 @@
-"""Where `prepare` gets images from: one module a source, each with a class that fits `Source`."""
+"""Where `prepare` gets images from: one module a source, each with a class that fits `Source`, and a
+command in `distrain.cli`. A source of the user's own needs neither: see docs/extending.md.
+"""
 
 from __future__ import annotations
 

@@ -57,6 +57,7 @@ class Folder:
         found.pop(("", ""), None)
         _check(found, paths)
         self.classes = sorted({name for _, name in found})
+        _check_names(self.classes)
         self._files: dict[str, list[_File]] = {}
         self.labels: dict[str, NDArray[np.int64]] = {}
         for split in [s for s in _SPLITS if any(part == s for part, _ in found)]:
@@ -161,6 +162,13 @@ def _check(found: dict[tuple[str, str], list[_File]], paths: Sequence[Path]) -> 
         for split in splits:
             if not found.get((split, name)):
                 raise DataError(f"{where}: class {name!r} has no image in {split}/; add some or delete the folder")
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    """Bytes that are no UTF-8 could not be written down after hours of preparing; others would break a terminal."""
+    for name in classes:
+        if not name.isprintable():
+            raise DataError(f"class {name!r}: its folder's name has letters that no screen shows; rename it")
 
 
 def _listing(paths: Sequence[Path], work: Path) -> Iterator[tuple[str, tuple[str, ...], _File | None]]:

@@ -217,8 +217,10 @@ def _marks(axes: Axes, record: Record, x: str, divisor: float, colour: str, told
 
 
 def restarts(record: Record) -> list[int]:
-    """Steps after which a later life went on."""
-    return [int(life["from_step"]) for life in record.lives[1:] if life.get("from_step")]
+    """Steps after which a later life went on; one that found the run done is none."""
+    end = record.setup.get("steps", 0)
+    later = [life["from_step"] for life in record.lives[1:] if life.get("from_step") is not None]
+    return [int(step) for step in later if step < end]
 
 
 def _places(record: Record) -> Callable[[Sequence[int]], NDArray[np.float64]]:
@@ -326,9 +328,9 @@ def _by_class(figure: Figure, theme: Theme, matrix: NDArray[np.float64], classes
     axes = figure.add_subplot()
     total = matrix.sum(1)
     accuracy = 100 * np.diagonal(matrix) / np.maximum(total, 1)
-    shown = np.arange(len(classes))
-    if len(classes) > MOST_CLASSES:
-        shown = np.argsort(accuracy, kind="stable")[:MOST_CLASSES]
+    shown = np.flatnonzero(total)
+    if len(shown) > MOST_CLASSES:
+        shown = shown[np.argsort(accuracy[shown], kind="stable")[:MOST_CLASSES]]
         axes.set_title(f"the lowest {MOST_CLASSES} of {len(classes)}", fontsize=9)
     axes.barh(range(len(shown)), accuracy[shown], color=_COLOURS[0], height=0.7)
     for place, value in enumerate(accuracy[shown]):

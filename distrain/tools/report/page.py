@@ -189,7 +189,9 @@ def _trust(record: Record) -> list[tuple[bool, str]]:
     again = charts.restarts(record)
     if again:
         steps = ", ".join(f"{step:,}" for step in again[:8]) + (" …" if len(again) > 8 else "")
-        found.append((True, f"It was interrupted and went on after step {steps}: nothing was lost or trained twice."))
+        found.append(
+            (True, f"It was interrupted, and went on after step {steps}: the result is as if it had not been.")
+        )
     return found
 
 
@@ -219,8 +221,10 @@ def _by_class(record: Record) -> list[tuple[str, str, str]]:
         return []
     matrix = np.asarray(record.result["confusion_matrix"])
     total, right = matrix.sum(1), np.diagonal(matrix)
-    order = np.argsort(right / np.maximum(total, 1), kind="stable")
-    return [(record.classes[k], f"{total[k]:,}", f"{right[k] / max(total[k], 1):.1%}") for k in map(int, order)]
+    # Classes without test images have no accuracy: they come last.
+    order = np.argsort(np.where(total > 0, right / np.maximum(total, 1), 2.0), kind="stable")
+    told = [f"{right[k] / total[k]:.1%}" if total[k] else "–" for k in order]
+    return [(record.classes[int(k)], f"{total[k]:,}", part) for k, part in zip(order, told, strict=True)]
 
 
 def _wrong(record: Record) -> list[dict[str, str]]:
