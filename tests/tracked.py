@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,16 @@ def as_lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def wandb_files(folder: Path) -> list[Path]:
-    """The .wandb files of a folder's offline runs, oldest first."""
-    return sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    """The .wandb files of a folder's offline runs, oldest first: whole, as wandb's own process writes them and may be
+    behind. A run that was killed has no end, and is waited for in vain.
+    """
+    deadline = time.monotonic() + 10
+    while True:
+        found = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+        whole = found and all(any(record.HasField("exit") for record in records(path)) for path in found)
+        if whole or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
 
 
 def events(folder: Path) -> Any:
