@@ -142,15 +142,16 @@ def launch(
     --nodes), or are this machine alone. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded: the run saves and
     leaves with 75. The exit code is also in RUN/exit.json, with the reason.
     """
-    from distrain.processes import launcher, topology
+    from distrain.processes import launcher
+    from distrain.processes.nodes import Asked, work_out
 
     resolved = config.Config()
     if command[0] in ("train", "doctor"):
         context = {"train": train, "doctor": doctor}[command[0]].make_context(command[0], list(command[1:]))
         before = _DOCTOR if command[0] == "doctor" else ()
         resolved = config.load(context.params["file"], (*before, *context.params["overrides"]))
-    asked = topology.Asked(nodes, node, host, port)
-    found = topology.work_out(os.environ, asked, socket.getfqdn)
+    asked = Asked(nodes, node, host, port)
+    found = work_out(os.environ, asked, socket.getfqdn)
     processes = nproc or launcher.default_processes()
     print(launcher.describe(found, processes), flush=True)
     seconds = grace if grace is not None else resolved.launch.grace_seconds
@@ -501,7 +502,7 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
     """
 
     def open_source(_work: Path) -> Any:
-        from distrain.data.sources.own import Own
+        from distrain.data.sources.user_class import Own
 
         return Own(name, arguments)
 

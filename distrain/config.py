@@ -258,7 +258,7 @@ class Launch(Section):
 class Log(Section):
     """Progress and metrics.jsonl."""
 
-    every_steps: Whole = _key(50, "steps between lines", ge=1)
+    every_steps: Whole = _key(50, "steps between lines of metrics.jsonl; a log shows one in five seconds", ge=1)
     report: bool = _key(True, "`distrain train` writes RUN/report/ when it is done: a page with charts and pictures")
     tensorboard: bool = _key(
         False, "copy them, the configuration and pictures to RUN/tensorboard; needs distrain[tensorboard]"
@@ -496,7 +496,9 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     path, equals, text = override.partition("=")
     section, dot, name = path.partition(".")
     if not (equals and dot and section and name):
-        problems.append(f"{override}: should be section.key=value")
+        hint = f"; a file is given by --config {override}" if override.endswith((".yaml", ".yml")) else ""
+        hint = "; without spaces around =" if override == "=" else hint
+        problems.append(f"{override}: should be section.key=value{hint}")
         return
     try:
         value = _parse(text) if text[:1] in ("[", "{", "'", '"') or text in ("null", "~", "") else text

@@ -21,7 +21,7 @@ from distrain.data import manifest
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, DataError, DivergedError, Stopped
 from distrain.processes import signals
-from distrain.training import saving
+from distrain.training import checkpointing
 
 
 def tree(dataset: Dataset, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -407,4 +407,4 @@ def test_the_identity_in_a_checkpoint_has_no_paths(small: Dataset, tmp_path: Pat
     assert str(tmp_path) not in json.dumps(state)
     assert state["identity"]["data.manifest"] == small.digest
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 2
-    assert saving.holds_run(run)
+    assert checkpointing.holds_run(run)

@@ -25,8 +25,8 @@ from distrain.config import Wandb
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, Stopped
 from distrain.runs import folder
+from distrain.runs.logs import JsonLines, Progress, audit_path, cut_back
 from distrain.runs.trackers import Outcome, TensorBoardMirror, WandbMirror, WandbRun, wandb_id
-from distrain.runs.tracking import JsonLines, Progress, audit_path, cut_back
 
 
 def lines(path: Path) -> list[int]:

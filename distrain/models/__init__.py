@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distrain import plugins
 from distrain.errors import ConfigError
-from distrain.models import vision
+from distrain.models import from_torchvision
 from distrain.models.batch_norm import can_be_global
 from distrain.models.net import Net
 from distrain.models.resnet9 import ResNet9
@@ -41,9 +41,9 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
     if name in _BUILT_IN:
         return _BUILT_IN[name](num_classes, image_shape)
     if ":" not in name:
-        known = vision.names()
+        known = from_torchvision.names()
         if name in known:
-            return vision.build(name, num_classes, image_shape)
+            return from_torchvision.build(name, num_classes, image_shape)
         close = difflib.get_close_matches(name, ["net", *_BUILT_IN, *known], n=1)
         own = ", ".join(["net", *_BUILT_IN])
         hint = f"did you mean {close[0]}?" if close else f"give {own}, one of torchvision's, or package.module:Class"

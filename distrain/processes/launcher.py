@@ -31,8 +31,8 @@ from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK, P
 from distrain.processes import signals
 from distrain.processes.beacon import FOLDER, Place, read_place
 from distrain.processes.failures import Failure, read_failure
+from distrain.processes.nodes import LOCAL, STORE_SOCKET, Topology
 from distrain.processes.signals import LAUNCHER, STOP
-from distrain.processes.topology import LOCAL, STORE_SOCKET, Topology
 from distrain.runs import checkpoint, lives
 from distrain.runs.folder import EXIT
 

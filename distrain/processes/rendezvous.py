@@ -20,8 +20,8 @@ from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[
 from distrain.errors import AgainError, ConfigError, PeerLostError, Stopped
 from distrain.processes import signals
 from distrain.processes.failures import PeerFailedError
+from distrain.processes.nodes import STORE_SOCKET
 from distrain.processes.notices import Notices
-from distrain.processes.topology import STORE_SOCKET
 from distrain.processes.watch import Watch
 
 BEYOND = timedelta(hours=24)

@@ -25,7 +25,7 @@ from distrain import machine
 from distrain.data.order import World
 from distrain.errors import AgainError, ConfigError, PeerLostError, SaveError, Stopped, UserError
 from distrain.models.batch_norm import over_all_ranks
-from distrain.processes import accelerate_launch, rendezvous, signals
+from distrain.processes import accelerate_check, rendezvous, signals
 from distrain.processes.failures import PeerFailedError, failure_of
 from distrain.processes.notices import Notices
 from distrain.processes.rendezvous import loss_told
@@ -337,7 +337,7 @@ def _start(settings: Settings, start_seconds: float, watch: Watch, store: Any, n
     accelerator = Accelerator(
         # Without cpu=True each CPU process that torchrun started believes that it is alone.
         cpu=on_cpu,
-        mixed_precision=accelerate_launch.MIXED[precision],
+        mixed_precision=accelerate_check.MIXED[precision],
         gradient_accumulation_steps=1,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
@@ -378,5 +378,5 @@ def _on_cpu(device: str, precision: str) -> bool:
     on_cpu = device == "cpu" or not cuda
     if on_cpu and precision in ("fp16", "tf32"):
         raise ConfigError(f"train.precision={precision} needs a GPU; on the CPU use bf16 or fp32")
-    accelerate_launch.check(os.environ, precision, on_cpu)
+    accelerate_check.check(os.environ, precision, on_cpu)
     return on_cpu

@@ -32,7 +32,7 @@ from distrain.data.stream import memory
 from distrain.errors import AgainError, ConfigError, DataError, UserError
 from distrain.processes import signals
 from distrain.processes.runtime import Runtime
-from distrain.training.saving import attempt
+from distrain.training.checkpointing import attempt
 from distrain.training.setup import agree_on_data, make_order, start_runtime, watch
 
 _PROBE_BYTES = 16 * 2**20

@@ -8,7 +8,7 @@ from typing import Any
 
 from distrain.runs import checkpoint, folder, lives
 from distrain.runs.folder import Record
-from distrain.runs.tracking import clock
+from distrain.runs.logs import clock
 
 
 def look(run: Path) -> dict[str, Any]:

@@ -61,9 +61,10 @@ def _parts(spent: dict[str, float]) -> dict[str, float]:
     return {name: value / whole for name, value in spent.items()} if whole else {}
 
 
-def advice(parts: dict[str, float]) -> list[str]:
-    """What to change where a phase takes more than it should."""
-    return [line for name, (most, line) in _ADVICE.items() if parts.get(name, 0.0) > most]
+def advice(parts: dict[str, float], cached: bool) -> list[str]:
+    """What to change where a phase takes more than it should; `cached`: train is in memory already."""
+    names = [name for name in _ADVICE if not (cached and name == "data")]
+    return [_ADVICE[name][1] for name in names if parts.get(name, 0.0) > _ADVICE[name][0]]
 
 
 def told(parts: dict[str, float]) -> str:

@@ -30,8 +30,8 @@ from distrain.processes.watch import Watch
 from distrain.runs.folder import SETUP, STACKS
 from distrain.runs.trackers import check_tensorboard
 from distrain.training import optim
+from distrain.training.checkpointing import attempt, resume
 from distrain.training.job import Job
-from distrain.training.saving import attempt, resume
 from distrain.training.summary import facts, tell_start
 
 

@@ -10,7 +10,7 @@ import torch
 
 from distrain import machine
 from distrain.data.stream import memory
-from distrain.runs.tracking import clock
+from distrain.runs.logs import clock
 from distrain.training import profiling
 from distrain.training.evaluation import Scores
 from distrain.training.job import Job
@@ -73,6 +73,8 @@ def tell_start(job: Job, found: dict[str, Any]) -> None:
         job.config,
         *(found[name] for name in ("data", "model", "processes", "batch")),
     )
+    if "dir" not in config.data.model_fields_set:
+        print(f"warning: data.dir was not set: this trains on the default, {data['dir']}", file=sys.stderr)
     if model["dependent"]:
         print(
             f"warning: model {model['name']} has {', '.join(model['dependent'])}: what it learns depends on the"
@@ -87,6 +89,10 @@ def tell_start(job: Job, found: dict[str, Any]) -> None:
     named = f" ({processes['device_name']})" if processes["device_name"] else ""
     on_nodes = f" on {processes['nodes']} nodes" if processes["nodes"] > 1 else ""
     from_here = f", going on after step {found['from_step']:,}" if found["from_step"] else ""
+    if found["from_step"] == found["steps"]:
+        from_here = ": all done already"
+    unused = data["splits"]["train"] - found["steps_per_epoch"] * batch["global"]
+    left_out = f" ({unused:,} images left out of each, others in turn)" if unused else ""
     checkpoint = config.checkpoint
     saves = [f"every {checkpoint.every_steps:,} steps"] if checkpoint.every_steps else []
     saves += [f"every {checkpoint.every_minutes:g} minutes"] if checkpoint.every_minutes else []
@@ -98,7 +104,7 @@ def tell_start(job: Job, found: dict[str, Any]) -> None:
         ("batch", f"{batch['global']:,} = {processes['number']} × {shares}{accum}; slowest share"
                   f" {batch['most'] / batch['ideal']:.2f} × the ideal of {batch['ideal']:g}"),
         ("memory", f"{found['memory']['bytes'] / 2**20:,.0f} MiB per process for reading{kept}"),
-        ("steps", f"{found['steps']:,}, {found['steps_per_epoch']:,} an epoch{from_here}"),
+        ("steps", f"{found['steps']:,}, {found['steps_per_epoch']:,} an epoch{left_out}{from_here}"),
         ("saves", f"{', '.join(saves) or 'none'}, and at the end or when stopped"),
         ("run", str(job.run)),
     ):  # fmt: skip
@@ -113,11 +119,11 @@ def tell_end(job: Job, scores: Scores, result: dict[str, Any]) -> None:
     print(f"trained  {result['steps']:,} steps in {clock(seconds)}, {rate:,.0f} images/s while training")
     if parts:
         print("time     " + profiling.told(parts))
-    for line in profiling.advice(parts):
+    for line in profiling.advice(parts, cached=job.cache is not None):
         print(f"         {line}")
     by_class = {name: value for name, value in result["accuracy_by_class"].items() if value is not None}
     worst = sorted(by_class.items(), key=lambda item: item[1])[:_WORST]
-    print("worst    " + ", ".join(f"{name} {value:.1%}" for name, value in worst))
+    print("lowest   " + ", ".join(f"{name} {value:.1%}" for name, value in worst))
     print("Finished Training")
     print(scores.line("test"))
     print(f"Run: {job.run}", flush=True)

@@ -23,11 +23,11 @@ from distrain.processes import signals
 from distrain.processes.runtime import POLL_SECONDS, StopAgreed
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import METRICS, RESULT, TRACE
-from distrain.runs.tracking import JsonLines, Logs, Progress, audit_path
+from distrain.runs.logs import JsonLines, Logs, Progress, audit_path
 from distrain.training import evaluation, pictures, profiling, setup
+from distrain.training.checkpointing import attempt, save
 from distrain.training.evaluation import Scores
 from distrain.training.job import Job
-from distrain.training.saving import attempt, save
 from distrain.training.step import Feed, train_step
 from distrain.training.summary import tell_end
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from harness import Job, exit_file, newest_step, small_run, trained, until
 
-from distrain.runs.tracking import JsonLines
+from distrain.runs.logs import JsonLines
 
 pytestmark = pytest.mark.faults
 

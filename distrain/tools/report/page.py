@@ -16,7 +16,7 @@ from PIL import Image
 
 from distrain import __version__, config, files
 from distrain.runs.folder import AUGMENTED, WRONG, Record, read_pictures
-from distrain.runs.tracking import clock
+from distrain.runs.logs import clock
 from distrain.tools.report import charts
 from distrain.tools.report.charts import Chart
 

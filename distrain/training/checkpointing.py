@@ -15,10 +15,10 @@ from distrain.config import public
 from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
 from distrain.processes import signals
 from distrain.processes.failures import fail, failure_of
-from distrain.runs import checkpoint, lives, tracking
+from distrain.runs import checkpoint, lives, logs
 from distrain.runs.checkpoint import Saved
 from distrain.runs.folder import CONFIG, METRICS, RESULT
-from distrain.runs.tracking import Logs
+from distrain.runs.logs import Logs
 from distrain.training import optim
 from distrain.training.job import Job, State
 
@@ -50,7 +50,7 @@ def _take_folder(job: Job) -> Path | None:
         _say_and_clear(job, saved)
         done, lines = (saved.step, saved.state["lines"]) if saved is not None else (0, 0)
         checkpoint.sweep(job.checkpoints)
-        tracking.cut_back(job.run, done, lines)
+        logs.cut_back(job.run, done, lines)
         files.replace(job.run / CONFIG, yaml.safe_dump(public(job.config), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"run.dir={job.run}: cannot be written: {error.strerror}; choose another folder") from error

@@ -117,7 +117,7 @@ class Progress:
     def __init__(self, show: bool, total: int, done: int) -> None:
         self._show = show
         self._bar: Any = None
-        if show and sys.stderr.isatty():
+        if show and _has_bar():
             self._bar = tqdm(total=total, initial=done, desc="train", unit="step", dynamic_ncols=True)
         self._total = total
         self._told = float("-inf")
@@ -152,6 +152,14 @@ class Progress:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _has_bar() -> bool:
+    """Whether stderr is a terminal on which a bar can be seen: some have no columns."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def clock(seconds: float) -> str:
