@@ -72,6 +72,18 @@ def read(folder: Path) -> Record:
     )
 
 
+def read_begun(folder: Path) -> Record:
+    """The same of a run that knows its data set and model.
+
+    Raises:
+        DataError: the folder holds no run, or its run has not begun.
+    """
+    record = read(folder)
+    if not record.setup:
+        raise DataError(f"{folder}: its run has not begun, or is of an older distrain (no {SETUP})")
+    return record
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of one JSON object a line; none where there is no file."""
     try:

@@ -138,7 +138,7 @@ def device(config: Config) -> Iterator[Finding]:
 
 def cores(config: Config) -> Iterator[Finding]:
     """Cores that this node's processes may use."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = machine.cores()
     wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * config.run.cpu_threads
     level: Level = "ok" if own >= wanted else "note"
     yield Finding(

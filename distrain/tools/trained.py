@@ -47,9 +47,7 @@ def load(run: Path, which: str | None, device: str = "cpu") -> Trained:
         DataError: the folder holds no run, or none of its checkpoints is readable.
         ConfigError: its model cannot be built here.
     """
-    record = folder.read(run)
-    if not record.setup:
-        raise DataError(f"{run}: its run has not begun, or is of an older distrain (no {folder.SETUP})")
+    record = folder.read_begun(run)
     path, _ = choose(run, which)
     saved = checkpoint.load(path)
     height, width, channels = record.setup["data"]["image_shape"]

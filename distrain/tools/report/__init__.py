@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from distrain.errors import ConfigError, DataError
+from distrain.errors import ConfigError
 from distrain.runs import folder
 from distrain.tools.report import page
 
@@ -33,10 +33,7 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
         raise ConfigError("several runs have no folder of their own: say where to, with --out")
     if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError("a run is named twice")
-    records = [folder.read(run) for run in runs]
-    for record in records:
-        if not record.setup:
-            raise DataError(f"{record.folder}: its run has not begun, or is of an older distrain (no {folder.SETUP})")
+    records = [folder.read_begun(run) for run in runs]
     target = out or runs[0] / folder.REPORT
     try:
         target.mkdir(parents=True, exist_ok=True)
