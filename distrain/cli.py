@@ -96,14 +96,26 @@ def train(file: Path | None, overrides: tuple[str, ...]) -> None:
 
 
 def _write_report(run: Path) -> None:
-    """Of a run that is done, and stays so whatever happens here."""
-    try:
-        from distrain.tools import report
+    """Of a run that is done, and stays so whatever happens here; a stop request ends the drawing alone."""
 
-        print(f"Report: {report.write([run])}", flush=True)
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    problem = None
+    try:
+        with signals.handled_by(interrupt):
+            if signals.requested():
+                interrupt()
+            from distrain.tools import report
+
+            print(f"Report: {report.write([run])}", flush=True)
+    except KeyboardInterrupt:
+        problem = "stopped"
     except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
         again = f"`distrain report {run}` tries again"
-        print(f"warning: no report was written: {type(error).__name__}: {error}; {again}", file=sys.stderr, flush=True)
+        print(f"warning: no report was written: {problem}; {again}", file=sys.stderr, flush=True)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

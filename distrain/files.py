@@ -21,9 +21,9 @@ def write(path: Path, content: bytes) -> None:
     sync(path)
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, content: str | bytes) -> None:
     """Write a file that is whole or as it was before."""
     work = path.with_name(f".{path.name}.partial")
-    write(work, text.encode())
+    write(work, content if isinstance(content, bytes) else content.encode())
     work.replace(path)
     sync(path.parent)

@@ -88,6 +88,8 @@ class Faulty(nn.Sequential):
         if self.passes == self.number:
             if self.kind == "raise":
                 raise RuntimeError("a fault of the model")
+            if self.kind == "cannot":
+                raise RuntimeError("this operation has no deterministic form")
             if self.kind == "hang":
                 time.sleep(1000)
             if self.kind == "hold":  # never lets go of the interpreter: no other thread of the process runs
@@ -117,6 +119,18 @@ class Branching(Linear):
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
         return logits if float(logits.sum()) < 1e9 else logits * 2
+
+
+class Idle(Linear):
+    """Has a layer that its output does not depend on."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self[1](self[0](images))
+        return logits
 
 
 class OnlyOnRank0(Linear):

@@ -81,6 +81,7 @@ def test_nothing_is_wrong_and_nothing_is_left(data: Path, tmp_path: Path) -> Non
         ("run.device=cuda", "device", "no GPU is seen"),
         ("train.global_batch_size=1", "processes", "smaller than the number of processes"),
         ("model.name=models_for_tests:Picky", "model", "models_for_tests:Picky"),
+        ("model.name=models_for_tests:Idle", "model", "does not depend on head.weight"),
         ("model.name=models_for_tests:Heavy launch.grace_seconds=1", "grace", "takes"),
         ("run.dir=/dev/null/run", "run folder", "cannot be written"),
     ],

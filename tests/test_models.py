@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distrain import models
+from distrain.config import Augment
 from distrain.errors import ConfigError
 from distrain.models.net import ACTIVATIONS
 from distrain.training import optim
@@ -182,10 +183,11 @@ def test_augmentation_does_to_each_image_what_its_own_word_says(flip: bool, padd
     words = torch.randint(-(2**63), 2**63 - 1, (6, 2), generator=random)
     cutout = int(torch.randint(0, 8, (), generator=random))
     blank = torch.tensor([1, 2, 3], dtype=torch.uint8)
-    together = augment(images, words, flip, padding, cutout, blank)
+    settings = Augment(flip=flip, crop_padding=padding, cutout=cutout)
+    together = augment(images, words, settings, blank)
     for number in range(6):
         here = slice(number, number + 1)
-        alone = augment(images[here], words[here], flip, padding, cutout, blank)
+        alone = augment(images[here], words[here], settings, blank)
         assert torch.equal(alone[0], together[number])
         expected = by_hand(images[number], words[number].tolist(), flip, padding, cutout, blank)
         assert torch.equal(together[number], expected)
@@ -214,7 +216,8 @@ def test_all_shifts_and_both_sides_are_drawn_alike() -> None:
 
     words = torch.from_numpy(augmentation_words(0, 0, 20_000).copy().view("int64"))
     image = torch.arange(8 * 8, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(20_000, 8, 8, 1)
-    centre = augment(image, words, True, 1)[:, 4, 4, 0]
+    changed = augment(image, words, Augment(flip=True, crop_padding=1), image[0, 0, 0])
+    centre = changed[:, 4, 4, 0]
     values, counts = centre.unique(return_counts=True)
     assert len(values) == 12  # 3 shifts down × (3 shifts × 2 sides; the middle columns 3 and 4 meet 4 places)
     assert counts.min() > 900

@@ -344,6 +344,15 @@ def test_a_model_that_one_process_cannot_build_is_told_by_all(small: Dataset, gr
     assert all("not on this node" in message for message in caught.value.messages)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_layer_that_is_never_used_is_named(size: int, small: Dataset, group: Groups, tmp_path: Path) -> None:
+    config = configuration(small, tmp_path / "run", model={"name": "models_for_tests:Idle"})
+    with pytest.raises(GroupError) as caught:
+        group(size).train(config)
+    assert caught.value.kinds == ["ConfigError"] * size
+    assert all("does not depend on head.weight, head.bias; use" in message for message in caught.value.messages)
+
+
 def test_too_many_processes_are_refused(tmp_path: Path, group: Groups) -> None:
     dataset = make(tmp_path / "data", 50, lanes=3)
     with pytest.raises(GroupError) as caught:

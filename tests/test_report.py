@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -268,6 +271,24 @@ def test_a_browser_shows_it_whole_and_asks_for_nothing(
     assert page.as_uri() in asked
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[theme]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_it_is_drawn_leaves_the_run_done(number: signal.Signals, runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [f"data.dir={runs[0].parent / 'data'}", f"run.dir={run}", "train.max_steps=2", "train.global_batch_size=8"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "distrain", "train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("Run:"):  # the last line before the report
+                process.send_signal(number)
+                break
+        told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert told == f"warning: no report was written: stopped; `distrain report {run}` tries again\n"
+    assert cli.main(["report", str(run)]) == 0
 
 
 def test_python_writes_no_report(runs: list[Path], tmp_path: Path) -> None:

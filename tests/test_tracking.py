@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,12 +22,13 @@ from wandb_server import WandbServer, serving
 
 import distrain
 from distrain.cli import main
-from distrain.config import Wandb
+from distrain.config import Wandb, from_tree
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, Stopped
 from distrain.runs import folder
 from distrain.runs.logs import JsonLines, Progress, audit_path, cut_back
 from distrain.runs.trackers import Outcome, TensorBoardMirror, WandbMirror, WandbRun, wandb_id
+from distrain.tools import doctor
 
 
 def lines(path: Path) -> list[int]:
@@ -378,8 +380,11 @@ def test_tensorboard_that_cannot_be_had_is_told_before_anything_is_trained(
     small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigError, match=r"log.tensorboard=true: .*pip install 'distrain\[tensorboard\]'"):
-        distrain.train(tree(small, tmp_path / "run", log={"tensorboard": True}))
+    asked = tree(small, tmp_path / "run", log={"tensorboard": True})
+    cure = "pip install 'distrain[tensorboard]'"
+    with pytest.raises(ConfigError, match=rf"log.tensorboard=true: .*{re.escape(cure)}"):
+        distrain.train(asked)
+    assert any(found.level == "bad" and cure in found.told for found in doctor.extras(from_tree(asked)))
     assert not (tmp_path / "run").exists()
 
 

@@ -73,6 +73,21 @@ def check_output(name: str, model: nn.Module, images: Tensor, num_classes: int) 
         )
 
 
+def check_gradients(name: str, model: nn.Module) -> None:
+    """After a backward pass: every parameter that is to be trained has got a gradient, if only of zeros.
+
+    Raises:
+        ConfigError: one has none: it would stay as it is, and DDP, which waits for all of them, fails.
+    """
+    without = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    if without:
+        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+        raise ConfigError(
+            f"model.name={name}: the output does not depend on {', '.join(without[:5])}{more}; use what forward does"
+            " not use, or take it out, or freeze it: requires_grad_(False)"
+        )
+
+
 def initialise(model: nn.Module, path: Path) -> str | None:
     """Give a model the weights in a file; its head keeps its own where the file's is of another size.
 

@@ -69,13 +69,14 @@ class Runtime:
     """Group for words between processes, on CPUs: it neither waits for the device nor holds it up."""
     _notices: Notices | None
     _broken: bool = False
+    _alone: bool = False
 
     def __enter__(self) -> Runtime:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Leave the group, so that another run can start in this process; alone, where this one failed alone."""
-        if error is not None and not isinstance(error, _KNOWN_TO_ALL):
+        if error is not None and (self._alone or not isinstance(error, _KNOWN_TO_ALL)):
             self._abandon(error)
         self._close()
 
@@ -224,6 +225,15 @@ class Runtime:
         return any_busy > 0
 
     @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Around what this process may find impossible while the others wait for it: they are told why."""
+        try:
+            yield
+        except UserError:
+            self._alone = True
+            raise
+
+    @contextlib.contextmanager
     def peers(self) -> Iterator[None]:
         """Around what may fail because another process is gone: that is told as such."""
         try:
@@ -278,7 +288,9 @@ class Runtime:
 
 
 _KNOWN_TO_ALL = (UserError, AgainError, SaveError)
-"""Errors that all processes raise at the same place, or that say that another one is gone already."""
+"""Errors that all processes raise at the same place (unless it was within `Runtime.alone`), or that say that another
+one is gone already.
+"""
 
 _left_behind: list[Runtime] = []
 """Groups that lost a process: torch has one group a process, and these cannot be closed."""

@@ -42,11 +42,6 @@ class Outcome:
         """Names of the classes, in their order."""
         return list(self.result["accuracy_by_class"])
 
-    @property
-    def numbers(self) -> dict[str, float]:
-        """What of the result is one number."""
-        return {key: value for key, value in self.result.items() if isinstance(value, (int, float))}
-
     def by_class(self) -> list[list[Any]]:
         """Class, accuracy, samples: the worst first, those without samples last."""
         samples = map(sum, self.result["confusion_matrix"])
@@ -66,6 +61,11 @@ class Outcome:
             *(self.wrong.get(name, ()) for name in ("images", "labels", "predicted", "probabilities")), strict=True
         ):
             yield image, f"{self.classes[label]} → {self.classes[predicted]}, {probability:.1%}"
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    """What of a result is one number: a tracker's summary."""
+    return {key: value for key, value in result.items() if isinstance(value, (int, float))}
 
 
 def outcome(run: Path, result: dict[str, Any]) -> Outcome:
@@ -208,36 +208,7 @@ class WandbMirror(Tracker):
         if filed.mode == "disabled":
             return
         try:
-            import wandb
-
-            mode = filed.mode
-            if mode == "online" and not has_wandb_key():
-                warn("wandb.mode=online: no API key (set WANDB_API_KEY or run `wandb login`); logging offline")
-                mode = "offline"
-            start = {
-                "project": filed.project,
-                "name": filed.name,
-                "group": filed.group,
-                "job_type": filed.job_type,
-                "dir": str(folder),
-                "id": filed.id,
-                "resume": "allow",
-                "settings": wandb.Settings(
-                    silent=True, init_timeout=30, console="off", x_disable_stats=replays, x_disable_meta=replays
-                ),
-            }
-            try:
-                with _no_arguments():
-                    run = wandb.init(mode=mode, **start)
-            except Exception as error:
-                if mode == "offline" or replays:
-                    raise
-                warn(f"wandb cannot be reached ({error}); logging offline")
-                with contextlib.suppress(Exception):
-                    wandb.teardown()
-                mode = "offline"
-                with _no_arguments():
-                    run = wandb.init(mode=mode, **start)
+            run = self._begin(filed, folder, replays)
             # Not given to `init`, which keeps the server's values where a life came with others.
             run.config.update(config, allow_val_change=True)
             run.define_metric("step", hidden=True)
@@ -245,9 +216,46 @@ class WandbMirror(Tracker):
                 run.define_metric(f"{group}/*", step_metric="step")
             for metric in ("epoch", "seconds"):
                 run.define_metric(metric, step_metric="step")
-            self._to, self._offline = run, mode == "offline"
+            self._to = run
         except Exception as error:
             warn(f"wandb is off: {error}; {METRICS} has everything")
+
+    def _begin(self, filed: WandbRun, folder: Path, replays: bool) -> Any:
+        """wandb's run: an offline one where there is no key, or, for a run that trains, no server."""
+        import wandb
+
+        def begin(offline: bool) -> Any:
+            self._offline = offline
+            settings = wandb.Settings(
+                silent=True, init_timeout=30, console="off", x_disable_stats=replays, x_disable_meta=replays
+            )
+            with _no_arguments():
+                return wandb.init(
+                    mode="offline" if offline else "online",
+                    project=filed.project,
+                    name=filed.name,
+                    group=filed.group,
+                    job_type=filed.job_type,
+                    dir=str(folder),
+                    id=filed.id,
+                    resume="allow",
+                    settings=settings,
+                )
+
+        if filed.mode == "offline":
+            return begin(offline=True)
+        if not has_wandb_key():
+            self._warn("wandb.mode=online: no API key (set WANDB_API_KEY or run `wandb login`); logging offline")
+            return begin(offline=True)
+        try:
+            return begin(offline=False)
+        except Exception as error:
+            if replays:
+                raise
+            self._warn(f"wandb cannot be reached ({error}); logging offline")
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            return begin(offline=True)
 
     @property
     def place(self) -> str:

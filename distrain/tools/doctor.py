@@ -22,18 +22,17 @@ from typing import Literal
 
 import torch
 
-from distrain import machine, models
+from distrain import files, machine, models, plugins
 from distrain.config import Config
-from distrain.data import manifest, shards
-from distrain.data.fetch import Settings
-from distrain.data.manifest import Dataset
+from distrain.data import shards
 from distrain.data.order import World
 from distrain.data.stream import memory
 from distrain.errors import AgainError, ConfigError, DataError, UserError
 from distrain.processes import signals
 from distrain.processes.runtime import Runtime
+from distrain.runs.trackers import check_tensorboard
 from distrain.training.checkpointing import attempt
-from distrain.training.setup import agree_on_data, make_order, start_runtime, watch
+from distrain.training.setup import agree_on_data, build_model, make_order, read_data, start_runtime, watch
 
 _PROBE_BYTES = 16 * 2**20
 _BASE_BYTES = 2**30
@@ -119,9 +118,20 @@ def versions(config: Config) -> Iterator[Finding]:
     yield Finding("versions", "ok", f"Python {platform.python_version()}, {found}")
 
 
+def extras(config: Config) -> Iterator[Finding]:
+    """What the configuration needs beside the package itself."""
+    if config.log.tensorboard:
+        try:
+            check_tensorboard()
+        except ConfigError as error:
+            yield Finding("extras", "bad", str(error))
+        else:
+            yield Finding("extras", "ok", f"tensorboard {version('tensorboard')}")
+
+
 def device(config: Config) -> Iterator[Finding]:
     """What this process would compute on."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = machine.processes_here()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.run.device == "cuda" and not count:
         yield Finding("device", "bad", "run.device=cuda, but no GPU is seen", "mend the driver, or give run.device=cpu")
@@ -139,7 +149,7 @@ def device(config: Config) -> Iterator[Finding]:
 def cores(config: Config) -> Iterator[Finding]:
     """Cores that this node's processes may use."""
     own = machine.cores()
-    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * config.run.cpu_threads
+    wanted = machine.processes_here() * config.run.cpu_threads
     level: Level = "ok" if own >= wanted else "note"
     yield Finding(
         "cores", level, f"{own} for {wanted} threads", "ask for more (--cpus-per-task, requests.cpu) or use fewer"
@@ -159,7 +169,7 @@ def shared_memory(config: Config) -> Iterator[Finding]:
     if not _SHM.is_dir():
         return
     free = shutil.disk_usage(_SHM).free
-    wanted = _SHM_BYTES * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wanted = _SHM_BYTES * machine.processes_here()
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     level: Level = "ok" if free >= wanted else "note" if on_cpu else "bad"
     yield Finding(
@@ -173,7 +183,7 @@ def shared_memory(config: Config) -> Iterator[Finding]:
 def data(config: Config) -> Iterator[Finding]:
     """The data set as this node sees it, how fast it is read, and what reading takes."""
     try:
-        dataset = _read(config)
+        dataset = read_data(config, "train", "test")
     except (UserError, AgainError) as error:
         yield Finding("data", "bad", str(error), "give data.dir a folder that all nodes see")
         return
@@ -188,7 +198,7 @@ def data(config: Config) -> Iterator[Finding]:
         return
     rate = shard.bytes / max(time.monotonic() - start, 1e-6) / 2**20
     yield Finding("data", "ok", f"{dataset.root}: {found.splits['train'].samples:,} samples, {rate:,.0f} MiB/s")
-    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    size, local = int(os.environ.get("WORLD_SIZE", "1")), machine.processes_here()
     try:
         order = make_order(config, dataset, size)
     except UserError as error:
@@ -214,7 +224,7 @@ def run_folder(config: Config) -> Iterator[Finding]:
     start = time.monotonic()
     try:
         with _probe(folder) as path:
-            _write_synced(path, os.urandom(_PROBE_BYTES))
+            files.write(path, os.urandom(_PROBE_BYTES))
             seconds = time.monotonic() - start
             os.link(path, path.with_suffix(".link"))  # a lease is taken by a link
             path.with_suffix(".link").unlink()
@@ -234,11 +244,12 @@ def run_folder(config: Config) -> Iterator[Finding]:
 
 def _save(config: Config, speed: float) -> Iterator[Finding]:
     try:
-        found = _read(config).manifest
-        height, width, channels = found.image_shape
-        settings = config.model
-        module = models.build(settings.name, settings.activation, len(found.classes), (channels, height, width))
-        models.check_output(settings.name, module, torch.zeros(2, channels, height, width), len(found.classes))
+        data = read_data(config).manifest
+        module = build_model(config, data, torch.float32)
+        with plugins.telling(f"model.name={config.model.name}: fails in training"):
+            height, width, channels = data.image_shape
+            module.train()(torch.zeros(2, channels, height, width)).sum().backward()
+        models.check_gradients(config.model.name, module)
     except (UserError, AgainError) as error:
         if not isinstance(error, DataError):  # of the data it was told already
             yield Finding("model", "bad", str(error))
@@ -259,6 +270,7 @@ def _save(config: Config, speed: float) -> Iterator[Finding]:
 
 _LOCAL: list[Callable[[Config], Iterator[Finding]]] = [
     versions,
+    extras,
     device,
     cores,
     open_files,
@@ -266,13 +278,6 @@ _LOCAL: list[Callable[[Config], Iterator[Finding]]] = [
     data,
     run_folder,
 ]
-
-
-def _read(config: Config) -> Dataset:
-    dataset = manifest.read(config.data.dir, Settings.of(config.data))
-    for needed in ("train", "test"):
-        dataset.split(needed)
-    return dataset
 
 
 def _nearest(folder: Path) -> Path:
@@ -293,13 +298,6 @@ def _probe(folder: Path) -> Iterator[Path]:
             left.unlink(missing_ok=True)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 # --- all processes ---
 
 
@@ -311,9 +309,9 @@ def _look_together(config: Config, rt: Runtime) -> list[Finding]:
         *_same_folder(config, rt),
     ]
     with contextlib.suppress(UserError, AgainError):  # a node that cannot read it has said so
-        dataset = rt.all_or_none(lambda: _read(config))
+        dataset = rt.all_or_none(lambda: read_data(config, "train", "test"))
         try:
-            agree_on_data(rt, dataset, [name for name in ("train", "val", "test") if name in dataset.manifest.splits])
+            agree_on_data(rt, dataset, list(dataset.manifest.splits))
         except DataError as error:
             findings.append(Finding("data", "bad", str(error), "let all nodes see one folder, and verify it"))
     return findings

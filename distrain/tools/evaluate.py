@@ -14,8 +14,6 @@ from torch import nn
 
 from distrain import files, models
 from distrain.config import Config, identity, load
-from distrain.data import manifest
-from distrain.data.fetch import Settings
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, DataError, Stopped
 from distrain.processes import signals
@@ -26,7 +24,7 @@ from distrain.runs.folder import CONFIG
 from distrain.tools.trained import choose
 from distrain.training import evaluation
 from distrain.training.evaluation import Scores
-from distrain.training.setup import agree_on_data, build_model, start_runtime, watch
+from distrain.training.setup import agree_on_data, build_model, read_data, start_runtime, watch
 
 
 def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | None) -> tuple[Scores, str, list[str]]:
@@ -39,7 +37,7 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
         raise DataError(f"{run}: holds no run (no {CONFIG})")
     config = load(run / CONFIG, overrides)
     with signals.noted(), closing(watch(config)) as watching, start_runtime(config, watching) as rt:
-        dataset = rt.all_or_none(lambda: _read_data(config, split))
+        dataset = rt.all_or_none(lambda: read_data(config, split))
         # The main process chooses: of a run that goes on, others may see newer ones.
         path, skipped = rt.from_main(rt.all_or_none(lambda: choose(run, which) if rt.is_main else None))
         for line in skipped if rt.is_main else []:
@@ -78,7 +76,7 @@ def _score(config: Config, dataset: Dataset, split: str, saved: Saved, rt: Runti
 
 
 def _trained(config: Config, dataset: Dataset, saved: Saved, rt: Runtime) -> nn.Module:
-    module = build_model(config, dataset, rt)
+    module = build_model(config, dataset.manifest, rt.dtype)
     models.load(module, saved.model, config.model.name, saved.path)
     return module
 
@@ -93,9 +91,3 @@ def _check_identity(config: Config, dataset: Dataset, saved: Saved) -> None:
     )
     if differ:
         raise ConfigError("\n  ".join([f"{saved.path}: was not trained with this configuration:", *differ]))
-
-
-def _read_data(config: Config, split: str) -> Dataset:
-    dataset = manifest.read(config.data.dir, Settings.of(config.data))
-    dataset.split(split)
-    return dataset

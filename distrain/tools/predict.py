@@ -13,6 +13,7 @@ import torch
 from distrain.data.sources import UnreadableError
 from distrain.data.sources.folder import read_image
 from distrain.errors import ConfigError, DataError
+from distrain.text import printable
 from distrain.tools import trained
 
 _BATCH = 64
@@ -47,7 +48,7 @@ def _check(files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:
     for file in files:
         problem = _problem(file, image_shape)
         if problem is not None:
-            problems.append(f"  {_printable(str(file))}: {problem}")
+            problems.append(f"  {printable(str(file))}: {problem}")
     if problems:
         more = [f"  and {len(problems) - _NAMED} more"] if len(problems) > _NAMED else []
         raise DataError("\n".join([f"{len(problems)} of the images cannot be read:", *problems[:_NAMED], *more]))
@@ -68,10 +69,5 @@ def tell(found: dict[str, Any], top: int, as_json: bool) -> str:
     classes = dict(list(found["classes"].items())[:top])
     if as_json:
         return json.dumps({**found, "classes": classes})
-    told = ", ".join(f"{_printable(name)} {probability:.1%}" for name, probability in classes.items())
-    return f"{_printable(found['file'])}  {told}"
-
-
-def _printable(name: str) -> str:
-    """In one line, whatever a file or class is called."""
-    return "".join(letter if letter.isprintable() else "�" for letter in name)
+    told = ", ".join(f"{printable(name)} {probability:.1%}" for name, probability in classes.items())
+    return f"{printable(found['file'])}  {told}"

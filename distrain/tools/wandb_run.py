@@ -34,13 +34,10 @@ def send(run: Path, online: bool, out: Path | None) -> str:
     mirror = WandbMirror(_filed(found, online), _made(out or run), public(found.config), problems.append, replays=True)
     for line in found.lines:
         mirror.log({name: value for name, value in line.items() if name != "step"}, line["step"])
-    numbers = {}
     if found.result is not None:
-        shown = trackers.outcome(run, found.result)
-        mirror.result(shown, found.result["steps"])
-        numbers = shown.numbers
+        mirror.result(trackers.outcome(run, found.result), found.result["steps"])
     place = mirror.place
-    mirror.close(numbers, _CLOSE_SECONDS)
+    mirror.close(trackers.numbers(found.result or {}), _CLOSE_SECONDS)
     if problems:
         raise AgainError("\n".join(problems))
     what = f"{len(found.lines)} lines" + (" and the result" if found.result is not None else "; there is no result yet")

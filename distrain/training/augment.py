@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distrain.config import Augment
+
 
 class Normalizer:
     """(images / 255 - mean) / std, for images of one width.
@@ -34,24 +36,27 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return Normalizer(mean, std, images.shape[2])(images)
 
 
-def augment(
-    images: Tensor, words: Tensor, flip: bool, crop_padding: int, cutout: int = 0, blank: Tensor | None = None
-) -> Tensor:
-    """Mirror, shift and blank each image as its random words say.
+def draws(settings: Augment) -> bool:
+    """Whether `augment` looks at the random words: drawing them takes time."""
+    return settings.flip or settings.crop_padding > 0 or settings.cutout > 0
+
+
+def augment(images: Tensor, words: Tensor, settings: Augment, blank: Tensor) -> Tensor:
+    """Mirror, shift and blank each image as its random words say. (Mixup mixes what comes out of it: `step`.)
 
     Args:
         images: uint8 [N, H, W, C].
         words: int64 [N, 2], 128 random bits a sample: of the first, bit 0 mirrors, bits 8–27 and 28–47 shift down and
-            right; of the second, bits 0–19 and 20–39 place the centre of the square.
-        flip: whether to mirror.
-        crop_padding: largest shift in pixels; what comes in from outside is the reflected edge.
-        cutout: side of the square, which may reach over the edge (DeVries and Taylor, "Cutout", 2017); 0: none.
+            right, by up to `crop_padding`; of the second, bits 0–19 and 20–39 place the centre of the square of
+            `cutout`, which may reach over the edge (DeVries and Taylor, "Cutout", 2017).
+        settings: what to do.
         blank: uint8 [C], what the square is filled with.
 
     Returns:
         uint8 [N, H, W, C].
     """
     _, height, width, _ = images.shape
+    crop_padding, cutout = settings.crop_padding, settings.cutout
     if crop_padding:
         shifts = 2 * crop_padding + 1
         down = _below(shifts, words[:, 0] >> 8) - crop_padding
@@ -60,10 +65,9 @@ def augment(
         columns = _reflect(torch.arange(width, device=images.device) + right[:, None], width)
         samples = torch.arange(len(images), device=images.device)
         images = images[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
-    if flip:
+    if settings.flip:
         images = torch.where((words[:, 0] & 1).bool()[:, None, None, None], images.flip(2), images)
     if cutout:
-        assert blank is not None
         in_rows = _inside(height, _below(height, words[:, 1]), cutout)
         in_columns = _inside(width, _below(width, words[:, 1] >> 20), cutout)
         images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], blank, images)

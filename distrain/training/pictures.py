@@ -5,7 +5,6 @@ They lie in the run's folder, so a report needs neither the data set nor a model
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,24 +115,21 @@ def save_augmented(job: Job, batch: Batch) -> None:
     """
     settings, seed = job.config.augment, job.order.seed
     images = batch.images.cpu()
-    shown = images[:_SHOWN]
+    shown, blank = images[:_SHOWN], job.blank.cpu()
     variants = []
     for step in range(_VARIANTS):
         words = augmentation_words(seed, step, job.order.global_batch_size)
         own = torch.from_numpy(words[job.order.places(0, job.runtime.world)].view(np.int64).copy())
-        change = functools.partial(augment, flip=settings.flip, crop_padding=settings.crop_padding)
-        change = functools.partial(change, cutout=settings.cutout, blank=job.blank.cpu())
-        changed = change(shown, own[:_SHOWN])
+        changed = augment(shown, own[:_SHOWN], settings, blank)
         if settings.mixup:
             partners = torch.from_numpy(job.order.partners(0, job.runtime.world))[:_SHOWN]
             kept = mixup_weight(seed, step, settings.mixup)
-            changed = (changed * kept + change(images[partners], own[partners]) * (1 - kept)).round().to(torch.uint8)
+            others = augment(images[partners], own[partners], settings, blank)
+            changed = (changed * kept + others * (1 - kept)).round().to(torch.uint8)
         variants.append(changed)
     _save(job.run / AUGMENTED, {"images": shown.numpy(), "variants": torch.stack(variants, 1).numpy()})
 
 
 def _save(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.partial")
-    files.write(work, safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
-    work.replace(path)
+    files.replace(path, safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))

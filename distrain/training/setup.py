@@ -21,7 +21,7 @@ from distrain.config import Config, identity, public
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
 from distrain.data.fetch import Settings
-from distrain.data.manifest import Dataset
+from distrain.data.manifest import Dataset, Manifest
 from distrain.data.order import Order
 from distrain.errors import ConfigError, DataError
 from distrain.processes import runtime
@@ -63,8 +63,8 @@ def set_up(config: Config, started: float, rt: Runtime) -> Job:
     _agree_on_configuration(rt, config)
     if config.log.tensorboard:
         rt.all_or_none(lambda: check_tensorboard() if rt.is_main else None)
-    dataset = rt.all_or_none(lambda: _read_data(config))
-    agree_on_data(rt, dataset, [split for split in ("train", "val", "test") if split in dataset.manifest.splits])
+    dataset = rt.all_or_none(lambda: read_data(config, "train", "test"))
+    agree_on_data(rt, dataset, list(dataset.manifest.splits))
     job = _build(config, dataset, rt, started)
     _settle(job)
     rt.leave_if_asked()
@@ -99,9 +99,14 @@ def _agree_on_configuration(rt: Runtime, config: Config) -> None:
             raise ConfigError(f"rank {rank} has another configuration than rank 0: {told}; give all nodes the same")
 
 
-def _read_data(config: Config) -> Dataset:
+def read_data(config: Config, *splits: str) -> Dataset:
+    """The data set that the configuration names.
+
+    Raises:
+        UserError: it cannot be read, or lacks one of the splits.
+    """
     dataset = manifest.read(config.data.dir, Settings.of(config.data))
-    for needed in ("train", "test"):
+    for needed in splits:
         dataset.split(needed)
     return dataset
 
@@ -113,28 +118,30 @@ def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job
     _check_augmentation(config, dataset)
     fewest, most = order.shares(rt.world.size)
     passes = -(-most // (config.train.micro_batch_size or most))
-    module = rt.all_or_none(lambda: build_model(config, dataset, rt, empty=fewest < passes))
+    module = rt.all_or_none(lambda: build_model(config, dataset.manifest, rt.dtype, empty=fewest < passes))
     dependent = models.world_size_dependent(module, in_parts=config.train.micro_batch_size is not None)
     start = _initialise(config, module, rt)
     module = rt.couple(module)
     average = _average(config, module, rt)
+    ddp, optimizer = _prepare(config, module, rt)
     return Job(
-        config,
-        Path(config.run.dir),
-        dataset,
-        order,
-        config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch,
-        rt,
-        module,
-        *_prepare(config, module, rt),
-        torch.tensor(mean, dtype=rt.dtype, device=rt.device),
-        torch.tensor(std, dtype=rt.dtype, device=rt.device),
-        {**identity(config), **start, "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
-        started,
-        _cache(config, dataset, rt),
-        average,
-        dependent,
-        passes,
+        config=config,
+        run=Path(config.run.dir),
+        dataset=dataset,
+        order=order,
+        total_steps=config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch,
+        runtime=rt,
+        module=module,
+        ddp=ddp,
+        optimizer=optimizer,
+        mean=torch.tensor(mean, dtype=rt.dtype, device=rt.device),
+        std=torch.tensor(std, dtype=rt.dtype, device=rt.device),
+        identity={**identity(config), **start, "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
+        started=started,
+        cache=_cache(config, dataset, rt),
+        average=average,
+        dependent=dependent,
+        passes=passes,
     )
 
 
@@ -234,19 +241,19 @@ def _check_augmentation(config: Config, dataset: Dataset) -> None:
         )
 
 
-def build_model(config: Config, dataset: Dataset, rt: Runtime, empty: bool = False) -> nn.Module:
-    """The model that the configuration names, with its first weights; tried on two black pictures, and on none if
-    shares may be `empty`.
+def build_model(config: Config, data: Manifest, dtype: torch.dtype, empty: bool = False) -> nn.Module:
+    """The model that the configuration names, with its first weights; tried on two black pictures, and on none if a
+    share may be `empty`.
 
     Raises:
         ConfigError: it cannot be built, or does not give one logit for each class.
     """
     torch.manual_seed(config.run.seed)  # weights are drawn on the CPU, so every device starts from the same
-    height, width, channels = dataset.manifest.image_shape
-    classes, name = len(dataset.manifest.classes), config.model.name
-    module = models.build(name, config.model.activation, classes, (channels, height, width)).to(rt.dtype)
+    height, width, channels = data.image_shape
+    classes, name = len(data.classes), config.model.name
+    module = models.build(name, config.model.activation, classes, (channels, height, width)).to(dtype)
     for samples in (2, 0) if empty else (2,):
-        images = torch.zeros(samples, channels, height, width, dtype=rt.dtype)
+        images = torch.zeros(samples, channels, height, width, dtype=dtype)
         models.check_output(name, module, images, classes)
     return module
 
@@ -277,10 +284,11 @@ def _settle(job: Job) -> None:
     buffers = {name: buffer.clone() for name, buffer in job.module.named_buffers()}
     images = torch.zeros(2, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
     for _ in range(2):
-        with job.runtime.peers(), _what_cannot_be_had():
-            logits = job.ddp(job.normalize(images))
-        with _what_cannot_be_had():
+        with job.runtime.alone(), _what_cannot_be_had():
+            with job.runtime.peers():
+                logits = job.ddp(job.normalize(images))
             job.runtime.backward(logits.sum() * 0)
+        models.check_gradients(job.config.model.name, job.module)  # DDP's second pass would fail, in words of its own
     job.optimizer.zero_grad()
     for name, buffer in job.module.named_buffers():
         buffer.copy_(buffers[name])

@@ -97,9 +97,7 @@ def train_step(job: Job, batch: Batch) -> Tensor:
 
 def _share(job: Job, batch: Batch) -> _Share:
     settings, order = job.config.augment, job.order
-    images = augment.augment(
-        batch.images, batch.words, settings.flip, settings.crop_padding, settings.cutout, job.blank
-    )
+    images = augment.augment(batch.images, batch.words, settings, job.blank)
     if not settings.mixup:
         return _Share(images, batch.labels, None, 1.0)
     partners = torch.from_numpy(order.partners(job.state.step % order.steps_per_epoch, job.runtime.world))

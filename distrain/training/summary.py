@@ -11,6 +11,7 @@ import torch
 from distrain import machine
 from distrain.data.stream import memory
 from distrain.runs.logs import clock
+from distrain.text import printable
 from distrain.training import profiling
 from distrain.training.evaluation import Scores
 from distrain.training.job import Job
@@ -123,7 +124,7 @@ def tell_end(job: Job, scores: Scores, result: dict[str, Any]) -> None:
         print(f"         {line}")
     by_class = {name: value for name, value in result["accuracy_by_class"].items() if value is not None}
     worst = sorted(by_class.items(), key=lambda item: item[1])[:_WORST]
-    print("lowest   " + ", ".join(f"{name} {value:.1%}" for name, value in worst))
+    print("lowest   " + ", ".join(f"{printable(name)} {value:.1%}" for name, value in worst))
     print("Finished Training")
     print(scores.line("test"))
     print(f"Run: {job.run}", flush=True)

@@ -24,7 +24,7 @@ from distrain.processes.runtime import POLL_SECONDS, StopAgreed
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import METRICS, RESULT, TRACE
 from distrain.runs.logs import JsonLines, Logs, Progress, audit_path
-from distrain.training import evaluation, pictures, profiling, setup
+from distrain.training import augment, evaluation, pictures, profiling, setup
 from distrain.training.checkpointing import attempt, save
 from distrain.training.evaluation import Scores
 from distrain.training.job import Job
@@ -79,8 +79,7 @@ def _run(job: Job) -> dict[str, Any]:
             _keep(job, logs, "data")
             raise
     job.runtime.watch.enter("end")
-    summary = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-    problem = attempt(lambda: logs.close(summary)) or job.save_problem
+    problem = attempt(lambda: logs.close(trackers.numbers(result))) or job.save_problem
     if problem is not None:
         raise SaveError(f"the end of the run could not be saved: {problem}")
     return result
@@ -95,7 +94,7 @@ def fit(job: Job, logs: Logs) -> None:
         job.runtime.world,
         range(state.step, job.total_steps),
         config.data.read_ahead,
-        with_words=config.augment.flip or config.augment.crop_padding > 0 or config.augment.cutout > 0,
+        with_words=augment.draws(config.augment),
         pin=job.runtime.device.type == "cuda",
         held=job.cache,
     )

@@ -72,6 +72,15 @@ def test_one_node_that_cannot_start_ends_all(
     assert told in second.output
 
 
+def test_what_one_node_alone_finds_impossible_is_told_by_both(
+    two_nodes: Callable[..., tuple[Job, Job]],
+) -> None:
+    first, second = two_nodes(FAULT="cannot:1:2")  # its second pass is the first one that is trained
+    assert (first.wait(40), second.wait(40)) == (78, 78), first.output + second.output
+    for job in (first, second):
+        assert "train.deterministic: this operation has no deterministic form" in job.output
+
+
 def test_a_crash_is_a_fault(data: Path, tmp_path: Path) -> None:
     with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "crash:1:30"}) as job:
         assert job.wait() == 1, job.output

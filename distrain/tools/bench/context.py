@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distrain import config
+from distrain import config, machine
 from distrain.data import shards
 from distrain.data.manifest import Dataset
 from distrain.processes.runtime import Runtime
@@ -51,7 +50,7 @@ class Context:
     @property
     def most_processes(self) -> int:
         """GPUs, or cores that this process may use."""
-        return torch.cuda.device_count() if self.device == "cuda" else len(os.sched_getaffinity(0))
+        return torch.cuda.device_count() if self.device == "cuda" else machine.cores()
 
 
 def take_turns(part: str, contestants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

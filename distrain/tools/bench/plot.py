@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from distrain import files
 from distrain.tools.bench.table import Row, Table, spread
 
 _FAR = 50
@@ -26,9 +28,9 @@ def draw(tables: Mapping[str, Table], path: Path) -> None:
     grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
     for place, (title, rows) in enumerate(panels):
         _panel(figure.add_subplot(grid[place]), title, rows)
-    work = path.with_name(f".{path.name}.partial")
-    figure.savefig(work, format="png", dpi=120)
-    work.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    files.replace(path, picture.getvalue())
 
 
 def _panel(axes: Axes, title: str, rows: list[Row]) -> None:

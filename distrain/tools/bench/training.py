@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrain import models
+from distrain.config import Augment
 from distrain.tools.bench.context import Context, alone, load, rate, take_turns
 from distrain.tools.bench.members import write_folders
 from distrain.tools.bench.processes import call, steady, step_keys, steps_of, train_command
@@ -36,6 +37,7 @@ _TUTORIAL = {
     "log.every_steps": 2000,
 }
 """configs/tutorial.yaml, which is not part of the installed package."""
+_CHANGES = Augment(flip=True)
 _PLAIN, _OURS = "tutorial: plain PyTorch script", "tutorial: distrain"
 
 
@@ -108,7 +110,7 @@ class _Loop:
     def __init__(self, context: Context, model: str, batch: int, images: Tensor, labels: Tensor) -> None:
         found, self._batch = context.dataset.manifest, batch
         height, width, channels = found.image_shape
-        self._images, self._labels = images, labels
+        self._images, self._labels, self._blank = images, labels, images[0, 0, 0]
         self._module = models.build(model, "relu", len(found.classes), (channels, height, width)).to(images.device)
         if images.is_cuda:
             self._module.to(memory_format=torch.channels_last)
@@ -121,7 +123,7 @@ class _Loop:
             # Drawn with replacement: as much work as a stretch of a permutation, and no epochs to keep.
             index = torch.randint(len(self._images), (self._batch,), device=self._images.device)
             words = torch.randint(2**62, (self._batch, 2), device=self._images.device)
-            images = augment.augment(self._images[index], words, flip=True, crop_padding=0)
+            images = augment.augment(self._images[index], words, _CHANGES, self._blank)
             logits = self._module(augment.normalize(images, self._mean, self._std))
             (F.cross_entropy(logits, self._labels[index], reduction="sum") / self._batch).backward()
             self._optimizer.step()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from distrain.runs.folder import Record
+from distrain.text import printable
 
 WIDTH, HEIGHT = 4.4, 3.1
 """Inches; of a chart that is as wide as a telephone."""
@@ -120,8 +120,8 @@ def _fonts() -> list[str]:
 
 
 def short(name: str, most: int = _LONGEST) -> str:
-    """A name for a chart: in one line, without control characters, cut in its middle."""
-    clean = "".join(" " if unicodedata.category(letter).startswith(("C", "Z")) else letter for letter in name)
+    """A name for a chart: in one line, cut in its middle."""
+    clean = printable(name)
     return clean if len(clean) <= most else f"{clean[: most // 2]}…{clean[len(clean) - most // 2 + 1 :]}"
 
 
