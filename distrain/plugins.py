@@ -39,7 +39,16 @@ def make(asked: str, name: str, /, **arguments: Any) -> Any:
     if here not in sys.path:  # the command `distrain` does not look into the current folder by itself
         sys.path.insert(0, here)
     with telling(asked):
-        return getattr(importlib.import_module(module), attribute)(**arguments)
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # the user's module is there; what it imports is not
+            raise ModuleNotFoundError(
+                f"no module {error.name} in {here}, nor where Python looks; start from the folder that holds it, or name"
+                " that in PYTHONPATH"
+            ) from error
+        return getattr(found, attribute)(**arguments)
 
 
 @contextmanager

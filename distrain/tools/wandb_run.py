@@ -19,7 +19,7 @@ def send(run: Path, online: bool, out: Path | None) -> str:
 
     Raises:
         DataError: the folder holds no run.
-        ConfigError: no API key, or no place to write to.
+        ConfigError: no API key, or an offline run cannot be written.
         AgainError: the server cannot be reached, or did not take everything.
     """
     if online == (out is not None):
@@ -39,7 +39,7 @@ def send(run: Path, online: bool, out: Path | None) -> str:
     place = mirror.place
     mirror.close(trackers.numbers(found.result or {}), _CLOSE_SECONDS)
     if problems:
-        raise AgainError("\n".join(problems))
+        raise (AgainError if online else ConfigError)("\n".join(problems))
     what = f"{len(found.lines)} lines" + (" and the result" if found.result is not None else "; there is no result yet")
     return f"{run}: {what}: {place}" + ("" if online else f"\nto send it: wandb sync {place}")
 
