@@ -45,8 +45,8 @@ def make(asked: str, name: str, /, **arguments: Any) -> Any:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # the user's module is there; what it imports is not
             raise ModuleNotFoundError(
-                f"no module {error.name} in {here}, nor where Python looks; start from the folder that holds it, or name"
-                " that in PYTHONPATH"
+                f"no module {error.name} in {here}, nor where Python looks; start from the folder that holds it, or"
+                " name that in PYTHONPATH"
             ) from error
         return getattr(found, attribute)(**arguments)
 

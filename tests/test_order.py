@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distrain.data.order import Ints, Order, World, augmentation_words, mixup_weight, permutation
+from distrain.data.order import Ints, Order, World, augmentation_words, mixup_weight, permutation, scored_shards
 
 
 @st.composite
@@ -163,6 +163,14 @@ def test_the_order_never_changes_between_versions() -> None:
 EPOCH_SHARDS = [[5, 1, 2, 0], [6, 3, 4, 7]]
 SHARD_SAMPLES = [1, 4, 2, 5, 0]
 WORDS = [4202150953783839104, 13832021549108628852]
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.data())
+def test_every_shard_is_scored_by_one_rank(lanes: int, rounds: int, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, lanes))
+    owners = [scored_shards(lanes * rounds, lanes, World(rank, size)) for rank in range(size)]
+    assert sorted(shard for own in owners for shard in own) == list(range(lanes * rounds))
+    assert all(own == sorted(own) for own in owners)
 
 
 @settings(max_examples=3, deadline=None)

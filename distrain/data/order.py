@@ -125,6 +125,11 @@ class Order:
         return np.searchsorted(places, np.where(following < self.global_batch_size, following, places % self.lanes))
 
 
+def scored_shards(num_shards: int, lanes: int, world: World) -> list[int]:
+    """Shards of a split that a rank scores, ascending: those of its lanes, the k-th shard being in lane k mod C."""
+    return [shard for shard in range(num_shards) if shard % lanes % world.size == world.rank]
+
+
 def augmentation_words(seed: int, step: int, global_batch_size: int) -> Words:
     """Two random words for each sample of a global batch, by its place in it: uint64 [G, 2]."""
     return _philox(seed, _AUGMENT, step).random_raw(2 * global_batch_size).reshape(2, -1).T

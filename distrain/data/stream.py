@@ -30,7 +30,7 @@ from torch import Tensor
 from distrain.data import cache, shards
 from distrain.data.cache import Cache, Samples
 from distrain.data.manifest import Dataset, Shard
-from distrain.data.order import Order, World, augmentation_words
+from distrain.data.order import Order, World, augmentation_words, scored_shards
 from distrain.data.shards import Block
 
 T = TypeVar("T")
@@ -186,7 +186,7 @@ class EvaluationBatches:
 
     def __init__(self, dataset: Dataset, split_name: str, world: World, batch_size: int) -> None:
         split = dataset.split(split_name)
-        owned = [shard for index, shard in enumerate(split.shards) if index % split.lanes % world.size == world.rank]
+        owned = [split.shards[index] for index in scored_shards(len(split.shards), split.lanes, world)]
         closed = threading.Event()
         self._background = Background(_read_whole(dataset, owned, closed), 1, closed)
         self._size = batch_size
