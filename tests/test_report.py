@@ -98,6 +98,17 @@ def test_wrong_pictures_are_those_of_the_data_set(runs: list[Path]) -> None:
     assert (np.diff(wrong["probabilities"]) <= 0).all()
 
 
+def test_of_many_runs_each_has_a_row_and_a_colour(runs: list[Path], tmp_path: Path) -> None:
+    compared = [copied(runs[0], tmp_path / f"run-{place}") for place in range(10)]
+    assert cli.main(["report", *map(str, compared), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert page.count('<details class="run">') == 10
+    shades = charts.colours(10)
+    assert len(set(shades)) == 10
+    assert all(page.count(f"background: {shade}") == 2 for shade in shades)
+    assert re.findall(r"</span>(run-\d)</th>", page) == [f"run-{place}" for place in range(10)]
+
+
 def test_several_runs_are_compared(runs: list[Path], tmp_path: Path) -> None:
     assert cli.main(["report", *map(str, runs), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "index.html").read_text()
@@ -218,6 +229,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     found.quit()
 
 
+def copied(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to))
+
+
 LAYOUT = """
 for (const one of document.querySelectorAll("details")) one.open = true;
 const wide = [...document.body.querySelectorAll("*")].filter(e => !e.closest(".scroll")
@@ -241,13 +256,15 @@ return {wide, overlap, images: images.length, broken: images.filter(i => !i.comp
 @pytest.mark.browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("which", ["one", "both"])
+@pytest.mark.parametrize("which", ["one", "both", "many"])
 def test_a_browser_shows_it_whole_and_asks_for_nothing(
     which: str, width: int, theme: str, runs: list[Path], browser: Any, tmp_path: Path
 ) -> None:
     page = runs[0] / "report" / "index.html"
-    if which == "both":
-        assert cli.main(["report", *map(str, runs), "--out", str(tmp_path)]) == 0
+    if which != "one":
+        compared = [*runs, *(copied(runs[place % 2], tmp_path / f"copy {place}") for place in range(8))]
+        compared = compared if which == "many" else runs
+        assert cli.main(["report", *map(str, compared), "--out", str(tmp_path)]) == 0
         page = tmp_path / "index.html"
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

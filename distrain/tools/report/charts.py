@@ -14,9 +14,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from cycler import cycler
-from matplotlib import font_manager
+from matplotlib import colors, font_manager
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from distrain.runs.folder import Record
@@ -32,6 +34,8 @@ _LONGEST = 22
 _INK = {"light": "#24292f", "dark": "#e6edf3"}
 _FAINT = {"light": "#d0d7de", "dark": "#3d444d"}
 _COLOURS = ["#2f81f7", "#e16f24", "#2da44e", "#bf3989", "#9a6700", "#8250df", "#1b7c83", "#cf222e"]
+_STYLES = {"train": "-", "val": "--", "test": ":"}
+"""Of several runs' lines: the run has the colour."""
 _PHASES = {
     "compute": "#2f81f7",
     "data": "#cf222e",
@@ -125,13 +129,23 @@ def short(name: str, most: int = _LONGEST) -> str:
     return clean if len(clean) <= most else f"{clean[: most // 2]}…{clean[len(clean) - most // 2 + 1 :]}"
 
 
+def colours(number: int) -> list[str]:
+    """One of each of so many runs; of more than a legend holds, shades in their order."""
+    if number <= len(_COLOURS):
+        return _COLOURS[:number]
+    return [colors.to_hex(shade) for shade in mpl.colormaps["turbo"](np.linspace(0.1, 0.9, number))]
+
+
 def curves(records: Sequence[Record], names: Sequence[str]) -> list[Chart]:
-    """Loss and accuracy against steps and time, learning rate, speed, and where the time goes."""
+    """Loss and accuracy against steps and time, learning rate, speed, and where the time goes. The colours of more runs
+    than a legend holds are told by the page.
+    """
+    size = (WIDTH, HEIGHT + 0.16 * (len(records) // 2 if 1 < len(records) <= len(_COLOURS) else 0))
 
     def line(title: str, key: str, x: str, **how: Any) -> Chart:
         stem = f"{key.partition('/')[2] or key}-{x}".replace("/", "-").replace("_", "-")
         draw = functools.partial(_lines, records=records, names=names, key=key, x=x, **how)
-        return Chart(stem, f"{title} by {x}", draw)
+        return Chart(stem, f"{title} by {x}", draw, size)
 
     found = [
         line("Loss", "loss", "step", label="loss"),
@@ -144,9 +158,9 @@ def curves(records: Sequence[Record], names: Sequence[str]) -> list[Chart]:
     if len(records) == 1:
         found.append(Chart("profile", "Where the time goes", lambda figure, theme: _profile(figure, records[0])))
     else:
-        found.append(
-            Chart("profile", "Where the time went", lambda figure, theme: _profiles(figure, theme, records, names))
-        )
+        draw = functools.partial(_profiles, records=records, names=names)
+        height = max(HEIGHT, 1.0 + 0.2 * len(records))
+        found.append(Chart("profile", "Where the time went", draw, (WIDTH, height)))
     return found
 
 
@@ -170,19 +184,20 @@ def _lines(
     axes = figure.add_subplot()
     several = len(records) > 1
     unit, divisor = _unit(records) if x == "time" else ("step", 1.0)
-    for number, (record, name) in enumerate(zip(records, names, strict=True)):
-        colour = _COLOURS[number % len(_COLOURS)]
-        for split, style in (("train", "-"), ("val", "--"), ("test", ":")) if "/" not in key else ((None, "-"),):
+    seen = {}
+    for record, colour in zip(records, colours(len(records)), strict=True):
+        for split, style in _STYLES.items() if "/" not in key else ((None, "-"),):
             xs, ys = _series(record, key if split is None else f"{split}/{key}", x, scale)
             if not xs:
                 continue
-            told = " ".join(filter(None, (short(name) if several else None, split))) or None
-            own = colour if several else _COLOURS[("train", "val", "test", None).index(split)]
+            if split is not None:
+                seen[split] = style
+            own = colour if several else _COLOURS[0 if split is None else list(_STYLES).index(split)]
             # A point alone has no line; the one test at the end must be seen.
             marker = "o" if len(xs) < 20 and split in ("val", "test") else None
             axes.plot(
-                [each / divisor for each in xs], ys, style if several else "-", color=own, label=told,
-                marker=marker or ("." if len(xs) == 1 else None), markersize=3.5,
+                [each / divisor for each in xs], ys, style if several else "-", color=own,
+                label=None if several else split, marker=marker or ("." if len(xs) == 1 else None), markersize=3.5,
             )  # fmt: skip
         _marks(axes, record, x, divisor, colour if several else theme.ink, told=not several)
     axes.set_xlabel(unit)
@@ -191,7 +206,13 @@ def _lines(
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
     _plain_numbers(axes)
-    _legend(figure, axes)
+    if several:
+        named = zip(names, colours(len(names)), strict=True) if len(names) <= len(_COLOURS) else ()
+        handles = [Line2D([], [], color=colour, label=short(name)) for name, colour in named]
+        handles += [Line2D([], [], color=theme.ink, linestyle=style, label=split) for split, style in seen.items()]
+        _legend(figure, handles)
+    else:
+        _legend(figure, axes.get_legend_handles_labels()[0])
 
 
 def _unit(records: Sequence[Record]) -> tuple[str, float]:
@@ -241,9 +262,11 @@ def _thousands(value: float) -> str:
     return f"{value / 1e6:.4g} M" if abs(value) >= 1e6 else f"{value / 1e3:.4g} k"
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside lower center", ncols=3 if len(axes.lines) < 7 else 2, fontsize=8, handlelength=1.6)
+def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    if handles:
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        columns = 3 if longest < 14 else 2
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, handlelength=1.8)
 
 
 def _profile(figure: Figure, record: Record) -> None:
@@ -264,7 +287,7 @@ def _profile(figure: Figure, record: Record) -> None:
     axes.set_ylim(0, 100)
     axes.margins(x=0)
     _plain_numbers(axes)
-    _legend(figure, axes)
+    _legend(figure, axes.get_legend_handles_labels()[0])
 
 
 def _profiles(figure: Figure, theme: Theme, records: Sequence[Record], names: Sequence[str]) -> None:
@@ -281,7 +304,7 @@ def _profiles(figure: Figure, theme: Theme, records: Sequence[Record], names: Se
     axes.set_xlabel("part of the time, %")
     axes.set_xlim(0, 100)
     axes.grid(axis="y", visible=False)
-    _legend(figure, axes)
+    _legend(figure, axes.get_legend_handles_labels()[0])
 
 
 def of_classes(result: dict[str, Any], classes: Sequence[str], suffix: str = "") -> list[Chart]:

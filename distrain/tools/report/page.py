@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from distrain import __version__, config, files
 from distrain.runs.folder import AUGMENTED, WRONG, Record, read_pictures
@@ -24,6 +25,8 @@ PAGE = "index.html"
 _THUMBNAIL = 128
 """Most pixels of a picture's side on the page."""
 _MOST_CONFUSIONS = 12
+_MANY = 4
+"""Runs that have columns of their own beside each other; of more, each has a row, and opens on demand."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,14 @@ def write(records: Sequence[Record], out: Path) -> Path:
         OSError: they cannot be written.
     """
     names = _names(records)
-    curves = charts.curves(records, names)
-    sections, drawn = [], list(curves)
-    for number, (record, name) in enumerate(zip(records, names, strict=True)):
+    curves = [_drawn(chart, out) for chart in charts.curves(records, names)]
+    sections = []
+    shown = tqdm(records, "runs", leave=False, disable=None if len(records) > 1 else True)
+    for number, (record, name) in enumerate(zip(shown, names, strict=True)):
         own = []
         if record.result is not None and record.classes:
             own = charts.of_classes(record.result, record.classes, f"-{number + 1}" if len(records) > 1 else "")
-        drawn += own
-        sections.append(_section(record, name, [_shown(chart) for chart in own]))
+        sections.append(_section(record, name, [_drawn(chart, out) for chart in own]))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -78,14 +81,14 @@ def write(records: Sequence[Record], out: Path) -> Path:
     )
     text = environment.get_template("page.html").render(
         title=" · ".join(names) if len(names) < 4 else f"{len(names)} runs",
-        curves=[_shown(chart) for chart in curves],
+        curves=curves,
         sections=sections,
         differences=_differences(records),
         names=names,
+        colours=charts.colours(len(records)),
+        many=len(records) > _MANY,
         version=__version__,
     )
-    for chart in drawn:
-        (out / f"{chart.name}.png").write_bytes(chart.png())
     files.replace(out / PAGE, text)  # last: a page that is there is whole
     return out / PAGE
 
@@ -97,7 +100,9 @@ def _names(records: Sequence[Record]) -> list[str]:
     return [name if plain.count(name) == 1 else f"{path.parent.name}/{name}" for path, name in zip(paths, plain)]  # noqa: B905
 
 
-def _shown(chart: Chart) -> Shown:
+def _drawn(chart: Chart, out: Path) -> Shown:
+    """A chart for the page; its PNG file is written."""
+    (out / f"{chart.name}.png").write_bytes(chart.png())
     light, dark = (_address("image/svg+xml", chart.svg(theme)) for theme in ("light", "dark"))
     return Shown(chart.title, light, dark, round(chart.size[0] * 96))
 
