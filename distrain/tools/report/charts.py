@@ -166,8 +166,12 @@ def curves(records: Sequence[Record], names: Sequence[str]) -> list[Chart]:
 
 def _series(record: Record, key: str, x: str, scale: float) -> tuple[list[float], list[float]]:
     of_x = "seconds" if x == "time" else "step"
-    points = [(line[of_x], line[key] * scale) for line in record.lines if key in line and of_x in line]
-    return [point[0] for point in points], [point[1] for point in points]
+    lines = [line for line in record.lines if key in line and of_x in line]
+    if key.startswith("train/") and lines:
+        # Before an evaluation or a save a line may speak of a step or two: noise, that would look like an event.
+        covered = np.diff([0, *(line["step"] for line in lines)])
+        lines = [line for line, steps in zip(lines, covered, strict=True) if 2 * steps >= np.median(covered)]
+    return [line[of_x] for line in lines], [line[key] * scale for line in lines]
 
 
 def _lines(
