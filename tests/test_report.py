@@ -98,6 +98,19 @@ def test_wrong_pictures_are_those_of_the_data_set(runs: list[Path]) -> None:
     assert (np.diff(wrong["probabilities"]) <= 0).all()
 
 
+def test_a_long_run_has_a_small_page(runs: list[Path], tmp_path: Path) -> None:
+    long = copied(runs[0], tmp_path / "long")
+    line = next(line for line in folder.read_lines(long / "metrics.jsonl") if "train/loss" in line)
+    draws = np.random.default_rng(0).normal(2, 0.1, 10_000)
+    lines = [{**line, "step": step, "seconds": step / 10, "train/loss": loss} for step, loss in enumerate(draws, 1)]
+    (long / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sizes = []
+    for run in (runs[0], long):
+        assert cli.main(["report", str(run), "--out", str(tmp_path / "page")]) == 0
+        sizes.append((tmp_path / "page" / "index.html").stat().st_size)
+    assert sizes[1] < 3 * sizes[0]
+
+
 def test_of_many_runs_each_has_a_row_and_a_colour(runs: list[Path], tmp_path: Path) -> None:
     compared = [copied(runs[0], tmp_path / f"run-{place}") for place in range(10)]
     assert cli.main(["report", *map(str, compared), "--out", str(tmp_path / "page")]) == 0

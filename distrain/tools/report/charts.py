@@ -28,6 +28,8 @@ WIDTH, HEIGHT = 4.4, 3.1
 """Inches; of a chart that is as wide as a telephone."""
 MOST_CLASSES = 30
 """A confusion matrix of more has no names, and of accuracies the lowest are shown."""
+_MOST_POINTS = 500
+"""Of a line: a longer one becomes the mean over stretches, with their extremes as a band."""
 _NUMBERED = 12
 _LONGEST = 22
 
@@ -164,14 +166,27 @@ def curves(records: Sequence[Record], names: Sequence[str]) -> list[Chart]:
     return found
 
 
-def _series(record: Record, key: str, x: str, scale: float) -> tuple[list[float], list[float]]:
+def _series(record: Record, key: str, x: str, scale: float) -> NDArray[np.float64]:
+    """Of a metric, at most `_MOST_POINTS` columns of x, mean, lowest and highest value: fp64 [4, n]."""
     of_x = "seconds" if x == "time" else "step"
     lines = [line for line in record.lines if key in line and of_x in line]
     if key.startswith("train/") and lines:
         # Before an evaluation or a save a line may speak of a step or two: noise, that would look like an event.
         covered = np.diff([0, *(line["step"] for line in lines)])
-        lines = [line for line, steps in zip(lines, covered, strict=True) if 2 * steps >= np.median(covered)]
-    return [line[of_x] for line in lines], [line[key] * scale for line in lines]
+        enough = covered >= np.median(covered) / 2
+        lines = [line for line, kept in zip(lines, enough, strict=True) if kept]
+    columns = []
+    for stretch in _stretches(lines):
+        values = [line[key] * scale for line in stretch]
+        columns.append((stretch[-1][of_x], np.mean(values), min(values), max(values)))
+    return np.array(columns, dtype=float).reshape(-1, 4).T
+
+
+def _stretches(lines: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Lines that one point of a chart speaks of: one, or so many that a long run's charts stay small."""
+    length = -(-len(lines) // _MOST_POINTS) or 1
+    for start in range(0, len(lines), length):
+        yield lines[start : start + length]
 
 
 def _lines(
@@ -191,16 +206,18 @@ def _lines(
     seen = {}
     for record, colour in zip(records, colours(len(records)), strict=True):
         for split, style in _STYLES.items() if "/" not in key else ((None, "-"),):
-            xs, ys = _series(record, key if split is None else f"{split}/{key}", x, scale)
-            if not xs:
+            xs, ys, lowest, highest = _series(record, key if split is None else f"{split}/{key}", x, scale)
+            if not len(xs):
                 continue
             if split is not None:
                 seen[split] = style
             own = colour if several else _COLOURS[0 if split is None else list(_STYLES).index(split)]
             # A point alone has no line; the one test at the end must be seen.
             marker = "o" if len(xs) < 20 and split in ("val", "test") else None
+            if (lowest < highest).any():
+                axes.fill_between(xs / divisor, lowest, highest, color=own, alpha=0.2, linewidth=0)
             axes.plot(
-                [each / divisor for each in xs], ys, style if several else "-", color=own,
+                xs / divisor, ys, style if several else "-", color=own,
                 label=None if several else split, marker=marker or ("." if len(xs) == 1 else None), markersize=3.5,
             )  # fmt: skip
         _marks(axes, record, x, divisor, colour if several else theme.ink, told=not several)
@@ -275,11 +292,11 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
 
 def _profile(figure: Figure, record: Record) -> None:
     axes = figure.add_subplot()
-    lines = [line for line in record.lines if "profile/compute" in line]
-    edges = [0, *(line["step"] for line in lines)]
-    below = np.zeros(len(lines) + 1)
+    stretches = list(_stretches([line for line in record.lines if "profile/compute" in line]))
+    edges = [0, *(stretch[-1]["step"] for stretch in stretches)]
+    below = np.zeros(len(edges))
     for phase, colour in _PHASES.items():
-        parts = np.array([100 * line.get(f"profile/{phase}", 0.0) for line in lines])
+        parts = np.array([100 * np.mean([line.get(f"profile/{phase}", 0.0) for line in each]) for each in stretches])
         if not len(parts) or not parts.any():
             continue
         # A line tells of the steps before it: steps, not slopes.
