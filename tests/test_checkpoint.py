@@ -135,3 +135,6 @@ def test_no_pickle_is_read(tmp_path: Path) -> None:
 def test_differences_name_the_fields(tmp_path: Path) -> None:
     found = checkpoint.differences({"train.lr": 0.1, "run.seed": 1}, {"train.lr": 0.2, "run.seed": 1, "new": None})
     assert found == ["train.lr: 0.1 in the checkpoint, 0.2 now"]
+    data = [{"data.manifest": "ab", "data.mean": [0.5]}, {"data.manifest": "cd", "data.mean": [0.4]}]
+    assert checkpoint.differences(*data) == ["data.dir: another data set now (its manifest.json has another digest)"]
+    assert checkpoint.differences({"data.mean": [0.5]}, {"data.mean": [0.4]}) != []

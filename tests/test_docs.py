@@ -81,11 +81,14 @@ def check_distrain(words: list[str]) -> None:
 
 
 def check(words: list[str]) -> None:
+    words = ["distrain" if word == ".venv/bin/distrain" else word for word in words]
     program = words[0]
     if "distrain" in words and program in ("distrain", "torchrun", "accelerate", "srun", "python"):
         if "--config_file" in words:
             assert (REPO / words[words.index("--config_file") + 1]).is_file()
         check_distrain(words[words.index("distrain") + 1 :])
+    elif "--wrap" in words:
+        check(shlex.split(words[words.index("--wrap") + 1]))
     elif program == "sbatch":
         rest = [word for word in words[1:] if not word.startswith("--")]
         assert (REPO / rest[0]).is_file(), rest[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +55,14 @@ def test_the_screen_names_host_phase_step_and_message() -> None:
     told = show(judge([End(3, 1, failure, Place("end", 20), 0.0, False)], None, True))
     for part in ("rank 3 failed first", "node7", "evaluate, step 12", "Traceback", "exit 1"):
         assert part in told
+
+
+def test_a_mistake_of_the_users_is_told_without_a_place() -> None:
+    failure = Failure("user", 78, 1, socket.gethostname(), "start", 0, "train.lr: no", "", 0.0)
+    outcome = judge([End(1, 78, failure, Place("start", 0), 0.0, False)], None, True)
+    assert show(outcome) == "distrain: error: train.lr: no\ndistrain: exit 78: not again unchanged"
+    elsewhere = judge([End(1, 78, replace(failure, host="node7"), Place("start", 0), 0.0, False)], None, True)
+    assert show(elsewhere).startswith("distrain: on node7:\ndistrain: error: train.lr: no\n")
 
 
 def entry(meetings: int, waits_for: str | None = None) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -155,8 +156,13 @@ def test_a_run_of_another_identity_is_refused_by_the_fields_that_differ(small: D
     assert "train.lr: 0.05 in the checkpoint, 0.3 now" in told
     assert "checkpoint.every_steps" not in told
     other = make(tmp_path / "other", 700, shards=24, lanes=12)
-    with pytest.raises(ConfigError, match="data.manifest"):
+    with pytest.raises(ConfigError, match="data.dir: another data set now"):
         distrain.train(tree(other, run, run={"resume": "auto"}))
+    with pytest.raises(ConfigError) as caught:
+        distrain.train(tree(small, run, run={"resume": "auto"}, train={"epochs": 4}))
+    weights = re.search(r"to train for longer, .* model.init=(\S+)", str(caught.value))
+    assert weights is not None
+    assert Path(weights[1]).is_file()
     assert files(run) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,31 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "set -euo pipefail" in script.read_text()
     assert script.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize(
+    ("words", "array", "told"),
+    [
+        ([], {}, "task 0 has no configuration: name one file for each task"),
+        (["a.yaml", "train.lr=1"], {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}, "task 1 has no"),
+        (
+            ["a.yaml", "b.yaml", "run.dir=runs/x"],
+            {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"},
+            "run.dir=runs/x would be the run of all 2 tasks: give RUNS=runs/x instead",
+        ),
+    ],
+)
+def test_an_array_that_cannot_work_is_refused(
+    words: list[str], array: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), *words],
+        cwd=tmp_path, env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", **array},
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 78
+    assert done.stderr.startswith(f"launch/slurm.sbatch: {told}")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sbatch")), ids=lambda path: path.name)

@@ -71,20 +71,21 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     progress.step()
     for step in (50, 60, 70, 100):
         progress.train(step, 0.5, 2.25, 0.01, 12345.6, 3700)
-    progress.say("hello")
+        progress.scores(step, "val", 0.5, 1.25)
     progress.close()
     out = capsys.readouterr().out
     assert out.splitlines() == [
         "step 50/100  epoch 0.50  loss 2.2500  lr 0.01  12,346 images/s  1:01:40 left",
+        "step 50/100  val: accuracy 50.00%  loss 1.2500",
         "step 100/100  epoch 0.50  loss 2.2500  lr 0.01  12,346 images/s  1:01:40 left",  # too soon for those between
-        "hello",
+        "step 100/100  val: accuracy 50.00%  loss 1.2500",
     ]
 
 
 def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(False, 100, 0)
     progress.train(50, 0.5, 2.25, 0.01, 12345.6, 3700)
-    progress.say("hello")
+    progress.scores(50, "val", 0.5, 1.25)
     assert capsys.readouterr().out == ""
 
 

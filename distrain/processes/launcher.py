@@ -184,11 +184,14 @@ def show(outcome: Outcome) -> str:
             rank, host, phase, step = told.rank, told.host, told.phase, told.step
         else:
             rank, host, phase, step = end.rank, socket.gethostname(), end.place.phase, end.place.step
-        lines += [
-            f"distrain: rank {rank} failed first",
-            f"  host   {host}",
-            f"  phase  {phase}, step {step}",
-        ]
+        if told is None or told.kind != "user" or step:
+            lines += [
+                f"distrain: rank {rank} failed first",
+                f"  host   {host}",
+                f"  phase  {phase}, step {step}",
+            ]
+        elif host != socket.gethostname():
+            lines.append(f"distrain: on {host}:")
         if end.failure is not None and end.failure.traceback:
             lines.append(end.failure.traceback.rstrip())
     meaning = {EXIT_OK: "done", EXIT_AGAIN: "run it again", EXIT_NEVER_AGAIN: "not again unchanged"}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 _PARTIAL = ".partial-"
 _FOLDER = re.compile(r"step-(\d{8,})")
-_MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
+MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
     "model.safetensors",
     "optimizer.safetensors",
     "state.json",
@@ -76,7 +76,7 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappin
     target = path_of(folder, step)
     work = folder / f"{_PARTIAL}{target.name}"
     files = {
-        _MODEL: safetensors.torch.save(_owned(model)),
+        MODEL: safetensors.torch.save(_owned(model)),
         _OPTIMIZER: safetensors.torch.save(_owned(optimizer)),
         _STATE: json.dumps({**state, "step": step}, indent=1).encode(),
     }
@@ -112,7 +112,7 @@ def load(path: Path) -> Saved:
     files = _read_verified(path)
     try:
         state = json.loads(files[_STATE])
-        model, optimizer = (safetensors.torch.load(files[name]) for name in (_MODEL, _OPTIMIZER))
+        model, optimizer = (safetensors.torch.load(files[name]) for name in (MODEL, _OPTIMIZER))
     except Exception as error:
         raise DataError(f"{path}: no checkpoint ({error})") from error
     return Saved(path, state, model, optimizer)
@@ -122,7 +122,7 @@ def _read_verified(path: Path) -> dict[str, bytes]:
     files = {}
     try:
         digests = json.loads((path / _DIGESTS).read_bytes())
-        for name in (_MODEL, _OPTIMIZER, _STATE):
+        for name in (MODEL, _OPTIMIZER, _STATE):
             files[name] = (path / name).read_bytes()
             if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:
                 raise DataError(f"{path / name}: damaged (its digest differs)")
@@ -200,11 +200,19 @@ def _state_of(path: Path) -> dict[str, Any]:
 
 def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """One line for each identity field in which a checkpoint's run differs from the one asked for."""
+    differ = [key for key in sorted({*saved, *asked}) if saved.get(key) != asked.get(key)]
+    if "data.manifest" in differ:  # its mean and std are other ones, too
+        differ = [key for key in differ if key not in ("data.mean", "data.std")]
     return [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {asked.get(key)!r} now"
-        for key in sorted({*saved, *asked})
-        if saved.get(key) != asked.get(key)
+        _IN_WORDS.get(key) or f"{key}: {saved.get(key)!r} in the checkpoint, {asked.get(key)!r} now" for key in differ
     ]
+
+
+_IN_WORDS = {
+    "data.manifest": "data.dir: another data set now (its manifest.json has another digest)",
+    "model.init": "model.init: other weights to begin with now",
+}
+"""Of what is known by its digest."""
 
 
 def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

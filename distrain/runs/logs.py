@@ -108,7 +108,9 @@ def audit_path(run: Path, rank: int) -> Path:
 
 
 _LINE_SECONDS = 5.0
-"""Between two plain lines about training, at least: a log is read by people. metrics.jsonl has them all."""
+"""Between two lines about training in a log, or two about evaluations, at least: they are read by people.
+metrics.jsonl has them all.
+"""
 
 
 class Progress:
@@ -120,7 +122,7 @@ class Progress:
         if show and _has_bar():
             self._bar = tqdm(total=total, initial=done, desc="train", unit="step", dynamic_ncols=True)
         self._total = total
-        self._told = float("-inf")
+        self._told = self._told_scores = float("-inf")
 
     def step(self) -> None:
         """One step is done."""
@@ -133,13 +135,18 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2g}, {rate:,.0f} images/s")
         elif step == self._total or time.monotonic() - self._told >= _LINE_SECONDS:
             self._told = time.monotonic()
-            self.say(
+            self._say(
                 f"step {step}/{self._total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
                 f"{rate:,.0f} images/s  {clock(seconds_left)} left"
             )
 
-    def say(self, line: str) -> None:
-        """A line for people, above the bar if there is one."""
+    def scores(self, step: int, split: str, accuracy: float, loss: float) -> None:
+        """What an evaluation found: a line above the bar, if there is one."""
+        if step == self._total or time.monotonic() - self._told_scores >= _LINE_SECONDS:
+            self._told_scores = time.monotonic()
+            self._say(f"step {step}/{self._total}  {split}: accuracy {accuracy:.2%}  loss {loss:.4f}")
+
+    def _say(self, line: str) -> None:
         if self._show:
             tqdm.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
 

@@ -87,10 +87,11 @@ def _choose(job: Job) -> Saved | None:
         return None
     differ = checkpoint.differences(saved.state["identity"], job.identity)
     if differ:
-        raise ConfigError(
-            f"{saved.path}: belongs to another run; choose another run.dir, or set these back:\n"
-            + "\n".join(f"  {line}" for line in differ)
-        )
+        cure = "set that back to go on with it, or choose another run.dir"
+        if any(line.startswith(("train.epochs:", "train.max_steps:")) for line in differ):
+            weights = saved.path / checkpoint.MODEL
+            cure += f"; to train for longer, begin a run with its weights: another run.dir, and model.init={weights}"
+        raise ConfigError("\n  ".join([f"{saved.path}: belongs to another run, which has", *differ]) + f"\n{cure}")
     return saved
 
 

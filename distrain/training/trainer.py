@@ -302,9 +302,7 @@ def _evaluate(job: Job, logs: Logs) -> bool:
     split = "val" if "val" in job.dataset.manifest.splits else "test"
     scores = _score(job, split)
     job.state.evaluated = job.state.step
-    logs.progress.say(
-        f"step {job.state.step}/{job.total_steps}  {split}: accuracy {scores.accuracy:.2%}  loss {scores.loss:.4f}"
-    )
+    logs.progress.scores(job.state.step, split, scores.accuracy, scores.loss)
     logs.record(job.state.step, _as_metrics(job, split, scores))
     if split != "val":
         return False
