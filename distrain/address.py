@@ -1,9 +1,12 @@
-"""Addresses of data sets: which text is one, and how one is shown without the secrets that people put into it."""
+"""Addresses of data sets: which text is one, and how one is shown without the secrets that people put into it; and by
+which names secrets go.
+"""
 
 from __future__ import annotations
 
 import re
 
+_SECRET = re.compile("(token|secret|passw|credential|key$)", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _HOST = re.compile(r"([^:\[\]]*|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?")
@@ -27,6 +30,11 @@ def shown(text: str) -> str:
     if not _HOST.fullmatch(host) or ("@" not in authority and ":" in authority and "@" in text):
         return f"{kind}://…"
     return f"{kind}://{host}{slash}{path}"
+
+
+def is_secret(name: str) -> bool:
+    """Whether what goes by this name is not to be written down, whatever it is."""
+    return _SECRET.search(name) is not None
 
 
 def scrub(text: str) -> str:

@@ -157,6 +157,8 @@ def launch(
     from distrain.processes import launcher
     from distrain.processes.nodes import Asked, work_out
 
+    if command[0] not in ("train", "evaluate", "doctor"):
+        raise ConfigError(f"launch: {command[0]}: behind -- stands train, evaluate or doctor, with its arguments")
     resolved = config.Config()
     if command[0] in ("train", "doctor"):
         context = {"train": train, "doctor": doctor}[command[0]].make_context(command[0], list(command[1:]))
@@ -369,7 +371,15 @@ def bench(models: str, **options: Any) -> None:
     command.run(command.Asked(models=names, **options))
 
 
-@cli.group("prepare")
+class _Sources(click.Group):
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        found = super().get_command(ctx, name)
+        if found is None and ("/" in name or Path(name).exists()):
+            raise click.UsageError(f"{name} is a path: distrain prepare folder {name} --out …", ctx)
+        return found
+
+
+@cli.group("prepare", cls=_Sources)
 def prepare_group() -> None:
     """Write a data set that training can stream."""
 
@@ -510,7 +520,8 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
     """A class of your own that gives images and labels: docs/extending.md has an example.
 
     It is looked up in the current folder, then where Python looks, and called with the pairs as keyword arguments, all
-    of them text. The manifest records its name and the pairs, addresses without their secrets.
+    of them text. The manifest records its name and the pairs, but no secrets: addresses without theirs, and nothing of
+    a pair whose key says token, secret, password or credential, or ends in key.
     """
 
     def open_source(_work: Path) -> Any:
@@ -518,7 +529,7 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
 
         return Own(name, arguments)
 
-    recorded = {key: address.scrub(value) for key, value in arguments.items()}
+    recorded = {key: "hidden" if address.is_secret(key) else address.scrub(value) for key, value in arguments.items()}
     _prepare(out, "source", {"class": name, "arguments": recorded}, open_source, options)
 
 

@@ -13,7 +13,9 @@ EXIT_NEVER_AGAIN = 78
 
 
 class UserError(ValueError):
-    """The message names what is wrong and the cure; commands print it without a traceback and exit with 78."""
+    """The message names what is wrong and the cure; commands print it without a traceback and exit with 78
+    (`UnreachableError`: 75).
+    """
 
 
 class ConfigError(UserError):
@@ -29,7 +31,9 @@ class ShardError(DataError):
 
 
 class UnreachableError(ShardError):
-    """A server did not answer, however often it was asked: another time it may; commands exit with 75."""
+    """A server did not answer, however often it was asked: another time it may, so commands exit with 75. Where shards
+    are read it is told as any other reason why one cannot be had.
+    """
 
 
 class DivergedError(UserError):

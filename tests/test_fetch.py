@@ -34,7 +34,7 @@ from distrain.data.fetch import Cache, Remote, Settings, locate
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order, World
 from distrain.data.stream import EvaluationBatches, TrainingBatches
-from distrain.errors import ConfigError, DataError, ShardError
+from distrain.errors import ConfigError, DataError, ShardError, UnreachableError
 
 USER, PASSWORD, TOKEN = "someone", "pa55word", "t0ken"
 SHARD = "train/00003.tar"
@@ -399,6 +399,32 @@ def test_a_refusal_is_final(code: int, told: str, server: Server) -> None:
     assert told in message
     assert "tried" not in message
     assert server.asked.count(SHARD) == 1
+
+
+class NoCredentialsError(Exception):
+    """Named, and without a status, as botocore's is."""
+
+
+class HttpError(Exception):
+    """With a code, as gcsfs's has."""
+
+    code = 401
+
+
+@pytest.mark.parametrize("error", [NoCredentialsError("Unable to locate credentials"), HttpError("Anonymous caller")])
+def test_missing_credentials_are_not_cured_by_time(
+    error: Exception, small: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = manifest.read(f"file://{small.root}", fetching())
+
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(dataset.root._fs, "open", refuse)  # type: ignore[union-attr]
+    monkeypatch.setattr(fetch, "_FIRST_WAIT_SECONDS", 0.0)
+    with pytest.raises(ShardError, match="check the address and its credentials") as caught:
+        content(dataset)
+    assert not isinstance(caught.value, UnreachableError)
 
 
 def test_a_missing_file_is_final(small: Dataset, tmp_path: Path) -> None:

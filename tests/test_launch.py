@@ -65,6 +65,14 @@ def test_errors_come_once_without_traceback_of_ours(small: Dataset, tmp_path: Pa
     assert together.returncode != 0
     assert together.stderr.count("distrain: error:") == 1
     assert "smaller than the number of processes" in together.stderr
+    strange = subprocess.run(
+        [BIN / "distrain", "launch", "--", "python", "train.py"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert strange.returncode == 78
+    assert strange.stderr == (
+        "distrain: error: launch: python: behind -- stands train, evaluate or doctor, with its arguments\n"
+    )
     assert not run.exists()
 
 

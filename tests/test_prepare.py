@@ -561,7 +561,9 @@ def test_a_damaged_archive_is_refused_never_read_in_part(
     archive = pack(tmp_path / "images.tar", images, mode)
     damage(archive)
     error = refused(capsys, tmp_path / "out", "folder", archive)
-    assert f"{archive}: cannot be read as a tar archive" in error
+    assert f"{archive}: is damaged or cut short" in error
+    assert "copy or download it again" in error
+    assert error.count("\n") == 1
 
 
 def damage(path: Path, position: int) -> None:
@@ -587,7 +589,9 @@ def test_an_unreadable_image_is_named_or_left_out(kind: str, tmp_path: Path, cap
     assert "0x" not in error, "an address is no reason"
     assert "leave them out with --skip-bad 1" in error
     assert run("prepare", "folder", top, "--skip-bad", 1, "--lanes", 1, "--out", tmp_path / "out") == 0
-    assert "1 unreadable left out" in capsys.readouterr().out
+    out, error = capsys.readouterr()
+    assert "1 unreadable left out" in out
+    assert f"warning: 1 unreadable left out:\n  {top}/train/bee/33.png: " in error
     dataset = manifest.read(tmp_path / "out")
     assert dataset.manifest.source["skipped"] == 1
     # Train is ant 0 … 9, then bee 0, 1, 2, 3, 33, 4, …: the bad one is number 14.
@@ -724,7 +728,7 @@ class Dots:
     classes = ["dark", "light"]
     image_shape = (4, 6, 1)
 
-    def __init__(self, samples="40", fault=""):
+    def __init__(self, samples="40", fault="", api_key=""):
         self.labels = {"train": np.arange(int(samples)) % 2, "test": np.arange(10) % 2}
         self.fault = fault
 
@@ -787,7 +791,7 @@ def not_picklable():
 
 
 def too_high():
-    return tuples(labels={"train": np.arange(40) % 3})
+    return tuples(labels={"train": np.arange(40) % 3, "test": np.where(np.arange(10) == 5, -1, 0)})
 
 
 def leaves():
@@ -894,7 +898,7 @@ def test_what_goes_wrong_in_a_worker_is_one_line_with_the_sample(fault: str, tol
         ("twice", ["classes: 'dark' stands there twice"]),
         ("nothing", ["has no classes, image_shape, labels, name, load"]),
         ("not_picklable", ["cannot be sent to worker processes (TypeError: ", "open files in load(), not before"]),
-        ("too_high", ["train dot 2: label 2, there are 2 classes"]),
+        ("too_high", ["labels should be 0 … 1", "train dot 2: label 2; 12 more in train", "test dot 5: label -1\n"]),
         ("leaves", ["SystemExit: not a script"]),
         ("Missing", ["AttributeError: module 'dots_for_test' has no attribute 'Missing'"]),
         ("", ["should be package.module:Class"]),
@@ -922,6 +926,14 @@ def test_arguments_that_are_no_pairs_are_told_and_secrets_not_kept(own: Path, ca
         assert told in refused(capsys, own / "out", "source", "dots_for_test:Dots", *words)
     assert run("prepare", "source", "dots_for_test:Dots", "fault=https://me:secret@host/x?k=y", "--out", "out") == 0
     assert manifest.read("out").manifest.source["arguments"] == {"fault": "https://host/x"}
+    assert run("prepare", "source", "dots_for_test:Dots", "api_key=hush", "--out", "keyed") == 0
+    assert manifest.read("keyed").manifest.source["arguments"] == {"api_key": "hidden"}
+    assert not [path for path in Path("keyed").rglob("*.json") if "hush" in path.read_text()]
+
+
+def test_a_path_where_a_source_is_meant_is_told(tmp_path: Path, capsys: Capture) -> None:
+    error = refused(capsys, tmp_path / "out", tmp_path)
+    assert f"{tmp_path} is a path: distrain prepare folder {tmp_path} --out" in error
 
 
 # CIFAR-10

@@ -59,6 +59,8 @@ _PARTIAL = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{32}\.partial")
 
 _NETWORK = "check the network and the server; data.fetch_retries and data.fetch_timeout_seconds say how long to try"
 _CREDENTIALS = "check the address and its credentials (a run's config.yaml keeps none: give data.dir again)"
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}
+"""Errors of botocore and google.auth, which are not imported for their names."""
 
 Wrong = Callable[[bytes], str | None]
 """Says what is wrong with a file's content, or None."""
@@ -220,7 +222,8 @@ class Remote:
         return urlunsplit((scheme, host, f"{path.rstrip('/')}/{name}", query, ""))  # a token goes behind the name
 
     def _explain(self, error: Exception) -> FetchError:
-        status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+        answer = getattr(error, "response", None)
+        status = getattr(error, "status", None) or getattr(answer, "status_code", None) or getattr(error, "code", None)
         if isinstance(error, FileNotFoundError):
             status = 404
         elif isinstance(error, PermissionError):
@@ -235,6 +238,9 @@ class Remote:
             return _PassingError(reason, _NETWORK)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
             return _PassingError(f"no whole answer within {self._settings.timeout_seconds:g} s", _NETWORK)
+        if _NO_CREDENTIALS.intersection(type_.__name__ for type_ in type(error).__mro__):
+            # Tried again all the same: a cloud's own machines ask a server for theirs, which may be busy.
+            return _PassingError(str(error).splitlines()[0], _CREDENTIALS)
         said = (str(error) or type(error).__name__).replace(self._where, self._shown)
         reason = address.scrub(said.splitlines()[0])[:300]
         # A wrong address, a certificate that does not fit: never another time.

@@ -27,12 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from distrain import files
+from distrain import files, machine
 from distrain.data import manifest, shards
 from distrain.data.manifest import Dataset, Manifest, Shard, Split
 from distrain.data.order import Ints, split_permutation
 from distrain.data.sources import Source, UnreadableError
 from distrain.errors import ConfigError, DataError
+from distrain.text import printable
 
 DEFAULT_LANES = 64
 SHARD_BYTES = 32 * 2**20
@@ -235,6 +236,7 @@ def _write(source: Source, work: Path, options: Options) -> tuple[_Result, list[
         written = list(_run(source, tasks))
         newly_bad = [(result.split, index, why) for result in written for index, why in result.bad]
         if not newly_bad:
+            _tell_skipped(source, bad)
             return _collect(lanes, written, source), source.classes, sum(len(ids) for ids in bad.values())
         for split, index, why in newly_bad:
             bad.setdefault(chosen[split].source_split, {})[index] = why
@@ -245,7 +247,7 @@ def _write(source: Source, work: Path, options: Options) -> tuple[_Result, list[
 
 
 def _refuse(source: Source, bad: Mapping[str, Mapping[int, str]], allowed: int) -> None:
-    lines = [f"  {source.name(split, index)}: {why}" for split, found in bad.items() for index, why in found.items()]
+    lines = _named(source, bad)
     more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
     raise DataError(
         "\n".join([f"{len(lines)} unreadable among the sources, {allowed} allowed:", *lines[:10], *more])
@@ -253,14 +255,31 @@ def _refuse(source: Source, bad: Mapping[str, Mapping[int, str]], allowed: int) 
     )
 
 
+def _tell_skipped(source: Source, bad: Mapping[str, Mapping[int, str]]) -> None:
+    """All of them: nothing else says which they were, as the manifest holds no paths."""
+    lines = _named(source, bad)
+    if lines:
+        print("\n".join([f"warning: {len(lines)} unreadable left out:", *lines]), file=sys.stderr, flush=True)
+
+
+def _named(source: Source, bad: Mapping[str, Mapping[int, str]]) -> list[str]:
+    return [
+        f"  {printable(source.name(split, index))}: {why}"
+        for split, found in bad.items()
+        for index, why in sorted(found.items())
+    ]
+
+
 def _check_labels(source: Source) -> None:
+    lines = []
     for split, labels in source.labels.items():
         wrong = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
         if len(wrong):
-            index = int(wrong[0])
-            raise DataError(
-                f"{source.name(split, index)}: label {labels[index]}, there are {len(source.classes)} classes"
-            )
+            more = f"; {len(wrong) - 1} more in {split}" if len(wrong) > 1 else ""
+            lines.append(f"{printable(source.name(split, int(wrong[0])))}: label {labels[wrong[0]]}{more}")
+    if lines:
+        told = f"labels should be 0 … {len(source.classes) - 1}, a number for each class:"
+        raise DataError("\n  ".join([told, *lines]))
 
 
 _Task = tuple[SplitName, str, Path, str, Ints]
@@ -292,7 +311,7 @@ def _deal(
 def _run(source: Source, tasks: list[_Task]) -> Iterator[_Written]:
     """Results of all tasks in order, from worker processes, with a progress bar over the samples."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    workers = max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, len(tasks)))
+    workers = max(1, min(machine.cores(), len(tasks)))
     total = sum(len(ids) for *_, ids in tasks)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (source, os.getpid()))
     try:

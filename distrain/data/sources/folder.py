@@ -204,6 +204,7 @@ def _list_folder(top: Path) -> Iterator[tuple[str, tuple[str, ...], _File | None
 
 
 def _list_archive(path: Path, spool_path: Path, spool: BinaryIO) -> Iterator[tuple[str, tuple[str, ...], _File | None]]:
+    last = ""
     try:
         with tarfile.open(path) as archive:
             for member in archive:
@@ -211,6 +212,7 @@ def _list_archive(path: Path, spool_path: Path, spool: BinaryIO) -> Iterator[tup
                 parts = PurePosixPath(member.name).parts
                 if ".." in parts or PurePosixPath(member.name).is_absolute():
                     raise DataError(f"{name}: leads out of the archive's folder; refused")
+                last = member.name
                 if member.isdir():
                     yield name, parts, None
                     continue
@@ -223,7 +225,10 @@ def _list_archive(path: Path, spool_path: Path, spool: BinaryIO) -> Iterator[tup
             assert archive.fileobj is not None
             _check_end(archive.fileobj.read)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as a tar archive: {error}") from error
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the archive's
+            raise
+        where = f" in or behind {last}" if last else ", or no tar archive"
+        raise DataError(f"{path}: is damaged or cut short{where}; copy or download it again") from error
 
 
 def _check_end(read: Callable[[int], bytes]) -> None:
