@@ -164,6 +164,11 @@ def launch(
         context = {"train": train, "doctor": doctor}[command[0]].make_context(command[0], list(command[1:]))
         before = _DOCTOR if command[0] == "doctor" else ()
         resolved = config.load(context.params["file"], (*before, *context.params["overrides"]))
+    elif command[0] == "evaluate":
+        from distrain.runs import folder
+
+        context = evaluate.make_context("evaluate", list(command[1:]))
+        resolved = folder.configuration(context.params["run"], context.params["overrides"])
     asked = Asked(nodes, node, host, port)
     found = work_out(os.environ, asked, socket.getfqdn)
     processes = nproc or launcher.default_processes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,27 @@ class Record:
         return list(self.setup.get("data", {}).get("classes", []))
 
 
+def configuration(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """That of a run, with `section.key=value` over it.
+
+    Raises:
+        DataError: the folder holds no run.
+        ConfigError: the overrides cannot be used.
+    """
+    if not (folder / CONFIG).is_file():
+        raise DataError(f"{folder}: holds no run (no {CONFIG}); name the folder that run.dir named")
+    return config.load(folder / CONFIG, overrides)
+
+
 def read(folder: Path) -> Record:
     """What a run has written down.
 
     Raises:
         DataError: the folder holds no run.
     """
-    if not (folder / CONFIG).is_file():
-        raise DataError(f"{folder}: holds no run (no {CONFIG}); name the folder that run.dir named")
     return Record(
         folder,
-        config.load(folder / CONFIG),
+        configuration(folder),
         _read(folder / SETUP) or {},
         read_lines(folder / METRICS),
         _read(folder / RESULT),

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from distrain import files, models
-from distrain.config import Config, identity, load
+from distrain.config import Config, identity
 from distrain.data.manifest import Dataset
-from distrain.errors import ConfigError, DataError, Stopped
+from distrain.errors import ConfigError, Stopped
 from distrain.processes import signals
 from distrain.processes.runtime import Runtime, StopAgreed
-from distrain.runs import checkpoint
+from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Saved
-from distrain.runs.folder import CONFIG
 from distrain.tools.trained import choose
 from distrain.training import evaluation
 from distrain.training.evaluation import Scores
@@ -33,9 +32,7 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
     Returns:
         The scores, the checkpoint's name and the classes.
     """
-    if not (run / CONFIG).exists():
-        raise DataError(f"{run}: holds no run (no {CONFIG})")
-    config = load(run / CONFIG, overrides)
+    config = folder.configuration(run, overrides)
     with signals.noted(), closing(watch(config)) as watching, start_runtime(config, watching) as rt:
         dataset = rt.all_or_none(lambda: read_data(config, split))
         # The main process chooses: of a run that goes on, others may see newer ones.
