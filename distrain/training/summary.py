@@ -102,9 +102,9 @@ def tell_start(job: Job, found: dict[str, Any]) -> None:
         ("model", f"{model['name']}, {model['parameters']:,} parameters; {config.train.optimizer},"
                   f" {config.train.precision}"),
         ("devices", f"{processes['number']} × {processes['device']}{named}{on_nodes} (asked for {processes['asked']})"),
-        ("batch", f"{batch['global']:,} = {processes['number']} × {shares}{accum}; slowest share"
-                  f" {batch['most'] / batch['ideal']:.2f} × the ideal of {batch['ideal']:g}"),
-        ("memory", f"{found['memory']['bytes'] / 2**20:,.0f} MiB per process for reading{kept}"),
+        ("batch", f"{batch['global']:,} images a step = {processes['number']} × {shares}{accum}; the largest share is"
+                  f" {batch['most'] / batch['ideal']:.2f} × the ideal of {batch['ideal']:.4g}"),
+        ("memory", f"{found['memory']['bytes'] / 2**20:,.0f} MiB of each process for reading{kept}"),
         ("steps", f"{found['steps']:,}, {found['steps_per_epoch']:,} an epoch{left_out}{from_here}"),
         ("saves", f"{', '.join(saves) or 'none'}, and at the end or when stopped"),
         ("run", str(job.run)),

@@ -160,3 +160,14 @@ def test_a_checkpoint_folder_that_cannot_be_written(data: Path, tmp_path: Path, 
     with Job(small_run(data, run), tmp_path) as job:
         assert job.wait() == 0, job.output
     trained(run).same_as(expected)
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("where", ["> /dev/full", "> >(exec true)"], ids=["full", "gone"])
+def test_a_log_that_cannot_be_written(where: str, data: Path, tmp_path: Path, undisturbed: Any) -> None:
+    prefix = ["bash", "-c", f'exec "$@" {where} 2>&1', "bash"]
+    with Job(small_run(data, tmp_path / "run"), tmp_path, prefix=prefix) as job:
+        assert job.wait() == 0
+    assert job.output == ""
+    assert exit_file(job.run)["code"] == 0
+    trained(job.run).same_as(undisturbed())
