@@ -98,6 +98,16 @@ def test_wrong_pictures_are_those_of_the_data_set(runs: list[Path]) -> None:
     assert (np.diff(wrong["probabilities"]) <= 0).all()
 
 
+def test_a_run_without_a_line_has_no_empty_charts(runs: list[Path], tmp_path: Path) -> None:
+    run = copied(runs[0], tmp_path / "run")
+    shutil.rmtree(run / "report")
+    for name in ("metrics.jsonl", "result.json"):
+        (run / name).unlink()
+    assert cli.main(["report", str(run)]) == 0
+    assert "Nothing was logged yet" in (run / "report" / "index.html").read_text()
+    assert [path.name for path in (run / "report").iterdir()] == ["index.html"]
+
+
 def test_a_long_run_has_a_small_page(runs: list[Path], tmp_path: Path) -> None:
     long = copied(runs[0], tmp_path / "long")
     line = next(line for line in folder.read_lines(long / "metrics.jsonl") if "train/loss" in line)

@@ -139,8 +139,8 @@ def colours(number: int) -> list[str]:
 
 
 def curves(records: Sequence[Record], names: Sequence[str]) -> list[Chart]:
-    """Loss and accuracy against steps and time, learning rate, speed, and where the time goes. The colours of more runs
-    than a legend holds are told by the page.
+    """Loss and accuracy against steps and time, learning rate, speed, and where the time goes, of what was logged. The
+    colours of more runs than a legend holds are told by the page.
     """
     size = (WIDTH, HEIGHT + 0.16 * (len(records) // 2 if 1 < len(records) <= len(_COLOURS) else 0))
 
@@ -149,17 +149,19 @@ def curves(records: Sequence[Record], names: Sequence[str]) -> list[Chart]:
         draw = functools.partial(_lines, records=records, names=names, key=key, x=x, **how)
         return Chart(stem, f"{title} by {x}", draw, size)
 
-    found = [
-        line("Loss", "loss", "step", label="loss"),
-        line("Loss", "loss", "time", label="loss"),
-        line("Accuracy", "accuracy", "step", label="accuracy, %", scale=100),
-        line("Accuracy", "accuracy", "time", label="accuracy, %", scale=100),
-        line("Learning rate", "train/lr", "step", label="learning rate"),
-        line("Speed", "train/images_per_second", "step", label="images/s", bottom=0),
-    ]
+    logged = {key for record in records for each in record.lines for key in each}
+    found = []
+    if any(key.endswith("/loss") for key in logged):
+        found += [line("Loss", "loss", x, label="loss") for x in ("step", "time")]
+    if any(key.endswith("/accuracy") for key in logged):
+        found += [line("Accuracy", "accuracy", x, label="accuracy, %", scale=100) for x in ("step", "time")]
+    if "train/loss" in logged:
+        found.append(line("Learning rate", "train/lr", "step", label="learning rate"))
+        found.append(line("Speed", "train/images_per_second", "step", label="images/s", bottom=0))
     if len(records) == 1:
-        found.append(Chart("profile", "Where the time goes", lambda figure, theme: _profile(figure, records[0])))
-    else:
+        if "profile/compute" in logged:
+            found.append(Chart("profile", "Where the time goes", lambda figure, theme: _profile(figure, records[0])))
+    elif any((record.result or {}).get("profile") for record in records):
         draw = functools.partial(_profiles, records=records, names=names)
         height = max(HEIGHT, 1.0 + 0.2 * len(records))
         found.append(Chart("profile", "Where the time went", draw, (WIDTH, height)))
