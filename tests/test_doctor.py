@@ -68,8 +68,8 @@ def test_nothing_is_wrong_and_nothing_is_left(data: Path, tmp_path: Path) -> Non
     assert code == 0, told
     assert time.monotonic() - start < 30
     assert "bad " not in told
-    for subject in ("versions", "device", "cores", "open files", "/dev/shm", "data", "memory", "run folder", "grace",
-                    "processes   2 on 1 nodes", "all-reduce  right", "seen by all"):  # fmt: skip
+    for subject in ("versions", "device", "cores", "open files", "/dev/shm", "data", "memory", "model",
+                    "run folder", "grace", "processes   2 on 1 nodes", "all-reduce  right", "seen by all"):  # fmt: skip
         assert subject in told, subject
     assert list(tmp_path.iterdir()) == []
 

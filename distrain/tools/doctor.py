@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from distrain import files, machine, models, plugins
 from distrain.config import Config
@@ -216,10 +217,36 @@ def data(config: Config) -> Iterator[Finding]:
     )
 
 
-def run_folder(config: Config) -> Iterator[Finding]:
-    """What a checkpoint needs: write, sync, rename, link; and how long a save takes against the grace."""
+def model_and_run_folder(config: Config) -> Iterator[Finding]:
+    """The model, tried on black pictures; what a checkpoint needs; how long a save takes against the grace."""
     if int(os.environ.get("LOCAL_RANK", "0")):
         return  # one process of a run writes checkpoints: more at once would be slower
+    module = None
+    with contextlib.suppress(DataError):  # it was told already
+        try:
+            module = _tried_model(config)
+        except (ConfigError, AgainError) as error:
+            yield Finding("model", "bad", str(error))
+        else:
+            parameters = sum(parameter.numel() for parameter in module.parameters())
+            yield Finding("model", "ok", f"{config.model.name}: {parameters:,} parameters, all with a gradient")
+    speed = yield from _run_folder(config)
+    if module is not None and speed is not None:
+        yield _grace(config, module, speed)
+
+
+def _tried_model(config: Config) -> nn.Module:
+    data = read_data(config).manifest
+    height, width, channels = data.image_shape
+    module = build_model(config, data, torch.float32)
+    with plugins.telling(f"model.name={config.model.name}: fails in training"):
+        module.train()(torch.zeros(2, channels, height, width)).sum().backward()
+    models.check_gradients(config.model.name, module)
+    return module
+
+
+def _run_folder(config: Config) -> Generator[Finding, None, float | None]:
+    """Write, sync, rename, link; bytes a second, or None where it cannot be written."""
     folder = _nearest(Path(config.run.dir))
     start = time.monotonic()
     try:
@@ -236,33 +263,21 @@ def run_folder(config: Config) -> Iterator[Finding]:
             f"{folder}: cannot be written: {error.strerror}",
             "choose a run.dir that this user may write, on a file system that knows rename and link",
         )
-        return
+        return None
     speed = _PROBE_BYTES / max(seconds, 1e-6)
     yield Finding("run folder", "ok", f"{folder}: write, sync, rename, link; {speed / 2**20:,.0f} MiB/s")
-    yield from _save(config, speed)
+    return speed
 
 
-def _save(config: Config, speed: float) -> Iterator[Finding]:
-    try:
-        data = read_data(config).manifest
-        module = build_model(config, data, torch.float32)
-        with plugins.telling(f"model.name={config.model.name}: fails in training"):
-            height, width, channels = data.image_shape
-            module.train()(torch.zeros(2, channels, height, width)).sum().backward()
-        models.check_gradients(config.model.name, module)
-    except (UserError, AgainError) as error:
-        if not isinstance(error, DataError):  # of the data it was told already
-            yield Finding("model", "bad", str(error))
-        return
+def _grace(config: Config, module: nn.Module, speed: float) -> Finding:
     tensors = [*module.parameters(), *module.buffers()]
     states = 1 if config.train.optimizer == "sgd" else 2
     states += config.train.ema_decay is not None
     size = (1 + states) * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     seconds, grace = size / speed, config.launch.grace_seconds
-    level: Level = "ok" if 2 * seconds <= grace else "bad"
-    yield Finding(
+    return Finding(
         "grace",
-        level,
+        "ok" if 2 * seconds <= grace else "bad",
         f"{grace} s after a stop request; a checkpoint of {size / 2**20:,.0f} MiB takes {seconds:.1f} s",
         "raise launch.grace_seconds, and the scheduler's own (--signal, terminationGracePeriodSeconds) above it",
     )
@@ -276,7 +291,7 @@ _LOCAL: list[Callable[[Config], Iterator[Finding]]] = [
     open_files,
     shared_memory,
     data,
-    run_folder,
+    model_and_run_folder,
 ]
 
 
