@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ import pytest
 from harness import Job, Trained, small_run, trained
 
 REPO = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hangups_count() -> None:
+    """Under nohup (an hour of tests) jobs would inherit that SIGHUP is ignored, as they should of a user's nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _passed() -> Path | None:
