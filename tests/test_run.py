@@ -369,6 +369,7 @@ def test_fine_tuning_starts_from_the_files_weights(
     distrain.train(tree(small, tmp_path / "second", **changes))
     start, end = (load_file(path) for path in (file, tmp_path / "second/checkpoints/step-00000002/model.safetensors"))
     assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in start)
+    assert cli.main(["evaluate", str(tmp_path / "second")]) == 0
     moved = tmp_path / "moved.safetensors"
     shutil.copy(file, moved)
     changes["model"] = {"init": str(moved)}  # the same weights by another name: the same run

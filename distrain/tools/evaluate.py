@@ -81,7 +81,8 @@ def _trained(config: Config, dataset: Dataset, saved: Saved, rt: Runtime) -> nn.
 def _check_identity(config: Config, dataset: Dataset, saved: Saved) -> None:
     """What is scored is what was trained; only the precision to score in may differ."""
     asked = {**identity(config), "data.manifest": dataset.digest}
-    free = ("train.precision", "data.mean", "data.std")  # mean and std are taken from the checkpoint
+    # Mean, std and all weights are the checkpoint's own.
+    free = ("train.precision", "data.mean", "data.std", "model.init")
     trained = saved.state["identity"]
     differ = checkpoint.differences(
         *({k: v for k, v in fields.items() if k not in free} for fields in (trained, asked))
