@@ -9,11 +9,11 @@ def main() -> int:
     """Run a command. Stop requests are noted before anything slow is imported."""
     command = "".join(sys.argv[1:2])  # no other word: `prepare folder train` trains nothing
     if command in ("train", "evaluate", "doctor", "launch"):
-        from distrain.processes import output, signals
+        from distrain import console, signals
 
         signals.end_with_launcher()
         signals.install()
-        output.keep_going()
+        console.keep_going()
         # When a process is gone, torch's store prints pages of C++ frames; we say it in a line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     else:

@@ -14,9 +14,8 @@ from typing import Any
 
 import click
 
-from distrain import __version__, address, config
+from distrain import __version__, address, config, failures, signals
 from distrain.errors import EXIT_AGAIN, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
-from distrain.processes import failures, signals
 from distrain.tools.bench import PARTS
 
 _AFTER_FIRST_SECONDS = 5
@@ -154,8 +153,8 @@ def launch(
     --nodes), or are this machine alone. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded: the run saves and
     leaves with 75. The exit code is also in RUN/exit.json, with the reason.
     """
-    from distrain.processes import launcher
-    from distrain.processes.nodes import Asked, work_out
+    from distrain.launcher import launch as launching
+    from distrain.launcher.cluster import Asked, work_out
 
     if command[0] not in ("train", "evaluate", "doctor"):
         raise ConfigError(f"launch: {command[0]}: behind -- stands train, evaluate or doctor, with its arguments")
@@ -171,14 +170,14 @@ def launch(
         resolved = folder.configuration(context.params["run"], context.params["overrides"])
     asked = Asked(nodes, node, host, port)
     found = work_out(os.environ, asked, socket.getfqdn)
-    processes = nproc or launcher.default_processes()
-    print(launcher.describe(found, processes), flush=True)
+    processes = nproc or launching.default_processes()
+    print(launching.describe(found, processes), flush=True)
     seconds = grace if grace is not None else resolved.launch.grace_seconds
-    outcome = launcher.launch(command, resolved, found, processes, seconds, log_dir)
+    outcome = launching.launch(command, resolved, found, processes, seconds, log_dir)
     if outcome.code == EXIT_AGAIN and command[0] == "doctor":
         outcome = replace(outcome, code=EXIT_NEVER_AGAIN)
     if outcome.code:
-        print(launcher.show(outcome), file=sys.stderr, flush=True)
+        print(launching.show(outcome), file=sys.stderr, flush=True)
     return outcome.code
 
 
@@ -252,7 +251,7 @@ def write_report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(run: Path, as_json: bool) -> None:
-    """Say how far RUN is, wherever it goes on: step, rate, time left, last checkpoint, lives."""
+    """Say how far RUN is, wherever it goes on: step, rate, time left, last checkpoint, attempts."""
     from distrain.tools import status as looking
 
     found = looking.look(run)

@@ -69,7 +69,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    """Where the run lives, and its seed."""
+    """The folder of the run, and its seed."""
 
     dir: LocalPath = _key(
         "runs/default",
@@ -239,7 +239,7 @@ class Timeouts(Section):
     """Longest time without progress; then all stacks are written to RUN/stacks/ and the run ends with 75."""
 
     start_seconds: Whole = _key(
-        1800, "until all processes have met; then until training begins; then a life's first step", ge=1
+        1800, "until all processes have met; then until training begins; then an attempt's first step", ge=1
     )
     step_seconds: Whole = _key(600, "a step, with the wait for its data", ge=1)
     eval_seconds: Whole = _key(600, "a batch of an evaluation, with the wait for its data", ge=1)
@@ -250,8 +250,10 @@ class Launch(Section):
     """What `distrain launch` does when a run ends."""
 
     grace_seconds: Whole = _key(120, "longest wait, after a stop request, for processes to save and leave", ge=1)
-    max_lives_without_progress: Whole = _key(
-        3, "so many lives in a row without a newer checkpoint: exit 1 in place of 75, so nobody starts it again", ge=1
+    max_attempts_without_progress: Whole = _key(
+        3,
+        "so many attempts in a row without a newer checkpoint: exit 1 in place of 75, so nobody starts it again",
+        ge=1,
     )
 
 
@@ -268,7 +270,9 @@ class Log(Section):
 class Profile(Section):
     """A trace by torch's profiler; what part of the time waits, copies and computes is always measured."""
 
-    steps: Whole = _key(0, "steps of each life that are traced, after its tenth, to RUN/trace/; 0: none", ge=0, le=1000)
+    steps: Whole = _key(
+        0, "steps of each attempt that are traced, after its tenth, to RUN/trace/; 0: none", ge=0, le=1000
+    )
 
 
 class Wandb(Section):
@@ -406,7 +410,7 @@ Unknown keys and values that do not fit are refused, all in one message.
 
 **id**: the key is part of the run's identity. It changes what is trained, so a run goes on only with the same value;
 for another one choose another `run.dir`. What `data.dir` and `model.init` hold counts as well, wherever it lies. All
-other keys may differ from one life of a run to the next.
+other keys may differ from one attempt of a run to the next.
 """
 
 _TYPES = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text", "null": "null"}

@@ -1,6 +1,6 @@
 """Errors, by what is to be done about them, and the exit codes of every command.
 
-Which error ends with which code: `distrain.processes.failures`.
+Which error ends with which code: `distrain.failures`.
 """
 
 EXIT_OK = 0

@@ -1,6 +1,6 @@
 """Real processes for tests: a group of W ranks (gloo, over a file store: no ports) that trains one run after another.
 
-Starting a process with torch costs seconds, so a group lives for the whole session and is only ended by a test that
+Starting a process with torch costs seconds, so a group is kept for the whole session and is only ended by a test that
 kills it. The parent sends one JSON line per call to every rank and reads one JSON line back from each.
 """
 

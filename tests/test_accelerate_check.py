@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.processes.accelerate_check import conflicts, processes_asked_for
+from distrain.distributed.accelerate_check import conflicts, processes_asked_for
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 

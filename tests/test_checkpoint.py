@@ -95,7 +95,7 @@ def test_the_newest_verified_is_found_without_torch(tmp_path: Path) -> None:
         save(tmp_path, step)
     (tmp_path / "step-00000003/model.safetensors").write_bytes(b"cut")
     code = "import sys; from pathlib import Path\n"
-    code += "from distrain.processes import launcher; from distrain.runs import checkpoint\n"
+    code += "from distrain.launcher import launch; from distrain.runs import checkpoint\n"
     code += "print(checkpoint.newest_verified(Path(sys.argv[1])), 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60, check=True

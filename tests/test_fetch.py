@@ -443,7 +443,7 @@ def test_a_body_without_end_takes_neither_memory_nor_time(server: Server) -> Non
     assert "more than the promised" in refused(dataset)
     assert time.monotonic() - begun < 5
     settled = -1
-    while settled != server.sent:  # the server notices that nobody listens
+    while settled != server.sent:  # the server peer_store that nobody listens
         settled = server.sent
         time.sleep(0.2)
     assert server.sent < 64 * 2**20
@@ -521,7 +521,7 @@ def test_closing_does_not_wait_for_the_network(
     dataset = manifest.read(server.address, fetching(retries=9, seconds=900))
     if kind == "training":
         good, order = 13, Order(24, 12, 41, 8, 0)  # the manifest and a round
-        batches: Any = TrainingBatches(dataset, order, World(), range(100), 1, with_words=False, pin=False)
+        batches: Any = TrainingBatches(dataset, order, World(), range(100), 1, with_random_bits=False, pin=False)
     else:
         good = 2
         batches = EvaluationBatches(dataset, "train", World(), 7)

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from distrain.processes.beacon import Place
-from distrain.processes.failures import Failure
-from distrain.processes.launcher import End, judge, show
-from distrain.processes.watch import behind
+from distrain.distributed.watchdog import behind
+from distrain.failures import Failure
+from distrain.launcher.launch import End, judge, show
+from distrain.worker_status import WorkerStatus
 
 
 def end(rank: int, code: int, kind: str | None = None, time: float = 0.0, by_launcher: bool = False) -> End:
     failure = Failure(kind, code, rank, "host", "train", 7, f"{kind} of {rank}", "", time) if kind else None  # type: ignore[arg-type]
-    return End(rank, code, failure, Place("train", 7), time, by_launcher)
+    return End(rank, code, failure, WorkerStatus("train", 7), time, by_launcher)
 
 
 KILL = -signal.SIGKILL
@@ -52,16 +52,16 @@ def test_verdict(name: str) -> None:
 
 def test_the_screen_names_host_phase_step_and_message() -> None:
     failure = Failure("fault", 1, 3, "node7", "evaluate", 12, "ValueError: no", "Traceback …\nValueError: no", 0.0)
-    told = show(judge([End(3, 1, failure, Place("end", 20), 0.0, False)], None, True))
+    told = show(judge([End(3, 1, failure, WorkerStatus("end", 20), 0.0, False)], None, True))
     for part in ("rank 3 failed first", "node7", "evaluate, step 12", "Traceback", "exit 1"):
         assert part in told
 
 
 def test_a_mistake_of_the_users_is_told_without_a_place() -> None:
     failure = Failure("user", 78, 1, socket.gethostname(), "start", 0, "train.lr: no", "", 0.0)
-    outcome = judge([End(1, 78, failure, Place("start", 0), 0.0, False)], None, True)
+    outcome = judge([End(1, 78, failure, WorkerStatus("start", 0), 0.0, False)], None, True)
     assert show(outcome) == "distrain: error: train.lr: no\ndistrain: exit 78: not again unchanged"
-    elsewhere = judge([End(1, 78, replace(failure, host="node7"), Place("start", 0), 0.0, False)], None, True)
+    elsewhere = judge([End(1, 78, replace(failure, host="node7"), WorkerStatus("start", 0), 0.0, False)], None, True)
     assert show(elsewhere).startswith("distrain: on node7:\ndistrain: error: train.lr: no\n")
 
 

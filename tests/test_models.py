@@ -216,9 +216,9 @@ def by_hand(
 
 
 def test_all_shifts_and_both_sides_are_drawn_alike() -> None:
-    from distrain.data.order import augmentation_words
+    from distrain.data.order import augmentation_bits
 
-    words = torch.from_numpy(augmentation_words(0, 0, 20_000).copy().view("int64"))
+    words = torch.from_numpy(augmentation_bits(0, 0, 20_000).copy().view("int64"))
     image = torch.arange(8 * 8, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(20_000, 8, 8, 1)
     changed = augment(image, words, Augment(flip=True, crop_padding=1), image[0, 0, 0])
     centre = changed[:, 4, 4, 0]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distrain.data.order import Ints, Order, World, augmentation_words, mixup_weight, permutation, scored_shards
+from distrain.data.order import Ints, Order, World, augmentation_bits, evaluation_shards, mixup_weight, permutation
 
 
 @st.composite
@@ -149,7 +149,7 @@ def test_epochs_shards_and_seeds_draw_differently() -> None:
     assert (order.epoch_shards(0) != other.epoch_shards(0)).any()
     assert (order.shard_samples(0, 1, 101) != order.shard_samples(0, 2, 101)).any()
     assert (order.shard_samples(0, 1, 101) != order.shard_samples(1, 1, 101)).any()
-    assert (augmentation_words(3, 0, 8) != augmentation_words(3, 1, 8)).all()
+    assert (augmentation_bits(3, 0, 8) != augmentation_bits(3, 1, 8)).all()
 
 
 def test_the_order_never_changes_between_versions() -> None:
@@ -157,7 +157,7 @@ def test_the_order_never_changes_between_versions() -> None:
     order = Order(8, 4, 5, 4, 42)
     assert order.epoch_shards(3).tolist() == EPOCH_SHARDS
     assert order.shard_samples(3, 2, 6).tolist() == SHARD_SAMPLES
-    assert augmentation_words(42, 7, 2)[:, 0].tolist() == WORDS
+    assert augmentation_bits(42, 7, 2)[:, 0].tolist() == WORDS
 
 
 EPOCH_SHARDS = [[5, 1, 2, 0], [6, 3, 4, 7]]
@@ -168,7 +168,7 @@ WORDS = [4202150953783839104, 13832021549108628852]
 @given(st.integers(1, 12), st.integers(1, 5), st.data())
 def test_every_shard_is_scored_by_one_rank(lanes: int, rounds: int, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, lanes))
-    owners = [scored_shards(lanes * rounds, lanes, World(rank, size)) for rank in range(size)]
+    owners = [evaluation_shards(lanes * rounds, lanes, World(rank, size)) for rank in range(size)]
     assert sorted(shard for own in owners for shard in own) == list(range(lanes * rounds))
     assert all(own == sorted(own) for own in owners)
 

@@ -81,7 +81,7 @@ def test_it_says_what_the_run_did(runs: list[Path], tmp_path: Path) -> None:
     assert len(wrong["ids"]) == min(24, result["total"] - result["correct"])
     assert text.count('title="test sample') == len(wrong["ids"])
     assert not folder.read(runs[1]).ended  # no launcher, no verdict
-    assert charts.restarts(folder.read(runs[1])) == [folder.read(runs[1]).lives[1]["from_step"]]
+    assert charts.restarts(folder.read(runs[1])) == [folder.read(runs[1]).attempts[1]["from_step"]]
 
 
 def test_wrong_pictures_are_those_of_the_data_set(runs: list[Path]) -> None:
@@ -159,8 +159,8 @@ def test_the_same_run_gives_the_same_page(runs: list[Path], tmp_path: Path) -> N
 def test_the_same_command_again_is_no_interruption(runs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
-    again = json.loads((run / "lives" / "000001.json").read_text())
-    (run / "lives" / "000002.json").write_text(json.dumps({**again, "life": 2, "from_step": 40}))
+    again = json.loads((run / "attempts" / "000001.json").read_text())
+    (run / "attempts" / "000002.json").write_text(json.dumps({**again, "attempt": 2, "from_step": 40}))
     assert cli.main(["report", str(run)]) == 0
     assert "interrupted" not in (run / "report" / "index.html").read_text()
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_reported_is_one_message(
 def test_status_tells_how_far_a_run_is(runs: list[Path], tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["status", str(runs[1]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["step"], found["steps"], found["lives"]) == ("done", 60, 60, 2)
+    assert (found["state"], found["step"], found["steps"], found["attempts"]) == ("done", 60, 60, 2)
     assert found["checkpoint"]["step"] == 60
     run = tmp_path / "run"
     shutil.copytree(runs[1], run)
@@ -218,12 +218,12 @@ def test_status_tells_how_far_a_run_is(runs: list[Path], tmp_path: Path, capsys:
 
 
 def test_a_running_run_has_an_owner(runs: list[Path], tmp_path: Path, capsys: Any) -> None:
-    from distrain.runs import lives
+    from distrain.runs import attempts
 
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
     (run / "result.json").unlink()
-    lease = lives.acquire(run, 0)
+    lease = attempts.acquire(run, 0)
     try:
         assert cli.main(["status", str(run)]) == 0
         assert "run: running" in capsys.readouterr().out

@@ -17,11 +17,10 @@ from runs import metrics_but_times
 from safetensors.torch import load_file
 
 import distrain
-from distrain import cli, config
+from distrain import cli, config, signals
 from distrain.data import manifest
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, DataError, DivergedError, Stopped
-from distrain.processes import signals
 from distrain.training import checkpointing
 
 
@@ -60,7 +59,7 @@ def test_a_run_leaves_what_is_documented(small: Dataset, tmp_path: Path, capsys:
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
     assert sorted(path.name for path in run.iterdir()) == [
-        "audit", "checkpoints", "config.yaml", "lives", "metrics.jsonl", "pictures", "result.json",
+        "audit", "checkpoints", "config.yaml", "attempts", "metrics.jsonl", "pictures", "result.json",
         "setup.json",
     ]  # fmt: skip
     assert config.load(run / "config.yaml") == config.from_tree(tree(small, run, data={"audit": True}))

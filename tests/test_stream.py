@@ -16,7 +16,7 @@ from distrain import machine
 from distrain.data import cache, shards
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset, Shard
-from distrain.data.order import Order, World, augmentation_words
+from distrain.data.order import Order, World, augmentation_bits
 from distrain.data.stream import Background, EvaluationBatches, TrainingBatches, memory
 from distrain.errors import ConfigError, ShardError
 
@@ -56,7 +56,7 @@ def streamed(
     dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int = 1, cached: bool = False
 ) -> list[list[int]]:
     held = Cache(dataset, torch.device("cpu")) if cached else None
-    batches = TrainingBatches(dataset, order, world, steps, read_ahead, with_words=False, pin=False, held=held)
+    batches = TrainingBatches(dataset, order, world, steps, read_ahead, with_random_bits=False, pin=False, held=held)
     with closing(batches):
         return [batch.ids.tolist() for batch in batches]
 
@@ -95,13 +95,13 @@ def test_images_labels_and_words_belong_to_their_ids(small: Dataset) -> None:
     order = order_of(small, 50)
     for rank in range(3):
         world = World(rank, 3)
-        batches = TrainingBatches(small, order, world, range(30), 1, with_words=True, pin=False)
+        batches = TrainingBatches(small, order, world, range(30), 1, with_random_bits=True, pin=False)
         with closing(batches):
             for step, batch in enumerate(batches):
                 for image, label, index in zip(batch.images, batch.labels, batch.ids, strict=True):
                     assert (image.numpy() == source.load("train", int(index))).all()
                     assert label == source.labels["train"][index]
-                drawn = augmentation_words(order.seed, step, 50).view(np.int64)
+                drawn = augmentation_bits(order.seed, step, 50).view(np.int64)
                 places = order.places(step % order.steps_per_epoch, world)
                 assert batch.words.tolist() == drawn[places].tolist()
 
@@ -139,7 +139,7 @@ def test_a_damaged_shard_ends_the_stream_naming_it(small: Dataset, tmp_path) -> 
 
 def test_closing_ends_the_reading_thread(small: Dataset) -> None:
     before = set(threading.enumerate())
-    batches = TrainingBatches(small, order_of(small, 8), World(), range(1000), 1, with_words=False, pin=False)
+    batches = TrainingBatches(small, order_of(small, 8), World(), range(1000), 1, with_random_bits=False, pin=False)
     next(batches)
     assert set(threading.enumerate()) - before
     batches.close()
@@ -186,7 +186,7 @@ def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
     order = order_of(small, 32)
     steps = range(6 * order.steps_per_epoch)
     world = World(size - 1, size)
-    with closing(TrainingBatches(small, order, world, steps, 1, with_words=False, pin=False)) as streamed_:
+    with closing(TrainingBatches(small, order, world, steps, 1, with_random_bits=False, pin=False)) as streamed_:
         expected = [(batch.images.clone(), batch.labels.clone(), batch.ids.copy()) for batch in streamed_]
     read: list[str] = []
     original = shards.read
@@ -197,7 +197,9 @@ def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
 
     monkeypatch.setattr(shards, "read", counting)
     held = Cache(small, torch.device("cpu"))
-    with closing(TrainingBatches(small, order, world, steps, 1, with_words=False, pin=False, held=held)) as cached:
+    with closing(
+        TrainingBatches(small, order, world, steps, 1, with_random_bits=False, pin=False, held=held)
+    ) as cached:
         found = list(cached)
     assert len(read) == len(set(read))
     assert len(found) == len(expected)

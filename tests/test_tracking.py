@@ -198,7 +198,7 @@ def tree(dataset: Dataset, run: Path, /, **sections: dict[str, Any]) -> dict[str
 
 
 def interrupted(dataset: Dataset, run: Path, monkeypatch: pytest.MonkeyPatch, **sections: dict[str, Any]) -> None:
-    """A life that breaks off, with lines since its checkpoint; one that is stopped; and one that goes on to the end."""
+    """An attempt that breaks off, with lines since its checkpoint; one that is stopped; and one that goes on to the end."""
     sections = {"model": {"name": "models_for_tests:Faulty"}, "checkpoint": {"every_steps": 10}, **sections}
     for fault, error in (("raise:0:18", RuntimeError), ("stop:0:13", Stopped)):
         monkeypatch.setenv("FAULT", fault)
@@ -206,7 +206,7 @@ def interrupted(dataset: Dataset, run: Path, monkeypatch: pytest.MonkeyPatch, **
             distrain.train(tree(dataset, run, **sections))
     monkeypatch.delenv("FAULT")
     distrain.train(tree(dataset, run, **sections))
-    first, second, third = (life["from_step"] for life in folder.read(run).lives)
+    first, second, third = (attempt["from_step"] for attempt in folder.read(run).attempts)
     assert (first, second) == (0, 10)
     assert 10 < third < 30
 
@@ -228,17 +228,17 @@ def test_an_interrupted_run_is_one_run_everywhere(
     (replayed,) = wandb_files(out)
     assert told.out.splitlines()[-1] == f"to send it: wandb sync {replayed.parent}"
 
-    # Each life's files have their own rows, by the numbers of their lines: together they are metrics.jsonl.
-    lives = wandb_files(run)
-    assert len(lives) == 3
-    rows = {row["_step"]: row for path in lives for row in history(path)}
+    # Each attempt's files have their own rows, by the numbers of their lines: together they are metrics.jsonl.
+    attempts = wandb_files(run)
+    assert len(attempts) == 3
+    rows = {row["_step"]: row for path in attempts for row in history(path)}
     assert sorted(rows) == list(range(len(found.lines) + 1))
     assert as_lines([rows[number] for number in sorted(rows)]) == found.lines
-    assert sum(len(history(path)) for path in lives) > len(rows)  # some were trained, and logged, twice
+    assert sum(len(history(path)) for path in attempts) > len(rows)  # some were trained, and logged, twice
     assert as_lines(history(replayed)) == found.lines
 
     assert found.result is not None
-    for path in (lives[-1], replayed):
+    for path in (attempts[-1], replayed):
         (start,) = [record.run for record in records(path) if record.HasField("run")]
         assert (start.run_id, start.run_group, start.job_type) == (wandb_id(run), "some group", "a job")
         settings: dict[str, Any] = {}
@@ -298,7 +298,7 @@ def test_a_server_gets_every_line_once(
 ) -> None:
     run = tmp_path / "run"
     interrupted(small, run, monkeypatch, wandb={"mode": "online"})
-    for _ in range(2):  # after the lives, and after the command, which has nothing to add
+    for _ in range(2):  # after the attempts, and after the command, which has nothing to add
         (rows,) = server.rows.values()
         assert [row["_step"] for row in rows] == list(range(len(rows)))
         sent, told = as_lines(rows), folder.read(run).lines

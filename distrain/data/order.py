@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
+RandomBits = NDArray[np.uint64]
 
 # What a draw is for: with the seed it makes the generator's key, so that no two uses share a stream.
 _SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC, _MIXUP = range(1, 7)
@@ -125,12 +125,12 @@ class Order:
         return np.searchsorted(places, np.where(following < self.global_batch_size, following, places % self.lanes))
 
 
-def scored_shards(num_shards: int, lanes: int, world: World) -> list[int]:
+def evaluation_shards(num_shards: int, lanes: int, world: World) -> list[int]:
     """Shards of a split that a rank scores, ascending: those of its lanes, the k-th shard being in lane k mod C."""
     return [shard for shard in range(num_shards) if shard % lanes % world.size == world.rank]
 
 
-def augmentation_words(seed: int, step: int, global_batch_size: int) -> Words:
+def augmentation_bits(seed: int, step: int, global_batch_size: int) -> RandomBits:
     """Two random words for each sample of a global batch, by its place in it: uint64 [G, 2]."""
     return _philox(seed, _AUGMENT, step).random_raw(2 * global_batch_size).reshape(2, -1).T
 
@@ -165,5 +165,5 @@ def generator(seed: int, a: int, b: int) -> np.random.Generator:
 
 
 def _philox(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Philox:
-    # Words are counted in counter[0]; a and b lie above it, so streams of 2**64 words never meet.
+    # RandomBits are counted in counter[0]; a and b lie above it, so streams of 2**64 words never meet.
     return np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=np.array([0, 0, a, b], np.uint64))

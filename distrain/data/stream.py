@@ -30,7 +30,7 @@ from torch import Tensor
 from distrain.data import cache, shards
 from distrain.data.cache import Cache, Samples
 from distrain.data.manifest import Dataset, Shard
-from distrain.data.order import Order, World, augmentation_words, scored_shards
+from distrain.data.order import Order, World, augmentation_bits, evaluation_shards
 from distrain.data.shards import Block
 
 T = TypeVar("T")
@@ -101,12 +101,12 @@ class TrainingBatches:
         world: World,
         steps: range,
         read_ahead: int,
-        with_words: bool,
+        with_random_bits: bool,
         pin: bool,
         held: Cache | None = None,
     ) -> None:
         self._order, self._world, self._steps = order, world, iter(steps)
-        self._with_words, self._pin = with_words, pin
+        self._with_random_bits, self._pin = with_random_bits, pin
         ahead = max(read_ahead, order.rounds_per_step)
         closed = threading.Event()
         self.shards_read = 0
@@ -171,10 +171,10 @@ class TrainingBatches:
         self._current = next(self._background)
 
     def _words(self, step: int) -> Tensor:
-        if not self._with_words:
+        if not self._with_random_bits:
             return torch.empty(0, dtype=torch.int64)
         order = self._order
-        drawn = augmentation_words(order.seed, step, order.global_batch_size)
+        drawn = augmentation_bits(order.seed, step, order.global_batch_size)
         own = drawn[order.places(step % order.steps_per_epoch, self._world)]
         return torch.from_numpy(np.ascontiguousarray(own).view(np.int64))
 
@@ -186,7 +186,7 @@ class EvaluationBatches:
 
     def __init__(self, dataset: Dataset, split_name: str, world: World, batch_size: int) -> None:
         split = dataset.split(split_name)
-        owned = [split.shards[index] for index in scored_shards(len(split.shards), split.lanes, world)]
+        owned = [split.shards[index] for index in evaluation_shards(len(split.shards), split.lanes, world)]
         closed = threading.Event()
         self._background = Background(_read_whole(dataset, owned, closed), 1, closed)
         self._size = batch_size

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from distrain import config
 from distrain.config import Config
 from distrain.errors import DataError
-from distrain.runs import checkpoint, lives
+from distrain.runs import attempts, checkpoint
 
 CONFIG = "config.yaml"
 """The resolved configuration."""
 SETUP = "setup.json"
-"""Data set, model, processes and machine of the newest life (`distrain.training.summary.facts`)."""
+"""Data set, model, processes and machine of the newest attempt (`distrain.training.summary.facts`)."""
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 EXIT = "exit.json"
-"""How the newest life ended, where `distrain launch` started it."""
+"""How the newest attempt ended, where `distrain launch` started it."""
 AUDIT, STACKS, TRACE, REPORT, WANDB, TENSORBOARD = "audit", "stacks", "trace", "report", "wandb", "tensorboard"
 AUGMENTED, WRONG = "pictures/augmented.safetensors", "pictures/wrong.safetensors"
 """What augmentation does to the first pictures; those that were taken for another class, most probable first."""
@@ -35,13 +35,13 @@ class Record:
     folder: Path
     config: Config
     setup: dict[str, Any]
-    """Empty where no life came so far."""
+    """Empty where no attempt came so far."""
     lines: list[dict[str, Any]]
     """Of metrics.jsonl; a last line that is only half there is left out."""
     result: dict[str, Any] | None
     """None unless the run is done."""
-    lives: list[dict[str, Any]]
-    """What each life noted, oldest first."""
+    attempts: list[dict[str, Any]]
+    """What each attempt noted, oldest first."""
     checkpoints: list[int]
     """Steps of those that are kept, ascending."""
     ended: dict[str, Any]
@@ -49,7 +49,7 @@ class Record:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; empty where no life came so far."""
+        """Names of the classes; empty where no attempt came so far."""
         return list(self.setup.get("data", {}).get("classes", []))
 
 
@@ -77,7 +77,7 @@ def read(folder: Path) -> Record:
         _read(folder / SETUP) or {},
         read_lines(folder / METRICS),
         _read(folder / RESULT),
-        lives.history(folder),
+        attempts.history(folder),
         sorted(checkpoint.steps(folder / checkpoint.FOLDER)),
         _read(folder / EXIT) or {},
     )

@@ -219,7 +219,7 @@ class Logs:
 
     @contextlib.contextmanager
     def abandoned_on_failure(self) -> Iterator[None]:
-        """Close everything where the block fails. Lines that no checkpoint counts on are dropped: the next life writes
+        """Close everything where the block fails. Lines that no checkpoint counts on are dropped: the next attempt writes
         them again, and may already be doing so.
         """
         try:

@@ -144,12 +144,12 @@ class WandbRun:
         return cls(settings.mode, settings.project, settings.name or run.resolve().name, id_, group, settings.job_type)
 
     def of_node(self, node: int) -> WandbRun:
-        """The run beside this one for another node's system metrics; its id is the same in every life."""
+        """The run beside this one for another node's system metrics; its id is the same in every attempt."""
         return replace(self, name=f"{self.name}-node-{node}", id=f"{self.id}-node-{node}", job_type="node")
 
 
 def wandb_id(run: Path) -> str:
-    """RUN/wandb-id, made where there is none: all lives of a run are one run at wandb.
+    """RUN/wandb-id, made where there is none: all attempts of a run are one run at wandb.
 
     Raises:
         OSError: it cannot be written.
@@ -209,7 +209,7 @@ class WandbMirror(Tracker):
             return
         try:
             run = self._begin(filed, folder, replays)
-            # Not given to `init`, which keeps the server's values where a life came with others.
+            # Not given to `init`, which keeps the server's values where an attempt came with others.
             run.config.update(config, allow_val_change=True)
             run.define_metric("step", hidden=True)
             for group in ("train", "val", "test", "profile"):
@@ -331,7 +331,7 @@ def check_tensorboard() -> None:
 
 
 class TensorBoardMirror(Tracker):
-    """TensorBoard's files in RUN/tensorboard, by accelerate's tracker. What a life trains again is shown once."""
+    """TensorBoard's files in RUN/tensorboard, by accelerate's tracker. What an attempt trains again is shown once."""
 
     name = "tensorboard"
 

@@ -23,16 +23,15 @@ from typing import Literal
 import torch
 from torch import nn
 
-from distrain import files, machine, models, plugins
+from distrain import files, machine, models, plugins, signals
 from distrain.config import Config
 from distrain.data import shards
 from distrain.data.order import World
 from distrain.data.stream import memory
+from distrain.distributed.runtime import Runtime
 from distrain.errors import AgainError, ConfigError, DataError, UserError
-from distrain.processes import signals
-from distrain.processes.runtime import Runtime
 from distrain.runs.trackers import check_tensorboard
-from distrain.training.checkpointing import attempt
+from distrain.training.checkpointing import os_error_of
 from distrain.training.setup import agree_on_data, build_model, make_order, read_data, start_runtime, watch
 
 _PROBE_BYTES = 16 * 2**20
@@ -71,10 +70,10 @@ def examine(config: Config) -> None:
     first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if int(os.environ.get("RANK", "0")) == 0 or (first_here and _bad(own)):
         _print(f"{socket.gethostname()}:", own)  # before the others are waited for: they may never come
-    with signals.noted(), closing(watch(config)) as watching:
+    with signals.noted(), closing(watch(config)) as watchdog:
         try:
-            with start_runtime(config, watching) as rt:
-                watching.enter("train")
+            with start_runtime(config, watchdog) as rt:
+                watchdog.enter("train")
                 shared = _look_together(config, rt)
                 every = rt.from_all(own)
         except AgainError as error:
@@ -368,7 +367,7 @@ def _same_folder(config: Config, rt: Runtime) -> Iterator[Finding]:
     folder, name = _nearest(Path(config.run.dir)), f".distrain-doctor-{uuid.uuid4().hex}"
     name = str(rt.from_main(name))
     path = folder / name
-    problem = attempt(lambda: path.write_text("here", encoding="ascii")) if rt.is_main else None
+    problem = os_error_of(lambda: path.write_text("here", encoding="ascii")) if rt.is_main else None
     if rt.from_main(problem) is not None:
         return  # told as what the main process found
     try:

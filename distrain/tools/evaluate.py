@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrain import files, models
+from distrain import files, models, signals
 from distrain.config import Config, identity
 from distrain.data.manifest import Dataset
+from distrain.distributed.runtime import Runtime, StopAgreed
 from distrain.errors import ConfigError, Stopped
-from distrain.processes import signals
-from distrain.processes.runtime import Runtime, StopAgreed
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Saved
-from distrain.tools.trained import choose
+from distrain.tools.loaded_model import choose
 from distrain.training import evaluation
 from distrain.training.evaluation import Scores
 from distrain.training.setup import agree_on_data, build_model, read_data, start_runtime, watch
@@ -33,7 +32,7 @@ def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | N
         The scores, the checkpoint's name and the classes.
     """
     config = folder.configuration(run, overrides)
-    with signals.noted(), closing(watch(config)) as watching, start_runtime(config, watching) as rt:
+    with signals.noted(), closing(watch(config)) as watchdog, start_runtime(config, watchdog) as rt:
         dataset = rt.all_or_none(lambda: read_data(config, split))
         # The main process chooses: of a run that goes on, others may see newer ones.
         path, skipped = rt.from_main(rt.all_or_none(lambda: choose(run, which) if rt.is_main else None))

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from distrain import files
 from distrain.errors import ConfigError
-from distrain.tools import trained
-from distrain.tools.trained import Trained
+from distrain.tools import loaded_model
+from distrain.tools.loaded_model import LoadedModel
 
 KINDS = {".pt2": "torch.export", ".onnx": "ONNX"}
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -38,7 +38,7 @@ class Program(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, found: Trained) -> None:
+    def __init__(self, found: LoadedModel) -> None:
         super().__init__()
         self.model = found.model
         self.register_buffer("mean", found.mean.float()[:, None, None])
@@ -68,7 +68,7 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> dict[str, An
     missing = [name for name in _ONNX if out.suffix == ".onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install 'distrain[onnx]'")
-    found = trained.load(run, which)
+    found = loaded_model.load(run, which)
     program = Program(found).eval()
     height, width, channels = found.image_shape
     about = {

@@ -14,7 +14,7 @@ from distrain.data.sources import UnreadableError
 from distrain.data.sources.folder import read_image
 from distrain.errors import ConfigError, DataError
 from distrain.text import printable
-from distrain.tools import trained
+from distrain.tools import loaded_model
 
 _BATCH = 64
 _NAMED = 10
@@ -30,7 +30,7 @@ def predict(run: Path, files: Sequence[Path], which: str | None, device: str) ->
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this process sees no GPU; use --device cpu, or mend the driver")
     use = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    model = trained.load(run, which, use)
+    model = loaded_model.load(run, which, use)
     if model.image_shape[2] not in (1, 3):
         raise ConfigError(f"{run}: its images have {model.image_shape[2]} channels; image files have 1 or 3")
     _check(files, model.image_shape)

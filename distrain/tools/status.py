@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from distrain.runs import checkpoint, folder, lives
+from distrain.runs import attempts, checkpoint, folder
 from distrain.runs.folder import Record
 from distrain.runs.logs import clock
 
@@ -39,8 +39,8 @@ def look(run: Path) -> dict[str, Any]:
         "seconds_left": left,
         "accuracy": _accuracy(record, scored),
         "checkpoint": _checkpoint(record),
-        "lives": len(record.lives),
-        "life": record.lives[-1] if record.lives else None,
+        "attempts": len(record.attempts),
+        "attempt": record.attempts[-1] if record.attempts else None,
         "ended": record.ended or None,
     }
 
@@ -61,11 +61,11 @@ def tell(found: dict[str, Any]) -> str:
         lines.append("accuracy {accuracy:.2%} on {split} after step {step:,}".format(**found["accuracy"]))
     saved = found["checkpoint"]
     lines.append("saved    " + (f"step {saved['step']:,}, {clock(saved['age'])} ago" if saved else "nothing yet"))
-    life = found["life"]
-    if life is not None:
+    attempt = found["attempt"]
+    if attempt is not None:
         lines.append(
-            f"lives    {found['lives']}; the newest on {life.get('host')}, process {life.get('process')}, from step"
-            f" {life.get('from_step') or 0:,} on {life.get('world_size') or '?'} process(es), since {life.get('start')}"
+            f"attempts    {found['attempts']}; the newest on {attempt.get('host')}, process {attempt.get('process')}, from step"
+            f" {attempt.get('from_step') or 0:,} on {attempt.get('world_size') or '?'} process(es), since {attempt.get('start')}"
         )
     return "\n".join(lines)
 
@@ -73,15 +73,15 @@ def tell(found: dict[str, Any]) -> str:
 def _state(record: Record) -> str:
     if record.result is not None and record.result.get("steps") == record.setup.get("steps"):
         return "done"
-    owner = lives.owner(record.folder)
+    owner = attempts.owner(record.folder)
     if owner is not None:
-        age = _age(record.lives[-1].get("renewed")) if record.lives else None
-        if age is not None and age > lives.STALE_SECONDS:
-            return f"no sign of life for {clock(age)}; the same command goes on"
+        age = _age(record.attempts[-1].get("renewed")) if record.attempts else None
+        if age is not None and age > attempts.STALE_SECONDS:
+            return f"no renewal of its lease for {clock(age)}; the same command goes on"
         return "running"
     if record.ended.get("code") is not None and record.ended["code"] != 0:
         return f"ended with {record.ended['code']}: {record.ended.get('reason')}"
-    return "not running; the same command goes on" if record.lives else "has not begun"
+    return "not running; the same command goes on" if record.attempts else "has not begun"
 
 
 def _accuracy(record: Record, scored: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""`distrain wandb`: a run as it stands in its folder, sent to wandb as one run, however many lives it took."""
+"""`distrain wandb`: a run as it stands in its folder, sent to wandb as one run, however many attempts it took."""
 
 from __future__ import annotations
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import yaml
 
-from distrain import files, models
+from distrain import files, models, signals
 from distrain.config import public
 from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
-from distrain.processes import signals
-from distrain.processes.failures import fail, failure_of
-from distrain.runs import checkpoint, lives, logs
+from distrain.failures import fail, failure_of
+from distrain.runs import attempts, checkpoint, logs
 from distrain.runs.checkpoint import Saved
 from distrain.runs.folder import CONFIG, METRICS, RESULT
 from distrain.runs.logs import Logs
@@ -43,7 +42,7 @@ def _take_folder(job: Job) -> Path | None:
         job.run.mkdir(parents=True, exist_ok=True)
         seen = checkpoint.steps(job.checkpoints)
         wait, say = job.config.run.wait_seconds, lambda line: print(line, flush=True)
-        job.lease = lives.acquire(job.run, wait, say, signals.requested)
+        job.lease = attempts.acquire(job.run, wait, say, signals.requested)
         job.lease.keep(_leave_to_another)
         if checkpoint.steps(job.checkpoints) != seen:
             saved = _choose(job)  # another job was still at work here
@@ -82,7 +81,7 @@ def _choose(job: Job) -> Saved | None:
     if saved is None:
         if skipped or mode == "must":
             raise DataError(f"{job.run}: has no readable checkpoint to go on from; choose another run.dir")
-        if (job.run / RESULT).exists() or any(entry.get("from_step") for entry in lives.history(job.run)):
+        if (job.run / RESULT).exists() or any(entry.get("from_step") for entry in attempts.history(job.run)):
             raise DataError(f"{job.run}: its checkpoints are gone; bring them back, or choose another run.dir")
         return None
     differ = checkpoint.differences(saved.state["identity"], job.identity)
@@ -146,9 +145,9 @@ def save(job: Job, logs: Logs, why: str) -> None:
     with rt.watch.phase("save"):
         job.check_lease()
         rt.agree()  # not before the main process has seen that the folder is still this job's
-        problem = attempt(logs.sync)
+        problem = os_error_of(logs.sync)
         if not any(rt.agree(problem is not None).flags) and rt.is_main:
-            problem = attempt(lambda: _write(job, logs, why))
+            problem = os_error_of(lambda: _write(job, logs, why))
         problems = [line for line in rt.from_all(problem) if line]
     job.save_problem = problems[0] if problems else None
     if not problems:
@@ -159,7 +158,7 @@ def save(job: Job, logs: Logs, why: str) -> None:
     job.next_poll = job.state.step
 
 
-def attempt(action: Callable[[], object]) -> str | None:
+def os_error_of(action: Callable[[], object]) -> str | None:
     """What an action that writes failed with."""
     try:
         action()

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from distrain.data.manifest import Dataset
 from distrain.data.stream import EvaluationBatches
+from distrain.distributed.runtime import POLL_SECONDS, Runtime
 from distrain.errors import DataError
-from distrain.processes.runtime import POLL_SECONDS, Runtime
 from distrain.training.augment import normalize
 
 Keep = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -111,7 +111,7 @@ def evaluate(
 def _for_each(
     batches: EvaluationBatches, score: Callable[[Tensor, Tensor, Tensor], None], runtime: Runtime, shown: Any
 ) -> None:
-    """Score this process's batches, meeting the others a few times a second until all are through: nobody is left
+    """Score this process's batches, collective the others a few times a second until all are through: nobody is left
     waiting by one that was asked to stop, or cannot read a shard.
     """
     busy, scored, problem, meet_at = True, 0, None, time.monotonic() + POLL_SECONDS

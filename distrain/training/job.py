@@ -16,9 +16,9 @@ from distrain.config import Config
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
-from distrain.processes.runtime import Runtime
+from distrain.distributed.runtime import Runtime
 from distrain.runs import checkpoint
-from distrain.runs.lives import Lease
+from distrain.runs.attempts import Lease
 from distrain.training import optim
 from distrain.training.augment import Normalizer
 from distrain.training.profiling import Profile
@@ -139,5 +139,5 @@ class Job:
 
     @property
     def elapsed(self) -> float:
-        """Wall seconds of all lives that led here."""
+        """Wall seconds of all attempts that led here."""
         return self.state.seconds + time.monotonic() - self.started

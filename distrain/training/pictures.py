@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain import files
-from distrain.data.order import augmentation_words, mixup_weight
+from distrain.data.order import augmentation_bits, mixup_weight
 from distrain.data.stream import Batch
-from distrain.processes.runtime import Runtime
+from distrain.distributed.runtime import Runtime
 from distrain.runs.folder import AUGMENTED, WRONG
 from distrain.training.augment import augment
 from distrain.training.job import Job
@@ -118,7 +118,7 @@ def save_augmented(job: Job, batch: Batch) -> None:
     shown, blank = images[:_SHOWN], job.blank.cpu()
     variants = []
     for step in range(_VARIANTS):
-        words = augmentation_words(seed, step, job.order.global_batch_size)
+        words = augmentation_bits(seed, step, job.order.global_batch_size)
         own = torch.from_numpy(words[job.order.places(0, job.runtime.world)].view(np.int64).copy())
         changed = augment(shown, own[:_SHOWN], settings, blank)
         if settings.mixup:

@@ -23,7 +23,7 @@ _ADVICE = {
 class Profile:
     """Seconds by phase.
 
-    start: until the first data of a life are there; data: waited for it; copy: to the device, and augmenting (on a GPU,
+    start: until the first data of an attempt are there; data: waited for it; copy: to the device, and augmenting (on a GPU,
     what the host does of it); log: audit; reduce: gradients that no computation hid, as DDP samples it; the rest
     computes.
     """
@@ -52,7 +52,7 @@ class Profile:
         return _parts(spent)
 
     def total(self) -> dict[str, float]:
-        """Parts of all steps of this life."""
+        """Parts of all steps of this attempt."""
         return _parts(self._all)
 
 

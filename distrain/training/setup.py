@@ -23,22 +23,22 @@ from distrain.data.cache import Cache
 from distrain.data.fetch import Settings
 from distrain.data.manifest import Dataset, Manifest
 from distrain.data.order import Order
+from distrain.distributed import runtime
+from distrain.distributed.runtime import Runtime
+from distrain.distributed.watchdog import Watchdog
 from distrain.errors import ConfigError, DataError
-from distrain.processes import runtime
-from distrain.processes.runtime import Runtime
-from distrain.processes.watch import Watch
 from distrain.runs.folder import SETUP, STACKS
 from distrain.runs.trackers import check_tensorboard
 from distrain.training import optim
-from distrain.training.checkpointing import attempt, resume
+from distrain.training.checkpointing import os_error_of, resume
 from distrain.training.job import Job
 from distrain.training.summary import facts, tell_start
 
 
-def watch(config: Config) -> Watch:
+def watch(config: Config) -> Watchdog:
     """The time-outs of a run."""
     limits = config.timeouts
-    return Watch(
+    return Watchdog(
         {
             "start": limits.start_seconds + config.run.wait_seconds,  # all wait while the main process waits
             "first step": limits.start_seconds,
@@ -50,30 +50,30 @@ def watch(config: Config) -> Watch:
     )
 
 
-def start_runtime(config: Config, watching: Watch) -> Runtime:
+def start_runtime(config: Config, watchdog: Watchdog) -> Runtime:
     """Join the other processes of the run."""
     run, train = config.run, config.train
     settings = runtime.Settings(run.device, train.precision, run.cpu_threads, train.deterministic)
-    return runtime.start(settings, config.timeouts.start_seconds, watching)
+    return runtime.start(settings, config.timeouts.start_seconds, watchdog)
 
 
 def set_up(config: Config, started: float, rt: Runtime) -> Job:
     """Everything that a run needs, at the step it goes on from."""
-    rt.leave_if_asked()
+    rt.leave_if_requested()
     _agree_on_configuration(rt, config)
     if config.log.tensorboard:
         rt.all_or_none(lambda: check_tensorboard() if rt.is_main else None)
     dataset = rt.all_or_none(lambda: read_data(config, "train", "test"))
     agree_on_data(rt, dataset, list(dataset.manifest.splits))
     job = _build(config, dataset, rt, started)
-    _settle(job)
-    rt.leave_if_asked()
+    _warm_up(job)
+    rt.leave_if_requested()
     try:
         resume(job)
         if rt.is_main:
             found = facts(job)
             text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-            problem = attempt(lambda: files.replace(job.run / SETUP, text))
+            problem = os_error_of(lambda: files.replace(job.run / SETUP, text))
             if problem is not None:  # a full disk: nothing that is trained depends on it
                 print(f"warning: {SETUP} could not be written: {problem}", file=sys.stderr)
             tell_start(job, found)
@@ -121,7 +121,7 @@ def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job
     module = rt.all_or_none(lambda: build_model(config, dataset.manifest, rt.dtype, empty=fewest < passes))
     dependent = models.world_size_dependent(module, in_parts=config.train.micro_batch_size is not None)
     start = _initialise(config, module, rt)
-    module = rt.couple(module)
+    module = rt.sync_batch_norm(module)
     average = _average(config, module, rt)
     ddp, optimizer = _prepare(config, module, rt)
     return Job(
@@ -275,10 +275,10 @@ def _prepare(config: Config, module: nn.Module, rt: Runtime) -> tuple[nn.Module,
     return rt.prepare(module, optimizer)
 
 
-def _settle(job: Job) -> None:
+def _warm_up(job: Job) -> None:
     """Two backward passes whose gradients are thrown away, before anything is loaded.
 
-    DDP rebuilds its buckets after the first backward pass of a life, and sums in another order from then on: without
+    DDP rebuilds its buckets after the first backward pass of an attempt, and sums in another order from then on: without
     this, a resumed run differs in the last bits from one that was not interrupted, on three processes or more.
     """
     buffers = {name: buffer.clone() for name, buffer in job.module.named_buffers()}

@@ -15,17 +15,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from distrain import files, machine
+from distrain import files, machine, signals
 from distrain.config import Config, from_tree, load, public
 from distrain.data.stream import TrainingBatches
+from distrain.distributed.runtime import POLL_SECONDS, StopAgreed
 from distrain.errors import DataError, DivergedError, SaveError, Stopped
-from distrain.processes import signals
-from distrain.processes.runtime import POLL_SECONDS, StopAgreed
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import METRICS, RESULT, TRACE
 from distrain.runs.logs import JsonLines, Logs, Progress, audit_path
 from distrain.training import augment, evaluation, pictures, profiling, setup
-from distrain.training.checkpointing import attempt, save
+from distrain.training.checkpointing import os_error_of, save
 from distrain.training.evaluation import Scores
 from distrain.training.job import Job
 from distrain.training.step import Feed, train_step
@@ -59,8 +58,8 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[s
         config = load(Path(config))
     with (
         signals.noted(),
-        closing(setup.watch(config)) as watching,
-        setup.start_runtime(config, watching) as rt,
+        closing(setup.watch(config)) as watchdog,
+        setup.start_runtime(config, watchdog) as rt,
         closing(setup.set_up(config, started, rt)) as job,
     ):
         return _run(job)
@@ -79,7 +78,7 @@ def _run(job: Job) -> dict[str, Any]:
             _keep(job, logs, "data")
             raise
     job.runtime.watch.enter("end")
-    problem = attempt(lambda: logs.close(trackers.numbers(result))) or job.save_problem
+    problem = os_error_of(lambda: logs.close(trackers.numbers(result))) or job.save_problem
     if problem is not None:
         raise SaveError(f"the end of the run could not be saved: {problem}")
     return result
@@ -94,7 +93,7 @@ def fit(job: Job, logs: Logs) -> None:
         job.runtime.world,
         range(state.step, job.total_steps),
         config.data.read_ahead,
-        with_words=augment.draws(config.augment),
+        with_random_bits=augment.draws(config.augment),
         pin=job.runtime.device.type == "cuda",
         held=job.cache,
     )
@@ -106,7 +105,7 @@ def fit(job: Job, logs: Logs) -> None:
     job.saved_at = job.clock = time.monotonic()
     feed = Feed(batches, job.runtime.device)
     trace = profiling.traced(job.run / TRACE, config.profile.steps, job.runtime.world.rank)
-    begins_round = True  # for this life's thread, whatever the step
+    begins_round = True  # for this attempt's thread, whatever the step
     with closing(batches), trace as tracer:
         while True:
             _after_step(job, logs)
@@ -317,7 +316,7 @@ def _as_metrics(job: Job, split: str, scores: Scores) -> dict[str, float]:
 
 
 def _score(job: Job, split: str, keep: evaluation.Keep | None = None) -> Scores:
-    job.runtime.share_buffers(job.scored)
+    job.runtime.broadcast_buffers(job.scored)
     size = job.config.eval.batch_size
     return evaluation.evaluate(job.scored, job.dataset, split, job.mean, job.std, size, job.runtime, keep)
 
@@ -354,7 +353,7 @@ def finish(job: Job, logs: Logs) -> dict[str, Any]:
     logs.progress.close()
     if job.runtime.is_main:
         text = json.dumps(result, indent=1) + "\n"
-        job.save_problem = attempt(lambda: files.replace(job.run / RESULT, text)) or job.save_problem
+        job.save_problem = os_error_of(lambda: files.replace(job.run / RESULT, text)) or job.save_problem
         _try_pictures(logs, lambda: pictures.save_wrong(job.run, found))
         if logs.trackers:
             logs.result(job.state.step, trackers.outcome(job.run, result))

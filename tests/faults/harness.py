@@ -1,6 +1,6 @@
 """A real job under `distrain launch`, watched from outside: wait for an event, do harm, see how it ends.
 
-Events are read from the processes' own beacons (`distrain.processes.beacon`), so nothing sleeps and hopes.
+Events are read from the processes' own beacons (`distrain.worker_status`), so nothing sleeps and hopes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from runs import ids_by_step, metrics_but_times
 from safetensors.torch import load_file
 
-from distrain.processes.beacon import Place, read_place
+from distrain.worker_status import WorkerStatus, read_status
 
 REPO = Path(__file__).parent.parent.parent
 SECONDS = 120
@@ -104,20 +104,20 @@ class Job:
                         found[int(process.environ().get("RANK", "0"))] = process
         return [found[rank] for rank in sorted(found)]
 
-    def place(self, rank: int = 0) -> Place:
+    def place(self, rank: int = 0) -> WorkerStatus:
         """Where a rank is."""
         folder = next(self._folder.glob("distrain-launch-*"), None)
-        return read_place(folder, rank) if folder is not None else Place(step=-1)
+        return read_status(folder, rank) if folder is not None else WorkerStatus(step=-1)
 
-    def wait_for(self, phase: str, step: int = 0, rank: int = 0) -> Place:
+    def wait_for(self, phase: str, step: int = 0, rank: int = 0) -> WorkerStatus:
         """Until a rank is in a phase, at a step or later."""
 
-        def there() -> Place | None:
+        def there() -> WorkerStatus | None:
             assert self.launcher.poll() is None, f"it ended before {phase}, step {step}:\n{self.output}"
             place = self.place(rank)
             return place if place.phase == phase and place.step >= step else None
 
-        place: Place = until(there, f"{phase}, step {step}")
+        place: WorkerStatus = until(there, f"{phase}, step {step}")
         return place
 
     def wait_until_stuck(self, seconds: float = 1.0) -> None:

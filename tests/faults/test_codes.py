@@ -101,9 +101,9 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
     assert not job.run.exists()
 
 
-def test_lives_without_progress_are_bounded(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
+def test_attempts_without_progress_are_bounded(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
     expected = undisturbed()
-    tree = small_run(data, tmp_path / "run", launch={"max_lives_without_progress": 3})
+    tree = small_run(data, tmp_path / "run", launch={"max_attempts_without_progress": 3})
     codes = []
     for _ in range(4):
         with Job(tree, tmp_path) as job:
@@ -111,13 +111,13 @@ def test_lives_without_progress_are_bounded(data: Path, tmp_path: Path, undistur
             job.signal("rank1", number=signal.SIGKILL)
             codes.append(job.wait())
     assert codes == [75, 75, 1, 75]  # after the 1 a person has looked: counted anew
-    assert exit_file(job.run)["lives_without_progress"] == 1
+    assert exit_file(job.run)["attempts_without_progress"] == 1
     finish(job.run).same_as(expected)
-    assert exit_file(job.run)["lives_without_progress"] == 0
+    assert exit_file(job.run)["attempts_without_progress"] == 0
 
 
 def test_launchers_that_are_killed_without_a_word_are_counted(data: Path, tmp_path: Path) -> None:
-    tree = small_run(data, tmp_path / "run", launch={"max_lives_without_progress": 2})
+    tree = small_run(data, tmp_path / "run", launch={"max_attempts_without_progress": 2})
     for _ in range(3):  # the first one finds no folder to count in
         with Job(tree, tmp_path, 1) as job:
             job.wait_for("first step")
@@ -126,7 +126,7 @@ def test_launchers_that_are_killed_without_a_word_are_counted(data: Path, tmp_pa
     assert exit_file(job.run)["code"] is None
     with Job(tree, tmp_path, 1) as job:
         assert job.wait(30) == 1
-    assert "2 lives in a row without progress" in exit_file(job.run)["reason"]
+    assert "2 attempts in a row without progress" in exit_file(job.run)["reason"]
 
 
 def test_any_number_of_processes_goes_on(data: Path, tmp_path: Path, undisturbed: Any) -> None:

@@ -1,4 +1,4 @@
-"""SIGKILL, at any time, to any of a job's processes: the next life ends as if nothing had happened."""
+"""SIGKILL, at any time, to any of a job's processes: the next attempt ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
         diary.write_text("[]")
     kills: list[list[str]] = json.loads(diary.read_text())
     changes: dict[str, Any] = {
-        "launch": {"max_lives_without_progress": 1000},  # a first step may be hit several times in a row
+        "launch": {"max_attempts_without_progress": 1000},  # a first step may be hit several times in a row
         "train": {"max_steps": 900}, "checkpoint": {"every_steps": 3, "keep": 2}, "eval": {"every_steps": 4},
     }  # fmt: skip
     draw = random.Random(len(kills))
@@ -81,11 +81,11 @@ def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
 
 
 def kill_once(folder: Path, changes: dict[str, Any], target: str, event: str, draw: random.Random) -> tuple[str, str]:
-    """One life: at least one new step, then a kill at an event; the phase that was hit, and the step."""
+    """One attempt: at least one new step, then a kill at an event; the phase that was hit, and the step."""
     run = folder / "killed"
     before = newest_step(run)
     with Job(small_run(folder / "data", run, **changes), folder) as job:
-        if event == "first step":  # of a life; the new step was another life's
+        if event == "first step":  # of an attempt; the new step was another attempt's
             job.wait_for("first step", before)
         else:
             job.wait_for("train", before + draw.randint(1, 8))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from harness import Job, small_run, trained, until
 
-from distrain.runs import lives
+from distrain.runs import attempts
 
 pytestmark = pytest.mark.faults
 
@@ -25,10 +25,10 @@ def test_a_second_job_refuses_naming_the_owner(data: Path, tmp_path: Path, undis
         owner = first.workers()[0].pid
         with Job(small_run(data, tmp_path / "run", run={"wait_seconds": 1}), tmp_path) as second:
             assert second.wait(60) == 75, second.output
-        assert f"another job is writing here: life 1, host {lives.history(first.run)[0]['host']}" in second.output
+        assert f"another job is writing here: attempt 1, host {attempts.history(first.run)[0]['host']}" in second.output
         assert f"process {owner}" in second.output
         assert first.wait() == 0, first.output
-    assert lives.newest_life(first.run) == 1
+    assert attempts.newest_attempt(first.run) == 1
     assert json.loads((first.run / "exit.json").read_text())["code"] == 0  # the second one's 75 is not in it
     trained(first.run).same_as(expected)
 

@@ -44,7 +44,7 @@ def state_of(run: Path) -> dict[str, Any]:
 
 
 def check_stopped(job: Job, finish: Callable[..., Trained], expected: Trained) -> None:
-    """75, told, saved to the step where it stopped, and the next life ends as if nothing had happened."""
+    """75, told, saved to the step where it stopped, and the next attempt ends as if nothing had happened."""
     check_code(job)
     finish(job.run).same_as(expected)
 
@@ -96,7 +96,7 @@ def test_stop_in_a_long_evaluation(data: Path, tmp_path: Path, undisturbed: Any,
         check_code(job)
         assert time.monotonic() - start < 8
         assert newest_step(job.run) == 14
-        assert state_of(job.run)["evaluated"] == 7  # it is made up for in the next life
+        assert state_of(job.run)["evaluated"] == 7  # it is made up for in the next attempt
     finish(job.run, **one_by_one).same_as(expected)
 
 

@@ -41,11 +41,11 @@ class Submitted:
         until(lambda: self._told("JobState") in ENDED, f"job {self.id} ends; {self.output}", seconds)
         return f"{self._told('JobState')} {self._told('ExitCode').partition(':')[0]}"
 
-    def wait_for(self, run: Path, step: int, life: int, seconds: float = 90) -> None:
-        """Until this life has saved a checkpoint of a step or a later one."""
+    def wait_for(self, run: Path, step: int, attempt: int, seconds: float = 90) -> None:
+        """Until this attempt has saved a checkpoint of a step or a later one."""
         until(
-            lambda: newest_step(run) >= step and self.restarts == life,
-            f"life {life} of job {self.id} saves step {step}; {self.output}",
+            lambda: newest_step(run) >= step and self.restarts == attempt,
+            f"attempt {attempt} of job {self.id} saves step {step}; {self.output}",
             seconds,
         )
 
@@ -56,7 +56,7 @@ class Submitted:
 
     @property
     def output(self) -> str:
-        """What its script printed, in all lives."""
+        """What its script printed, in all attempts."""
         return "".join(path.read_text() for path in self._folder.glob(f"distrain-{self.id}.log"))
 
     def logs(self) -> dict[str, str]:
@@ -78,15 +78,15 @@ def configured(data: Path, folder: Path, name: str = "small", **sections: dict[s
 
 
 SLOW = {"FAULT": "unhurried:0:1"}  # so that what is done to it finds it before its end
-# SLURM looks every 30 s, and warns up to a minute early: a life here is 30 s at most, too short for all of these steps.
+# SLURM looks every 30 s, and warns up to a minute early: an attempt here is 30 s at most, too short for all of these steps.
 LONG: dict[str, dict[str, Any]] = {
     "train": {"max_steps": 700}, "eval": {"every_steps": 200}, "checkpoint": {"every_steps": 300},
-    "launch": {"max_lives_without_progress": 10},
+    "launch": {"max_attempts_without_progress": 10},
 }  # fmt: skip
 FATAL: dict[str, tuple[str, dict[str, dict[str, Any]], int, int]] = {  # FAULT, keys, exit code, restarts
     "configuration": ("none:0:0", {"train": {"lrr": 1}}, 78, 0),
     "crash": ("crash:3:30", {}, 1, 0),
-    "no progress": ("kill:3:10", {"launch": {"max_lives_without_progress": 2}}, 1, 1),
+    "no progress": ("kill:3:10", {"launch": {"max_attempts_without_progress": 2}}, 1, 1),
 }
 
 
@@ -101,7 +101,7 @@ def submitted(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFac
     files = [configured(data, folder, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
     found["array"] = Submitted(cluster, folder, *files, options=("--array=0-1", "--nodes=1"))
     folder = tmp_path_factory.mktemp("limit")
-    others = ":".join(job.id for job in found.values())  # beside them a life would be over before its first step
+    others = ":".join(job.id for job in found.values())  # beside them an attempt would be over before its first step
     options = ("--time=1", "--signal=B:USR2@30", f"--dependency=afterany:{others}")
     found["limit"] = Submitted(cluster, folder, configured(data, folder, **LONG), options=options, **SLOW)
     return found
@@ -132,13 +132,13 @@ def test_signals_requeues_and_a_crashed_node(
     length = {"train": {"max_steps": 500}, "eval": {"every_steps": 100}, "checkpoint": {"every_steps": 20}}
     job = Submitted(cluster, tmp_path, configured(data, tmp_path, **length), **SLOW)
     run = job.runs / "small"
-    job.wait_for(run, 40, life=0)
+    job.wait_for(run, 40, attempt=0)
     cluster.ask("scancel", "--signal=USR1", job.id)
     until(lambda: job.restarts == 1, "it comes back after a signal", 60)
-    job.wait_for(run, newest_step(run) + 40, life=1)
+    job.wait_for(run, newest_step(run) + 40, attempt=1)
     cluster.ask("scontrol", "requeue", job.id)
     until(lambda: job.restarts == 2, "it comes back after a requeue", 60)
-    job.wait_for(run, newest_step(run) + 40, life=2)
+    job.wait_for(run, newest_step(run) + 40, attempt=2)
     cluster.crash(1)
     cluster.boot(1)
     assert job.wait(240) == "COMPLETED 0"
@@ -149,7 +149,7 @@ def test_signals_requeues_and_a_crashed_node(
 def test_cancelled_jobs_save_and_stay_away(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     job = Submitted(cluster, tmp_path, configured(data, tmp_path, train={"max_steps": 2000}), **SLOW)
     run = job.runs / "small"
-    job.wait_for(run, 20, life=0)
+    job.wait_for(run, 20, attempt=0)
     cluster.ask("scancel", job.id)
     assert job.wait(60).startswith("CANCELLED")
     until(lambda: exit_file(run)["code"] == 75, "the launcher has left", 30)
@@ -181,4 +181,4 @@ def test_the_time_limit(submitted: dict[str, Submitted], undisturbed: Callable[.
     trained(run).same_as(undisturbed(4, **LONG))
     names = set(job.logs())
     for rank in ("node-0", "rank-00001", "rank-00002", "rank-00003"):
-        assert f"small-{job.id}/life-{job.restarts}/{rank}.log" in names
+        assert f"small-{job.id}/attempt-{job.restarts}/{rank}.log" in names

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from distrain import config, machine
 from distrain.data import shards
 from distrain.data.manifest import Dataset
-from distrain.processes.runtime import Runtime
+from distrain.distributed.runtime import Runtime
 from distrain.training import setup
 
 
@@ -97,5 +97,5 @@ def load(dataset: Dataset, split: str, most: int | None = None) -> tuple[Tensor,
 def alone(context: Context) -> Iterator[Runtime]:
     """This process as a run's only one: one thread, and the arithmetic that `distrain train` sets."""
     resolved = config.from_tree({"run": {"dir": str(context.work / "alone"), "device": context.device}})
-    with closing(setup.watch(resolved)) as watching, setup.start_runtime(resolved, watching) as runtime:
+    with closing(setup.watch(resolved)) as watchdog, setup.start_runtime(resolved, watchdog) as runtime:
         yield runtime

@@ -246,7 +246,7 @@ def _unit(records: Sequence[Record]) -> tuple[str, float]:
 
 
 def _marks(axes: Axes, record: Record, x: str, divisor: float, colour: str, told: bool) -> None:
-    """Dashed lines where a later life went on; triangles for checkpoints that are kept."""
+    """Dashed lines where a later attempt went on; triangles for checkpoints that are kept."""
     place = _places(record) if x == "time" else (lambda steps: np.asarray(steps, dtype=float))
     again = restarts(record)
     for number, where in enumerate(place(again) / divisor if again else ()):
@@ -261,9 +261,9 @@ def _marks(axes: Axes, record: Record, x: str, divisor: float, colour: str, told
 
 
 def restarts(record: Record) -> list[int]:
-    """Steps after which a later life went on; one that found the run done is none."""
+    """Steps after which a later attempt went on; one that found the run done is none."""
     end = record.setup.get("steps", 0)
-    later = [life["from_step"] for life in record.lives[1:] if life.get("from_step") is not None]
+    later = [attempt["from_step"] for attempt in record.attempts[1:] if attempt.get("from_step") is not None]
     return [int(step) for step in later if step < end]
 
 

@@ -53,7 +53,7 @@ class Section:
     wrong: list[dict[str, str]] = field(default_factory=list)
     augmented: str | None = None
     augmentation: str = ""
-    lives: list[dict[str, Any]] = field(default_factory=list)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
     facts: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
 
 
@@ -123,7 +123,7 @@ def _section(record: Record, name: str, classes: list[Shown]) -> Section:
         _wrong(record),
         _augmented(record),
         _augmentation(record),
-        _lives(record),
+        _attempts(record),
         _facts(record),
     )
 
@@ -145,7 +145,7 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     rate = result["images_per_second"] if result is not None else (rates[-1] if rates else None)
     seconds = max((line.get("seconds", 0.0) for line in record.lines), default=0.0)
     done = max((line["step"] for line in record.lines), default=0)
-    tiles.append((clock(result["seconds"] if result is not None else seconds), "wall time, all lives"))
+    tiles.append((clock(result["seconds"] if result is not None else seconds), "wall time, all attempts"))
     if rate is not None:
         tiles.append((f"{rate:,.0f}", "images/s while training"))
     tiles.append((f"{done:,}", f"of {setup['steps']:,} steps, {setup['steps_per_epoch']:,} an epoch"))
@@ -287,17 +287,17 @@ def _png(image: NDArray[Any], alpha: NDArray[Any] | None = None, most: int = _TH
     return buffer.getvalue()
 
 
-def _lives(record: Record) -> list[dict[str, Any]]:
+def _attempts(record: Record) -> list[dict[str, Any]]:
     return [
         {
-            "life": life.get("life"),
-            "host": life.get("host"),
-            "start": life.get("start"),
-            "end": life.get("ended") or "not released",
-            "from": f"{life['from_step']:,}" if life.get("from_step") is not None else "never began",
-            "processes": life.get("world_size") or "",
+            "attempt": attempt.get("attempt"),
+            "host": attempt.get("host"),
+            "start": attempt.get("start"),
+            "end": attempt.get("ended") or "not released",
+            "from": f"{attempt['from_step']:,}" if attempt.get("from_step") is not None else "never began",
+            "processes": attempt.get("world_size") or "",
         }
-        for life in record.lives
+        for attempt in record.attempts
     ]
 
 

@@ -21,15 +21,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from distrain import machine
+from distrain import machine, signals
 from distrain.data.order import World
+from distrain.distributed import accelerate_check, rendezvous
+from distrain.distributed.peer_store import PeerStore
+from distrain.distributed.rendezvous import loss_told
+from distrain.distributed.watchdog import Watchdog
 from distrain.errors import AgainError, ConfigError, PeerLostError, SaveError, Stopped, UserError
+from distrain.failures import PeerFailedError, failure_of
 from distrain.models.batch_norm import over_all_ranks
-from distrain.processes import accelerate_check, rendezvous, signals
-from distrain.processes.failures import PeerFailedError, failure_of
-from distrain.processes.notices import Notices
-from distrain.processes.rendezvous import loss_told
-from distrain.processes.watch import Watch
 
 T = TypeVar("T")
 
@@ -64,10 +64,10 @@ class Runtime:
     world: World
     dtype: torch.dtype
     owns_group: bool
-    watch: Watch
+    watch: Watchdog
     _control: Any
     """Group for words between processes, on CPUs: it neither waits for the device nor holds it up."""
-    _notices: Notices | None
+    _peer_store: PeerStore | None
     _broken: bool = False
     _alone: bool = False
 
@@ -90,7 +90,7 @@ class Runtime:
         """Whether this process writes the run's folder and speaks to the user."""
         return self.world.rank == 0
 
-    def couple(self, module: nn.Module) -> nn.Module:
+    def sync_batch_norm(self, module: nn.Module) -> nn.Module:
         """The model with BatchNorm's statistics taken over all processes; as it is, for one process."""
         return over_all_ranks(module, self.device.type == "cuda") if self.world.size > 1 else module
 
@@ -98,10 +98,10 @@ class Runtime:
         """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""
         if self.device.type == "cuda":
             module.to(memory_format=torch.channels_last)
-        with self._meeting():  # DDP compares and sends parameters
+        with self._collective():  # DDP compares and sends parameters
             prepared, stepping = self._accelerator.prepare(module, optimizer)
         if self.world.size > 1:
-            # Or each forward pass would meet the others; evaluation takes the main one's buffers (`share_buffers`).
+            # Or each forward pass would meet the others; evaluation takes the main one's buffers (`broadcast_buffers`).
             prepared.broadcast_buffers = False
         return prepared, stepping
 
@@ -116,7 +116,7 @@ class Runtime:
 
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients, and reduce them unless `accumulating`."""
-        with self._meeting():
+        with self._collective():
             # accelerate divides by its own number of micro-batches, 1: an operation more each way.
             if self._accelerator.scaler is not None:
                 self._accelerator.backward(loss)
@@ -127,9 +127,9 @@ class Runtime:
         """Bound the norm of the whole gradient."""
         self._accelerator.clip_grad_norm_(model.parameters(), norm)
 
-    def share_buffers(self, module: nn.Module) -> None:
+    def broadcast_buffers(self, module: nn.Module) -> None:
         """Give all processes the main one's buffers: BatchNorm's statistics are each process's own."""
-        with self._meeting():
+        with self._collective():
             for buffer in module.buffers() if self.world.size > 1 else ():
                 dist.broadcast(buffer, src=0)
 
@@ -145,7 +145,7 @@ class Runtime:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on each of them; the tensor itself is overwritten."""
-        with self._meeting():
+        with self._collective():
             if self.world.size > 1:
                 dist.all_reduce(tensor)
         return tensor
@@ -153,7 +153,7 @@ class Runtime:
     def from_main(self, value: Any) -> Any:
         """The main process's value, on each of them (pickled between processes of one job)."""
         box = [value]
-        with self._meeting():
+        with self._collective():
             if self.world.size > 1:
                 dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]
@@ -161,7 +161,7 @@ class Runtime:
     def from_all(self, value: Any) -> list[Any]:
         """Every process's value, on each of them (pickled between processes of one job)."""
         found = [value]
-        with self._meeting():
+        with self._collective():
             if self.world.size > 1:
                 found = [None] * self.world.size
                 dist.all_gather_object(found, value, group=self._control)
@@ -171,13 +171,13 @@ class Runtime:
         """Meet, and know the same: whether one was asked to stop, how many raised each flag, the main one's number."""
         told = [signals.requested() is not None, *flags, main if self.is_main else 0]
         words = torch.tensor(told, dtype=torch.int64)
-        with self._meeting():
+        with self._collective():
             if self.world.size > 1:
                 dist.all_reduce(words, group=self._control)
         stop, *raised, number = words.tolist()
         return Agreed(stop > 0, tuple(raised), number)
 
-    def leave_if_asked(self) -> None:
+    def leave_if_requested(self) -> None:
         """A place where nothing has to be saved yet.
 
         Raises:
@@ -207,7 +207,7 @@ class Runtime:
 
         Args:
             busy: this process does.
-            progress: this process got on since the last meeting.
+            progress: this process got on since the last collective.
             problem: why this process cannot go on.
 
         Raises:
@@ -241,18 +241,18 @@ class Runtime:
                 yield
         except PeerLostError:
             self._broken = True
-            why = self._notices.failed() if self._notices is not None else None
+            why = self._peer_store.failed() if self._peer_store is not None else None
             if why is not None:
                 raise PeerFailedError(why) from None
             raise
 
     @contextlib.contextmanager
-    def _meeting(self) -> Iterator[None]:
+    def _collective(self) -> Iterator[None]:
         """Around a collective: waiting for the others is known as waiting, their loss as loss."""
         if self.world.size == 1:
             yield
             return
-        with self.peers(), self.watch.meeting():
+        with self.peers(), self.watch.collective():
             yield
 
     def seed(self, seed: int) -> None:
@@ -274,8 +274,8 @@ class Runtime:
     def _abandon(self, error: BaseException) -> None:
         """The other processes are somewhere else: leaving must not wait for them, and they are told why."""
         self._broken = self.world.size > 1
-        if self._notices is not None and not isinstance(error, PeerFailedError):
-            self._notices.leave(failure_of(error))
+        if self._peer_store is not None and not isinstance(error, PeerFailedError):
+            self._peer_store.leave(failure_of(error))
 
     def _close(self) -> None:
         if self._broken:  # a broken group may wait for the lost
@@ -306,7 +306,7 @@ class Settings:
     deterministic: bool = False
 
 
-def start(asked_for: Settings, start_seconds: float, watch: Watch) -> Runtime:
+def start(asked_for: Settings, start_seconds: float, watch: Watchdog) -> Runtime:
     """Join the group that the launcher's environment describes; one process alone where there is none.
 
     Raises:
@@ -322,21 +322,23 @@ def start(asked_for: Settings, start_seconds: float, watch: Watch) -> Runtime:
         store = rendezvous.own_part(dist.distributed_c10d._get_default_store()) if dist.get_world_size() > 1 else None
     else:
         store = rendezvous.connect(asked, start_seconds, watch) if asked > 1 else None
-    notices = Notices(store) if store is not None else None
-    if notices is not None:
-        watch.connect(notices)
+    peer_store = PeerStore(store) if store is not None else None
+    if peer_store is not None:
+        watch.connect(peer_store)
     try:
-        return _start(asked_for, start_seconds, watch, store, notices)
+        return _start(asked_for, start_seconds, watch, store, peer_store)
     except PeerFailedError:
         raise
     except Exception as error:
-        if notices is not None:
-            notices.leave(failure_of(error))
+        if peer_store is not None:
+            peer_store.leave(failure_of(error))
             rendezvous.linger()
         raise
 
 
-def _start(settings: Settings, start_seconds: float, watch: Watch, store: Any, notices: Notices | None) -> Runtime:
+def _start(
+    settings: Settings, start_seconds: float, watch: Watchdog, store: Any, peer_store: PeerStore | None
+) -> Runtime:
     device, precision = settings.device, settings.precision
     on_cpu = _on_cpu(device, precision)
     _set_numerics(precision, settings.deterministic)
@@ -344,8 +346,8 @@ def _start(settings: Settings, start_seconds: float, watch: Watch, store: Any, n
         machine.keep_freed_memory()
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     owns_group = not dist.is_initialized()
-    if owns_group and store is not None and notices is not None:
-        rendezvous.join(store, notices, asked, "gloo" if on_cpu else "nccl", start_seconds, watch)
+    if owns_group and store is not None and peer_store is not None:
+        rendezvous.join(store, peer_store, asked, "gloo" if on_cpu else "nccl", start_seconds, watch)
     accelerator = Accelerator(
         # Without cpu=True each CPU process that torchrun started believes that it is alone.
         cpu=on_cpu,
@@ -364,7 +366,7 @@ def _start(settings: Settings, start_seconds: float, watch: Watch, store: Any, n
         with loss_told("another process is gone"):
             control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=rendezvous.BEYOND)
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    return Runtime(accelerator, world, dtype, owns_group, watch, control, notices)
+    return Runtime(accelerator, world, dtype, owns_group, watch, control, peer_store)
 
 
 def _set_numerics(precision: str, deterministic: bool) -> None:

@@ -18,7 +18,7 @@ from distrain.training.augment import normalize
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """`model` in fp32, for evaluation; `image_shape` (H, W, C) of its images; `checkpoint`: its folder's name."""
 
     model: nn.Module
@@ -35,7 +35,7 @@ class Trained:
             return logits.softmax(1).cpu()
 
 
-def load(run: Path, which: str | None, device: str = "cpu") -> Trained:
+def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
     """The model of a run's checkpoint.
 
     Args:
@@ -55,7 +55,7 @@ def load(run: Path, which: str | None, device: str = "cpu") -> Trained:
     model = models.build(wanted.name, wanted.activation, len(classes), (channels, height, width))
     models.load(model, saved.model, wanted.name, path)
     mean, std = (torch.tensor(saved.state["identity"][f"data.{key}"], device=device) for key in ("mean", "std"))
-    return Trained(model.float().to(device).eval(), classes, (height, width, channels), mean, std, path.name)
+    return LoadedModel(model.float().to(device).eval(), classes, (height, width, channels), mean, std, path.name)
 
 
 def choose(run: Path, which: str | None) -> tuple[Path, list[str]]:

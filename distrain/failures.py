@@ -22,7 +22,7 @@ from distrain.errors import (
     UnreachableError,
     UserError,
 )
-from distrain.processes.beacon import FOLDER, Place, read_place
+from distrain.worker_status import FOLDER, WorkerStatus, read_status
 
 Kind = Literal["fault", "user", "again", "busy", "peer", "hang", "save"]
 
@@ -76,7 +76,7 @@ def failure(kind: Kind, code: int, message: str, trace: str = "") -> Failure:
     """A failure of this process, here and now."""
     rank = int(os.environ.get("RANK", "0"))
     folder = os.environ.get(FOLDER)
-    place = read_place(Path(folder), rank) if folder else Place()
+    place = read_status(Path(folder), rank) if folder else WorkerStatus()
     return Failure(kind, code, rank, socket.gethostname(), place.phase, place.step, message, trace, time.time())
 
 

@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
+from distrain import signals
+from distrain.distributed.peer_store import PeerStore
+from distrain.distributed.watchdog import Watchdog
 from distrain.errors import AgainError, ConfigError, PeerLostError, Stopped
-from distrain.processes import signals
-from distrain.processes.failures import PeerFailedError
-from distrain.processes.nodes import STORE_SOCKET
-from distrain.processes.notices import Notices
-from distrain.processes.watch import Watch
+from distrain.failures import PeerFailedError
+from distrain.worker_status import STORE_SOCKET
 
 BEYOND = timedelta(hours=24)
-"""Time-out of collectives themselves: `Watch` knows the phase and who is behind, so it is the one that ends a wait."""
+"""Time-out of collectives themselves: `Watchdog` knows the phase and who is behind, so it is the one that ends a wait."""
 
 _STARTS = itertools.count()
 
@@ -35,7 +35,7 @@ _STOP_SECONDS = 5.0
 _LINGER_SECONDS = 2.0
 
 
-def connect(size: int, seconds: float, watch: Watch) -> Any:
+def connect(size: int, seconds: float, watch: Watchdog) -> Any:
     """This run's part of the store at which the launcher's environment has all processes meet.
 
     Raises:
@@ -52,7 +52,7 @@ def own_part(store: Any) -> Any:
     return PrefixStore(f"distrain/{next(_STARTS)}", store)
 
 
-def join(store: Any, notices: Notices, size: int, backend: str, seconds: float, watch: Watch) -> None:
+def join(store: Any, peer_store: PeerStore, size: int, backend: str, seconds: float, watch: Watchdog) -> None:
     """Make the group of all processes, once all have come.
 
     Raises:
@@ -63,7 +63,7 @@ def join(store: Any, notices: Notices, size: int, backend: str, seconds: float, 
     """
     rank = int(os.environ["RANK"])
     with loss_told(f"the processes could not meet at {_where()}"):
-        _wait_for_all(store, notices, rank, size, backend, time.monotonic() + seconds)
+        _wait_for_all(store, peer_store, rank, size, backend, time.monotonic() + seconds)
         watch.beat()
         if several_nodes():
             name = _interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -135,7 +135,7 @@ def _wait_for_server(deadline: float) -> None:
         time.sleep(0.1)
 
 
-def _wait_for_all(store: Any, notices: Notices, rank: int, size: int, backend: str, deadline: float) -> None:
+def _wait_for_all(store: Any, peer_store: PeerStore, rank: int, size: int, backend: str, deadline: float) -> None:
     """Every process has come, and expects as many as this one does, on the same kind of device."""
     own = f"{size} processes with {backend}"
     expected = store.compare_set("distrain/size", "", own).decode()
@@ -149,7 +149,7 @@ def _wait_for_all(store: Any, notices: Notices, rank: int, size: int, backend: s
         store.set("distrain/all", "1")
     asked_at = None
     while not store.check(["distrain/all"]):
-        peer = notices.failed()
+        peer = peer_store.failed()
         if peer is not None:
             linger()
             raise PeerFailedError(peer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distrain.errors import ConfigError
-from distrain.processes.nodes import Asked, Topology, first_host, work_out
+from distrain.launcher.cluster import Asked, Topology, first_host, work_out
 
 SLURM = {
     "SLURM_JOB_ID": "4711", "SLURM_PROCID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[3-4]",

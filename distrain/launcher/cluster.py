@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from distrain.errors import ConfigError
 
 LOCAL = "127.0.0.1"
-STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
-"""Environment variable: descriptor of the socket that the launcher listens on, for rank 0 to serve the store."""
 _KUBERNETES_PORT = 29400
 
 

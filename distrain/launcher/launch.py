@@ -25,16 +25,15 @@ from typing import IO, Any
 
 import yaml
 
-from distrain import files
+from distrain import files, signals
 from distrain.config import Config, public
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK, PeerLostError
-from distrain.processes import signals
-from distrain.processes.beacon import FOLDER, Place, read_place
-from distrain.processes.failures import Failure, read_failure
-from distrain.processes.nodes import LOCAL, STORE_SOCKET, Topology
-from distrain.processes.signals import LAUNCHER, STOP
-from distrain.runs import checkpoint, lives
+from distrain.failures import Failure, read_failure
+from distrain.launcher.cluster import LOCAL, Topology
+from distrain.runs import attempts, checkpoint
 from distrain.runs.folder import EXIT
+from distrain.signals import LAUNCHER, STOP
+from distrain.worker_status import FOLDER, STORE_SOCKET, WorkerStatus, read_status
 
 NODES = "nodes"
 _LEAVE_SECONDS = 5.0
@@ -54,7 +53,7 @@ class End:
     code: int
     """As the system has it: negative for a signal."""
     failure: Failure | None
-    place: Place
+    place: WorkerStatus
     time: float
     by_launcher: bool
 
@@ -337,37 +336,37 @@ class _Workers:
             with contextlib.suppress(ProcessLookupError):
                 self._running[rank].send_signal(number)
 
-    def _place(self, rank: int) -> Place:
-        return read_place(self._folder, rank)
+    def _place(self, rank: int) -> WorkerStatus:
+        return read_status(self._folder, rank)
 
 
 class _Book:
-    """RUN/exit.json: how this life ended, and how many ended without progress before it."""
+    """RUN/exit.json: how this attempt ended, and how many ended without progress before it."""
 
     def __init__(self, config: Config) -> None:
-        self._run, self._most = Path(config.run.dir), config.launch.max_lives_without_progress
+        self._run, self._most = Path(config.run.dir), config.launch.max_attempts_without_progress
         self._resume = config.run.resume
         self._checkpoints = self._run / checkpoint.FOLDER
         self._before = read_exit(self._run)
-        self._life = lives.newest_life(self._run)
-        # Lives are counted by leases: a launch that ended before it had one leaves their number as it is.
+        self._attempt = attempts.newest_attempt(self._run)
+        # Attempts are counted by leases: a launch that ended before it had one leaves their number as it is.
         self._launch = int(self._before.get("launch", 0)) + 1
         self._words_before = [read_exit(path.parent, path.name) for path in (self._run / NODES).glob("*.json")]
         self._step = self._before.get("step") or 0
-        self._idle = int(self._before.get("lives_without_progress", 0))
-        if self._run.is_dir() and lives.owner(self._run) is None:
+        self._idle = int(self._before.get("attempts_without_progress", 0))
+        if self._run.is_dir() and attempts.owner(self._run) is None:
             step = checkpoint.newest_verified(self._checkpoints)
-            if self._before.get("code", 0) is None:  # a launcher that was killed: it could not say how its life ended
+            if (
+                self._before.get("code", 0) is None
+            ):  # a launcher that was killed: it could not say how its attempt ended
                 self._idle = 0 if (step or 0) > self._step else self._idle + 1
             self._step = step or 0
-            self._write({"code": None, "reason": "running", "step": step, "life": self._life + 1})
+            self._write({"code": None, "reason": "running", "step": step, "attempt": self._attempt + 1})
 
     @property
     def exhausted(self) -> Outcome | None:
         """Set where launchers were killed again and again, before they could count."""
-        reason = (
-            f"{self._idle} lives in a row without progress (launch.max_lives_without_progress), killed without a word"
-        )
+        reason = f"{self._idle} attempts in a row without progress (launch.max_attempts_without_progress), killed without a word"
         return Outcome(EXIT_FAULT, reason, None) if self._idle >= self._most else None
 
     def hear(self, nodes: int, outcome: Outcome) -> Outcome:
@@ -384,28 +383,30 @@ class _Book:
             time.sleep(0.2)
 
     def can_go_on(self) -> bool:
-        """Whether the next life finds a verified checkpoint, or nothing at all."""
+        """Whether the next attempt finds a verified checkpoint, or nothing at all."""
         if not checkpoint.steps(self._checkpoints):
             return True
         return self._newest_at_end is not None and self._resume != "never"
 
     def close(self, outcome: Outcome) -> Outcome:
-        """Write down an outcome; too many lives without progress turn `run it again` into a fault."""
+        """Write down an outcome; too many attempts without progress turn `run it again` into a fault."""
         step = self._newest_at_end
         idle = 0 if (step or 0) > self._step or outcome.code == EXIT_OK else self._idle + 1
         if outcome.code == EXIT_AGAIN and idle >= self._most:
-            reason = f"{idle} lives in a row without progress (launch.max_lives_without_progress); {outcome.reason}"
+            reason = (
+                f"{idle} attempts in a row without progress (launch.max_attempts_without_progress); {outcome.reason}"
+            )
             outcome = Outcome(EXIT_FAULT, reason, outcome.first)
-        if (self._run.is_dir() or outcome.code == EXIT_AGAIN) and lives.owner(self._run) is None:
-            life = max(lives.newest_life(self._run), self._life + 1)
+        if (self._run.is_dir() or outcome.code == EXIT_AGAIN) and attempts.owner(self._run) is None:
+            attempt = max(attempts.newest_attempt(self._run), self._attempt + 1)
             idle = idle if outcome.code == EXIT_AGAIN else 0  # after a fault, a person looks and starts anew
             self._write(
                 {
                     "code": outcome.code,
                     "reason": outcome.reason,
                     "step": step,
-                    "life": life,
-                    "lives_without_progress": idle,
+                    "attempt": attempt,
+                    "attempts_without_progress": idle,
                 }
             )
         return outcome
@@ -416,7 +417,7 @@ class _Book:
         return checkpoint.newest_verified(self._checkpoints)
 
     def _write(self, content: dict[str, object]) -> None:
-        kept = {"launch": self._launch, "lives_without_progress": self._idle}
+        kept = {"launch": self._launch, "attempts_without_progress": self._idle}
         try:
             self._run.mkdir(parents=True, exist_ok=True)
             files.replace(self._run / EXIT, json.dumps({**kept, **content}, indent=1) + "\n")
@@ -483,7 +484,7 @@ def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
         address = (LOCAL, topology.port) if topology.nodes == 1 else ("", topology.port)
         listening = socket.create_server(address, backlog=4096)
     except OSError as error:
-        # The life before may still hold it for a moment: another time it may be free.
+        # The attempt before may still hold it for a moment: another time it may be free.
         raise PeerLostError(f"port {topology.port} cannot be had: {error.strerror}; or give another --port") from error
     with listening:
         yield listening
@@ -516,5 +517,5 @@ def _wait_for_name(host: str, seconds: float, stops: _Stops) -> None:
 
 def describe(topology: Topology, processes: int) -> str:
     """What is about to start, in one line."""
-    where = f", meeting at {topology.host}:{topology.port}" if topology.nodes > 1 else ""
+    where = f", collective at {topology.host}:{topology.port}" if topology.nodes > 1 else ""
     return f"distrain: node {topology.node} of {topology.nodes} ({topology.source}), {processes} processes here{where}"

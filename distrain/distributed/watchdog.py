@@ -1,7 +1,7 @@
 """Time-outs by phase. A thread sees whether its process makes progress; where it makes none for too long, it writes
 the stacks of all threads, finds out which process is behind, and ends this one.
 
-Processes compare how often they met: every collective is a meeting, entered and left. Who is behind has met the least
+Processes compare how often they met: every collective is counted, entered and left. Who is behind has met the least
 often, or does not answer at all. Nothing is sent while all goes well.
 
 A process that waits in vain also asks whether another one failed: NCCL waits for the dead without a word.
@@ -20,17 +20,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from distrain.distributed.peer_store import PeerStore
 from distrain.errors import EXIT_AGAIN
-from distrain.processes.beacon import Beacon, Place
-from distrain.processes.failures import Failure, fail, failure
-from distrain.processes.notices import Notices
+from distrain.failures import Failure, fail, failure
+from distrain.worker_status import StatusWriter, WorkerStatus
 
 _TICK = 0.5
 _ASK_SECONDS = 5.0
 """How long a stuck process waits for what the others say of themselves."""
 
 
-class Watch:
+class Watchdog:
     """Where this process is, and how long it may stay there."""
 
     def __init__(self, limits: Mapping[str, float], stacks: Path) -> None:
@@ -38,24 +38,24 @@ class Watch:
         self._limits, self._stacks = dict(limits), stacks
         self.rank = int(os.environ.get("RANK", "0"))
         self._size = int(os.environ.get("WORLD_SIZE", "1"))
-        self._notices: Notices | None = None
-        self._phase, self._step, self._beats, self._meetings = "start", 0, 0, 0
+        self._peer_store: PeerStore | None = None
+        self._phase, self._step, self._beats, self._collectives = "start", 0, 0, 0
         self.waits_for: str | None = None
         """What this process waits for, while it meets the others again and again."""
-        self._beacon = Beacon(self.rank)
+        self._status = StatusWriter(self.rank)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="distrain-watch", daemon=True)
         self._tell()
         self._thread.start()
 
     @property
-    def place(self) -> Place:
+    def place(self) -> WorkerStatus:
         """Where this process is now."""
-        return Place(self._phase, self._step, self._beats, self._limits.get(self._phase, 0.0))
+        return WorkerStatus(self._phase, self._step, self._beats, self._limits.get(self._phase, 0.0))
 
-    def connect(self, notices: Notices) -> None:
+    def connect(self, peer_store: PeerStore) -> None:
         """Where processes tell of themselves when they are stuck, or fail."""
-        self._notices = notices
+        self._peer_store = peer_store
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -81,11 +81,11 @@ class Watch:
         self._tell()
 
     @contextlib.contextmanager
-    def meeting(self) -> Iterator[None]:
+    def collective(self) -> Iterator[None]:
         """Around a collective: outside, this process is at work; inside, it waits for the others."""
-        self._meetings += 1
+        self._collectives += 1
         yield  # not left when it fails: then this process still waits
-        self._meetings += 1
+        self._collectives += 1
 
     def close(self) -> None:
         """End the thread."""
@@ -93,7 +93,7 @@ class Watch:
         self._thread.join(_ASK_SECONDS)
 
     def _tell(self) -> None:
-        self._beacon.tell(self.place)
+        self._status.tell(self.place)
 
     def _work(self) -> None:
         # Ticks are counted, not seconds: a job that was suspended as a whole, and goes on, is not stuck.
@@ -112,20 +112,20 @@ class Watch:
 
     def _leave_with_peer(self) -> None:
         """End where this process waits for one that has failed; not in the midst of a save."""
-        waits = self._meetings % 2 == 1
-        peer = self._notices.failed() if waits and self._notices is not None else None
+        waits = self._collectives % 2 == 1
+        peer = self._peer_store.failed() if waits and self._peer_store is not None else None
         if peer is not None:
             _end(peer)
 
     def _publish(self) -> None:
-        if self._notices is not None:
+        if self._peer_store is not None:
             told = {
-                "meetings": self._meetings,
+                "meetings": self._collectives,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "waits_for": self.waits_for,
             }
-            self._notices.tell_stuck(self.rank, told)
+            self._peer_store.tell_stuck(self.rank, told)
 
     def _expire(self, limit: float) -> None:
         place = self.place
@@ -156,11 +156,11 @@ class Watch:
         """Which process keeps the others waiting, as far as it can be known."""
         if self._size == 1:
             return "the only process is stuck; see its stacks"
-        if self._notices is None:
+        if self._peer_store is None:
             return behind({}, self._size)
         self._publish()
         time.sleep(_ASK_SECONDS / 2)  # the others' time-outs pass at nearly the same time
-        return behind(self._notices.all_stuck(self._size), self._size)
+        return behind(self._peer_store.all_stuck(self._size), self._size)
 
 
 def _end(why: Failure) -> NoReturn:

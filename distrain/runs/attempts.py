@@ -1,6 +1,6 @@
-"""One writer: the lease on a run's folder, and the list of its lives.
+"""One writer: the lease on a run's folder, and the list of its attempts.
 
-    RUN/lives/000001.json  000002.json …      one file for each time that a job took the folder
+    RUN/attempts/000001.json  000002.json …      one file for each time that a job took the folder
 
 The newest file is the lease. Its owner renews it; a job that wants the folder makes the next one, which only one can
 do, once the newest is released, or its process is gone, or it was not renewed for a while. An owner that sees a newer
@@ -25,7 +25,7 @@ from typing import Any
 from distrain.errors import BusyError, Stopped
 from distrain.files import write
 
-FOLDER = "lives"
+FOLDER = "attempts"
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
 """Without a renewal for so long, an owner counts as gone. Seen by the one who waits: clocks are not compared."""
@@ -36,10 +36,10 @@ _NAME = re.compile(r"(\d{6,})\.json")
 class Lease:
     """The right to write in a run's folder."""
 
-    def __init__(self, run: Path, life: int, content: dict[str, Any]) -> None:
-        self.life = life
-        self._path, self._content = _path(run, life), content
-        self._next = _path(run, life + 1)
+    def __init__(self, run: Path, attempt: int, content: dict[str, Any]) -> None:
+        self.attempt = attempt
+        self._path, self._content = _path(run, attempt), content
+        self._next = _path(run, attempt + 1)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -71,7 +71,7 @@ class Lease:
         self._thread.start()
 
     def note(self, **values: Any) -> None:
-        """Write more into this life's file, and renew it."""
+        """Write more into this attempt's file, and renew it."""
         with self._lock:
             self._content = {**self._content, **values, "renewed": _now()}
             _replace(self._path, self._content)
@@ -108,7 +108,7 @@ def acquire(
     seen: Any = None
     told = False
     while True:
-        newest = newest_life(run)
+        newest = newest_attempt(run)
         current = _read(_path(run, newest)) if newest else None
         if current != seen:
             seen, seen_at = current, time.monotonic()
@@ -129,8 +129,8 @@ def acquire(
         time.sleep(0.2)
 
 
-def newest_life(run: Path) -> int:
-    """Number of the newest life; 0 where there was none."""
+def newest_attempt(run: Path) -> int:
+    """Number of the newest attempt; 0 where there was none."""
     folder = run / FOLDER
     names = os.listdir(folder) if folder.is_dir() else []
     return max((int(match[1]) for name in names if (match := _NAME.fullmatch(name))), default=0)
@@ -138,20 +138,20 @@ def newest_life(run: Path) -> int:
 
 def owner(run: Path) -> str | None:
     """Who holds the lease, for people; None if it is free. An owner on another host that died still counts."""
-    newest = newest_life(run)
+    newest = newest_attempt(run)
     current = _read(_path(run, newest)) if newest else None
     return None if current is None or _is_gone(current) else _named(current)
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """What each life noted, oldest first."""
-    found = (_read(_path(run, life)) for life in range(1, newest_life(run) + 1))
+    """What each attempt noted, oldest first."""
+    found = (_read(_path(run, attempt)) for attempt in range(1, newest_attempt(run) + 1))
     return [entry for entry in found if entry is not None]
 
 
-def _entry(life: int) -> dict[str, Any]:
+def _entry(attempt: int) -> dict[str, Any]:
     return {
-        "life": life,
+        "attempt": attempt,
         "host": socket.gethostname(),
         "process": os.getpid(),
         "machine": _machine(),
@@ -221,8 +221,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _path(run: Path, life: int) -> Path:
-    return run / FOLDER / f"{life:06d}.json"
+def _path(run: Path, attempt: int) -> Path:
+    return run / FOLDER / f"{attempt:06d}.json"
 
 
 def _named(entry: dict[str, Any] | None) -> str:
@@ -230,7 +230,7 @@ def _named(entry: dict[str, Any] | None) -> str:
         return "owner unknown"
     job = f", SLURM job {entry['job']}" if entry.get("job") else ""
     return (
-        f"life {entry.get('life')}, host {entry.get('host')}, process {entry.get('process')}{job},"
+        f"attempt {entry.get('attempt')}, host {entry.get('host')}, process {entry.get('process')}{job},"
         f" started {entry.get('start')}, renewed {entry.get('renewed')}"
     )
 

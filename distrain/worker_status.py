@@ -15,13 +15,15 @@ from pathlib import Path
 
 FOLDER = "DISTRAIN_REPORTS"
 """Environment variable: the launcher's folder for what its processes tell."""
+STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
+"""Environment variable: descriptor of the socket that the launcher listens on, for rank 0 to serve the store."""
 
 PHASES = ("start", "first step", "train", "evaluate", "save", "end")
-_PLACE = struct.Struct("<qqqd")
+_STATUS = struct.Struct("<qqqd")
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerStatus:
     """Where a process is: steps done, progress made (`beats` counts it), and the longest time in seconds that may pass
     without any (0: no limit).
     """
@@ -32,32 +34,32 @@ class Place:
     limit: float = 0.0
 
 
-class Beacon:
+class StatusWriter:
     """A process's place; kept to itself where no launcher asked for it."""
 
     def __init__(self, rank: int) -> None:
         folder = os.environ.get(FOLDER)
         self._map: mmap.mmap | None = None
         if folder:
-            with contextlib.suppress(OSError), _place_file(Path(folder), rank).open("w+b") as file:
-                file.write(bytes(_PLACE.size))  # not a hole: on a full disk, touching one is SIGBUS
+            with contextlib.suppress(OSError), _status_file(Path(folder), rank).open("w+b") as file:
+                file.write(bytes(_STATUS.size))  # not a hole: on a full disk, touching one is SIGBUS
                 file.flush()
-                self._map = mmap.mmap(file.fileno(), _PLACE.size)
+                self._map = mmap.mmap(file.fileno(), _STATUS.size)
 
-    def tell(self, place: Place) -> None:
+    def tell(self, place: WorkerStatus) -> None:
         """Overwrite the place."""
         if self._map is not None:
-            _PLACE.pack_into(self._map, 0, PHASES.index(place.phase), place.step, place.beats, place.limit)
+            _STATUS.pack_into(self._map, 0, PHASES.index(place.phase), place.step, place.beats, place.limit)
 
 
-def read_place(folder: Path, rank: int) -> Place:
+def read_status(folder: Path, rank: int) -> WorkerStatus:
     """The place of a process, dead or alive; the start's where it has told none."""
     try:
-        phase, step, beats, limit = _PLACE.unpack(_place_file(folder, rank).read_bytes())
+        phase, step, beats, limit = _STATUS.unpack(_status_file(folder, rank).read_bytes())
     except (OSError, struct.error):
-        return Place()
-    return Place(PHASES[phase], step, beats, limit)
+        return WorkerStatus()
+    return WorkerStatus(PHASES[phase], step, beats, limit)
 
 
-def _place_file(folder: Path, rank: int) -> Path:
+def _status_file(folder: Path, rank: int) -> Path:
     return folder / f"{rank}.place"

@@ -56,7 +56,7 @@ def noted() -> Iterator[None]:
 
 def end_with_launcher() -> None:
     """Have the kernel end this process when its launcher ends, by whatever means: an orphan would train on, beside the
-    next life of the same run. Counts for `distrain launch` and torchrun.
+    next attempt of the same run. Counts for `distrain launch` and torchrun.
     """
     launcher = os.environ.get(LAUNCHER)
     if sys.platform != "linux" or not (launcher or "TORCHELASTIC_RUN_ID" in os.environ):

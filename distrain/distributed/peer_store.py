@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distrain.processes.failures import Failure, format_failure, parse_failure
+from distrain.failures import Failure, format_failure, parse_failure
 
 _ANSWER_SECONDS = 5.0
 _FAILED = "distrain/failed"
 
 
-class Notices:
+class PeerStore:
     """Asking and telling never fail, and take a few seconds at most: the store's own process may be gone or frozen, and
     torch then waits for its answer without end.
     """
