@@ -23,6 +23,7 @@ def train(config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> dict[str,
     Raises:
         distrain.errors.UserError: configuration or data cannot be used, or the loss diverged.
     """
-    from distrain.training import trainer  # imports torch: seconds
+    from distrain.environment import Environment
+    from distrain.training import train as training  # imports torch: seconds
 
-    return trainer.train(config)
+    return training.train(config, Environment.read(os.environ))

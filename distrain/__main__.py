@@ -10,8 +10,9 @@ def main() -> int:
     command = "".join(sys.argv[1:2])  # no other word: `prepare folder train` trains nothing
     if command in ("train", "evaluate", "doctor", "launch"):
         from distrain import console, signals
+        from distrain.environment import Environment
 
-        signals.end_with_launcher()
+        signals.end_with_launcher(Environment.read(os.environ))
         signals.install()
         console.keep_going()
         # When a process is gone, torch's store prints pages of C++ frames; we say it in a line.

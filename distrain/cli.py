@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from distrain import __version__, address, config, failures, signals
+from distrain.environment import Environment
 from distrain.errors import EXIT_AGAIN, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
 from distrain.tools.bench import PARTS
 
@@ -24,28 +25,31 @@ _AFTER_FIRST_SECONDS = 5
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 75 run it again, 78 never again unchanged, 1 a fault."""
+    environment = Environment()
     try:
-        return cli.main(arguments, prog_name="distrain", standalone_mode=False) or EXIT_OK
+        environment = Environment.read(os.environ)
+        return cli.main(arguments, prog_name="distrain", standalone_mode=False, obj=environment) or EXIT_OK
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return EXIT_OK
     except click.ClickException as error:
-        if not failures.fail(failures.failure("user", EXIT_NEVER_AGAIN, error.format_message())):
+        failure = failures.failure_here(environment, "user", EXIT_NEVER_AGAIN, error.format_message())
+        if not failures.report_failure(failure, environment):
             error.show()
         return EXIT_NEVER_AGAIN
     except click.Abort:
         print("stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        return _end(error)
+        return _end(error, environment)
 
 
-def _end(error: Exception) -> int:
-    """Tell the launcher, or else the user, why this process ends; the exit code."""
-    why = failures.failure_of(error)
-    if failures.fail(why):
+def _end(error: Exception, environment: Environment) -> int:
+    """Tell the launcher, or else the user, why this process ends; return the exit code."""
+    why = failures.failure_of(error, environment)
+    if failures.report_failure(why, environment):
         return why.code
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and why.kind != "fault" and not isinstance(error, ShardError):
+    if environment.local_rank > 0 and why.kind != "fault" and not isinstance(error, ShardError):
         # torchrun ends the others when one process ends: the first one's message comes out once, whole.
         until = time.monotonic() + _AFTER_FIRST_SECONDS
         while time.monotonic() < until:
@@ -81,16 +85,17 @@ class _WithKeys(click.Command):
 @cli.command(cls=_WithKeys)
 @click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys go over the defaults.")
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
-def train(file: Path | None, overrides: tuple[str, ...]) -> None:
+@click.pass_obj
+def train(environment: Environment, file: Path | None, overrides: tuple[str, ...]) -> None:
     """Train, evaluate and save a run.
 
     Under torchrun, accelerate launch or alone. Values: defaults < --config < section.key=value.
     """
     resolved = config.load(file, overrides)
-    from distrain.training import trainer
+    from distrain.training import train as training
 
-    trainer.train(resolved)
-    if resolved.log.report and os.environ.get("RANK", "0") == "0":
+    training.train(resolved, environment)
+    if resolved.log.report and environment.is_main:
         _write_report(Path(resolved.run.dir))
 
 
@@ -153,8 +158,9 @@ def launch(
     --nodes), or are this machine alone. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded: the run saves and
     leaves with 75. The exit code is also in RUN/exit.json, with the reason.
     """
+    from distrain.launcher import cluster
     from distrain.launcher import launch as launching
-    from distrain.launcher.cluster import Asked, work_out
+    from distrain.launcher.verdict import format_verdict
 
     if command[0] not in ("train", "evaluate", "doctor"):
         raise ConfigError(f"launch: {command[0]}: behind -- stands train, evaluate or doctor, with its arguments")
@@ -168,23 +174,23 @@ def launch(
 
         context = evaluate.make_context("evaluate", list(command[1:]))
         resolved = folder.configuration(context.params["run"], context.params["overrides"])
-    asked = Asked(nodes, node, host, port)
-    found = work_out(os.environ, asked, socket.getfqdn)
+    topology = cluster.detect(os.environ, cluster.Options(nodes, node, host, port), socket.getfqdn)
     processes = nproc or launching.default_processes()
-    print(launching.describe(found, processes), flush=True)
+    print(launching.describe(topology, processes), flush=True)
     seconds = grace if grace is not None else resolved.launch.grace_seconds
-    outcome = launching.launch(command, resolved, found, processes, seconds, log_dir)
-    if outcome.code == EXIT_AGAIN and command[0] == "doctor":
-        outcome = replace(outcome, code=EXIT_NEVER_AGAIN)
-    if outcome.code:
-        print(launching.show(outcome), file=sys.stderr, flush=True)
-    return outcome.code
+    verdict = launching.launch(command, resolved, topology, processes, seconds, log_dir)
+    if verdict.code == EXIT_AGAIN and command[0] == "doctor":
+        verdict = replace(verdict, code=EXIT_NEVER_AGAIN)
+    if verdict.code:
+        print(format_verdict(verdict), file=sys.stderr, flush=True)
+    return verdict.code
 
 
 @cli.command(cls=_WithKeys)
 @click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys go over the defaults.")
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
-def doctor(file: Path | None, overrides: tuple[str, ...]) -> None:
+@click.pass_obj
+def doctor(environment: Environment, file: Path | None, overrides: tuple[str, ...]) -> None:
     """Look, in seconds, for what would end a job.
 
     Put it where train stands, under any launcher, with the same configuration:
@@ -199,7 +205,7 @@ def doctor(file: Path | None, overrides: tuple[str, ...]) -> None:
     resolved = config.load(file, (*_DOCTOR, *overrides))
     from distrain.tools import doctor as looking
 
-    looking.examine(resolved)
+    looking.examine(resolved, environment)
 
 
 _DOCTOR = ("timeouts.start_seconds=20", "timeouts.step_seconds=15")
@@ -218,11 +224,12 @@ def show_config(markdown: bool) -> None:
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 @click.option("--split", default="test", show_default=True, help="train, val or test.")
 @click.option("--checkpoint", "which", help="best, last or a folder's name; default: best, where there is a val split.")
-def evaluate(run: Path, overrides: tuple[str, ...], split: str, which: str | None) -> None:
+@click.pass_obj
+def evaluate(environment: Environment, run: Path, overrides: tuple[str, ...], split: str, which: str | None) -> None:
     """Score a checkpoint of RUN, on any number of processes."""
     from distrain.tools import evaluate as scoring
 
-    scoring.evaluate_run(run, split, overrides, which)
+    scoring.evaluate_run(run, split, overrides, which, environment)
 
 
 @cli.command("report")

@@ -1,9 +1,8 @@
-"""Why a process failed: told to its launcher and to its peers, and the exit code that follows from it."""
+"""Why a process failed, as its launcher and its peers are told, and the exit code that follows."""
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 import traceback
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from distrain.environment import Environment
 from distrain.errors import (
     EXIT_AGAIN,
     EXIT_FAULT,
@@ -22,14 +22,26 @@ from distrain.errors import (
     UnreachableError,
     UserError,
 )
-from distrain.worker_status import FOLDER, WorkerStatus, read_status
+from distrain.worker_status import WorkerStatus, read_status
 
 Kind = Literal["fault", "user", "again", "busy", "peer", "hang", "save"]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process ended otherwise than well."""
+    """Why a process ended without success.
+
+    Attributes:
+        kind: the class of the cause; "fault" is an unexpected exception.
+        code: exit code of the process.
+        rank: rank of the process.
+        host: name of its host.
+        phase: what it was doing (`worker_status.PHASES`).
+        step: optimizer steps done.
+        message: the cause and its cure, for people.
+        traceback: of a fault; empty otherwise.
+        time: seconds since the epoch.
+    """
 
     kind: Kind
     code: int
@@ -41,16 +53,26 @@ class Failure:
     traceback: str
     time: float
 
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Failure:
+        """Read what `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """Format as one JSON object."""
+        return json.dumps(asdict(self))
+
 
 class PeerFailedError(RuntimeError):
-    """Another process failed by itself, and left word why: this one ends in the same way."""
+    """Another process failed and recorded why; this one ends in the same way."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(f"rank {failure.rank} on {failure.host} failed: {failure.message}")
         self.failure = failure
 
 
-_ENDS: list[tuple[type[Exception], Kind, int]] = [
+_EXPECTED: list[tuple[type[Exception], Kind, int]] = [
     (UnreachableError, "peer", EXIT_AGAIN),
     (UserError, "user", EXIT_NEVER_AGAIN),
     (PeerLostError, "peer", EXIT_AGAIN),
@@ -58,59 +80,50 @@ _ENDS: list[tuple[type[Exception], Kind, int]] = [
     (AgainError, "again", EXIT_AGAIN),
     (SaveError, "save", EXIT_FAULT),
 ]
-"""How a command ends for an error; anything else is a fault, with its traceback."""
+"""Errors with their kind and exit code, the first match counts; any other is a fault, with its traceback."""
 
 
-def failure_of(error: BaseException) -> Failure:
-    """Why this process ends, for the launcher and for its peers."""
+def failure_of(error: BaseException, environment: Environment) -> Failure:
+    """Describe the error that ends this process; of a `PeerFailedError`, the failure of the peer."""
     if isinstance(error, PeerFailedError):
         return error.failure
-    for type_, kind, code in _ENDS:
+    for type_, kind, code in _EXPECTED:
         if isinstance(error, type_):
-            return failure(kind, code, str(error))
+            return failure_here(environment, kind, code, str(error))
     trace = "".join(traceback.format_exception(error))
-    return failure("fault", EXIT_FAULT, f"{type(error).__name__}: {error}", trace)
+    return failure_here(environment, "fault", EXIT_FAULT, f"{type(error).__name__}: {error}", trace)
 
 
-def failure(kind: Kind, code: int, message: str, trace: str = "") -> Failure:
-    """A failure of this process, here and now."""
-    rank = int(os.environ.get("RANK", "0"))
-    folder = os.environ.get(FOLDER)
-    place = read_status(Path(folder), rank) if folder else WorkerStatus()
-    return Failure(kind, code, rank, socket.gethostname(), place.phase, place.step, message, trace, time.time())
+def failure_here(environment: Environment, kind: Kind, code: int, message: str, trace: str = "") -> Failure:
+    """Build a failure of this process, in its present phase and step."""
+    rank, folder = environment.world.rank, environment.status_folder
+    status = read_status(folder, rank) if folder is not None else WorkerStatus()
+    return Failure(kind, code, rank, socket.gethostname(), status.phase, status.step, message, trace, time.time())
 
 
-def parse_failure(text: str | bytes) -> Failure:
-    """A failure from its JSON."""
-    fields: dict[str, Any] = json.loads(text)
-    return Failure(**fields)
+def report_failure(failure: Failure, environment: Environment) -> bool:
+    """Tell the launcher why this process ends; the first report counts.
 
-
-def format_failure(failure: Failure) -> str:
-    """The reverse of `parse_failure`."""
-    return json.dumps(asdict(failure))
-
-
-def fail(failure: Failure) -> bool:
-    """Tell the launcher why this process ends. Whether there is a launcher; the first failure told stays."""
-    folder = os.environ.get(FOLDER)
-    if not folder:
+    Returns:
+        Whether there is a launcher that shows it. If not, the caller prints it.
+    """
+    if environment.status_folder is None:
         return False
-    target = _failure_file(Path(folder), int(os.environ.get("RANK", "0")))
+    target = _failure_file(environment.status_folder, environment.world.rank)
     work = target.with_suffix(".partial")
     try:
-        work.write_text(format_failure(failure), encoding="utf-8")
+        work.write_text(failure.to_json(), encoding="utf-8")
         if not target.exists():
             work.replace(target)
     except OSError:
-        return False  # a full disk: told on stderr instead
+        return False  # a full disk
     return True
 
 
 def read_failure(folder: Path, rank: int) -> Failure | None:
-    """What a process told of its end."""
+    """Read what a process reported of its end; None if it reported nothing."""
     try:
-        return parse_failure(_failure_file(folder, rank).read_text(encoding="utf-8"))
+        return Failure.from_json(_failure_file(folder, rank).read_text(encoding="utf-8"))
     except OSError:
         return None
 

@@ -61,19 +61,6 @@ def free_memory() -> int:
     return int(free)
 
 
-def processes_here() -> int:
-    """Processes of the run on this machine, as the launcher says; 1 where there is none."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def place(rank: int) -> tuple[int, int]:
-    """This process's node, and its number there, as the launcher says; of processes that fill one node after another
-    where it is silent.
-    """
-    here = processes_here()
-    return int(os.environ.get("GROUP_RANK", rank // here)), int(os.environ.get("LOCAL_RANK", rank % here))
-
-
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 

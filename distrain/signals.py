@@ -1,7 +1,7 @@
-"""Stop requests: signals are noted, and acted upon where all processes can leave together.
+"""Stop requests by signal: recorded here, acted upon at a step where all processes can stop together.
 
-Imports nothing that takes time: handlers are there before torch is imported, so a job that is preempted while it
-starts is not killed by a signal's default.
+Imports nothing slow, so the handlers are installed before torch is imported: the default action of a signal would kill
+a job that is preempted while it starts.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from distrain.environment import Environment
+
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-LAUNCHER = "DISTRAIN_LAUNCHER"
-"""Environment variable: number of the launcher's process."""
+"""Signals that ask a run to stop."""
 
 _PR_SET_PDEATHSIG = 1
 _requested: list[str] = []
 
 
 def install() -> None:
-    """Note stop requests from here on. Threads other than the main one cannot, and leave things as they are."""
+    """Record stop requests from now on; in a thread other than the main one, do nothing."""
     if threading.current_thread() is threading.main_thread():
-        _set(_note)
+        _set(_record)
 
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Stop requests go to a handler within the block; afterwards to whom they went before. For the main thread."""
+    """Send stop requests to `handler` within the block, and restore the earlier handlers after it; main thread only."""
     before = {number: signal.getsignal(number) for number in STOP}
     _set(handler)
     try:
@@ -43,44 +44,44 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[None]:
-    """As `install`, within the block; requests from before it count unless the handlers were other ones."""
+def recorded() -> Iterator[None]:
+    """Record stop requests within the block; earlier requests count if these handlers were installed already."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    if signal.getsignal(signal.SIGTERM) is not _note:
+    if signal.getsignal(signal.SIGTERM) is not _record:
         _requested.clear()
-    with handled_by(_note):
+    with handled_by(_record):
         yield
 
 
-def end_with_launcher() -> None:
-    """Have the kernel end this process when its launcher ends, by whatever means: an orphan would train on, beside the
-    next attempt of the same run. Counts for `distrain launch` and torchrun.
+def end_with_launcher(environment: Environment) -> None:
+    """Let the kernel kill this process when `distrain launch` or torchrun, its parent, ends.
+
+    Otherwise an orphan would continue to train, beside the next attempt of the same run.
     """
-    launcher = os.environ.get(LAUNCHER)
-    if sys.platform != "linux" or not (launcher or "TORCHELASTIC_RUN_ID" in os.environ):
+    if sys.platform != "linux" or not (environment.launcher or environment.torchrun):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if launcher and os.getppid() != int(launcher):  # it ended before the kernel was told
+    if environment.launcher and os.getppid() != environment.launcher:  # it ended before the call
         os._exit(1)
 
 
 def requested() -> str | None:
-    """The first stop request's name (`SIGTERM` …); None where there was none."""
+    """Return the name of the first stop request (`SIGTERM` …), or None."""
     return _requested[0] if _requested else None
 
 
 def requested_by() -> str:
-    """For messages: ` by SIGTERM`."""
+    """Return ` by SIGTERM`, for messages."""
     return f" by {_requested[0]}" if _requested else " by a signal to another process"
 
 
 def _set(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in STOP:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, handler)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _record(number: int, frame: FrameType | None) -> None:
     _requested.append(signal.Signals(number).name)

@@ -1,22 +1,16 @@
-"""Where a process is, told to the launcher on its node at any time.
+"""The status of a worker process, readable by its launcher at any time.
 
-The place is a few bytes of shared memory (a mapped file): writing costs next to nothing, and the launcher can read it
-of a process that was killed, or is stopped.
+It is a few bytes of shared memory (a mapped file): a write costs almost nothing, and the launcher can read the status
+of a process that was killed or is stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-
-FOLDER = "DISTRAIN_REPORTS"
-"""Environment variable: the launcher's folder for what its processes tell."""
-STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
-"""Environment variable: descriptor of the socket that the launcher listens on, for rank 0 to serve the store."""
 
 PHASES = ("start", "first step", "train", "evaluate", "save", "end")
 _STATUS = struct.Struct("<qqqd")
@@ -24,42 +18,46 @@ _STATUS = struct.Struct("<qqqd")
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """Where a process is: steps done, progress made (`beats` counts it), and the longest time in seconds that may pass
-    without any (0: no limit).
+    """What a worker is doing.
+
+    Attributes:
+        phase: one of `PHASES`.
+        step: optimizer steps done.
+        heartbeats: how often progress was made.
+        limit: longest time in seconds that may pass without a heartbeat; 0: no limit.
     """
 
     phase: str = "start"
     step: int = 0
-    beats: int = 0
+    heartbeats: int = 0
     limit: float = 0.0
 
 
 class StatusWriter:
-    """A process's place; kept to itself where no launcher asked for it."""
+    """Publishes the status of this process; does nothing without a launcher that reads it."""
 
-    def __init__(self, rank: int) -> None:
-        folder = os.environ.get(FOLDER)
+    def __init__(self, folder: Path | None, rank: int) -> None:
         self._map: mmap.mmap | None = None
-        if folder:
-            with contextlib.suppress(OSError), _status_file(Path(folder), rank).open("w+b") as file:
+        if folder is not None:
+            with contextlib.suppress(OSError), _status_file(folder, rank).open("w+b") as file:
                 file.write(bytes(_STATUS.size))  # not a hole: on a full disk, touching one is SIGBUS
                 file.flush()
                 self._map = mmap.mmap(file.fileno(), _STATUS.size)
 
-    def tell(self, place: WorkerStatus) -> None:
-        """Overwrite the place."""
+    def write(self, status: WorkerStatus) -> None:
+        """Replace the published status."""
         if self._map is not None:
-            _STATUS.pack_into(self._map, 0, PHASES.index(place.phase), place.step, place.beats, place.limit)
+            _STATUS.pack_into(self._map, 0, PHASES.index(status.phase), status.step, status.heartbeats, status.limit)
 
 
 def read_status(folder: Path, rank: int) -> WorkerStatus:
-    """The place of a process, dead or alive; the start's where it has told none."""
+    """Read the status of a process, dead or alive; the initial one if it has published none."""
     try:
-        phase, step, beats, limit = _STATUS.unpack(_status_file(folder, rank).read_bytes())
+        phase, step, heartbeats, limit = _STATUS.unpack(_status_file(folder, rank).read_bytes())
     except (OSError, struct.error):
         return WorkerStatus()
-    return WorkerStatus(PHASES[phase], step, beats, limit)
+    return WorkerStatus(PHASES[phase], step, heartbeats, limit)
 
 
 def _status_file(folder: Path, rank: int) -> Path:
-    return folder / f"{rank}.place"
+    return folder / f"{rank}.status"

@@ -139,9 +139,10 @@ def _train(config: dict[str, Any]) -> Any:
 
 
 def _evaluate(run: str, split: str) -> Any:
+    from distrain.environment import Environment
     from distrain.tools import evaluate as scoring
 
-    scores, checkpoint, classes = scoring.evaluate_run(Path(run), split, [], None)
+    scores, checkpoint, classes = scoring.evaluate_run(Path(run), split, [], None, Environment.read(os.environ))
     return {**scores.as_dict(classes), "checkpoint": checkpoint}
 
 

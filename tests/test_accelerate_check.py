@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.distributed.accelerate_check import conflicts, processes_asked_for
+from distrain.distributed.accelerate_check import conflicts, requested_processes
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 
@@ -45,5 +45,5 @@ def test_what_accelerate_is_asked_for_and_we_are_not_is_an_error(variable: str) 
         ("", None),
     ],
 )
-def test_the_number_of_processes_asked_for(command: str, asked: int | None) -> None:
-    assert processes_asked_for(command.split()) == asked
+def test_the_number_of_requested_processes(command: str, asked: int | None) -> None:
+    assert requested_processes(command.split()) == asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distrain.errors import ConfigError
-from distrain.launcher.cluster import Asked, Topology, first_host, work_out
+from distrain.launcher.cluster import Options, Topology, detect, first_host
 
 SLURM = {
     "SLURM_JOB_ID": "4711", "SLURM_PROCID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[3-4]",
@@ -14,7 +14,7 @@ SLURM = {
 
 
 def found(environ: dict[str, str], name: str = "host", **asked: object) -> Topology:
-    return work_out(environ, Asked(**asked), lambda: name)  # type: ignore[arg-type]
+    return detect(environ, Options(**asked), lambda: name)  # type: ignore[arg-type]
 
 
 def test_one_machine() -> None:
@@ -24,7 +24,7 @@ def test_one_machine() -> None:
 def test_an_sbatch_script_without_srun_is_one_machine() -> None:
     batch = {key: value for key, value in SLURM.items() if "STEP" not in key}
     assert found(batch).nodes == 1
-    with pytest.raises(ConfigError, match="2 nodes, this is one of them"):
+    with pytest.raises(ConfigError, match="2 nodes, and this is one of them"):
         found({**batch, "SLURM_NNODES": "2"})
     assert found({**batch, "SLURM_NNODES": "2"}, nodes=1).nodes == 1
 

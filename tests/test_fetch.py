@@ -32,8 +32,9 @@ from distrain import address, cli, config
 from distrain.data import fetch, manifest, shards
 from distrain.data.fetch import Cache, Remote, Settings, locate
 from distrain.data.manifest import Dataset
-from distrain.data.order import Order, World
+from distrain.data.order import Order
 from distrain.data.stream import EvaluationBatches, TrainingBatches
+from distrain.environment import World
 from distrain.errors import ConfigError, DataError, ShardError, UnreachableError
 
 USER, PASSWORD, TOKEN = "someone", "pa55word", "t0ken"

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from distrain.distributed.watchdog import behind
+from distrain.distributed.watchdog import straggler
 from distrain.failures import Failure
-from distrain.launcher.launch import End, judge, show
+from distrain.launcher.verdict import WorkerExit, decide, format_verdict
 from distrain.worker_status import WorkerStatus
 
 
-def end(rank: int, code: int, kind: str | None = None, time: float = 0.0, by_launcher: bool = False) -> End:
+def end(rank: int, code: int, kind: str | None = None, time: float = 0.0, by_launcher: bool = False) -> WorkerExit:
     failure = Failure(kind, code, rank, "host", "train", 7, f"{kind} of {rank}", "", time) if kind else None  # type: ignore[arg-type]
-    return End(rank, code, failure, WorkerStatus("train", 7), time, by_launcher)
+    return WorkerExit(rank, code, failure, WorkerStatus("train", 7), time, by_launcher)
 
 
 KILL = -signal.SIGKILL
@@ -43,35 +43,37 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_verdict(name: str) -> None:
-    ends, asked, can_go_on, code, reason = CASES[name]
-    outcome = judge(ends, asked, can_go_on)
-    assert outcome.code == code
-    assert reason in outcome.reason
-    assert judge(ends[::-1], asked, can_go_on).code == code
+    exits, stop_signal, can_resume, code, reason = CASES[name]
+    verdict = decide(exits, stop_signal, can_resume)
+    assert verdict.code == code
+    assert reason in verdict.reason
+    assert decide(exits[::-1], stop_signal, can_resume).code == code
 
 
 def test_the_screen_names_host_phase_step_and_message() -> None:
     failure = Failure("fault", 1, 3, "node7", "evaluate", 12, "ValueError: no", "Traceback …\nValueError: no", 0.0)
-    told = show(judge([End(3, 1, failure, WorkerStatus("end", 20), 0.0, False)], None, True))
+    text = format_verdict(decide([WorkerExit(3, 1, failure, WorkerStatus("end", 20), 0.0, False)], None, True))
     for part in ("rank 3 failed first", "node7", "evaluate, step 12", "Traceback", "exit 1"):
-        assert part in told
+        assert part in text
 
 
-def test_a_mistake_of_the_users_is_told_without_a_place() -> None:
+def test_a_mistake_of_the_users_is_text_without_a_place() -> None:
     failure = Failure("user", 78, 1, socket.gethostname(), "start", 0, "train.lr: no", "", 0.0)
-    outcome = judge([End(1, 78, failure, WorkerStatus("start", 0), 0.0, False)], None, True)
-    assert show(outcome) == "distrain: error: train.lr: no\ndistrain: exit 78: not again unchanged"
-    elsewhere = judge([End(1, 78, replace(failure, host="node7"), WorkerStatus("start", 0), 0.0, False)], None, True)
-    assert show(elsewhere).startswith("distrain: on node7:\ndistrain: error: train.lr: no\n")
+    verdict = decide([WorkerExit(1, 78, failure, WorkerStatus("start", 0), 0.0, False)], None, True)
+    assert format_verdict(verdict) == "distrain: error: train.lr: no\ndistrain: exit 78: not again unchanged"
+    elsewhere = decide(
+        [WorkerExit(1, 78, replace(failure, host="node7"), WorkerStatus("start", 0), 0.0, False)], None, True
+    )
+    assert format_verdict(elsewhere).startswith("distrain: on node7:\ndistrain: error: train.lr: no\n")
 
 
 def entry(meetings: int, waits_for: str | None = None) -> dict[str, object]:
-    return {"meetings": meetings, "host": "h", "pid": 5, "waits_for": waits_for}
+    return {"collectives": meetings, "host": "h", "pid": 5, "waiting_for": waits_for}
 
 
 def test_who_is_behind() -> None:
-    assert behind({0: entry(7), 1: entry(7), 2: entry(6)}, 3).startswith("rank 2 (host h, process 5) is behind")
-    assert behind({0: entry(7), 2: entry(7)}, 3).startswith("rank 1 is behind: it does not answer")
-    assert behind({0: entry(7), 1: entry(7, "its data")}, 2) == "rank 1 waits for its data"
-    assert "all ranks wait for each other" in behind({0: entry(7), 1: entry(7)}, 2)
-    assert behind({}, 2).startswith("rank 0, which all ask")
+    assert straggler({0: entry(7), 1: entry(7), 2: entry(6)}, 3).startswith("rank 2 (host h, process 5) is behind")
+    assert straggler({0: entry(7), 2: entry(7)}, 3).startswith("rank 1 is behind: it does not answer")
+    assert straggler({0: entry(7), 1: entry(7, "its data")}, 2) == "rank 1 waits for its data"
+    assert "all ranks wait for each other" in straggler({0: entry(7), 1: entry(7)}, 2)
+    assert straggler({}, 2).startswith("rank 0, which serves the store")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distrain.data.order import Ints, Order, World, augmentation_bits, evaluation_shards, mixup_weight, permutation
+from distrain.data.order import Ints, Order, augmentation_bits, evaluation_shards, mixup_weight, permutation
+from distrain.environment import World
 
 
 @st.composite

@@ -59,7 +59,7 @@ def test_a_run_leaves_what_is_documented(small: Dataset, tmp_path: Path, capsys:
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
     assert sorted(path.name for path in run.iterdir()) == [
-        "audit", "checkpoints", "config.yaml", "attempts", "metrics.jsonl", "pictures", "result.json",
+        "attempts", "audit", "checkpoints", "config.yaml", "metrics.jsonl", "pictures", "result.json",
         "setup.json",
     ]  # fmt: skip
     assert config.load(run / "config.yaml") == config.from_tree(tree(small, run, data={"audit": True}))
@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name(
     told = capsys.readouterr()
     assert "skipped" in told.err
     assert "step-00000030/model.safetensors: damaged" in told.err
-    assert "going on from" in told.out
+    assert "resuming from" in told.out
     assert (run / "checkpoints/step-00000030/model.safetensors").read_bytes() == expected
     for step in (20, 30):
         (run / f"checkpoints/step-{step:08d}/state.json").unlink()

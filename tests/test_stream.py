@@ -16,8 +16,9 @@ from distrain import machine
 from distrain.data import cache, shards
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset, Shard
-from distrain.data.order import Order, World, augmentation_bits
+from distrain.data.order import Order, augmentation_bits
 from distrain.data.stream import Background, EvaluationBatches, TrainingBatches, memory
+from distrain.environment import World
 from distrain.errors import ConfigError, ShardError
 
 

@@ -100,13 +100,14 @@ def sample_size(dataset: Dataset) -> int:
     return dataset.manifest.sample_bytes + 16
 
 
-def choose(asked: str, dataset: Dataset, device: torch.device) -> torch.device | None:
+def choose(asked: str, dataset: Dataset, device: torch.device, processes: int) -> torch.device | None:
     """Where `data.cache` lets the train split lie; None: it is read anew in every epoch.
 
     Args:
         asked: auto, off, ram or device.
         dataset: what is trained on.
         device: that of this process.
+        processes: number of processes on this machine, which share its memory.
 
     Raises:
         ConfigError: it does not fit where it was asked for.
@@ -117,7 +118,7 @@ def choose(asked: str, dataset: Dataset, device: torch.device) -> torch.device |
     for place in {"auto": ("device", "ram"), "off": ()}.get(asked, (asked,)):
         if place == "device" and not on_gpu:
             continue
-        free = torch.cuda.mem_get_info(device)[0] if place == "device" else _free_ram()
+        free = torch.cuda.mem_get_info(device)[0] if place == "device" else machine.free_memory() // processes
         if wanted <= (free // _LEAVE if asked == "auto" else free):
             return device if place == "device" else torch.device("cpu")
         if asked != "auto":
@@ -126,7 +127,3 @@ def choose(asked: str, dataset: Dataset, device: torch.device) -> torch.device |
                 " free for each process; use data.cache=auto or off"
             )
     return None
-
-
-def _free_ram() -> int:
-    return machine.free_memory() // machine.processes_here()

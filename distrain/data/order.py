@@ -22,19 +22,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from distrain.environment import World
+
 Ints = NDArray[np.int64]
 RandomBits = NDArray[np.uint64]
 
 # What a draw is for: with the seed it makes the generator's key, so that no two uses share a stream.
 _SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC, _MIXUP = range(1, 7)
-
-
-@dataclass(frozen=True)
-class World:
-    """One process among those that share the work."""
-
-    rank: int = 0
-    size: int = 1
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from torch import Tensor
 from distrain.data import cache, shards
 from distrain.data.cache import Cache, Samples
 from distrain.data.manifest import Dataset, Shard
-from distrain.data.order import Order, World, augmentation_bits, evaluation_shards
+from distrain.data.order import Order, augmentation_bits, evaluation_shards
 from distrain.data.shards import Block
+from distrain.environment import World
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
-"""One process among others: launched, joined, watched, asked to stop.
+"""One worker process among its peers.
 
-launcher (or another one) → nodes: which node this is → rendezvous: all find each other → runtime: what they do
-together. On the way: signals (asked to stop), watch (time-outs acted upon), peer_store (words beside collectives), beacon
-(where a process is), failures (why it ended, and its exit code).
+runtime: devices, precision, what accelerate prepares · gradients: forward and backward passes under DDP · collectives:
+sums and agreements · rendezvous: how the processes find each other · watchdog: time-outs · peer_store: error records
+beside the collectives · accelerate_check: what `accelerate launch` was asked for.
 """

@@ -1,6 +1,6 @@
-"""What processes tell each other beside the collectives: keys of the store at which they met.
+"""Records that processes leave for each other in the store, beside the collectives.
 
-A process that loses a peer sees a broken connection, or nothing at all: why the peer left is asked here.
+A process that loses a peer sees a broken connection, or nothing at all (NCCL): here it finds out why the peer exited.
 """
 
 from __future__ import annotations
@@ -11,62 +11,64 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distrain.failures import Failure, format_failure, parse_failure
+from distrain.failures import Failure
 
-_ANSWER_SECONDS = 5.0
+_TIMEOUT_SECONDS = 5.0
 _FAILED = "distrain/failed"
 
 
 class PeerStore:
-    """Asking and telling never fail, and take a few seconds at most: the store's own process may be gone or frozen, and
-    torch then waits for its answer without end.
+    """Error records and reports of stuck processes.
+
+    Reading and writing never fail, and take a few seconds at most: the process that serves the store may be gone or
+    frozen, and torch then waits for its answer without a time-out.
     """
 
     def __init__(self, store: Any) -> None:
         self._store = store.clone() if hasattr(store, "clone") else store  # a connection of its own
-        self._silent: threading.Thread | None = None
+        self._pending: threading.Thread | None = None
 
-    def leave(self, failure: Failure) -> None:
-        """Tell why this process leaves the others; the first to fail stays."""
-        self._bounded(lambda: self._store.compare_set(_FAILED, "", format_failure(failure)))
+    def record_failure(self, failure: Failure) -> None:
+        """Record why this process exits; the first record of a run counts."""
+        self._bounded(lambda: self._store.compare_set(_FAILED, "", failure.to_json()))
 
-    def failed(self) -> Failure | None:
-        """Why a process left the others, if one did."""
-        found: list[Failure] = []
+    def first_failure(self) -> Failure | None:
+        """Return the failure that a process recorded; None if there is none, or the store does not answer."""
+        failures: list[Failure] = []
 
-        def ask() -> None:
+        def read() -> None:
             if self._store.check([_FAILED]):
-                found.append(parse_failure(self._store.get(_FAILED)))
+                failures.append(Failure.from_json(self._store.get(_FAILED)))
 
-        self._bounded(ask)
-        return found[0] if found else None
+        self._bounded(read)
+        return failures[0] if failures else None
 
-    def tell_stuck(self, rank: int, told: Mapping[str, Any]) -> None:
-        """What a process that makes no progress says of itself."""
-        self._bounded(lambda: self._store.set(f"distrain/stuck/{rank}", json.dumps(told)))
+    def report_stuck(self, rank: int, report: Mapping[str, Any]) -> None:
+        """Report the state of a process that makes no progress."""
+        self._bounded(lambda: self._store.set(f"distrain/stuck/{rank}", json.dumps(report)))
 
-    def all_stuck(self, size: int) -> dict[int, dict[str, Any]]:
-        """What processes said of themselves, by rank."""
-        found: dict[int, dict[str, Any]] = {}
+    def stuck_reports(self, size: int) -> dict[int, dict[str, Any]]:
+        """Return the reports of stuck processes, by rank."""
+        reports: dict[int, dict[str, Any]] = {}
 
-        def ask() -> None:
+        def read() -> None:
             for rank in range(size):
                 if self._store.check([f"distrain/stuck/{rank}"]):
-                    found[rank] = json.loads(self._store.get(f"distrain/stuck/{rank}"))
+                    reports[rank] = json.loads(self._store.get(f"distrain/stuck/{rank}"))
 
-        self._bounded(ask)
-        return dict(found)
+        self._bounded(read)
+        return dict(reports)
 
     def _bounded(self, action: Callable[[], object]) -> None:
-        if self._silent is not None and self._silent.is_alive():
+        if self._pending is not None and self._pending.is_alive():
             return  # the store does not answer
 
         def work() -> None:
             with contextlib.suppress(Exception):
                 action()
 
-        asking = threading.Thread(target=work, name="distrain-ask", daemon=True)
-        asking.start()
-        asking.join(_ANSWER_SECONDS)
-        if asking.is_alive():
-            self._silent = asking
+        thread = threading.Thread(target=work, name="distrain-peer-store", daemon=True)
+        thread.start()
+        thread.join(_TIMEOUT_SECONDS)
+        if thread.is_alive():
+            self._pending = thread

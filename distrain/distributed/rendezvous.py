@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: at a store that rank 0 serves, with a deadline, and all or none."""
+"""How the processes of a run find each other: at a store that rank 0 serves, within a time limit, all or none."""
 
 from __future__ import annotations
 
@@ -20,164 +20,171 @@ from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[
 from distrain import signals
 from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.watchdog import Watchdog
+from distrain.environment import Environment
 from distrain.errors import AgainError, ConfigError, PeerLostError, Stopped
 from distrain.failures import PeerFailedError
-from distrain.worker_status import STORE_SOCKET
 
-BEYOND = timedelta(hours=24)
-"""Time-out of collectives themselves: `Watchdog` knows the phase and who is behind, so it is the one that ends a wait."""
+NO_TIMEOUT = timedelta(hours=24)
+"""Time-out of the collectives themselves: the watchdog, which knows the phase and who is behind, ends a wait earlier."""
 
 _STARTS = itertools.count()
 
 _STOP_SECONDS = 5.0
-"""After a stop request, how long to wait for processes that have not come: with them, all leave together."""
+"""After a stop request, how long to wait for processes that have not arrived: with them, all stop together."""
 
 _LINGER_SECONDS = 2.0
 
 
-def connect(size: int, seconds: float, watch: Watchdog) -> Any:
-    """This run's part of the store at which the launcher's environment has all processes meet.
+def connect(environment: Environment, seconds: float, watchdog: Watchdog) -> Any:
+    """Connect to the store that the launcher's environment names, and return this run's part of it.
 
     Raises:
-        PeerLostError: nobody answers there within `seconds`.
-        Stopped: asked to stop before.
+        PeerLostError: no answer within `seconds`.
+        Stopped: a stop was requested before.
     """
-    watch.beat()  # its own deadline, which can name who is missing, comes before the watch's
-    with loss_told(f"the processes could not meet at {_where()}"):
-        return own_part(_store(int(os.environ["RANK"]), size, seconds))
+    watchdog.heartbeat()  # the deadline here, which can name who is missing, comes before the watchdog's
+    with report_loss(f"the processes could not meet at {environment.rendezvous}"):
+        return run_part(_store(environment, seconds))
 
 
-def own_part(store: Any) -> Any:
-    """Under torchrun the store outlives a run: another run of the same processes finds nothing of this one."""
+def run_part(store: Any) -> Any:
+    """Return a part of the store for one run.
+
+    Under torchrun the store outlives a run: another run of the same processes must not read its keys.
+    """
     return PrefixStore(f"distrain/{next(_STARTS)}", store)
 
 
-def join(store: Any, peer_store: PeerStore, size: int, backend: str, seconds: float, watch: Watchdog) -> None:
-    """Make the group of all processes, once all have come.
+def join(
+    environment: Environment, store: Any, peer_store: PeerStore, backend: str, seconds: float, watchdog: Watchdog
+) -> None:
+    """Create the default process group, once all processes have arrived.
 
     Raises:
-        ConfigError: they expect different numbers of each other, or different devices.
+        ConfigError: the processes expect different numbers of each other, or different devices.
         PeerFailedError: one of them cannot start.
-        PeerLostError: one did not come within `seconds`.
-        Stopped: asked to stop before all had come.
+        PeerLostError: one did not arrive within `seconds`.
+        Stopped: a stop was requested before all had arrived.
     """
-    rank = int(os.environ["RANK"])
-    with loss_told(f"the processes could not meet at {_where()}"):
-        _wait_for_all(store, peer_store, rank, size, backend, time.monotonic() + seconds)
-        watch.beat()
-        if several_nodes():
-            name = _interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-            if name is not None:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    world = environment.world
+    with report_loss(f"the processes could not meet at {environment.rendezvous}"):
+        _wait_for_all(environment, store, peer_store, backend, time.monotonic() + seconds)
+        watchdog.heartbeat()
+        if environment.several_nodes:
+            interface = _interface(str(environment.master_address), environment.master_port or 0)
+            if interface is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if backend == "nccl":
-            # The watch ends waits, and says why; NCCL's own would abort the process without a word of ours.
+            # The watchdog ends a wait and says why; NCCL's own would abort the process without a message of ours.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=BEYOND)
+            torch.cuda.set_device(environment.local_rank)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=NO_TIMEOUT)
 
 
-def linger() -> None:
-    """Rank 0 serves the store: processes of other nodes must find there why it leaves."""
-    if os.environ.get("RANK") == "0" and several_nodes():
+def linger(environment: Environment) -> None:
+    """Keep serving the store for a moment on rank 0, so that processes of other nodes can read why it exits."""
+    if environment.is_main and environment.several_nodes:
         time.sleep(_LINGER_SECONDS)
 
 
-def several_nodes() -> bool:
-    """Whether the launcher's environment speaks of processes on other nodes."""
-    return os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
-
-
 def _interface(host: str, port: int) -> str | None:
-    """The network interface towards the first node, for gloo: it would take what this host's own name stands for, which
-    is a loopback address where /etc/hosts says so.
+    """Return the network interface towards the first node, for gloo.
+
+    Gloo would use the address of this host's name, which is a loopback address where /etc/hosts says so.
     """
-    own = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries if name != "lo"}
+    interfaces = {
+        entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries if name != "lo"
+    }
     with contextlib.suppress(OSError):
         for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
-            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:
-                asking.connect(address)  # sends nothing
-                # On the first node itself that is the loopback, but the address is one of its own.
-                for local in (str(address[0]), asking.getsockname()[0]):
-                    if local in own:
-                        return own[local]
-    # /etc/hosts may call the first node's own name a loopback address, which no other node can reach.
-    found = {name for address, name in own.items() if address.count(".") == 3}
-    return found.pop() if len(found) == 1 else None
+            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(address)  # sends nothing
+                # On the first node itself this is the loopback, but the address is one of its interfaces'.
+                for local in (str(address[0]), probe.getsockname()[0]):
+                    if local in interfaces:
+                        return interfaces[local]
+    # /etc/hosts may map the first node's name to a loopback address, which no other node can reach.
+    candidates = {name for address, name in interfaces.items() if address.count(".") == 3}
+    return candidates.pop() if len(candidates) == 1 else None
 
 
-def _where() -> str:
-    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+def _store(environment: Environment, seconds: float) -> Any:
+    timeout, world = timedelta(seconds=seconds), environment.world
+    if world.rank:
+        _wait_for_server(environment, time.monotonic() + seconds)
+    if environment.store_socket is None:
+        return next(rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
+    return TCPStore(
+        str(environment.master_address),
+        environment.master_port or 0,
+        world.size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=environment.store_socket,
+    )
 
 
-def _store(rank: int, size: int, seconds: float) -> Any:
-    timeout = timedelta(seconds=seconds)
-    if rank:
-        _wait_for_server(time.monotonic() + seconds)
-    socket_number = os.environ.get(STORE_SOCKET)
-    if socket_number is None:
-        return next(rendezvous("env://", rank, size, timeout=timeout))[0]
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=int(socket_number))
-
-
-def _wait_for_server(deadline: float) -> None:
-    """Until somebody listens where the store is to be: torch waits there too, but sees no stop request meanwhile."""
+def _wait_for_server(environment: Environment, deadline: float) -> None:
+    """Wait until the store's port is open: torch waits there too, but without acting on stop requests."""
     while True:
         try:
-            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
+            address = (str(environment.master_address), environment.master_port or 0)
+            socket.create_connection(address, timeout=5).close()
             return
         except OSError as error:
             if signals.requested():
                 raise Stopped(f"stopped{signals.requested_by()} while it waited for the first node") from error
             if time.monotonic() > deadline:
-                raise PeerLostError(f"the first node does not answer at {_where()}: {error}") from error
+                raise PeerLostError(f"the first node does not answer at {environment.rendezvous}: {error}") from error
         time.sleep(0.1)
 
 
-def _wait_for_all(store: Any, peer_store: PeerStore, rank: int, size: int, backend: str, deadline: float) -> None:
-    """Every process has come, and expects as many as this one does, on the same kind of device."""
-    own = f"{size} processes with {backend}"
-    expected = store.compare_set("distrain/size", "", own).decode()
-    if expected != own:
+def _wait_for_all(environment: Environment, store: Any, peer_store: PeerStore, backend: str, deadline: float) -> None:
+    """Wait until every process has arrived, and expects as many as this one, on the same kind of device."""
+    rank, size = environment.world.rank, environment.world.size
+    expected_here = f"{size} processes with {backend}"
+    expected = store.compare_set("distrain/size", "", expected_here).decode()
+    if expected != expected_here:
         raise ConfigError(
-            f"nodes differ: one expects {expected}, another one {own}: give every node the same --nproc and --nodes,"
-            " and see that all have their GPUs (or set run.device)"
+            f"nodes differ: one expects {expected}, another one {expected_here}: give every node the same --nproc and"
+            " --nodes, and see that all have their GPUs (or set run.device)"
         )
     store.set(f"distrain/here/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
     if store.add("distrain/arrived", 1) == size:
         store.set("distrain/all", "1")
-    asked_at = None
+    stop_seen_at = None
     while not store.check(["distrain/all"]):
-        peer = peer_store.failed()
-        if peer is not None:
-            linger()
-            raise PeerFailedError(peer)
-        asked_at = asked_at or (time.monotonic() if signals.requested() else None)
-        if asked_at and time.monotonic() - asked_at > _STOP_SECONDS:
+        failure = peer_store.first_failure()
+        if failure is not None:
+            linger(environment)
+            raise PeerFailedError(failure)
+        stop_seen_at = stop_seen_at or (time.monotonic() if signals.requested() else None)
+        if stop_seen_at and time.monotonic() - stop_seen_at > _STOP_SECONDS:
             by = signals.requested_by()
             raise Stopped(f"stopped{by} while it waited for other processes; nothing had to be saved")
         if time.monotonic() > deadline:
             missing = [str(other) for other in range(size) if not store.check([f"distrain/here/{other}"])]
-            raise PeerLostError(f"{size} processes were asked for; rank {', '.join(missing)} did not come")
+            raise PeerLostError(f"{size} processes were requested; rank {', '.join(missing)} did not arrive")
         time.sleep(0.05)
 
 
 @contextlib.contextmanager
-def loss_told(what: str) -> Iterator[None]:
-    """Another process's loss, whatever torch raises for it, as PeerLostError."""
+def report_loss(message: str) -> Iterator[None]:
+    """Raise PeerLostError for whatever torch raises when another process is gone."""
     try:
         yield
     except (AgainError, ConfigError, PeerFailedError):
-        raise  # it is told already
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         if _is_loss(error):
             first_line = str(error).strip().partition("\n")[0][:300]
-            raise PeerLostError(f"{what}: {first_line}") from error
+            raise PeerLostError(f"{message}: {first_line}") from error
         raise
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether an exception says that another process, or the link to it, is gone. gloo has no type of its own."""
+    """Whether an exception says that another process, or the link to it, is gone; gloo has no type of its own."""
     names = ("gloo", "nccl", "connection", "tcpstore", "broken pipe", "timed out", "socket")
     return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in names)

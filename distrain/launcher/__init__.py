@@ -1,4 +1,5 @@
-"""`distrain launch`, the parent of the worker processes; it never imports torch.
+"""`distrain launch`, the parent of a node's worker processes; it never imports torch.
 
-launch: start this node's workers and wait for them · cluster: which node this is, from SLURM, Kubernetes or options.
+launch: the whole of it · cluster: which node this is, from SLURM, Kubernetes or options · workers: started, signalled,
+waited for · verdict: the exit code from how they ended · record: RUN/exit.json.
 """

@@ -1,6 +1,6 @@
-"""Which node this is, of how many, and where they meet: from SLURM, a Kubernetes Indexed Job, or this machine alone.
+"""Which node this is, among how many, and where the store is: from SLURM, a Kubernetes Indexed Job, or options.
 
-Pure: the host's full name, which is asked of the outside, is passed in.
+Pure functions of the environment variables; to support another scheduler, add a function beside `_slurm`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ _KUBERNETES_PORT = 29400
 
 @dataclass(frozen=True)
 class Topology:
-    """`host` and `port`: where rank 0 serves the store; port 0: any free one."""
+    """This node among the nodes of the job.
+
+    Attributes:
+        nodes: number of nodes.
+        node: index of this node, from 0.
+        host: name or address of the first node, where rank 0 serves the store.
+        port: port of the store; 0: any free one.
+        source: what the topology was detected from, for messages.
+    """
 
     nodes: int
     node: int
@@ -27,8 +35,8 @@ class Topology:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user gave by hand; None where it is to be worked out."""
+class Options:
+    """What the user gave on the command line; None: to be detected."""
 
     nodes: int | None = None
     node: int | None = None
@@ -36,78 +44,78 @@ class Asked:
     port: int | None = None
 
 
-def work_out(environ: Mapping[str, str], asked: Asked, full_name: Callable[[], str]) -> Topology:
-    """The topology that an environment describes; what was asked for by hand goes first.
+def detect(variables: Mapping[str, str], options: Options, full_name: Callable[[], str]) -> Topology:
+    """Detect the topology from environment variables; options take precedence.
 
     Args:
-        environ: environment variables.
-        asked: given by hand.
-        full_name: this host's name with its domain.
+        variables: environment variables.
+        options: given on the command line.
+        full_name: returns the name of this host with its domain.
 
     Raises:
-        ConfigError: it contradicts itself, or something has to be given by hand.
+        ConfigError: the variables contradict each other, or an option is missing.
     """
-    if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
-        found = _slurm(environ)
-    elif "JOB_COMPLETION_INDEX" in environ:
-        found = _kubernetes(environ, asked, full_name)
+    if "SLURM_STEP_NODELIST" in variables and "SLURM_PROCID" in variables:
+        detected = _slurm(variables)
+    elif "JOB_COMPLETION_INDEX" in variables:
+        detected = _kubernetes(variables, options, full_name)
     else:
-        allocated = int(environ.get("SLURM_NNODES", 1))
-        if allocated > 1 and asked.nodes is None:
+        allocated = int(variables.get("SLURM_NNODES", 1))
+        if allocated > 1 and options.nodes is None:
             raise ConfigError(
-                f"the SLURM job has {allocated} nodes, this is one of them: start distrain launch by srun"
+                f"the SLURM job has {allocated} nodes, and this is one of them: start distrain launch with srun"
             )
-        found = Topology(1, 0, LOCAL, 0, "this machine")
-    nodes = asked.nodes if asked.nodes is not None else found.nodes
-    node = asked.node if asked.node is not None else found.node
-    host = asked.host or found.host
-    port = asked.port if asked.port is not None else found.port
+        detected = Topology(1, 0, LOCAL, 0, "this machine")
+    nodes = options.nodes if options.nodes is not None else detected.nodes
+    node = options.node if options.node is not None else detected.node
+    host = options.host or detected.host
+    port = options.port if options.port is not None else detected.port
     if not 0 <= node < nodes:
-        raise ConfigError(f"node {node} of {nodes} nodes (from {found.source}): nodes are counted from 0")
+        raise ConfigError(f"node {node} of {nodes} nodes (from {detected.source}): nodes are counted from 0")
     if nodes > 1 and (host == LOCAL or not port):
         raise ConfigError(
             f"{nodes} nodes: give --host (the first node's name), --port (the same on all) and --node, or start under"
             " srun or as a Kubernetes Indexed Job"
         )
-    return Topology(nodes, node, host if nodes > 1 else LOCAL, port, found.source)
+    return Topology(nodes, node, host if nodes > 1 else LOCAL, port, detected.source)
 
 
-def _slurm(environ: Mapping[str, str]) -> Topology:
-    nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or nodes)
+def _slurm(variables: Mapping[str, str]) -> Topology:
+    nodes = int(variables.get("SLURM_STEP_NUM_NODES") or variables.get("SLURM_NNODES") or 1)
+    tasks = int(variables.get("SLURM_STEP_NUM_TASKS") or variables.get("SLURM_NTASKS") or nodes)
     if tasks != nodes:
         raise ConfigError(
             f"srun started {tasks} tasks on {nodes} nodes: start one task a node (--ntasks-per-node=1), and let"
             " --nproc start the processes"
         )
-    job = environ.get("SLURM_JOB_ID", "0")
-    port = 20000 + int(job) % 20000  # jobs that share a node do not meet
-    host = LOCAL if nodes == 1 else first_host(environ["SLURM_STEP_NODELIST"])
-    return Topology(nodes, int(environ.get("SLURM_NODEID", 0)), host, port if nodes > 1 else 0, f"SLURM job {job}")
+    job = variables.get("SLURM_JOB_ID", "0")
+    port = 20000 + int(job) % 20000  # jobs that share a node get different ports
+    host = LOCAL if nodes == 1 else first_host(variables["SLURM_STEP_NODELIST"])
+    return Topology(nodes, int(variables.get("SLURM_NODEID", 0)), host, port if nodes > 1 else 0, f"SLURM job {job}")
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list: `r[3-4,7]n[01-16],s1` → r3n01. `scontrol` is in no container image."""
+    """Return the first name of a SLURM node list: `r[3-4,7]n[01-16],s1` → r3n01. Containers have no `scontrol`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else nodes
 
 
-def _kubernetes(environ: Mapping[str, str], asked: Asked, full_name: Callable[[], str]) -> Topology:
-    index = int(environ["JOB_COMPLETION_INDEX"])
-    if asked.nodes is None:
+def _kubernetes(variables: Mapping[str, str], options: Options, full_name: Callable[[], str]) -> Topology:
+    index = int(variables["JOB_COMPLETION_INDEX"])
+    if options.nodes is None:
         raise ConfigError(
             "a Kubernetes Indexed Job does not tell its pods how many they are: give --nodes, the Job's completions"
             " (or set DISTRAIN_NODES)"
         )
-    if asked.nodes == 1:
+    if options.nodes == 1:
         return Topology(1, index, LOCAL, 0, "a Kubernetes Indexed Job")
     # Pods of an Indexed Job are called JOB-INDEX.SERVICE…; the service is the headless one that `subdomain` names.
     name, _, domain = full_name().partition(".")
     match = re.fullmatch(rf"(.+)-{index}", name)
-    if asked.host is None and (match is None or not domain):
+    if options.host is None and (match is None or not domain):
         raise ConfigError(
             f"the pod's name is {full_name()!r}, not JOB-{index}.SERVICE…: give the pod template a subdomain and a"
             " headless Service of that name, or --host (or DISTRAIN_HOST)"
         )
     host = f"{match[1]}-0.{domain}" if match else LOCAL
-    return Topology(asked.nodes, index, host, _KUBERNETES_PORT, "a Kubernetes Indexed Job")
+    return Topology(options.nodes, index, host, _KUBERNETES_PORT, "a Kubernetes Indexed Job")

@@ -26,13 +26,20 @@ from torch import nn
 from distrain import files, machine, models, plugins, signals
 from distrain.config import Config
 from distrain.data import shards
-from distrain.data.order import World
 from distrain.data.stream import memory
 from distrain.distributed.runtime import Runtime
+from distrain.environment import Environment, World
 from distrain.errors import AgainError, ConfigError, DataError, UserError
 from distrain.runs.trackers import check_tensorboard
 from distrain.training.checkpointing import os_error_of
-from distrain.training.setup import agree_on_data, build_model, make_order, read_data, start_runtime, watch
+from distrain.training.setup import (
+    build_model,
+    check_same_data,
+    make_order,
+    read_data,
+    start_runtime,
+    start_watchdog,
+)
 
 _PROBE_BYTES = 16 * 2**20
 _BASE_BYTES = 2**30
@@ -60,22 +67,21 @@ class Finding:
         return f"  {self.level:4}  {self.subject:11} {self.told}{cure}"
 
 
-def examine(config: Config) -> None:
+def examine(config: Config, environment: Environment) -> None:
     """Look at everything, under any launcher, and print it.
 
     Raises:
         ConfigError: on all processes, where something would end a job.
     """
-    own = look_here(config)
-    first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if int(os.environ.get("RANK", "0")) == 0 or (first_here and _bad(own)):
+    own = look_here(config, environment)
+    if environment.is_main or (environment.local_rank == 0 and _bad(own)):
         _print(f"{socket.gethostname()}:", own)  # before the others are waited for: they may never come
-    with signals.noted(), closing(watch(config)) as watchdog:
+    with signals.recorded(), closing(start_watchdog(config, environment)) as watchdog:
         try:
-            with start_runtime(config, watchdog) as rt:
+            with start_runtime(config, environment, watchdog) as rt:
                 watchdog.enter("train")
                 shared = _look_together(config, rt)
-                every = rt.from_all(own)
+                every = rt.collectives.from_all(own)
         except AgainError as error:
             raise ConfigError(
                 f"doctor: the processes cannot meet: {error}\n  → see that all nodes were started, reach the first"
@@ -94,9 +100,9 @@ def examine(config: Config) -> None:
         print("nothing was found that would end a job", flush=True)
 
 
-def look_here(config: Config) -> list[Finding]:
+def look_here(config: Config, environment: Environment) -> list[Finding]:
     """What one process sees on its node."""
-    return [finding for look in _LOCAL for finding in look(config)]
+    return [finding for look in _LOCAL for finding in look(config, environment)]
 
 
 def _bad(findings: list[Finding]) -> int:
@@ -111,14 +117,14 @@ def _print(title: str, findings: list[Finding]) -> None:
 # --- one process, on its node ---
 
 
-def versions(config: Config) -> Iterator[Finding]:
+def versions(config: Config, environment: Environment) -> Iterator[Finding]:
     """What is installed."""
     names = ("torch", "torchvision", "accelerate", "webdataset")
     found = ", ".join(f"{name} {version(name)}" for name in names)
     yield Finding("versions", "ok", f"Python {platform.python_version()}, {found}")
 
 
-def extras(config: Config) -> Iterator[Finding]:
+def extras(config: Config, environment: Environment) -> Iterator[Finding]:
     """What the configuration needs beside the package itself."""
     if config.log.tensorboard:
         try:
@@ -129,9 +135,9 @@ def extras(config: Config) -> Iterator[Finding]:
             yield Finding("extras", "ok", f"tensorboard {version('tensorboard')}")
 
 
-def device(config: Config) -> Iterator[Finding]:
+def device(config: Config, environment: Environment) -> Iterator[Finding]:
     """What this process would compute on."""
-    processes = machine.processes_here()
+    processes = environment.local_world_size
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.run.device == "cuda" and not count:
         yield Finding("device", "bad", "run.device=cuda, but no GPU is seen", "mend the driver, or give run.device=cpu")
@@ -146,30 +152,30 @@ def device(config: Config) -> Iterator[Finding]:
         yield Finding("device", "ok", f"{count} GPUs: {names}")
 
 
-def cores(config: Config) -> Iterator[Finding]:
+def cores(config: Config, environment: Environment) -> Iterator[Finding]:
     """Cores that this node's processes may use."""
     own = machine.cores()
-    wanted = machine.processes_here() * config.run.cpu_threads
+    wanted = environment.local_world_size * config.run.cpu_threads
     level: Level = "ok" if own >= wanted else "note"
     yield Finding(
         "cores", level, f"{own} for {wanted} threads", "ask for more (--cpus-per-task, requests.cpu) or use fewer"
     )
 
 
-def open_files(config: Config) -> Iterator[Finding]:
+def open_files(config: Config, environment: Environment) -> Iterator[Finding]:
     """Connections to all others, shards, libraries."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 256 + 4 * int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = 256 + 4 * environment.world.size
     level: Level = "ok" if limit >= wanted or limit == resource.RLIM_INFINITY else "bad"
     yield Finding("open files", level, f"{limit} allowed, {wanted} wanted", f"raise the limit: ulimit -n {wanted}")
 
 
-def shared_memory(config: Config) -> Iterator[Finding]:
+def shared_memory(config: Config, environment: Environment) -> Iterator[Finding]:
     """NCCL uses it; processes on CPUs do not."""
     if not _SHM.is_dir():
         return
     free = shutil.disk_usage(_SHM).free
-    wanted = _SHM_BYTES * machine.processes_here()
+    wanted = _SHM_BYTES * environment.local_world_size
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     level: Level = "ok" if free >= wanted else "note" if on_cpu else "bad"
     yield Finding(
@@ -180,7 +186,7 @@ def shared_memory(config: Config) -> Iterator[Finding]:
     )
 
 
-def data(config: Config) -> Iterator[Finding]:
+def data(config: Config, environment: Environment) -> Iterator[Finding]:
     """The data set as this node sees it, how fast it is read, and what reading takes."""
     try:
         dataset = read_data(config, "train", "test")
@@ -198,7 +204,7 @@ def data(config: Config) -> Iterator[Finding]:
         return
     rate = shard.bytes / max(time.monotonic() - start, 1e-6) / 2**20
     yield Finding("data", "ok", f"{dataset.root}: {found.splits['train'].samples:,} samples, {rate:,.0f} MiB/s")
-    size, local = int(os.environ.get("WORLD_SIZE", "1")), machine.processes_here()
+    size, local = environment.world.size, environment.local_world_size
     try:
         order = make_order(config, dataset, size)
     except UserError as error:
@@ -216,9 +222,9 @@ def data(config: Config) -> Iterator[Finding]:
     )
 
 
-def model_and_run_folder(config: Config) -> Iterator[Finding]:
+def model_and_run_folder(config: Config, environment: Environment) -> Iterator[Finding]:
     """The model, tried on black pictures; what a checkpoint needs; how long a save takes against the grace."""
-    if int(os.environ.get("LOCAL_RANK", "0")):
+    if environment.local_rank:
         return  # one process of a run writes checkpoints: more at once would be slower
     module = None
     with contextlib.suppress(DataError):  # it was told already
@@ -282,7 +288,7 @@ def _grace(config: Config, module: nn.Module, speed: float) -> Finding:
     )
 
 
-_LOCAL: list[Callable[[Config], Iterator[Finding]]] = [
+_LOCAL: list[Callable[[Config, Environment], Iterator[Finding]]] = [
     versions,
     extras,
     device,
@@ -317,22 +323,24 @@ def _probe(folder: Path) -> Iterator[Path]:
 
 def _look_together(config: Config, rt: Runtime) -> list[Finding]:
     findings = [
-        Finding("processes", "ok", f"{rt.world.size} on {len(set(rt.from_all(socket.gethostname())))} nodes"),
+        Finding(
+            "processes", "ok", f"{rt.world.size} on {len(set(rt.collectives.from_all(socket.gethostname())))} nodes"
+        ),
         _same_versions(rt),
         *_reduce(rt),
         *_same_folder(config, rt),
     ]
     with contextlib.suppress(UserError, AgainError):  # a node that cannot read it has said so
-        dataset = rt.all_or_none(lambda: read_data(config, "train", "test"))
+        dataset = rt.collectives.all_or_none(lambda: read_data(config, "train", "test"))
         try:
-            agree_on_data(rt, dataset, list(dataset.manifest.splits))
+            check_same_data(rt, dataset, list(dataset.manifest.splits))
         except DataError as error:
             findings.append(Finding("data", "bad", str(error), "let all nodes see one folder, and verify it"))
     return findings
 
 
 def _same_versions(rt: Runtime) -> Finding:
-    found = rt.from_all((version("torch"), version("distrain")))
+    found = rt.collectives.from_all((version("torch"), version("distrain")))
     others = [
         f"rank {rank} has torch {torch_}, distrain {own}"
         for rank, (torch_, own) in enumerate(found)
@@ -349,14 +357,14 @@ def _reduce(rt: Runtime) -> Iterator[Finding]:
     if size == 1:
         return
     right = torch.full((1,), float(rt.world.rank + 1), device=rt.device)
-    rt.sum(right)
+    rt.collectives.sum(right)
     if right.item() != size * (size + 1) / 2:
         yield Finding("all-reduce", "bad", f"the sum over {size} ranks is {right.item()}", "look at the interconnect")
         return
     buffer = torch.ones(_PROBE_BYTES // 4, device=rt.device)
-    rt.sum(buffer)
+    rt.collectives.sum(buffer)
     start = time.monotonic()
-    rt.sum(buffer)
+    rt.collectives.sum(buffer)
     buffer[0].item()  # the device is done
     seconds = time.monotonic() - start
     yield Finding("all-reduce", "ok", f"right; {_PROBE_BYTES / 2**20:.0f} MiB in {1000 * seconds:,.1f} ms")
@@ -365,13 +373,13 @@ def _reduce(rt: Runtime) -> Iterator[Finding]:
 def _same_folder(config: Config, rt: Runtime) -> Iterator[Finding]:
     """Whether what the main process writes is seen by all."""
     folder, name = _nearest(Path(config.run.dir)), f".distrain-doctor-{uuid.uuid4().hex}"
-    name = str(rt.from_main(name))
+    name = str(rt.collectives.from_main(name))
     path = folder / name
     problem = os_error_of(lambda: path.write_text("here", encoding="ascii")) if rt.is_main else None
-    if rt.from_main(problem) is not None:
+    if rt.collectives.from_main(problem) is not None:
         return  # told as what the main process found
     try:
-        blind = [str(rank) for rank, seen in enumerate(rt.from_all(_seen(path))) if not seen]
+        blind = [str(rank) for rank, seen in enumerate(rt.collectives.from_all(_seen(path))) if not seen]
     finally:
         if rt.is_main:
             path.unlink(missing_ok=True)

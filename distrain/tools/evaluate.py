@@ -15,31 +15,41 @@ from torch import nn
 from distrain import files, models, signals
 from distrain.config import Config, identity
 from distrain.data.manifest import Dataset
-from distrain.distributed.runtime import Runtime, StopAgreed
+from distrain.distributed.collectives import StopAgreed
+from distrain.distributed.runtime import Runtime
+from distrain.environment import Environment
 from distrain.errors import ConfigError, Stopped
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Saved
 from distrain.tools.loaded_model import choose
 from distrain.training import evaluation
 from distrain.training.evaluation import Scores
-from distrain.training.setup import agree_on_data, build_model, read_data, start_runtime, watch
+from distrain.training.setup import build_model, check_same_data, read_data, start_runtime, start_watchdog
 
 
-def evaluate_run(run: Path, split: str, overrides: Sequence[str], which: str | None) -> tuple[Scores, str, list[str]]:
+def evaluate_run(
+    run: Path, split: str, overrides: Sequence[str], which: str | None, environment: Environment
+) -> tuple[Scores, str, list[str]]:
     """Score a checkpoint of a run: `which` (best, last, or a folder's name), by default the one its result is of.
 
     Returns:
         The scores, the checkpoint's name and the classes.
     """
     config = folder.configuration(run, overrides)
-    with signals.noted(), closing(watch(config)) as watchdog, start_runtime(config, watchdog) as rt:
-        dataset = rt.all_or_none(lambda: read_data(config, split))
+    with (
+        signals.recorded(),
+        closing(start_watchdog(config, environment)) as watchdog,
+        start_runtime(config, environment, watchdog) as rt,
+    ):
+        dataset = rt.collectives.all_or_none(lambda: read_data(config, split))
         # The main process chooses: of a run that goes on, others may see newer ones.
-        path, skipped = rt.from_main(rt.all_or_none(lambda: choose(run, which) if rt.is_main else None))
+        path, skipped = rt.collectives.from_main(
+            rt.collectives.all_or_none(lambda: choose(run, which) if rt.is_main else None)
+        )
         for line in skipped if rt.is_main else []:
             print(f"warning: skipped {line}", file=sys.stderr)
-        saved = rt.all_or_none(lambda: checkpoint.load(path))
-        agree_on_data(rt, dataset, [split])
+        saved = rt.collectives.all_or_none(lambda: checkpoint.load(path))
+        check_same_data(rt, dataset, [split])
         _check_identity(config, dataset, saved)
         try:
             scores = _score(config, dataset, split, saved, rt)
@@ -62,8 +72,8 @@ def _write(out: Path, scored: dict[str, Any]) -> None:
 
 
 def _score(config: Config, dataset: Dataset, split: str, saved: Saved, rt: Runtime) -> Scores:
-    module = rt.all_or_none(lambda: _trained(config, dataset, saved, rt))
-    module = rt.prepare_scoring(module)
+    module = rt.collectives.all_or_none(lambda: _trained(config, dataset, saved, rt))
+    module = rt.prepare_eval_model(module)
     mean, std = (
         torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
         for key in ("mean", "std")

@@ -1,5 +1,7 @@
 """The training itself.
 
-setup → job (what a run works with) → trainer: the loop, and when it logs, evaluates and saves → step: one step;
-evaluation: exact scores; checkpointing: the folder taken, gone on from, saved to; summary and pictures: for people.
+setup: data set, model, optimizer, as one `Job` → trainer: the loop (`Trainer.fit`) → step: one optimizer step ·
+feed: local batches onto the device · stopping: when the processes agree to stop · meters: the training loss ·
+checkpointing: the run's folder, resumed from and saved to · evaluation: exact scores · reporting: logs and trackers ·
+summary and pictures: for people · augment, optim, profiling: torch alone.
 """

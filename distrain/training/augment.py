@@ -1,4 +1,4 @@
-"""From uint8 images to a model's input, a whole batch at a time, on whatever device holds it."""
+"""From uint8 images to a model's input, a whole batch at a time, on the device that holds it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Normalizer:
         self._mean, self._std = (mean * 255).repeat(width), (std * 255).repeat(width)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[N, C, H, W] of uint8 images [N, H, W, C], channels last in memory: as the images lie, and convolutions are
-        faster (`net` on CPUs by 15 %).
+        """Return [N, C, H, W] for uint8 images [N, H, W, C].
+
+        It is channels last in memory, as the images are: convolutions are faster so (`net` on CPUs by 15 %).
         """
         samples, height, width, channels = images.shape
         rows = images.reshape(samples, height, width * channels).to(self._mean.dtype)
@@ -32,25 +33,25 @@ class Normalizer:
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """What a `Normalizer` does, once."""
+    """Normalise one batch of images, as a `Normalizer` does."""
     return Normalizer(mean, std, images.shape[2])(images)
 
 
-def draws(settings: Augment) -> bool:
-    """Whether `augment` looks at the random words: drawing them takes time."""
+def needs_random_bits(settings: Augment) -> bool:
+    """Whether `augment` uses random bits: drawing them takes time."""
     return settings.flip or settings.crop_padding > 0 or settings.cutout > 0
 
 
-def augment(images: Tensor, words: Tensor, settings: Augment, blank: Tensor) -> Tensor:
-    """Mirror, shift and blank each image as its random words say. (Mixup mixes what comes out of it: `step`.)
+def augment(images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor) -> Tensor:
+    """Flip, shift and cut out each image as its random bits determine; `step` applies mixup to the result.
 
     Args:
         images: uint8 [N, H, W, C].
-        words: int64 [N, 2], 128 random bits a sample: of the first, bit 0 mirrors, bits 8–27 and 28–47 shift down and
-            right, by up to `crop_padding`; of the second, bits 0–19 and 20–39 place the centre of the square of
-            `cutout`, which may reach over the edge (DeVries and Taylor, "Cutout", 2017).
-        settings: what to do.
-        blank: uint8 [C], what the square is filled with.
+        random_bits: int64 [N, 2], 128 random bits a sample: in the first integer, bit 0 flips, bits 8–27 and 28–47
+            shift down and right by up to `crop_padding`; in the second, bits 0–19 and 20–39 give the centre of the
+            square of `cutout`, which may extend over the edge (DeVries and Taylor, "Cutout", 2017).
+        settings: what to apply.
+        fill: uint8 [C], colour of the square.
 
     Returns:
         uint8 [N, H, W, C].
@@ -59,28 +60,28 @@ def augment(images: Tensor, words: Tensor, settings: Augment, blank: Tensor) -> 
     crop_padding, cutout = settings.crop_padding, settings.cutout
     if crop_padding:
         shifts = 2 * crop_padding + 1
-        down = _below(shifts, words[:, 0] >> 8) - crop_padding
-        right = _below(shifts, words[:, 0] >> 28) - crop_padding
+        down = _below(shifts, random_bits[:, 0] >> 8) - crop_padding
+        right = _below(shifts, random_bits[:, 0] >> 28) - crop_padding
         rows = _reflect(torch.arange(height, device=images.device) + down[:, None], height)
         columns = _reflect(torch.arange(width, device=images.device) + right[:, None], width)
         samples = torch.arange(len(images), device=images.device)
         images = images[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
     if settings.flip:
-        images = torch.where((words[:, 0] & 1).bool()[:, None, None, None], images.flip(2), images)
+        images = torch.where((random_bits[:, 0] & 1).bool()[:, None, None, None], images.flip(2), images)
     if cutout:
-        in_rows = _inside(height, _below(height, words[:, 1]), cutout)
-        in_columns = _inside(width, _below(width, words[:, 1] >> 20), cutout)
-        images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], blank, images)
+        in_rows = _inside(height, _below(height, random_bits[:, 1]), cutout)
+        in_columns = _inside(width, _below(width, random_bits[:, 1] >> 20), cutout)
+        images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], fill, images)
     return images
 
 
-def _below(limit: int, words: Tensor) -> Tensor:
-    """Numbers from 0 to limit - 1, from the lowest 20 bits."""
-    return (words & 0xFFFFF) * limit >> 20
+def _below(limit: int, random_bits: Tensor) -> Tensor:
+    """Integers from 0 to limit - 1, from the lowest 20 bits."""
+    return (random_bits & 0xFFFFF) * limit >> 20
 
 
 def _inside(size: int, centre: Tensor, side: int) -> Tensor:
-    """bool [N, size]: whether a pixel lies in a stretch of `side` around its centre."""
+    """bool [N, size]: whether a pixel is within a range of length `side` around the centre."""
     offset = torch.arange(size, device=centre.device) - centre[:, None] + side // 2
     return (offset >= 0) & (offset < side)
 

@@ -1,165 +1,199 @@
-"""The run's folder: taken, gone on from, saved to. The main process writes; all know how it went."""
+"""The run's folder: taken by one job, resumed from, saved to. Rank 0 writes; all processes know the result."""
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from distrain import files, models, signals
 from distrain.config import public
 from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
-from distrain.failures import fail, failure_of
+from distrain.failures import failure_of, report_failure
 from distrain.runs import attempts, checkpoint, logs
+from distrain.runs.attempts import Lease
 from distrain.runs.checkpoint import Saved
 from distrain.runs.folder import CONFIG, METRICS, RESULT
 from distrain.runs.logs import Logs
 from distrain.training import optim
-from distrain.training.job import Job, State
+from distrain.training.job import Job
 
-_FOLLOWED = "weights."
-"""Of the model that is trained, in optimizer.safetensors, where model.safetensors holds their average."""
+log = logging.getLogger("distrain")
 
-
-def resume(job: Job) -> None:
-    """Go on from the newest readable checkpoint, or start fresh: the main process decides for all."""
-    rt = job.runtime
-    path = rt.from_main(rt.all_or_none(lambda: _take_folder(job) if rt.is_main else None))
-    if path is not None:
-        _restore(job, path)
-    if job.lease is not None:
-        job.lease.note(from_step=job.state.step, world_size=rt.world.size)
+_TRAINED_WEIGHTS = "weights."
+"""Prefix, in optimizer.safetensors, of the trained weights where model.safetensors holds their EMA."""
 
 
-def _take_folder(job: Job) -> Path | None:
-    """The checkpoint to go on from; the folder is this job's alone, and cut back to that checkpoint."""
-    saved = _choose(job)
-    try:
-        job.run.mkdir(parents=True, exist_ok=True)
-        seen = checkpoint.steps(job.checkpoints)
-        wait, say = job.config.run.wait_seconds, lambda line: print(line, flush=True)
-        job.lease = attempts.acquire(job.run, wait, say, signals.requested)
-        job.lease.keep(_leave_to_another)
-        if checkpoint.steps(job.checkpoints) != seen:
-            saved = _choose(job)  # another job was still at work here
-        _say_and_clear(job, saved)
-        done, lines = (saved.step, saved.state["lines"]) if saved is not None else (0, 0)
-        checkpoint.sweep(job.checkpoints)
-        logs.cut_back(job.run, done, lines)
-        files.replace(job.run / CONFIG, yaml.safe_dump(public(job.config), sort_keys=False))
-    except OSError as error:
-        raise ConfigError(f"run.dir={job.run}: cannot be written: {error.strerror}; choose another folder") from error
-    return saved.path if saved is not None else None
+class Checkpointer:
+    """Resumes a run and saves its checkpoints; holds the lease on its folder, on rank 0."""
 
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._lease: Lease | None = None
+        self._saved_at = time.monotonic()
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint that is known to be whole."""
+        self.error: str | None = None
+        """Why the newest save failed; None if it did not."""
+        self.finished = False
+        """Whether training is over, and the model holds the weights of the best checkpoint: nothing is saved then."""
 
-def _leave_to_another(error: BusyError) -> None:
-    """Another job has taken the folder over: this one must not write another byte."""
-    if not fail(failure_of(error)):
-        print(f"distrain: {error}", file=sys.stderr, flush=True)
-    os._exit(EXIT_AGAIN)
+    def resume(self) -> dict[str, Any]:
+        """Take the folder, and load the newest readable checkpoint; rank 0 decides for all.
 
+        Returns:
+            The state in the checkpoint (state.json); empty for a new run.
 
-def _choose(job: Job) -> Saved | None:
-    mode = job.config.run.resume
-    if job.run.exists() and not job.run.is_dir():
-        raise ConfigError(f"run.dir={job.run}: is a file; choose another folder")
-    if not holds_run(job.run):
-        if mode == "must":
-            raise DataError(f"run.resume=must: {job.run} holds no run to go on from")
-        return None
-    if mode == "never":
-        raise ConfigError(
-            f"{job.run}: already holds a run; go on with it by run.resume=auto, or choose another run.dir"
-        )
-    saved, skipped = checkpoint.newest(job.checkpoints)
-    for line in skipped:
-        print(f"warning: skipped {line}", file=sys.stderr)
-    if saved is None:
-        if skipped or mode == "must":
-            raise DataError(f"{job.run}: has no readable checkpoint to go on from; choose another run.dir")
-        if (job.run / RESULT).exists() or any(entry.get("from_step") for entry in attempts.history(job.run)):
-            raise DataError(f"{job.run}: its checkpoints are gone; bring them back, or choose another run.dir")
-        return None
-    differ = checkpoint.differences(saved.state["identity"], job.identity)
-    if differ:
-        cure = "set that back to go on with it, or choose another run.dir"
-        if any(line.startswith(("train.epochs:", "train.max_steps:")) for line in differ):
-            weights = saved.path / checkpoint.MODEL
-            cure += f"; to train for longer, begin a run with its weights: another run.dir, and model.init={weights}"
-        raise ConfigError("\n  ".join([f"{saved.path}: belongs to another run, which has", *differ]) + f"\n{cure}")
-    return saved
+        Raises:
+            UserError, AgainError: on all processes: the folder cannot be used, or another job writes in it.
+        """
+        collectives, is_main = self._job.runtime.collectives, self._job.runtime.is_main
+        path = collectives.from_main(collectives.all_or_none(lambda: self._take_folder() if is_main else None))
+        state = self._restore(path) if path is not None else {}
+        if self._lease is not None:
+            self._lease.note(from_step=state.get("step", 0), world_size=self._job.runtime.world.size)
+        return state
 
+    def start_clock(self) -> None:
+        """Count `checkpoint.every_minutes` from now on."""
+        self._saved_at = time.monotonic()
 
-def _say_and_clear(job: Job, saved: Saved | None) -> None:
-    """Say what the run starts from, and clear newer checkpoints, all damaged: they would stand in the way."""
-    if saved is None:
-        nothing = "has no checkpoint yet; starting from the beginning" if holds_run(job.run) else "a new run"
-        print(f"{job.run}: {nothing}", flush=True)
-        return
-    for step in checkpoint.steps(job.checkpoints):
-        if step > saved.step:
-            checkpoint.set_aside(checkpoint.path_of(job.checkpoints, step))
-    print(f"{job.run}: going on from {saved.path.name}", flush=True)
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due by the clock of rank 0; false on all others."""
+        minutes = self._job.config.checkpoint.every_minutes
+        due = minutes and step and time.monotonic() - self._saved_at >= 60 * minutes
+        return bool(self._job.runtime.is_main and due)
 
+    def save(self, step: int, state: dict[str, Any], best_step: int | None, logs: Logs, why: str) -> bool:
+        """Commit a checkpoint after `step` steps; the logs that it counts on are on disk before, on every process.
 
-def holds_run(run: Path) -> bool:
-    """Whether a folder has anything of a run in it that would be lost: a step logged, a checkpoint, a result."""
-    metrics = run / METRICS
-    logged = metrics.exists() and metrics.stat().st_size > 0
-    return logged or (run / RESULT).exists() or bool(checkpoint.steps(run / checkpoint.FOLDER))
+        A save that fails (no space, no permission) is logged and changes nothing: training continues, and the next save
+        is tried. `error` then says why on all processes.
 
+        Returns:
+            Whether it was tried: False if this step is saved already.
+        """
+        if self.saved_step == step:
+            return False
+        collectives = self._job.runtime.collectives
+        with self._job.runtime.watchdog.phase("save"):
+            self.check_lease()
+            collectives.agree()  # not before rank 0 has seen that the folder is still this job's
+            error = os_error_of(logs.sync)
+            if not any(collectives.agree(error is not None).flags) and self._job.runtime.is_main:
+                error = os_error_of(lambda: self._write(step, state, best_step, why))
+            errors = [each for each in collectives.from_all(error) if each]
+        self.error = errors[0] if errors else None
+        if not errors:
+            self.saved_step = step
+        elif self._job.runtime.is_main:
+            log.warning("step %d: no checkpoint could be saved: %s; training continues", step, errors[0])
+        self.start_clock()
+        return True
 
-def _restore(job: Job, path: Path) -> None:
-    """Every process loads the checkpoint; if one cannot, all leave together."""
-    saved = job.runtime.all_or_none(lambda: _load_into(job, path))
-    tensors = saved.optimizer
-    if job.average is not None:  # the weights that it follows lie beside the optimizer's memory of them
-        following = {name: tensors.pop(_FOLLOWED + name) for name in saved.model}
-        job.module.load_state_dict(following)
-        job.average.n_averaged.fill_(saved.step)
-    optim.load_state_tensors(job.optimizer, tensors)
-    job.runtime.load_scaler_state(saved.state["scaler"])
-    job.state = State(**{name: saved.state[name] for name in State.__dataclass_fields__})
-    job.saved_step = saved.step
+    def write_result(self, text: str) -> None:
+        """Write RUN/result.json; `error` says why if it fails."""
+        self.error = os_error_of(lambda: files.replace(self._job.folder / RESULT, text)) or self.error
 
+    def load_best(self, step: int) -> None:
+        """Load the weights of an earlier checkpoint into the eval model; nothing is saved from then on."""
+        path = checkpoint.path_of(self._job.checkpoints, step)
+        best = self._job.runtime.collectives.all_or_none(lambda: checkpoint.load(path))
+        self._job.model.eval_model.load_state_dict(best.model)
+        self.finished = True
 
-def _load_into(job: Job, path: Path) -> Saved:
-    saved = checkpoint.load(path)
-    models.load(job.scored, saved.model, job.config.model.name, path)
-    return saved
+    def check_lease(self) -> None:
+        """Check, before anything is written in the run's folder, that it is still this job's.
 
+        Raises:
+            BusyError: another job has taken it over.
+        """
+        if self._lease is not None:
+            self._lease.check()
 
-def save(job: Job, logs: Logs, why: str) -> None:
-    """Commit a checkpoint of this step. What it counts on, on every process, is on disk before.
+    def close(self) -> None:
+        """Release the lease."""
+        if self._lease is not None:
+            self._lease.release()
 
-    A save that fails (no space, no permission) is told and leaves everything as it was: the run goes on, and the next
-    one is tried. `Job.save_problem` says so on all processes.
-    """
-    if job.saved_step == job.state.step:
-        return
-    rt = job.runtime
-    with rt.watch.phase("save"):
-        job.check_lease()
-        rt.agree()  # not before the main process has seen that the folder is still this job's
-        problem = os_error_of(logs.sync)
-        if not any(rt.agree(problem is not None).flags) and rt.is_main:
-            problem = os_error_of(lambda: _write(job, logs, why))
-        problems = [line for line in rt.from_all(problem) if line]
-    job.save_problem = problems[0] if problems else None
-    if not problems:
-        job.saved_step = job.state.step
-    elif rt.is_main:
-        logs.progress.warn(f"step {job.state.step}: no checkpoint could be saved: {problems[0]}; training goes on")
-    job.saved_at = time.monotonic()
-    job.next_poll = job.state.step
+    def _take_folder(self) -> Path | None:
+        """Take the folder and cut it back to the checkpoint to resume; return that checkpoint's path."""
+        job, folder = self._job, self._job.folder
+        saved = _choose(job)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            seen = checkpoint.steps(job.checkpoints)
+            self._lease = attempts.acquire(folder, job.config.run.wait_seconds, log.info, signals.requested)
+            self._lease.keep(self._exit_with_lost_lease)
+            if checkpoint.steps(job.checkpoints) != seen:
+                saved = _choose(job)  # another job was still writing here
+            _log_start(job, saved)
+            if saved is not None:
+                _set_aside_newer(job, saved)
+            step, lines = (saved.step, saved.state["lines"]) if saved is not None else (0, 0)
+            checkpoint.sweep(job.checkpoints)
+            logs.cut_back(folder, step, lines)
+            files.replace(folder / CONFIG, yaml.safe_dump(public(job.config), sort_keys=False))
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={folder}: cannot be written: {error.strerror}; choose another folder"
+            ) from error
+        return saved.path if saved is not None else None
+
+    def _exit_with_lost_lease(self, error: BusyError) -> None:
+        """End this process at once: another job has taken the folder over, and not another byte may be written."""
+        environment = self._job.runtime.environment
+        if not report_failure(failure_of(error, environment), environment):
+            log.error("%s", error)
+        os._exit(EXIT_AGAIN)
+
+    def _restore(self, path: Path) -> dict[str, Any]:
+        """Load the checkpoint on every process; if one cannot, all raise the error."""
+        job, model = self._job, self._job.model
+        saved = job.runtime.collectives.all_or_none(lambda: self._load(path))
+        tensors = saved.optimizer
+        if model.ema is not None:
+            model.module.load_state_dict({name: tensors.pop(_TRAINED_WEIGHTS + name) for name in saved.model})
+            model.ema.n_averaged.fill_(saved.step)
+        optim.load_state_tensors(model.optimizer, tensors)
+        job.runtime.load_scaler_state(saved.state["scaler"])
+        self.saved_step = saved.step
+        return saved.state
+
+    def _load(self, path: Path) -> Saved:
+        saved = checkpoint.load(path)
+        models.load(self._job.model.eval_model, saved.model, self._job.config.model.name, path)
+        return saved
+
+    def _write(self, step: int, state: dict[str, Any], best_step: int | None, why: str) -> None:
+        self.check_lease()  # once more: syncing may have taken long
+        job, model, settings = self._job, self._job.model, self._job.config.checkpoint
+        state = {
+            **state,
+            "why": why,
+            "identity": job.identity,
+            "scaler": job.runtime.scaler_state,
+            "epoch": int(job.epoch(step)),
+            "world_size": job.runtime.world.size,
+            "cpu_threads": job.config.run.cpu_threads,
+        }
+        tensors = optim.state_tensors(model.optimizer)
+        if model.ema is not None:
+            tensors |= {_TRAINED_WEIGHTS + name: value for name, value in model.module.state_dict().items()}
+        checkpoint.save(job.checkpoints, step, model.eval_model.state_dict(), tensors, state)
+        try:
+            checkpoint.prune(job.checkpoints, settings.keep, settings.keep_every, best_step)
+        except OSError as error:  # the new checkpoint is committed: an old one that remains is worth a warning only
+            log.warning("%s: an old checkpoint cannot be deleted: %s", error.filename, error.strerror)
 
 
 def os_error_of(action: Callable[[], object]) -> str | None:
-    """What an action that writes failed with."""
+    """Run `action`; return its OSError as text, or None."""
     try:
         action()
     except OSError as error:
@@ -167,26 +201,59 @@ def os_error_of(action: Callable[[], object]) -> str | None:
     return None
 
 
-def _write(job: Job, logs: Logs, why: str) -> None:
-    job.check_lease()  # once more: syncing may have taken long
-    state = {
-        **vars(job.state),
-        "lines": logs.metrics.lines if logs.metrics is not None else 0,
-        "seconds": job.elapsed,
-        "why": why,
-        "identity": job.identity,
-        "scaler": job.runtime.scaler_state,
-        "epoch": job.state.step // job.order.steps_per_epoch,
-        "world_size": job.runtime.world.size,
-        "cpu_threads": job.config.run.cpu_threads,
-    }
-    tensors = optim.state_tensors(job.optimizer)
-    if job.average is not None:
-        tensors |= {_FOLLOWED + name: value for name, value in job.module.state_dict().items()}
-    checkpoint.save(job.checkpoints, job.state.step, job.scored.state_dict(), tensors, state)
-    best = job.state.best["step"] if job.state.best else None
-    settings = job.config.checkpoint
-    try:
-        checkpoint.prune(job.checkpoints, settings.keep, settings.keep_every, best)
-    except OSError as error:  # the new one stands: an old one that stays is not worth more than a word
-        logs.progress.warn(f"{error.filename}: an old checkpoint cannot be deleted: {error.strerror}")
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds something of a run that would be lost: a logged step, a checkpoint, a result."""
+    metrics = folder / METRICS
+    logged = metrics.exists() and metrics.stat().st_size > 0
+    return logged or (folder / RESULT).exists() or bool(checkpoint.steps(folder / checkpoint.FOLDER))
+
+
+def _choose(job: Job) -> Saved | None:
+    """Choose the checkpoint to resume; None to start a run."""
+    mode, folder = job.config.run.resume, job.folder
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.dir={folder}: is a file; choose another folder")
+    if not holds_run(folder):
+        if mode == "must":
+            raise DataError(f"run.resume=must: {folder} holds no run to resume")
+        return None
+    if mode == "never":
+        raise ConfigError(f"{folder}: already holds a run; resume it with run.resume=auto, or choose another run.dir")
+    saved, skipped = checkpoint.newest(job.checkpoints)
+    for line in skipped:
+        log.warning("skipped %s", line)
+    if saved is None:
+        if skipped or mode == "must":
+            raise DataError(f"{folder}: has no readable checkpoint to resume from; choose another run.dir")
+        if (folder / RESULT).exists() or any(entry.get("from_step") for entry in attempts.history(folder)):
+            raise DataError(f"{folder}: its checkpoints are gone; bring them back, or choose another run.dir")
+        return None
+    _check_identity(job, saved)
+    return saved
+
+
+def _check_identity(job: Job, saved: Saved) -> None:
+    lines = checkpoint.differences(saved.state["identity"], job.identity)
+    if not lines:
+        return
+    cure = "set that back to resume it, or choose another run.dir"
+    if any(line.startswith(("train.epochs:", "train.max_steps:")) for line in lines):
+        weights = saved.path / checkpoint.MODEL
+        cure += f"; to train for longer, begin a run with its weights: another run.dir, and model.init={weights}"
+    raise ConfigError("\n  ".join([f"{saved.path}: belongs to another run, which has", *lines]) + f"\n{cure}")
+
+
+def _log_start(job: Job, saved: Saved | None) -> None:
+    if saved is not None:
+        log.info("%s: resuming from %s", job.folder, saved.path.name)
+    elif holds_run(job.folder):
+        log.info("%s: has no checkpoint yet; starting from the beginning", job.folder)
+    else:
+        log.info("%s: a new run", job.folder)
+
+
+def _set_aside_newer(job: Job, saved: Saved) -> None:
+    """Move newer checkpoints, all damaged, out of the way of those to come."""
+    for step in checkpoint.steps(job.checkpoints):
+        if step > saved.step:
+            checkpoint.set_aside(checkpoint.path_of(job.checkpoints, step))

@@ -1,5 +1,5 @@
-"""Exact evaluation: each process scores the samples that it alone owns, counts are summed once, and the total must
-be the manifest's.
+"""Exact evaluation: each process scores its own part of the samples, the counts are summed once, and the total must be
+that of the manifest.
 """
 
 from __future__ import annotations
@@ -17,28 +17,34 @@ from tqdm import tqdm
 
 from distrain.data.manifest import Dataset
 from distrain.data.stream import EvaluationBatches
-from distrain.distributed.runtime import POLL_SECONDS, Runtime
+from distrain.distributed.collectives import POLL_SECONDS
+from distrain.distributed.runtime import Runtime
 from distrain.errors import DataError
 from distrain.training.augment import normalize
 
-Keep = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+Collect = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """confusion: int64 [K, K], row = true class, column = predicted; loss: mean cross-entropy."""
+    """The scores of a split.
+
+    Attributes:
+        confusion: int64 [K, K], row = true class, column = predicted.
+        loss: mean cross-entropy.
+    """
 
     confusion: Tensor
     loss: float
 
     @property
     def total(self) -> int:
-        """Samples scored."""
+        """Number of samples scored."""
         return int(self.confusion.sum())
 
     @property
     def correct(self) -> int:
-        """Samples whose class was predicted."""
+        """Number of samples whose class was predicted."""
         return int(self.confusion.diagonal().sum())
 
     @property
@@ -47,11 +53,11 @@ class Scores:
         return self.correct / self.total
 
     def line(self, split: str) -> str:
-        """The line that a run closes with."""
+        """Format the accuracy as the last line of a run."""
         return f"Accuracy of the network on the {self.total} {split} images: {100 * self.accuracy:.1f} %"
 
     def as_dict(self, classes: list[str]) -> dict[str, Any]:
-        """For JSON; the accuracy of a class without samples is null."""
+        """Return the scores for JSON; the accuracy of a class without samples is null."""
         by_class = zip(classes, self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True)
         return {
             "accuracy": self.accuracy,
@@ -72,10 +78,19 @@ def evaluate(
     std: Tensor,
     batch_size: int,
     runtime: Runtime,
-    keep: Keep | None = None,
+    collect: Collect | None = None,
 ) -> Scores:
-    """Score a model on a split, on all processes together; the result is the same on each of them. `keep` is called
-    with each batch of this process: images, ids, labels, logits.
+    """Score a model on a split, on all processes together; the result is the same on each of them.
+
+    Args:
+        model: gives logits [n, K].
+        dataset: the data set.
+        split: name of the split.
+        mean: [C], for normalisation.
+        std: [C].
+        batch_size: most samples at once.
+        runtime: this process among its peers.
+        collect: called with each batch of this process: images, ids, labels, logits.
 
     Raises:
         DataError: on all processes: a shard cannot be read, or the number of samples scored is not the manifest's.
@@ -90,31 +105,33 @@ def evaluate(
         logits = model(normalize(images, mean, std))
         sums[:-1] += torch.bincount(truth * num_classes + logits.argmax(1), minlength=num_classes**2)
         sums[-1] += F.cross_entropy(logits, truth, reduction="sum")
-        if keep is not None:
-            keep(images, ids.to(runtime.device), truth, logits)
+        if collect is not None:
+            collect(images, ids.to(runtime.device), truth, logits)
 
     training = model.training
     model.eval()
-    with runtime.watch.phase("evaluate"), closing(EvaluationBatches(dataset, split, runtime.world, batch_size)) as all_:
-        shown = tqdm(desc=split, unit="batch", leave=False, disable=None if runtime.is_main else True)
-        with closing(shown):
-            _for_each(all_, score, runtime, shown)
+    with (
+        runtime.watchdog.phase("evaluate"),
+        closing(EvaluationBatches(dataset, split, runtime.world, batch_size)) as batches,
+        closing(tqdm(desc=split, unit="batch", leave=False, disable=None if runtime.is_main else True)) as bar,
+    ):
+        _for_each(batches, score, runtime, bar)
     model.train(training)
-    runtime.sum(sums)
-    total, promised = int(sums[:-1].sum()), dataset.split(split).samples
-    if total != promised:
-        raise DataError(f"{dataset.root}: {total} samples of {split} were scored, the manifest has {promised}")
+    runtime.collectives.sum(sums)
+    total, expected = int(sums[:-1].sum()), dataset.split(split).samples
+    if total != expected:
+        raise DataError(f"{dataset.root}: {total} samples of {split} were scored, the manifest has {expected}")
     confusion = sums[:-1].to(torch.int64).reshape(num_classes, num_classes).cpu()
     return Scores(confusion, float(sums[-1]) / total)
 
 
 def _for_each(
-    batches: EvaluationBatches, score: Callable[[Tensor, Tensor, Tensor], None], runtime: Runtime, shown: Any
+    batches: EvaluationBatches, score: Callable[[Tensor, Tensor, Tensor], None], runtime: Runtime, bar: Any
 ) -> None:
-    """Score this process's batches, collective the others a few times a second until all are through: nobody is left
-    waiting by one that was asked to stop, or cannot read a shard.
+    """Score this process's batches, and agree with the others a few times a second until all have finished: so none
+    waits for one that was asked to stop, or cannot read a shard.
     """
-    busy, scored, problem, meet_at = True, 0, None, time.monotonic() + POLL_SECONDS
+    busy, batches_done, error, agree_at = True, 0, None, time.monotonic() + POLL_SECONDS
     while True:
         try:
             if busy and batches.ready(POLL_SECONDS):
@@ -122,15 +139,15 @@ def _for_each(
                 busy = batch is not None
                 if batch is not None:
                     score(*batch)
-                    scored += 1
-                    shown.update()
-                    runtime.watch.waits_for = None
+                    batches_done += 1
+                    bar.update()
+                    runtime.watchdog.waiting_for(None)
             elif busy:
-                runtime.watch.waits_for = "its data"
-        except DataError as error:
-            problem = error
-        if busy and problem is None and time.monotonic() < meet_at:
+                runtime.watchdog.waiting_for("its data")
+        except DataError as caught:
+            error = caught
+        if busy and error is None and time.monotonic() < agree_at:
             continue
-        if not runtime.still_busy(busy, scored > 0, problem):
+        if not runtime.collectives.any_busy(busy, batches_done > 0, error):
             return
-        scored, meet_at = 0, time.monotonic() + POLL_SECONDS
+        batches_done, agree_at = 0, time.monotonic() + POLL_SECONDS

@@ -18,7 +18,7 @@ def build(
     betas: Sequence[float],
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW over the parameters, fused: one kernel for all (a twentieth of a small step on CPUs)."""
+    """Build SGD, Adam or AdamW, fused: one kernel for all parameters (a twentieth of a small step on CPUs)."""
     if name == "sgd":
         return torch.optim.SGD(
             parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
@@ -28,22 +28,22 @@ def build(
 
 
 def learning_rate(step: int, total_steps: int, schedule: str, peak: float, warmup_fraction: float) -> float:
-    """Learning rate of step 0 … total_steps - 1, taken at the middle of the step so that none is 0.
+    """Return the learning rate of a step in 0 … total_steps - 1, taken at the middle of the step so that none is 0.
 
-    one_cycle: up and down in straight lines, after Smith, "Super-convergence" (2018); cosine: the way down after
+    one_cycle: linear up and down, after Smith, "Super-convergence" (2018); cosine: linear up, then down after
     Loshchilov and Hutter, "SGDR" (2017).
     """
-    done = (step + 0.5) / total_steps
+    progress = (step + 0.5) / total_steps
     if schedule == "constant":
         return peak
-    if done < warmup_fraction:
-        return peak * done / warmup_fraction
-    left = (1 - done) / (1 - warmup_fraction)
-    return peak * (left if schedule == "one_cycle" else 0.5 * (1 - math.cos(math.pi * left)))
+    if progress < warmup_fraction:
+        return peak * progress / warmup_fraction
+    remaining = (1 - progress) / (1 - warmup_fraction)
+    return peak * (remaining if schedule == "one_cycle" else 0.5 * (1 - math.cos(math.pi * remaining)))
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimizer remembers, flat: `parameter number.name` → tensor. Settings come from the configuration."""
+    """Return the optimizer's state, flat: `parameter number.name` → tensor. Its settings come from the configuration."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": value
@@ -54,7 +54,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of `state_tensors`."""
+    """Restore what `state_tensors` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition(".")

@@ -1,6 +1,6 @@
-"""Pictures of a run for people: what augmentation does to training images, and what the model got wrong.
+"""Pictures of a run for people: what augmentation does to training images, and what the model misclassified.
 
-They lie in the run's folder, so a report needs neither the data set nor a model.
+They are saved in the run's folder, so a report needs neither the data set nor the model.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ from distrain.runs.folder import AUGMENTED, WRONG
 from distrain.training.augment import augment
 from distrain.training.job import Job
 
-MOST_WRONG = 24
-"""Pictures that were got wrong, kept of an evaluation."""
-_SHOWN, _VARIANTS = 6, 6
-"""Training pictures, and variants of each."""
+MAX_MISCLASSIFIED = 24
+"""Most misclassified pictures saved of an evaluation."""
+_PICTURES, _VARIANTS = 6, 6
+"""Number of training pictures, and of augmented variants of each."""
 
 
-class Wrong(NamedTuple):
-    """Samples taken for another class, most probable first: images uint8 [k, H, W, C]; ids (index in the source's
-    split), labels and predicted classes int64 [k]; probabilities of the predicted class fp64 [k].
+class Misclassified(NamedTuple):
+    """Samples predicted as another class, the most confident first.
+
+    Attributes:
+        images: uint8 [k, H, W, C].
+        ids: int64 [k], index in the split of the source.
+        labels: int64 [k].
+        predicted: int64 [k].
+        probabilities: fp64 [k], of the predicted class.
     """
 
     images: Tensor
@@ -39,95 +45,95 @@ class Wrong(NamedTuple):
     predicted: Tensor
     probabilities: Tensor
 
-    def best(self, most: int) -> Wrong:
-        """The `most` most probable ones; of equal ones those with the smaller id."""
-        order = np.lexsort((self.ids.cpu().numpy(), -self.probabilities.cpu().numpy()))[:most]
+    def most_confident(self, number: int) -> Misclassified:
+        """Return the `number` most confident ones; of equal ones those with the smaller ids."""
+        order = np.lexsort((self.ids.cpu().numpy(), -self.probabilities.cpu().numpy()))[:number]
         return self.at(torch.from_numpy(order.copy()))
 
-    def at(self, index: Tensor) -> Wrong:
-        """Those at int64 indices [n]."""
-        return Wrong(*(tensor[index.to(tensor.device)] for tensor in self))
+    def at(self, index: Tensor) -> Misclassified:
+        """Return those at int64 indices [n]."""
+        return Misclassified(*(tensor[index.to(tensor.device)] for tensor in self))
 
 
 class Collector:
-    """Keeps, on the device and without waiting for it, the samples that were got wrong with the highest probability."""
+    """Collects the samples misclassified with the highest confidence; on the device, without waiting for it."""
 
-    def __init__(self, most: int = MOST_WRONG) -> None:
-        self._most = most
-        self._kept: Wrong | None = None
+    def __init__(self, limit: int = MAX_MISCLASSIFIED) -> None:
+        self._limit = limit
+        self._collected: Misclassified | None = None
 
     def add(self, images: Tensor, ids: Tensor, labels: Tensor, logits: Tensor) -> None:
-        """A batch: images uint8 [n, H, W, C], ids and labels int64 [n], logits [n, K], all on one device."""
+        """Add a batch: images uint8 [n, H, W, C], ids and labels int64 [n], logits [n, K], all on one device."""
         probabilities, predicted = logits.double().softmax(1).max(1)
-        # A right one gets no probability: it stays behind all wrong ones, and is left out at the end.
+        # A correct one gets -1: it is sorted after all misclassified ones, and dropped at the end.
         probabilities = torch.where(predicted == labels, -1.0, probabilities)
-        found = Wrong(images, ids, labels, predicted, probabilities)
-        here = found.at(probabilities.topk(min(self._most, len(labels))).indices)
-        if self._kept is not None:
-            both = Wrong(*(torch.cat(pair) for pair in zip(self._kept, here, strict=True)))
-            here = both.at(both.probabilities.topk(min(self._most, len(both.labels))).indices)
-        self._kept = here
+        batch = Misclassified(images, ids, labels, predicted, probabilities)
+        top = batch.at(probabilities.topk(min(self._limit, len(labels))).indices)
+        if self._collected is not None:
+            both = Misclassified(*(torch.cat(pair) for pair in zip(self._collected, top, strict=True)))
+            top = both.at(both.probabilities.topk(min(self._limit, len(both.labels))).indices)
+        self._collected = top
 
-    def over_all(self, runtime: Runtime) -> Wrong | None:
-        """The most probable ones of all processes, on the main one; they meet. None elsewhere, and if all is right."""
-        own = self._own()
-        told = None if own is None else (own.probabilities, own.ids)
-        everyone = [(rank, *each) for rank, each in enumerate(runtime.from_all(told)) if each is not None]
-        if not everyone:
+    def over_all(self, runtime: Runtime) -> Misclassified | None:
+        """Return the most confident ones of all processes on rank 0 (a collective); None elsewhere, or without any."""
+        local = self._local()
+        keys = None if local is None else (local.probabilities, local.ids)
+        by_rank = [(rank, *each) for rank, each in enumerate(runtime.collectives.from_all(keys)) if each is not None]
+        if not by_rank:
             return None
-        # Only what is shown travels as pixels: first all learn whose those are.
-        probabilities = np.concatenate([each[1].numpy() for each in everyone])
-        ids = np.concatenate([each[2].numpy() for each in everyone])
-        ranks = np.repeat([each[0] for each in everyone], [len(each[2]) for each in everyone])
-        chosen = np.lexsort((ids, -probabilities))[: self._most]
+        # Only the chosen ones are sent as pixels: first all processes learn which those are.
+        probabilities = np.concatenate([each[1].numpy() for each in by_rank])
+        ids = np.concatenate([each[2].numpy() for each in by_rank])
+        ranks = np.repeat([each[0] for each in by_rank], [len(each[2]) for each in by_rank])
+        chosen = np.lexsort((ids, -probabilities))[: self._limit]
         mine = set(ids[chosen[ranks[chosen] == runtime.world.rank]].tolist())
         sent = None
-        if own is not None and mine:
-            sent = own.at(torch.tensor([place for place, id_ in enumerate(own.ids.tolist()) if id_ in mine]))
-        parts = [part for part in runtime.from_all(sent) if part is not None]
-        whole = Wrong(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-        return whole.best(self._most) if runtime.is_main else None
+        if local is not None and mine:
+            sent = local.at(torch.tensor([index for index, id_ in enumerate(local.ids.tolist()) if id_ in mine]))
+        parts = [part for part in runtime.collectives.from_all(sent) if part is not None]
+        whole = Misclassified(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return whole.most_confident(self._limit) if runtime.is_main else None
 
-    def _own(self) -> Wrong | None:
-        if self._kept is None:
+    def _local(self) -> Misclassified | None:
+        if self._collected is None:
             return None
-        own = Wrong(*(tensor.cpu() for tensor in self._kept))
-        own = own.at(torch.nonzero(own.probabilities >= 0).flatten())
-        return own if len(own.ids) else None
+        local = Misclassified(*(tensor.cpu() for tensor in self._collected))
+        local = local.at(torch.nonzero(local.probabilities >= 0).flatten())
+        return local if len(local.ids) else None
 
 
-def save_wrong(run: Path, wrong: Wrong | None) -> None:
-    """Write RUN/pictures/wrong.safetensors; without any, an empty one stands for `all was right`.
+def save_misclassified(run: Path, misclassified: Misclassified | None) -> None:
+    """Write RUN/pictures/misclassified.safetensors; an empty file means that all samples were classified correctly.
 
     Raises:
         OSError: it could not be written.
     """
-    tensors = {} if wrong is None else {name: value.numpy() for name, value in wrong._asdict().items()}
+    tensors = {} if misclassified is None else {k: value.numpy() for k, value in misclassified._asdict().items()}
     _save(run / WRONG, tensors)
 
 
 def save_augmented(job: Job, batch: Batch) -> None:
-    """Write RUN/pictures/augmented.safetensors: the main process's first pictures uint8 [n, H, W, C], and what the
-    augmentation of the first steps would make of each: uint8 [n, variants, H, W, C].
+    """Write RUN/pictures/augmented.safetensors: rank 0's first pictures, uint8 [n, H, W, C], and each of them
+    augmented as in the first steps: uint8 [n, variants, H, W, C].
 
     Raises:
         OSError: it could not be written.
     """
     settings, seed = job.config.augment, job.order.seed
     images = batch.images.cpu()
-    shown, blank = images[:_SHOWN], job.blank.cpu()
+    pictures, fill = images[:_PICTURES], job.model.mean_color.cpu()
     variants = []
     for step in range(_VARIANTS):
-        words = augmentation_bits(seed, step, job.order.global_batch_size)
-        own = torch.from_numpy(words[job.order.places(0, job.runtime.world)].view(np.int64).copy())
-        changed = augment(shown, own[:_SHOWN], settings, blank)
+        bits = augmentation_bits(seed, step, job.order.global_batch_size)
+        local_bits = torch.from_numpy(bits[job.order.places(0, job.runtime.world)].view(np.int64).copy())
+        augmented = augment(pictures, local_bits[:_PICTURES], settings, fill)
         if settings.mixup:
-            partners = torch.from_numpy(job.order.partners(0, job.runtime.world))[:_SHOWN]
-            kept = mixup_weight(seed, step, settings.mixup)
-            others = augment(images[partners], own[partners], settings, blank)
-            changed = (changed * kept + others * (1 - kept)).round().to(torch.uint8)
-        variants.append(changed)
-    _save(job.run / AUGMENTED, {"images": shown.numpy(), "variants": torch.stack(variants, 1).numpy()})
+            partners = torch.from_numpy(job.order.partners(0, job.runtime.world))[:_PICTURES]
+            weight = mixup_weight(seed, step, settings.mixup)
+            others = augment(images[partners], local_bits[partners], settings, fill)
+            augmented = (augmented * weight + others * (1 - weight)).round().to(torch.uint8)
+        variants.append(augmented)
+    _save(job.folder / AUGMENTED, {"images": pictures.numpy(), "variants": torch.stack(variants, 1).numpy()})
 
 
 def _save(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:

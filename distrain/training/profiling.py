@@ -1,4 +1,4 @@
-"""Where the time of a run's steps goes: measured in every run, for next to nothing; and torch's profiler on request."""
+"""Where the time of a run's steps goes: measured in every run, at almost no cost; and torch's profiler on request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -21,11 +21,11 @@ _ADVICE = {
 
 
 class Profile:
-    """Seconds by phase.
+    """Seconds spent in each phase of the steps.
 
-    start: until the first data of an attempt are there; data: waited for it; copy: to the device, and augmenting (on a GPU,
-    what the host does of it); log: audit; reduce: gradients that no computation hid, as DDP samples it; the rest
-    computes.
+    start: until the first data of an attempt arrives; data: waiting for data; copy: host-to-device copy and augmentation
+    (on a GPU, the host's part of it); log: audit; reduce: all-reduce of gradients that no computation hides, as DDP
+    samples it; compute: the rest.
     """
 
     def __init__(self) -> None:
@@ -34,69 +34,69 @@ class Profile:
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Around a part of a step."""
+        """Count the time within the block to a phase."""
         started = time.perf_counter()
         try:
             yield
         finally:
             self._seconds[name] += time.perf_counter() - started
 
-    def shares(self, seconds: float, reducing: float) -> dict[str, float]:
-        """Parts of the `seconds` since the last call, which sum to 1; `reducing`: the part of the rest that reduces."""
+    def take(self, seconds: float, all_reduce: float) -> dict[str, float]:
+        """Return the fraction of each phase in the `seconds` since the last call; together they are 1.
+
+        Args:
+            seconds: time since the last call.
+            all_reduce: fraction of the computing time that waits for the all-reduce of gradients.
+        """
         spent = {name: min(value, seconds) for name, value in self._seconds.items()}
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         rest = max(seconds - sum(spent.values()), 0.0)
-        spent |= {"reduce": rest * reducing, "compute": rest * (1 - reducing)}
+        spent |= {"reduce": rest * all_reduce, "compute": rest * (1 - all_reduce)}
         for name, value in spent.items():
             self._all[name] = self._all.get(name, 0.0) + value
-        return _parts(spent)
+        return _fractions(spent)
 
     def total(self) -> dict[str, float]:
-        """Parts of all steps of this attempt."""
-        return _parts(self._all)
+        """Return the fraction of each phase in all steps of this attempt."""
+        return _fractions(self._all)
 
 
-def _parts(spent: dict[str, float]) -> dict[str, float]:
+def _fractions(spent: dict[str, float]) -> dict[str, float]:
     whole = sum(spent.values())
     return {name: value / whole for name, value in spent.items()} if whole else {}
 
 
-def advice(parts: dict[str, float], cached: bool) -> list[str]:
-    """What to change where a phase takes more than it should; `cached`: train is in memory already."""
+def advice(fractions: dict[str, float], cached: bool) -> list[str]:
+    """Return what to change where a phase takes too much time; `cached`: the train split is in memory already."""
     names = [name for name in _ADVICE if not (cached and name == "data")]
-    return [_ADVICE[name][1] for name in names if parts.get(name, 0.0) > _ADVICE[name][0]]
+    return [_ADVICE[name][1] for name in names if fractions.get(name, 0.0) > _ADVICE[name][0]]
 
 
-def told(parts: dict[str, float]) -> str:
-    """One line for people."""
-    return ", ".join(f"{name} {part:.1%}" for name, part in parts.items())
+def format_fractions(fractions: dict[str, float]) -> str:
+    """Format the fraction of each phase in one line."""
+    return ", ".join(f"{name} {fraction:.1%}" for name, fraction in fractions.items())
 
 
-def reducing(ddp: Any) -> float:
-    """Part of a step's computation that waits for gradients to be reduced, as DDP samples it (1 step in 100); 0 where
-    it has not measured yet, or there is one process.
-    """
-    if not hasattr(ddp, "_get_ddp_logging_data"):
-        return 0.0
-    found = ddp._get_ddp_logging_data()
-    names = (
-        "forward_compute_time",
-        "backward_compute_time",
-        "backward_comm_time",
-        "backward_compute_comm_overlap_time",
-    )
-    forward, backward, comm, hidden = (int(found.get(f"avg_{name}", 0)) for name in names)
-    exposed = max(comm - hidden, 0)
-    return exposed / (forward + backward + exposed) if forward + backward else 0.0
+class Tracer(Protocol):
+    """Follows the steps of a run."""
+
+    def step(self) -> None:
+        """Count a step."""
+
+
+class _NoTracer:
+    def step(self) -> None:
+        pass
 
 
 @contextlib.contextmanager
-def traced(folder: Path, steps: int, rank: int) -> Iterator[Any]:
-    """torch's profiler over `steps` steps after the tenth; the value's `step` is called after each one. Writes
-    rank-00000.json, for Perfetto or chrome://tracing.
+def trace(folder: Path, steps: int, rank: int) -> Iterator[Tracer]:
+    """Run torch's profiler over `steps` steps after the tenth; `step` of the yielded tracer is called after each one.
+
+    Writes rank-00000.json, for Perfetto or chrome://tracing. With 0 steps nothing is traced.
     """
     if not steps:
-        yield None
+        yield _NoTracer()
         return
 
     def write(profiler: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run being set up: data set → order → process group → model and optimizer → lease and checkpoint.
+"""A run is set up: data set → order → model and optimizer → warm-up. Nothing is written yet.
 
 What is trained depends on data, configuration and seed alone: see docs/design.md.
 """
@@ -6,8 +6,7 @@ What is trained depends on data, configuration and seed alone: see docs/design.m
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from distrain import files, models
+from distrain import models
 from distrain.config import Config, identity, public
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
@@ -24,160 +23,109 @@ from distrain.data.fetch import Settings
 from distrain.data.manifest import Dataset, Manifest
 from distrain.data.order import Order
 from distrain.distributed import runtime
+from distrain.distributed.collectives import Collectives
+from distrain.distributed.gradients import DistributedModel
 from distrain.distributed.runtime import Runtime
 from distrain.distributed.watchdog import Watchdog
+from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError
-from distrain.runs.folder import SETUP, STACKS
+from distrain.runs.folder import STACKS
 from distrain.runs.trackers import check_tensorboard
 from distrain.training import optim
-from distrain.training.checkpointing import os_error_of, resume
-from distrain.training.job import Job
-from distrain.training.summary import facts, tell_start
+from distrain.training.job import Job, TrainedModel
+
+log = logging.getLogger("distrain")
 
 
-def watch(config: Config) -> Watchdog:
-    """The time-outs of a run."""
+def start_watchdog(config: Config, environment: Environment) -> Watchdog:
+    """Start the watchdog with the time-outs of a run."""
     limits = config.timeouts
     return Watchdog(
         {
-            "start": limits.start_seconds + config.run.wait_seconds,  # all wait while the main process waits
+            "start": limits.start_seconds + config.run.wait_seconds,  # all wait while rank 0 waits for the folder
             "first step": limits.start_seconds,
             "train": limits.step_seconds,
             "evaluate": limits.eval_seconds,
             "save": limits.save_seconds,
         },
         Path(config.run.dir, STACKS),
+        environment,
     )
 
 
-def start_runtime(config: Config, watchdog: Watchdog) -> Runtime:
+def start_runtime(config: Config, environment: Environment, watchdog: Watchdog) -> Runtime:
     """Join the other processes of the run."""
     run, train = config.run, config.train
-    settings = runtime.Settings(run.device, train.precision, run.cpu_threads, train.deterministic)
-    return runtime.start(settings, config.timeouts.start_seconds, watchdog)
+    options = runtime.Options(
+        run.device, train.precision, run.cpu_threads, train.deterministic, config.timeouts.start_seconds
+    )
+    return runtime.start(options, environment, watchdog)
 
 
-def set_up(config: Config, started: float, rt: Runtime) -> Job:
-    """Everything that a run needs, at the step it goes on from."""
-    rt.leave_if_requested()
-    _agree_on_configuration(rt, config)
+def set_up(config: Config, started: float, runtime: Runtime) -> Job:
+    """Set up a run at step 0, on all processes together.
+
+    Args:
+        config: the configuration.
+        started: when this attempt began, by `time.monotonic`.
+        runtime: this process among its peers.
+
+    Raises:
+        UserError: on all processes: the data set, the model or the number of processes cannot be used.
+        Stopped: a stop was requested.
+    """
+    collectives = runtime.collectives
+    collectives.stop_if_requested()
+    _check_same_configuration(collectives, config)
     if config.log.tensorboard:
-        rt.all_or_none(lambda: check_tensorboard() if rt.is_main else None)
-    dataset = rt.all_or_none(lambda: read_data(config, "train", "test"))
-    agree_on_data(rt, dataset, list(dataset.manifest.splits))
-    job = _build(config, dataset, rt, started)
+        collectives.all_or_none(lambda: check_tensorboard() if runtime.is_main else None)
+    dataset = collectives.all_or_none(lambda: read_data(config, "train", "test"))
+    check_same_data(runtime, dataset, list(dataset.manifest.splits))
+    job = _build(config, dataset, runtime, started)
     _warm_up(job)
-    rt.leave_if_requested()
-    try:
-        resume(job)
-        if rt.is_main:
-            found = facts(job)
-            text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-            problem = os_error_of(lambda: files.replace(job.run / SETUP, text))
-            if problem is not None:  # a full disk: nothing that is trained depends on it
-                print(f"warning: {SETUP} could not be written: {problem}", file=sys.stderr)
-            tell_start(job, found)
-    except BaseException:
-        job.close()
-        raise
+    collectives.stop_if_requested()
     return job
 
 
-_OF_EACH_NODE = ("run.dir", "data.dir", "data.cache_dir", "data.cache_gib", "model.init")
-"""Keys that name places, which may be others on another node; what lies there is compared."""
+_MAY_DIFFER = ("run.dir", "data.dir", "data.cache_dir", "data.cache_gib", "model.init")
+"""Keys that name paths, which may differ between nodes; what is stored there is compared."""
 
 
-def _agree_on_configuration(rt: Runtime, config: Config) -> None:
-    """A file that was edited on one node alone would train other weights there, or leave processes waiting."""
-    own = {f"{section}.{key}": value for section, part in public(config).items() for key, value in part.items()}
-    compared = {key: value for key, value in own.items() if key not in _OF_EACH_NODE}
-    everyone = rt.from_all(compared)
+def _check_same_configuration(collectives: Collectives, config: Config) -> None:
+    """Compare the configurations of all processes: a file edited on one node would train other weights there, or hang."""
+    flat = {f"{section}.{key}": value for section, part in public(config).items() for key, value in part.items()}
+    everyone = collectives.from_all({key: value for key, value in flat.items() if key not in _MAY_DIFFER})
+    first = everyone[0]
     for rank, other in enumerate(everyone):
-        differ = [key for key in everyone[0] if other.get(key) != everyone[0][key]]
-        if differ:
-            told = ", ".join(f"{key} ({other.get(key)!r}, on rank 0 {everyone[0][key]!r})" for key in differ[:5])
-            raise ConfigError(f"rank {rank} has another configuration than rank 0: {told}; give all nodes the same")
+        differing = [key for key in first if other.get(key) != first[key]]
+        if differing:
+            values = ", ".join(f"{key} ({other.get(key)!r}, on rank 0 {first[key]!r})" for key in differing[:5])
+            raise ConfigError(f"rank {rank} has another configuration than rank 0: {values}; give all nodes the same")
 
 
 def read_data(config: Config, *splits: str) -> Dataset:
-    """The data set that the configuration names.
+    """Read the manifest of the data set that the configuration names.
 
     Raises:
         UserError: it cannot be read, or lacks one of the splits.
     """
     dataset = manifest.read(config.data.dir, Settings.of(config.data))
-    for needed in splits:
-        dataset.split(needed)
+    for split in splits:
+        dataset.split(split)
     return dataset
 
 
-def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job:
-    """The job at step 0."""
-    order = make_order(config, dataset, rt.world.size)
-    mean, std = _normalization(config, dataset)
-    _check_augmentation(config, dataset)
-    fewest, most = order.shares(rt.world.size)
-    passes = -(-most // (config.train.micro_batch_size or most))
-    module = rt.all_or_none(lambda: build_model(config, dataset.manifest, rt.dtype, empty=fewest < passes))
-    dependent = models.world_size_dependent(module, in_parts=config.train.micro_batch_size is not None)
-    start = _initialise(config, module, rt)
-    module = rt.sync_batch_norm(module)
-    average = _average(config, module, rt)
-    ddp, optimizer = _prepare(config, module, rt)
-    return Job(
-        config=config,
-        run=Path(config.run.dir),
-        dataset=dataset,
-        order=order,
-        total_steps=config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch,
-        runtime=rt,
-        module=module,
-        ddp=ddp,
-        optimizer=optimizer,
-        mean=torch.tensor(mean, dtype=rt.dtype, device=rt.device),
-        std=torch.tensor(std, dtype=rt.dtype, device=rt.device),
-        identity={**identity(config), **start, "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
-        started=started,
-        cache=_cache(config, dataset, rt),
-        average=average,
-        dependent=dependent,
-        passes=passes,
-    )
+def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
+    """Check that all processes see the same data set, and that rank 0 sees every shard of it.
 
-
-def _initialise(config: Config, module: nn.Module, rt: Runtime) -> dict[str, str]:
-    """Weights from `model.init`; what identifies them, whatever the file is called."""
-    if config.model.init is None:
-        return {}
-    path = Path(config.model.init)
-    anew = rt.all_or_none(lambda: models.initialise(module, path))
-    if anew and rt.is_main:
-        print(f"model.init: {anew}", flush=True)
-    return {"model.init": models.digest(module)}
-
-
-def _average(config: Config, module: nn.Module, rt: Runtime) -> AveragedModel | None:
-    """A second model that follows the weights: decay · average + (1 - decay) · weights after every step."""
-    if config.train.ema_decay is None:
-        return None
-    follow = get_ema_multi_avg_fn(config.train.ema_decay)
-    average = AveragedModel(module, multi_avg_fn=follow, use_buffers=True).to(rt.device)
-    average.module = rt.prepare_scoring(average.module)
-    return average
-
-
-def _cache(config: Config, dataset: Dataset, rt: Runtime) -> Cache | None:
-    place = rt.all_or_none(lambda: cache.choose(config.data.cache, dataset, rt.device))
-    return Cache(dataset, place, pin=place.type != rt.device.type) if place is not None else None
-
-
-def agree_on_data(rt: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
-    """All processes see the same data set, and the main one sees every shard of it."""
-    digests = rt.from_all(dataset.digest)
+    Raises:
+        DataError: on all processes.
+    """
+    digests = runtime.collectives.from_all(dataset.digest)
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
-    missing = rt.from_main(list(dataset.missing(splits)) if rt.is_main else None)
+    missing = runtime.collectives.from_main(list(dataset.missing(splits)) if runtime.is_main else None)
     if missing:
         more = [f"and {len(missing) - 5} more"] if len(missing) > 5 else []
         raise DataError(
@@ -186,11 +134,72 @@ def agree_on_data(rt: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
         )
 
 
+def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -> Job:
+    collectives, world = runtime.collectives, runtime.world
+    order = make_order(config, dataset, world.size)
+    mean, std = _normalization(config, dataset)
+    _check_augmentation(config, dataset)
+    fewest, most = order.shares(world.size)
+    accumulation_steps = -(-most // (config.train.micro_batch_size or most))
+    module = collectives.all_or_none(
+        lambda: build_model(config, dataset.manifest, runtime.dtype, empty=fewest < accumulation_steps)
+    )
+    dependent = models.world_size_dependent(module, in_parts=config.train.micro_batch_size is not None)
+    start = _initialise(config, module, runtime)
+    module = runtime.sync_batch_norm(module)
+    ema = _make_ema(config, module, runtime)
+    distributed, optimizer = _prepare(config, module, runtime)
+    mean_tensor, std_tensor = (torch.tensor(each, dtype=runtime.dtype, device=runtime.device) for each in (mean, std))
+    width = dataset.manifest.image_shape[1]
+    return Job(
+        config=config,
+        dataset=dataset,
+        order=order,
+        total_steps=config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch,
+        runtime=runtime,
+        model=TrainedModel(module, distributed, optimizer, ema, mean_tensor, std_tensor, width),
+        cache=_make_cache(config, dataset, runtime),
+        identity={**identity(config), **start, "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
+        dependent_layers=dependent,
+        accumulation_steps=accumulation_steps,
+        started=started,
+    )
+
+
+def _initialise(config: Config, module: nn.Module, runtime: Runtime) -> dict[str, str]:
+    """Load the weights of `model.init`; return their digest for the identity, whatever the file is called."""
+    if config.model.init is None:
+        return {}
+    path = Path(config.model.init)
+    message = runtime.collectives.all_or_none(lambda: models.initialise(module, path))
+    if message and runtime.is_main:
+        log.info("model.init: %s", message)
+    return {"model.init": models.digest(module)}
+
+
+def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> AveragedModel | None:
+    """Create the EMA of the weights: decay · EMA + (1 - decay) · weights after every step."""
+    if config.train.ema_decay is None:
+        return None
+    average = get_ema_multi_avg_fn(config.train.ema_decay)
+    ema = AveragedModel(module, multi_avg_fn=average, use_buffers=True).to(runtime.device)
+    ema.module = runtime.prepare_eval_model(ema.module)
+    return ema
+
+
+def _make_cache(config: Config, dataset: Dataset, runtime: Runtime) -> Cache | None:
+    processes = runtime.environment.local_world_size
+    device = runtime.collectives.all_or_none(
+        lambda: cache.choose(config.data.cache, dataset, runtime.device, processes)
+    )
+    return Cache(dataset, device, pin=device.type != runtime.device.type) if device is not None else None
+
+
 def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
-    """The order of the run.
+    """Return the order of the run.
 
     Raises:
-        ConfigError: it cannot be had with this batch, or on so many processes.
+        ConfigError: it does not exist for this batch size, or on so many processes.
     """
     split = dataset.split("train")
     batch = config.train.global_batch_size
@@ -216,11 +225,11 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
 def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
     channels = dataset.manifest.image_shape[2]
     values = []
-    for key, asked, found in (
+    for key, configured, measured in (
         ("mean", config.data.mean, dataset.manifest.mean),
         ("std", config.data.std, dataset.manifest.std),
     ):
-        value = asked if asked is not None else found
+        value = configured if configured is not None else measured
         if len(value) != channels:
             raise ConfigError(f"data.{key}: {len(value)} values for images of {channels} channels")
         values.append(value)
@@ -242,8 +251,9 @@ def _check_augmentation(config: Config, dataset: Dataset) -> None:
 
 
 def build_model(config: Config, data: Manifest, dtype: torch.dtype, empty: bool = False) -> nn.Module:
-    """The model that the configuration names, with its first weights; tried on two black pictures, and on none if a
-    share may be `empty`.
+    """Build the model that the configuration names, with its initial weights, and try it on two black images.
+
+    If a local batch may be `empty`, it is tried on none as well.
 
     Raises:
         ConfigError: it cannot be built, or does not give one logit for each class.
@@ -258,8 +268,8 @@ def build_model(config: Config, data: Manifest, dtype: torch.dtype, empty: bool 
     return module
 
 
-def _prepare(config: Config, module: nn.Module, rt: Runtime) -> tuple[nn.Module, Any]:
-    """The model and its optimizer, as accelerate prepares them."""
+def _prepare(config: Config, module: nn.Module, runtime: Runtime) -> tuple[DistributedModel, Any]:
+    """Prepare the model and its optimizer with accelerate."""
     settings = config.train
     optimizer = optim.build(
         settings.optimizer,
@@ -272,37 +282,39 @@ def _prepare(config: Config, module: nn.Module, rt: Runtime) -> tuple[nn.Module,
     )
     if settings.compile != "off":
         module.compile(mode=settings.compile)
-    return rt.prepare(module, optimizer)
+    return runtime.prepare(module, optimizer)
 
 
 def _warm_up(job: Job) -> None:
-    """Two backward passes whose gradients are thrown away, before anything is loaded.
+    """Run two backward passes and drop their gradients, before anything is loaded.
 
-    DDP rebuilds its buckets after the first backward pass of an attempt, and sums in another order from then on: without
+    DDP rebuilds its buckets after the first backward pass of a process, and sums in another order from then on: without
     this, a resumed run differs in the last bits from one that was not interrupted, on three processes or more.
     """
-    buffers = {name: buffer.clone() for name, buffer in job.module.named_buffers()}
+    model = job.model
+    buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
     images = torch.zeros(2, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
     for _ in range(2):
-        with job.runtime.alone(), _what_cannot_be_had():
-            with job.runtime.peers():
-                logits = job.ddp(job.normalize(images))
-            job.runtime.backward(logits.sum() * 0)
-        models.check_gradients(job.config.model.name, job.module)  # DDP's second pass would fail, in words of its own
-    job.optimizer.zero_grad()
-    for name, buffer in job.module.named_buffers():
+        with job.runtime.collectives.fail_alone(), _explain_impossible():
+            logits = model.distributed.forward(model.normalize(images))
+            model.distributed.backward(logits.sum() * 0)
+        models.check_gradients(job.config.model.name, model.module)  # DDP's second pass would fail without a cure
+    model.optimizer.zero_grad()
+    for name, buffer in model.module.named_buffers():
         buffer.copy_(buffers[name])
 
 
 @contextlib.contextmanager
-def _what_cannot_be_had() -> Iterator[None]:
-    """Around the first passes: a compiler that is missing, or an operation that has no deterministic form."""
+def _explain_impossible() -> Iterator[None]:
+    """Raise ConfigError in the first passes for a missing compiler, or an operation without a deterministic form."""
     try:
         yield
     except Exception as error:
-        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise ConfigError(f"train.compile: the model cannot be compiled: {told}; set train.compile=off") from error
+            raise ConfigError(
+                f"train.compile: the model cannot be compiled: {message}; set train.compile=off"
+            ) from error
         if "deterministic" in str(error):
-            raise ConfigError(f"train.deterministic: {told}; set it to false, or change the model") from error
+            raise ConfigError(f"train.deterministic: {message}; set it to false, or change the model") from error
         raise

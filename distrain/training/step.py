@@ -1,4 +1,4 @@
-"""One optimizer step: a rank's share of the global batch onto the device, augmented, forward, backward, update."""
+"""One optimizer step: the local batch augmented, forward and backward passes, exchange of gradients, update."""
 
 from __future__ import annotations
 
@@ -9,114 +9,99 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrain.data.order import mixup_weight
-from distrain.data.stream import Batch, TrainingBatches
+from distrain.data.stream import Batch
 from distrain.training import augment
 from distrain.training.job import Job
-
-
-class Feed:
-    """Batches on the device. On a GPU the next one is copied, on a stream of its own, while a step is computed."""
-
-    def __init__(self, batches: TrainingBatches, device: torch.device) -> None:
-        self._batches, self._device = batches, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ahead: Batch | None = None
-
-    def take(self) -> Batch:
-        """The next step's."""
-        batch, self._ahead = self._ahead or self._copied(), None
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            for tensor in (batch.images, batch.labels, batch.words):
-                tensor.record_stream(current)
-        return batch
-
-    def copy_ahead(self) -> None:
-        """Begin to copy the batch after; its data must be there already."""
-        if self._stream is not None and self._ahead is None:
-            self._ahead = self._copied()
-
-    def _copied(self) -> Batch:
-        batch = next(self._batches)
-        if self._stream is None:
-            return batch
-        with torch.cuda.stream(self._stream):
-            images, labels, words = (
-                tensor.to(self._device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.words)
-            )
-        return Batch(images, labels, batch.ids, words)
+from distrain.training.profiling import Profile
 
 
 @dataclass(frozen=True)
-class _Share:
-    """Augmented images uint8 [n, H, W, C] and labels int64 [n]; with mixup each one's partner int64 [n] and how much of
-    itself it keeps.
+class _LocalBatch:
+    """The augmented samples of this process in a step.
+
+    Attributes:
+        images: uint8 [n, H, W, C].
+        labels: int64 [n].
+        partners: with mixup, index of the sample that each is mixed with: int64 [n].
+        weight: with mixup, the fraction of itself that each keeps.
     """
 
     images: Tensor
     labels: Tensor
     partners: Tensor | None
-    kept: float
+    weight: float
 
 
-def train_step(job: Job, batch: Batch) -> Tensor:
-    """One optimizer step on a rank's share of the global batch.
+class TrainingStep:
+    """Trains one step from this process's local batch.
 
-    DDP takes the mean of the ranks' gradients; each rank's loss is the sum over its samples times W / G, so the
-    gradient is the global batch's mean whatever the shares and micro-batches. A share may be empty.
-
-    Returns:
-        The sum of this rank's losses, fp64, not yet synchronised with the device.
+    The exchange of gradients averages over the processes; the loss is the sum over the samples times W / G, so the
+    gradient is the mean over the global batch, whatever the sizes of local batches and micro-batches. A local batch may
+    be empty.
     """
-    config, rt = job.config.train, job.runtime
-    for group in job.optimizer.param_groups:
-        group["lr"] = job.learning_rate(job.state.step)
-    rt.seed(job.layer_seed())  # layers that draw random numbers draw the same after a resume
-    scale = rt.world.size / config.global_batch_size
-    with job.profile.phase("copy"):
-        share = _share(job, batch)
-    losses: list[Tensor] = []
-    # As many passes on every rank, or those that share BatchNorm's statistics would wait for each other.
-    samples, passes = len(share.labels), job.passes
-    for number in range(passes):
-        here = slice(samples * number // passes, samples * (number + 1) // passes)
-        with rt.accumulating(job.ddp, last=number == passes - 1):
-            with rt.peers():
-                logits = job.ddp(_inputs(job, share, here))
-            loss = _loss(share, here, logits, config.label_smoothing)
-            rt.backward(loss * scale)
-        losses.append(loss.detach().double())
-    if config.clip_norm is not None:
-        rt.clip(job.ddp, config.clip_norm)
-    rt.step(job.optimizer)
-    if job.average is not None:
-        job.average.update_parameters(job.module)
-    return losses[0] if passes == 1 else torch.stack(losses).sum()
+
+    def __init__(self, job: Job, profile: Profile) -> None:
+        self._job, self._profile = job, profile
+
+    def __call__(self, step: int, batch: Batch) -> Tensor:
+        """Train on the local batch of a step of the run.
+
+        Returns:
+            The sum of the losses of this process, fp64, not yet synchronised with the device.
+        """
+        job, model = self._job, self._job.model
+        for group in model.optimizer.param_groups:
+            group["lr"] = job.learning_rate(step)
+        job.runtime.seed(job.layer_seed(step))
+        with self._profile.phase("copy"):
+            local = self._augment(step, batch)
+        losses = self._passes(local)
+        if job.config.train.clip_norm is not None:
+            model.distributed.clip_norm(job.config.train.clip_norm)
+        job.runtime.update(model.optimizer)
+        if model.ema is not None:
+            model.ema.update_parameters(model.module)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _augment(self, step: int, batch: Batch) -> _LocalBatch:
+        job, order, settings = self._job, self._job.order, self._job.config.augment
+        images = augment.augment(batch.images, batch.words, settings, job.model.mean_color)
+        if not settings.mixup:
+            return _LocalBatch(images, batch.labels, None, 1.0)
+        partners = torch.from_numpy(order.partners(step % order.steps_per_epoch, job.runtime.world))
+        weight = mixup_weight(order.seed, step, settings.mixup)
+        return _LocalBatch(images, batch.labels, partners.to(job.runtime.device, non_blocking=True), weight)
+
+    def _passes(self, local: _LocalBatch) -> list[Tensor]:
+        """Run forward and backward over the micro-batches; as many on every process, as BatchNorm's statistics are
+        collectives.
+        """
+        job, distributed = self._job, self._job.model.distributed
+        scale = distributed.loss_scale(job.order.global_batch_size)
+        samples, number = len(local.labels), job.accumulation_steps
+        losses: list[Tensor] = []
+        for index in range(number):
+            part = slice(samples * index // number, samples * (index + 1) // number)
+            with distributed.micro_batch(last=index == number - 1):
+                logits = distributed.forward(self._inputs(local, part))
+                loss = _loss(local, part, logits, job.config.train.label_smoothing)
+                distributed.backward(loss * scale)
+            losses.append(loss.detach().double())
+        return losses
+
+    def _inputs(self, local: _LocalBatch, part: slice) -> Tensor:
+        normalize = self._job.model.normalize
+        inputs = normalize(local.images[part])
+        if local.partners is None:
+            return inputs
+        return inputs.lerp(normalize(local.images[local.partners[part]]), 1 - local.weight)
 
 
-def _share(job: Job, batch: Batch) -> _Share:
-    settings, order = job.config.augment, job.order
-    images = augment.augment(batch.images, batch.words, settings, job.blank)
-    if not settings.mixup:
-        return _Share(images, batch.labels, None, 1.0)
-    partners = torch.from_numpy(order.partners(job.state.step % order.steps_per_epoch, job.runtime.world))
-    kept = mixup_weight(order.seed, job.state.step, settings.mixup)
-    return _Share(images, batch.labels, partners.to(job.runtime.device, non_blocking=True), kept)
-
-
-def _inputs(job: Job, share: _Share, here: slice) -> Tensor:
-    own = job.normalize(share.images[here])
-    if share.partners is None:
-        return own
-    return own.lerp(job.normalize(share.images[share.partners[here]]), 1 - share.kept)
-
-
-def _loss(share: _Share, here: slice, logits: Tensor, smoothing: float) -> Tensor:
-    """The sum over the samples; under mixup after Zhang et al., "mixup" (2018)."""
-    loss = F.cross_entropy(logits, share.labels[here], reduction="sum", label_smoothing=smoothing)
-    if share.partners is None:
+def _loss(local: _LocalBatch, part: slice, logits: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy summed over the samples; with mixup after Zhang et al., "mixup" (2018)."""
+    loss = F.cross_entropy(logits, local.labels[part], reduction="sum", label_smoothing=smoothing)
+    if local.partners is None:
         return loss
-    others = share.labels[share.partners[here]]
-    other = F.cross_entropy(logits, others, reduction="sum", label_smoothing=smoothing)
-    return loss * share.kept + other * (1 - share.kept)
+    labels = local.labels[local.partners[part]]
+    partner_loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    return loss * local.weight + partner_loss * (1 - local.weight)

@@ -1,130 +1,163 @@
-"""What a run says about itself: before it starts (on a screen, and in RUN/setup.json), and when it is done."""
+"""What a run prints: before it starts (also in RUN/setup.json), and when it is done."""
 
 from __future__ import annotations
 
-import os
-import sys
+import json
+import logging
 from typing import Any
 
 import torch
 
-from distrain import machine
+from distrain import files, machine
 from distrain.data.stream import memory
+from distrain.runs.folder import SETUP
 from distrain.runs.logs import clock
 from distrain.text import printable
 from distrain.training import profiling
+from distrain.training.checkpointing import os_error_of
 from distrain.training.evaluation import Scores
 from distrain.training.job import Job
 
-_WORST = 3
-"""Classes that a run's last lines name."""
+log = logging.getLogger("distrain")
+
+_WORST_CLASSES = 3
+"""Number of classes named in the last lines of a run."""
 
 
-def facts(job: Job) -> dict[str, Any]:
-    """What the run works with, for JSON: RUN/setup.json."""
-    rt, order, found = job.runtime, job.order, job.dataset.manifest
-    fewest, most = order.shares(rt.world.size)
+def announce(job: Job, from_step: int) -> None:
+    """Write RUN/setup.json, and log what is about to run; on rank 0."""
+    if not job.runtime.is_main:
+        return
+    setup = describe(job, from_step)
+    text = json.dumps(setup, indent=1, ensure_ascii=False) + "\n"
+    error = os_error_of(lambda: files.replace(job.folder / SETUP, text))
+    if error is not None:  # a full disk: training does not depend on this file
+        log.warning("%s could not be written: %s", SETUP, error)
+    _log_warnings(job, setup)
+    log.info("%s", _format_setup(job, setup))
+
+
+def describe(job: Job, from_step: int) -> dict[str, Any]:
+    """Return what the run works with, for JSON: RUN/setup.json."""
+    runtime, order, manifest = job.runtime, job.order, job.dataset.manifest
+    world, environment = runtime.world, runtime.environment
+    fewest, most = order.shares(world.size)
     train = job.dataset.split("train")
-    cuda = rt.device.type == "cuda"
+    cuda = runtime.device.type == "cuda"
     return {
         "data": {
             "dir": str(job.dataset.root),
-            "source": found.source,
+            "source": manifest.source,
             "manifest": job.dataset.digest,
-            "classes": found.classes,
-            "image_shape": found.image_shape,
-            "splits": {str(name): split.samples for name, split in found.splits.items()},
+            "classes": manifest.classes,
+            "image_shape": manifest.image_shape,
+            "splits": {str(name): split.samples for name, split in manifest.splits.items()},
             "shards": len(train.shards),
             "lanes": train.lanes,
         },
         "model": {
             "name": job.config.model.name,
-            "parameters": sum(parameter.numel() for parameter in job.module.parameters()),
-            "dependent": job.dependent,
+            "parameters": sum(parameter.numel() for parameter in job.model.module.parameters()),
+            "dependent": job.dependent_layers,
         },
         "processes": {
-            "number": rt.world.size,
-            "nodes": -(-rt.world.size // machine.processes_here()),
-            "asked": f"{os.environ.get('WORLD_SIZE', '1')} × {job.config.run.device}",
-            "device": rt.device.type,
-            "device_name": torch.cuda.get_device_name(rt.device) if cuda else None,
+            "number": world.size,
+            "nodes": -(-world.size // environment.local_world_size),
+            "requested": f"{world.size} × {job.config.run.device}",
+            "device": runtime.device.type,
+            "device_name": torch.cuda.get_device_name(runtime.device) if cuda else None,
         },
         "batch": {
             "global": order.global_batch_size,
             "fewest": fewest,
             "most": most,
-            "ideal": order.global_batch_size / rt.world.size,
-            "grad_accum": job.passes,
+            "ideal": order.global_batch_size / world.size,
+            "grad_accum": job.accumulation_steps,
         },
         "memory": {
-            "bytes": memory(job.dataset, order, rt.world, job.config.data.read_ahead, job.cache is not None),
+            "bytes": memory(job.dataset, order, world, job.config.data.read_ahead, job.cache is not None),
             "cache": None if job.cache is None else "device" if job.cache.device.type == "cuda" else "ram",
         },
         "steps": job.total_steps,
         "steps_per_epoch": order.steps_per_epoch,
-        "from_step": job.state.step,
+        "from_step": from_step,
         "machine": machine.describe(),
         "versions": machine.versions(),
     }
 
 
-def tell_start(job: Job, found: dict[str, Any]) -> None:
-    """What is about to run, before it does: a screen at most."""
-    config, data, model, processes, batch = (
-        job.config,
-        *(found[name] for name in ("data", "model", "processes", "batch")),
-    )
-    if "dir" not in config.data.model_fields_set:
-        print(f"warning: data.dir was not set: this trains on the default, {data['dir']}", file=sys.stderr)
-    if model["dependent"]:
-        print(
-            f"warning: model {model['name']} has {', '.join(model['dependent'])}: what it learns depends on the"
-            " number of processes",
-            file=sys.stderr,
+def _log_warnings(job: Job, setup: dict[str, Any]) -> None:
+    if "dir" not in job.config.data.model_fields_set:
+        log.warning("data.dir was not set: this trains on the default, %s", setup["data"]["dir"])
+    if job.dependent_layers:
+        log.warning(
+            "model %s has %s: what it learns depends on the number of processes",
+            job.config.model.name,
+            ", ".join(job.dependent_layers),
         )
+
+
+def _format_setup(job: Job, setup: dict[str, Any]) -> str:
+    """Format what is about to run: a screen at most."""
+    config = job.config
+    data, model, processes, memory_use = (setup[name] for name in ("data", "model", "processes", "memory"))
     splits = ", ".join(f"{name} {samples:,}" for name, samples in data["splits"].items())
     shape = "×".join(map(str, data["image_shape"]))
-    kept = {None: "", "ram": "; train stays in RAM", "device": "; train stays in GPU memory"}[found["memory"]["cache"]]
-    shares = f"{batch['most']}" if batch["fewest"] == batch["most"] else f"{batch['fewest']} to {batch['most']}"
-    accum = f" in {batch['grad_accum']} micro-batches" if batch["grad_accum"] > 1 else ""
+    cached = {None: "", "ram": "; train stays in RAM", "device": "; train stays in GPU memory"}[memory_use["cache"]]
     named = f" ({processes['device_name']})" if processes["device_name"] else ""
     on_nodes = f" on {processes['nodes']} nodes" if processes["nodes"] > 1 else ""
-    from_here = f", going on after step {found['from_step']:,}" if found["from_step"] else ""
-    if found["from_step"] == found["steps"]:
-        from_here = ": all done already"
-    unused = data["splits"]["train"] - found["steps_per_epoch"] * batch["global"]
-    left_out = f" ({unused:,} images left out of each, others in turn)" if unused else ""
-    checkpoint = config.checkpoint
-    saves = [f"every {checkpoint.every_steps:,} steps"] if checkpoint.every_steps else []
-    saves += [f"every {checkpoint.every_minutes:g} minutes"] if checkpoint.every_minutes else []
-    for name, line in (
+    lines = (
         ("data", f"{data['dir']}: {splits}; {len(data['classes'])} classes, {shape}"),
         ("model", f"{model['name']}, {model['parameters']:,} parameters; {config.train.optimizer},"
                   f" {config.train.precision}"),
-        ("devices", f"{processes['number']} × {processes['device']}{named}{on_nodes} (asked for {processes['asked']})"),
-        ("batch", f"{batch['global']:,} images a step = {processes['number']} × {shares}{accum}; the largest share is"
-                  f" {batch['most'] / batch['ideal']:.2f} × the ideal of {batch['ideal']:.4g}"),
-        ("memory", f"{found['memory']['bytes'] / 2**20:,.0f} MiB of each process for reading{kept}"),
-        ("steps", f"{found['steps']:,}, {found['steps_per_epoch']:,} an epoch{left_out}{from_here}"),
-        ("saves", f"{', '.join(saves) or 'none'}, and at the end or when stopped"),
-        ("run", str(job.run)),
-    ):  # fmt: skip
-        print(f"{name:<9}{line}")
-    sys.stdout.flush()
+        ("devices", f"{processes['number']} × {processes['device']}{named}{on_nodes}"
+                    f" (requested: {processes['requested']})"),
+        ("batch", _format_batch(processes["number"], setup["batch"])),
+        ("memory", f"{memory_use['bytes'] / 2**20:,.0f} MiB of each process for reading{cached}"),
+        ("steps", _format_steps(setup)),
+        ("saves", _format_saves(job)),
+        ("run", str(job.folder)),
+    )  # fmt: skip
+    return "\n".join(f"{name:<9}{line}" for name, line in lines)
 
 
-def tell_end(job: Job, scores: Scores, result: dict[str, Any]) -> None:
-    """What came of it."""
-    parts = result["profile"]
-    rate, seconds = result["images_per_second"], round(result["seconds"])
+def _format_batch(processes: int, batch: dict[str, Any]) -> str:
+    sizes = f"{batch['most']}" if batch["fewest"] == batch["most"] else f"{batch['fewest']} to {batch['most']}"
+    accumulation = f" in {batch['grad_accum']} micro-batches" if batch["grad_accum"] > 1 else ""
+    return (
+        f"{batch['global']:,} images a step = {processes} × {sizes}{accumulation}; the largest local batch is"
+        f" {batch['most'] / batch['ideal']:.2f} × the ideal of {batch['ideal']:.4g}"
+    )
+
+
+def _format_steps(setup: dict[str, Any]) -> str:
+    unused = setup["data"]["splits"]["train"] - setup["steps_per_epoch"] * setup["batch"]["global"]
+    dropped = f" ({unused:,} images dropped from each, others in turn)" if unused else ""
+    resumed = f", resuming after step {setup['from_step']:,}" if setup["from_step"] else ""
+    if setup["from_step"] == setup["steps"]:
+        resumed = ": all done already"
+    return f"{setup['steps']:,}, {setup['steps_per_epoch']:,} an epoch{dropped}{resumed}"
+
+
+def _format_saves(job: Job) -> str:
+    settings = job.config.checkpoint
+    saves = [f"every {settings.every_steps:,} steps"] if settings.every_steps else []
+    saves += [f"every {settings.every_minutes:g} minutes"] if settings.every_minutes else []
+    return f"{', '.join(saves) or 'none'}, and at the end or when stopped"
+
+
+def print_result(job: Job, scores: Scores, result: dict[str, Any]) -> None:
+    """Print the result of a run on stdout."""
+    fractions, seconds = result["profile"], round(result["seconds"])
+    rate = result["images_per_second"]
     print(f"trained  {result['steps']:,} steps in {clock(seconds)}, {rate:,.0f} images/s while training")
-    if parts:
-        print("time     " + profiling.told(parts))
-    for line in profiling.advice(parts, cached=job.cache is not None):
+    if fractions:
+        print("time     " + profiling.format_fractions(fractions))
+    for line in profiling.advice(fractions, cached=job.cache is not None):
         print(f"         {line}")
     by_class = {name: value for name, value in result["accuracy_by_class"].items() if value is not None}
-    worst = sorted(by_class.items(), key=lambda item: item[1])[:_WORST]
+    worst = sorted(by_class.items(), key=lambda item: item[1])[:_WORST_CLASSES]
     print("lowest   " + ", ".join(f"{printable(name)} {value:.1%}" for name, value in worst))
     print("Finished Training")
     print(scores.line("test"))
-    print(f"Run: {job.run}", flush=True)
+    print(f"Run: {job.folder}", flush=True)

@@ -1,408 +1,290 @@
-"""The run: `fit` trains; after each step it logs, evaluates, saves and leaves. `finish` scores the test split."""
+"""The training loop: `Trainer.fit` trains the steps; after each one it logs, evaluates and saves what is due."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
-import math
-import os
-import sys
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from distrain import files, machine, signals
-from distrain.config import Config, from_tree, load, public
-from distrain.data.stream import TrainingBatches
-from distrain.distributed.runtime import POLL_SECONDS, StopAgreed
-from distrain.errors import DataError, DivergedError, SaveError, Stopped
+from distrain.data.stream import Batch, TrainingBatches
+from distrain.distributed.collectives import StopAgreed
+from distrain.errors import DataError, SaveError, Stopped
 from distrain.runs import checkpoint, trackers
-from distrain.runs.folder import METRICS, RESULT, TRACE
-from distrain.runs.logs import JsonLines, Logs, Progress, audit_path
-from distrain.training import augment, evaluation, pictures, profiling, setup
-from distrain.training.checkpointing import os_error_of, save
+from distrain.runs.folder import TRACE
+from distrain.training import augment, evaluation, pictures, profiling
+from distrain.training.checkpointing import Checkpointer, os_error_of
 from distrain.training.evaluation import Scores
+from distrain.training.feed import Feed
 from distrain.training.job import Job
-from distrain.training.step import Feed, train_step
-from distrain.training.summary import tell_end
+from distrain.training.meters import LossMeter, check_weights
+from distrain.training.profiling import Profile
+from distrain.training.reporting import open_logs
+from distrain.training.step import TrainingStep
+from distrain.training.stopping import StopPoll
+from distrain.training.summary import print_result
 
-_MOST_STEPS_UNASKED = 256
-"""Steps between two questions whether to stop, at most."""
+log = logging.getLogger("distrain")
 
 
-def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
-    """Train, evaluate and save a run; the same as `distrain train`.
-
-    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are stop requests while it runs.
+class Trainer:
+    """Trains a run that was set up, to its end or until a stop is requested.
 
     Args:
-        config: a `Config`, nested mappings of its keys, or the path of a YAML file.
-
-    Returns:
-        What is in RUN/result.json.
-
-    Raises:
-        UserError: configuration, data or sources cannot be used, or the loss diverged.
-        AgainError: stopped on request, or a peer was lost; called again, it goes on.
-        PeerFailedError: another process failed, and left word why.
-        SaveError: the run's last checkpoint could not be saved.
+        job: what the run works with.
+        checkpointer: the run's folder.
+        state: state of the checkpoint that is resumed (`state_dict`); empty for a new run.
     """
-    started = time.monotonic()
-    if isinstance(config, Mapping):
-        config = from_tree(config)
-    elif not isinstance(config, Config):
-        config = load(Path(config))
-    with (
-        signals.noted(),
-        closing(setup.watch(config)) as watchdog,
-        setup.start_runtime(config, watchdog) as rt,
-        closing(setup.set_up(config, started, rt)) as job,
-    ):
-        return _run(job)
 
+    def __init__(self, job: Job, checkpointer: Checkpointer, state: dict[str, Any]) -> None:
+        self.job, self.checkpointer = job, checkpointer
+        self.step: int = state.get("step", 0)
+        self.evaluated_step: int = state.get("evaluated_step", 0)
+        self.best: dict[str, Any] | None = state.get("best")
+        self._seconds_before: float = state.get("seconds", 0.0)
+        self.losses, self.profile = LossMeter(job), Profile()
+        if state:
+            self.losses.load_state_dict(state["losses"])
+        self.stops = StopPoll(job.runtime.collectives, self.step)
+        self.train_step = TrainingStep(job, self.profile)
+        self.logs = open_logs(job, checkpointer, self.step, state.get("lines", 0))
 
-def _run(job: Job) -> dict[str, Any]:
-    logs = _open_logs(job)
-    with logs.abandoned_on_failure():
-        try:
-            fit(job, logs)
-            result = finish(job, logs)
-        except StopAgreed as stop:
-            _leave(job, logs, stop)
-        except DataError:
-            # All processes are here, between two steps: what was trained since the last checkpoint is not lost.
-            _keep(job, logs, "data")
-            raise
-    job.runtime.watch.enter("end")
-    problem = os_error_of(lambda: logs.close(trackers.numbers(result))) or job.save_problem
-    if problem is not None:
-        raise SaveError(f"the end of the run could not be saved: {problem}")
-    return result
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds, beside weights and optimizer, to resume the run at this step."""
+        return {
+            "step": self.step,
+            "evaluated_step": self.evaluated_step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "lines": self.logs.metrics.lines if self.logs.metrics is not None else 0,
+            "losses": self.losses.state_dict(),
+        }
 
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of all attempts, each up to its last checkpoint."""
+        return self._seconds_before + time.monotonic() - self.job.started
 
-def fit(job: Job, logs: Logs) -> None:
-    """Train the steps that are left."""
-    config, state = job.config, job.state
-    batches = TrainingBatches(
-        job.dataset,
-        job.order,
-        job.runtime.world,
-        range(state.step, job.total_steps),
-        config.data.read_ahead,
-        with_random_bits=augment.draws(config.augment),
-        pin=job.runtime.device.type == "cuda",
-        held=job.cache,
-    )
-    first = state.step
-    job.runtime.watch.enter("first step")
-    job.runtime.watch.step(first)
-    job.next_poll = job.polled_step = first
-    job.polled = time.monotonic()
-    job.saved_at = job.clock = time.monotonic()
-    feed = Feed(batches, job.runtime.device)
-    trace = profiling.traced(job.run / TRACE, config.profile.steps, job.runtime.world.rank)
-    begins_round = True  # for this attempt's thread, whatever the step
-    with closing(batches), trace as tracer:
-        while True:
-            _after_step(job, logs)
-            if state.step == job.total_steps:
-                return
-            with job.profile.phase("data" if state.step > first else "start"):
-                if begins_round:
-                    _await_data(job, batches)
-                batch = feed.take()
-            if logs.audit is not None:
-                with job.profile.phase("log"):
-                    epoch = state.step // job.order.steps_per_epoch
-                    logs.audit.write({"step": state.step, "epoch": epoch, "ids": batch.ids.tolist()})
-            if state.step == 0 and job.runtime.is_main:
-                _try_pictures(logs, functools.partial(pictures.save_augmented, job, batch))
-            job.losses.append(train_step(job, batch))
-            begins_round = job.order.begins_round(state.step + 1)
-            if state.step + 1 < job.total_steps and not begins_round:
-                feed.copy_ahead()
-            state.step += 1
-            logs.progress.step()
-            if state.step == first + 1:
-                job.runtime.watch.enter("train")
-            job.runtime.watch.step(state.step)
-            if tracer is not None:
+    def run(self) -> dict[str, Any]:
+        """Train to the end, score the test split and return the result; or save and stop.
+
+        Raises:
+            Stopped: a stop was requested; everything is saved.
+            SaveError: the last steps could not be saved.
+            DataError: shards cannot be read; everything before is saved.
+        """
+        with self.logs.abandoned_on_failure():
+            try:
+                self.fit()
+                result = self.finish()
+            except StopAgreed as stop:
+                self._stop(stop)
+            except DataError:
+                # All processes are here, between two steps: the steps since the last checkpoint are not lost.
+                self._save_before_exit("data")
+                raise
+        self.job.runtime.watchdog.enter("end")
+        error = os_error_of(lambda: self.logs.close(trackers.numbers(result))) or self.checkpointer.error
+        if error is not None:
+            raise SaveError(f"the end of the run could not be saved: {error}")
+        return result
+
+    def fit(self) -> None:
+        """Train the steps that are left."""
+        job, watchdog, first = self.job, self.job.runtime.watchdog, self.step
+        watchdog.enter("first step")
+        watchdog.step(first)
+        self.checkpointer.start_clock()
+        self.losses.restart_clock()
+        with self._batches() as batches, self._tracer() as tracer:
+            feed = Feed(batches, job.order, job.runtime)
+            while True:
+                self._log_evaluate_save()
+                if self.step == job.total_steps:
+                    return
+                with self.profile.phase("data" if self.step > first else "start"):
+                    batch = feed.take(self.step)
+                self._record_batch(batch)
+                self.losses.add(self.train_step(self.step, batch))
+                self.step += 1
+                if self.step < job.total_steps:
+                    feed.prefetch(self.step)
+                if self.step == first + 1:
+                    watchdog.enter("train")
+                watchdog.step(self.step)
+                self.logs.progress.step()
                 tracer.step()
 
+    def finish(self) -> dict[str, Any]:
+        """Score the test split, with the best checkpoint on val or else the last one; write and return the result."""
+        job, step = self.job, self.best["step"] if self.best else self.step
+        if step != self.step:
+            self.checkpointer.load_best(step)
+        collector = pictures.Collector()
+        scores = self._score("test", collector.add)
+        misclassified = collector.over_all(job.runtime)
+        result = self._result(scores, step)
+        self._record("test", scores)
+        self.logs.progress.close()
+        if job.runtime.is_main:
+            self.checkpointer.write_result(json.dumps(result, indent=1) + "\n")
+            self._try_pictures(lambda: pictures.save_misclassified(job.folder, misclassified))
+            if self.logs.trackers:
+                self.logs.result(self.step, trackers.outcome(job.folder, result))
+            print_result(job, scores, result)
+        return result
 
-def _after_step(job: Job, logs: Logs) -> None:
-    """Log, evaluate and save what is due after the steps done, and has not been done: a resumed run comes here too.
+    @contextlib.contextmanager
+    def _batches(self) -> Iterator[TrainingBatches]:
+        job = self.job
+        batches = TrainingBatches(
+            job.dataset,
+            job.order,
+            job.runtime.world,
+            range(self.step, job.total_steps),
+            job.config.data.read_ahead,
+            with_random_bits=augment.needs_random_bits(job.config.augment),
+            pin=job.runtime.device.type == "cuda",
+            held=job.cache,
+        )
+        with closing(batches):
+            yield batches
 
-    Raises:
-        StopAgreed: one process was asked to stop, and all know.
-    """
-    config, state = job.config, job.state
-    last = state.step == job.total_steps
-    eval_every = config.eval.every_steps if config.eval.every_steps is not None else job.order.steps_per_epoch
-    # Where there is no val, `finish` scores test after the last step.
-    evaluates = "val" in job.dataset.manifest.splits if last else _due(state.step, eval_every)
-    saves = (last and state.step > 0) or _due(state.step, config.checkpoint.every_steps)
-    by_clock = _poll(job) if state.step >= job.next_poll else False
-    logs_now = (evaluates or saves or _due(state.step, config.log.every_steps)) and state.logged < state.step
-    if not (logs_now or evaluates or saves or by_clock):
-        return
-    _fold(job)  # nothing is evaluated or saved before the loss is known to be finite
-    if logs_now:
-        _log_train(job, logs)
-    if evaluates or saves or by_clock:
-        _check_weights(job)
-    best = state.best
-    if evaluates and state.evaluated < state.step and _evaluate(job, logs):
-        saves = True
-    if saves or by_clock:
-        save(job, logs, "last" if last else "interval")
-        if job.saved_step != state.step:
-            state.best = best  # one that was not saved cannot be gone back to
-    job.clock = time.monotonic()
+    def _tracer(self) -> contextlib.AbstractContextManager[profiling.Tracer]:
+        job = self.job
+        return profiling.trace(job.folder / TRACE, job.config.profile.steps, job.runtime.world.rank)
 
+    def _log_evaluate_save(self) -> None:
+        """Log, evaluate and save what is due after the steps done; a resumed run makes up here for what was missed.
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step > 0 and step % every == 0
-
-
-def _poll(job: Job) -> bool:
-    """Meet: does anyone want to stop, is a checkpoint due by the main process's clock, and when to meet next.
-
-    Asking costs a collective, so it is done a few times a second, not at every step.
-    """
-    now = time.monotonic()
-    minutes = job.config.checkpoint.every_minutes
-    due = bool(job.runtime.is_main and minutes and job.state.step and now - job.saved_at >= 60 * minutes)
-    steps = job.state.step - job.polled_step
-    fitting = int(POLL_SECONDS * steps / max(now - job.polled, 1e-6))
-    # At most twice as long as before: a first step, or a few quick ones, say little about those to come.
-    interval = max(1, min(fitting, 2 * (job.next_poll - job.polled_step), _MOST_STEPS_UNASKED))
-    agreed = job.runtime.agree(due, main=interval)
-    if agreed.stop:
-        raise StopAgreed
-    job.polled_step, job.polled = job.state.step, time.monotonic()
-    job.next_poll = job.state.step + agreed.main
-    return agreed.flags[0] > 0
-
-
-def _await_data(job: Job, batches: TrainingBatches) -> None:
-    """Wait, between two steps and together, until every process has its data of the round that begins.
-
-    Raises:
-        StopAgreed: one process was asked to stop, and all know.
-        DataError: on all processes, where one cannot read its shards.
-    """
-    rt = job.runtime
-    while True:
-        ready, problem = False, None
-        shards_read = batches.shards_read
-        try:
-            ready = batches.ready(job.state.step, POLL_SECONDS)
-        except DataError as error:
-            problem = error
-        rt.watch.waits_for = None if ready else "its data"
-        if not rt.still_busy(not ready, batches.shards_read > shards_read, problem):
+        Raises:
+            StopAgreed: one process was asked to stop, and all know.
+        """
+        step, config = self.step, self.job.config
+        last = step == self.job.total_steps
+        eval_every = config.eval.every_steps if config.eval.every_steps is not None else self.job.order.steps_per_epoch
+        # Without a val split, `finish` scores test after the last step.
+        evaluate = "val" in self.job.dataset.manifest.splits if last else _is_due(step, eval_every)
+        save = (last and step > 0) or _is_due(step, config.checkpoint.every_steps)
+        by_clock = self.stops.is_due(step) and self.stops.poll(step, self.checkpointer.is_due(step))
+        write_line = evaluate or save or _is_due(step, config.log.every_steps)
+        if not (write_line or by_clock):
             return
+        self.losses.read(step)  # nothing is evaluated or saved before the loss is known to be finite
+        if write_line and self.losses.logged_step < step:
+            self._log()
+        if evaluate or save or by_clock:
+            check_weights(self.job, step)
+        best_before = self.best
+        if evaluate and self.evaluated_step < step and self._evaluate():
+            save = True
+        if save or by_clock:
+            self._save("last" if last else "interval")
+            if self.checkpointer.saved_step != step:
+                self.best = best_before  # without a checkpoint it could not be loaded at the end
+        self.losses.restart_clock()
 
+    def _log(self) -> None:
+        """Write a line about the steps since the last one."""
+        steps_left = self.job.total_steps - self.step
+        line = {**self.losses.take_line(self.step, self.profile), "seconds": self.seconds}
+        rate = line["train/images_per_second"]
+        seconds_left = steps_left * self.job.order.global_batch_size / max(rate, 1e-9)
+        self.logs.progress.train(self.step, line["epoch"], line["train/loss"], line["train/lr"], rate, seconds_left)
+        self.logs.record(self.step, line)
 
-def _leave(job: Job, logs: Logs, stop: StopAgreed) -> NoReturn:
-    """Save, and leave with the others.
+    def _evaluate(self) -> bool:
+        """Score val, or test without a val split; return whether it is the best on val so far."""
+        split = "val" if "val" in self.job.dataset.manifest.splits else "test"
+        scores = self._score(split)
+        self.evaluated_step = self.step
+        self.logs.progress.scores(self.step, split, scores.accuracy, scores.loss)
+        self._record(split, scores)
+        if split != "val" or (self.best is not None and scores.accuracy <= self.best["accuracy"]):
+            return False
+        self.best = {"step": self.step, "accuracy": scores.accuracy}
+        return True
 
-    Raises:
-        Stopped: saved, or there was nothing to save.
-        SaveError: the steps since the last checkpoint are lost.
-    """
-    if job.state.step == 0:
-        raise Stopped(f"stopped{stop.by} before the first step; nothing had to be saved")
-    _keep(job, logs, checkpoint.STOP)
-    job.runtime.watch.enter("end")
-    if job.save_problem is not None:
-        raise SaveError(f"stopped{stop.by} at step {job.state.step}, but it could not be saved: {job.save_problem}")
-    raise Stopped(f"stopped{stop.by}: step {job.state.step} is saved; the same command goes on from there")
+    def _score(self, split: str, collect: evaluation.Collect | None = None) -> Scores:
+        job, model = self.job, self.job.model
+        job.runtime.collectives.broadcast_buffers(model.eval_model)
+        batch_size = job.config.eval.batch_size
+        return evaluation.evaluate(
+            model.eval_model, job.dataset, split, model.mean, model.std, batch_size, job.runtime, collect
+        )
 
+    def _record(self, split: str, scores: Scores) -> None:
+        values = {f"{split}/accuracy": scores.accuracy, f"{split}/loss": scores.loss, "seconds": self.seconds}
+        self.logs.record(self.step, values)
 
-def _keep(job: Job, logs: Logs, why: str) -> None:
-    """A checkpoint that no interval asked for, of weights that are good."""
-    if job.state.step and job.saved_step != job.state.step and not job.holds_best:
-        _fold(job)
-        _check_weights(job)
-        save(job, logs, why)
+    def _save(self, why: str) -> None:
+        best_step = self.best["step"] if self.best else None
+        if self.checkpointer.save(self.step, self.state_dict(), best_step, self.logs, why):
+            self.stops.poll_at(self.step)  # a save takes long: a stop may have been requested
 
+    def _save_before_exit(self, why: str) -> None:
+        """Save the steps since the last checkpoint, if their weights are good."""
+        if self.step and self.checkpointer.saved_step != self.step and not self.checkpointer.finished:
+            self.losses.read(self.step)
+            check_weights(self.job, self.step)
+            self._save(why)
 
-def _fold(job: Job) -> None:
-    """Take the losses since the last time, over all ranks, into the state.
+    def _stop(self, stop: StopAgreed) -> NoReturn:
+        """Save, and stop on all processes.
 
-    Raises:
-        DivergedError: on every rank, naming the first step whose loss is not finite.
-    """
-    state = job.state
-    if not job.losses:
-        return
-    sums = job.runtime.sum(torch.stack(job.losses)).tolist()
-    job.losses.clear()
-    for number, value in enumerate(sums, state.step - len(sums)):
-        if not math.isfinite(value):
-            raise _diverged(job, number, f"the loss is {value / job.config.train.global_batch_size}")
-        state.loss_sum += value
-    seconds = time.monotonic() - job.clock
-    state.loss_steps += len(sums)
-    state.loss_seconds += seconds
-    state.train_seconds += seconds
-    job.clock = time.monotonic()
+        Raises:
+            Stopped: saved, or there was nothing to save.
+            SaveError: the steps since the last checkpoint are lost.
+        """
+        if self.step == 0:
+            raise Stopped(f"stopped{stop.by} before the first step; nothing had to be saved")
+        self._save_before_exit(checkpoint.STOP)
+        self.job.runtime.watchdog.enter("end")
+        if self.checkpointer.error is not None:
+            raise SaveError(
+                f"stopped{stop.by} at step {self.step}, but it could not be saved: {self.checkpointer.error}"
+            )
+        raise Stopped(f"stopped{stop.by}: step {self.step} is saved; the same command resumes there")
 
+    def _record_batch(self, batch: Batch) -> None:
+        """Write down what is known of a batch: its ids, with `data.audit`, and pictures of the first one."""
+        if self.logs.audit is not None:
+            with self.profile.phase("log"):
+                epoch = self.step // self.job.order.steps_per_epoch
+                self.logs.audit.write({"step": self.step, "epoch": epoch, "ids": batch.ids.tolist()})
+        if self.step == 0 and self.job.runtime.is_main:
+            self._try_pictures(lambda: pictures.save_augmented(self.job, batch))
 
-def _check_weights(job: Job) -> None:
-    """The last update is seen by no loss yet: nothing is saved or scored before its weights are known to be finite."""
-    if not bool(torch.stack([parameter.isfinite().all() for parameter in job.module.parameters()]).all()):
-        raise _diverged(job, job.state.step - 1, "the weights are no longer finite")
-
-
-def _diverged(job: Job, step: int, what: str) -> DivergedError:
-    # The checkpoint of `step` steps done holds the weights that this step failed with.
-    good = [done for done in checkpoint.steps(job.checkpoints) if done < max(step, 1)]
-    where = checkpoint.path_of(job.checkpoints, good[0]) if good else "none"
-    return DivergedError(
-        f"{what} at step {step + 1}, at learning rate {job.learning_rate(step):.3g};"
-        f" last good checkpoint: {where}. Lower train.lr, or set train.clip_norm"
-    )
-
-
-def _log_train(job: Job, logs: Logs) -> None:
-    """One line on the steps since the last one."""
-    state, batch = job.state, job.config.train.global_batch_size
-    step, steps, seconds = state.step, state.loss_steps, state.loss_seconds
-    loss = state.loss_sum / (steps * batch)
-    rate = steps * batch / max(seconds, 1e-9)
-    lr = job.learning_rate(step - 1)
-    epoch = step / job.order.steps_per_epoch
-    left = (job.total_steps - step) * seconds / steps
-    parts = job.profile.shares(seconds, profiling.reducing(job.ddp))
-    state.logged, state.loss_sum, state.loss_steps, state.loss_seconds = step, 0.0, 0, 0.0
-    logs.progress.train(step, epoch, loss, lr, rate, left)
-    logs.record(
-        step,
-        {
-            "epoch": epoch,
-            "train/loss": loss,
-            "train/lr": lr,
-            "train/images_per_second": rate,
-            "seconds": job.elapsed,
-            **{f"profile/{name}": round(part, 5) for name, part in parts.items()},
-        },
-    )
-
-
-def _evaluate(job: Job, logs: Logs) -> bool:
-    """Score val (test where there is no val). Whether it is the best on val so far."""
-    split = "val" if "val" in job.dataset.manifest.splits else "test"
-    scores = _score(job, split)
-    job.state.evaluated = job.state.step
-    logs.progress.scores(job.state.step, split, scores.accuracy, scores.loss)
-    logs.record(job.state.step, _as_metrics(job, split, scores))
-    if split != "val":
-        return False
-    if job.state.best is not None and scores.accuracy <= job.state.best["accuracy"]:
-        return False
-    job.state.best = {"step": job.state.step, "accuracy": scores.accuracy}
-    return True
-
-
-def _as_metrics(job: Job, split: str, scores: Scores) -> dict[str, float]:
-    return {f"{split}/accuracy": scores.accuracy, f"{split}/loss": scores.loss, "seconds": job.elapsed}
-
-
-def _score(job: Job, split: str, keep: evaluation.Keep | None = None) -> Scores:
-    job.runtime.broadcast_buffers(job.scored)
-    size = job.config.eval.batch_size
-    return evaluation.evaluate(job.scored, job.dataset, split, job.mean, job.std, size, job.runtime, keep)
-
-
-def finish(job: Job, logs: Logs) -> dict[str, Any]:
-    """Score the test split with the best checkpoint on val, or the last one where there is no val."""
-    step = job.state.best["step"] if job.state.best else job.state.step
-    if step != job.state.step:
-        best = job.runtime.all_or_none(lambda: checkpoint.load(checkpoint.path_of(job.checkpoints, step)))
-        job.scored.load_state_dict(best.model)
-        job.holds_best = True
-    wrong = pictures.Collector()
-    scores = _score(job, "test", wrong.add)
-    found = wrong.over_all(job.runtime)
-    classes = job.dataset.manifest.classes
-    order, world = job.order, job.runtime.world
-    epochs, parts = job.state.step / order.steps_per_epoch, job.profile.total()
-    result = {
-        **scores.as_dict(classes),
-        "steps": job.state.step,
-        "epochs": int(epochs) if epochs.is_integer() else epochs,
-        "world_size": world.size,
-        "dropped_per_epoch": job.dataset.split("train").samples - order.steps_per_epoch * order.global_batch_size,
-        "seconds": job.elapsed,
-        "images_per_second": job.state.step * order.global_batch_size / max(job.state.train_seconds, 1e-9),
-        "checkpoint": checkpoint.path_of(job.checkpoints, step).name,
-        "val_accuracy": job.state.best["accuracy"] if job.state.best else None,
-        "precision": job.config.train.precision,
-        "device": str(job.runtime.device.type),
-        "invariant": not job.dependent,
-        "profile": {name: round(part, 5) for name, part in parts.items()},
-    }
-    logs.record(job.state.step, _as_metrics(job, "test", scores))
-    logs.progress.close()
-    if job.runtime.is_main:
-        text = json.dumps(result, indent=1) + "\n"
-        job.save_problem = os_error_of(lambda: files.replace(job.run / RESULT, text)) or job.save_problem
-        _try_pictures(logs, lambda: pictures.save_wrong(job.run, found))
-        if logs.trackers:
-            logs.result(job.state.step, trackers.outcome(job.run, result))
-        tell_end(job, scores, result)
-    return result
-
-
-def _try_pictures(logs: Logs, action: Callable[[], None]) -> None:
-    """They are for people: whatever goes wrong costs a warning, never the run."""
-    try:
-        action()
-    except Exception as error:
-        logs.progress.warn(f"pictures could not be written: {type(error).__name__}: {error}")
-
-
-def _open_logs(job: Job) -> Logs:
-    rt, config = job.runtime, job.config
-    audit = JsonLines(audit_path(job.run, rt.world.rank)) if config.data.audit else None
-    progress = Progress(rt.is_main, job.total_steps, job.state.step)
-    mirrors: list[trackers.Tracker] = []
-    if config.wandb.mode != "disabled":
-        mirrors += _open_wandb(job)
-    if not rt.is_main:
-        return Logs(progress, None, mirrors, audit, lambda: None)
-    if config.log.tensorboard:
-        mirrors.append(trackers.TensorBoardMirror(job.run, public(config), _warn, from_step=job.state.step))
-    metrics = JsonLines(job.run / METRICS, job.state.lines)
-    return Logs(progress, metrics, mirrors, audit, job.check_lease)
-
-
-def _open_wandb(job: Job) -> list[trackers.Tracker]:
-    """The run at wandb on the main process, and with `wandb.nodes=all` one beside it on every other node."""
-    rt, asked = job.runtime, job.config.wandb
-    id_ = None
-    if rt.is_main:
+    def _try_pictures(self, action: Callable[[], None]) -> None:
+        """Save pictures, which are for people: whatever fails costs a warning, never the run."""
         try:
-            id_ = trackers.wandb_id(job.run)
-        except OSError as error:
-            _warn(f"wandb is off: {error}; {METRICS} has everything")
-    if asked.nodes == "all":
-        id_ = rt.from_main(id_)
-    node, number = machine.place(rt.world.rank)
-    if id_ is None or not (rt.is_main or (asked.nodes == "all" and number == 0)):
-        return []
-    filed, settings = trackers.WandbRun.of(asked, job.run, id_), public(job.config)
-    if rt.is_main:
-        return [trackers.WandbMirror(filed, job.run, settings, _warn, lines=job.state.lines)]
-    return [trackers.WandbMirror(filed.of_node(node), job.run, settings, _warn)]
+            action()
+        except Exception as error:
+            log.warning("pictures could not be written: %s: %s", type(error).__name__, error)
+
+    def _result(self, scores: Scores, best_step: int) -> dict[str, Any]:
+        """What RUN/result.json holds."""
+        job, order = self.job, self.job.order
+        epochs = job.epoch(self.step)
+        return {
+            **scores.as_dict(job.dataset.manifest.classes),
+            "steps": self.step,
+            "epochs": int(epochs) if epochs.is_integer() else epochs,
+            "world_size": job.runtime.world.size,
+            "dropped_per_epoch": job.dataset.split("train").samples - order.steps_per_epoch * order.global_batch_size,
+            "seconds": self.seconds,
+            "images_per_second": self.step * order.global_batch_size / max(self.losses.train_seconds, 1e-9),
+            "checkpoint": checkpoint.path_of(job.checkpoints, best_step).name,
+            "val_accuracy": self.best["accuracy"] if self.best else None,
+            "precision": job.config.train.precision,
+            "device": str(job.runtime.device.type),
+            "invariant": not job.dependent_layers,
+            "profile": {name: round(part, 5) for name, part in self.profile.total().items()},
+        }
 
 
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0

@@ -58,5 +58,5 @@ def test_a_shard_is_harmed(
     victim.write_bytes(whole)
     with Job(small_run(dataset, tmp_path / "run"), tmp_path) as job:
         assert job.wait() == 0, job.output
-        assert f"going on from step-{kept:08d}" in job.output
+        assert f"resuming from step-{kept:08d}" in job.output
     trained(job.run).same_as(expected)

@@ -54,7 +54,7 @@ def test_a_damaged_checkpoint(damage: Callable[[Path], None], data: Path, tmp_pa
     with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
         assert job.wait() == 0, job.output
     assert f"skipped {job.run}/checkpoints/step-{newest:08d}" in job.output
-    assert "going on from step-00000030" in job.output
+    assert "resuming from step-00000030" in job.output
     trained(job.run).same_as(expected)
 
 

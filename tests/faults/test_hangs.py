@@ -89,7 +89,7 @@ def test_a_node_that_never_comes(data: Path, tmp_path: Path) -> None:
     tree = small_run(data, tmp_path / "run", timeouts={**QUICK, "start_seconds": 12})
     with Job(tree, tmp_path, options=options) as job:
         assert job.wait(60) == 75, job.output
-        assert "4 processes were asked for; rank 2, 3 did not come" in exit_file(job.run)["reason"]
+        assert "4 processes were requested; rank 2, 3 did not arrive" in exit_file(job.run)["reason"]
 
 
 def test_a_name_that_nobody_knows(data: Path, tmp_path: Path) -> None:

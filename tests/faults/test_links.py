@@ -49,5 +49,5 @@ def test_a_link_that_is_cut(nodes: tuple[list[str], str], data: Path, tmp_path: 
     finally:
         for job in jobs:
             job.close()
-    assert "going on from step-" in jobs[0].output
+    assert "resuming from step-" in jobs[0].output
     trained(jobs[0].run).same_as(expected)

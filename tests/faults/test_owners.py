@@ -43,7 +43,7 @@ def test_a_second_job_waits_for_the_first_to_leave(data: Path, tmp_path: Path, u
             assert first.wait() == 75, first.output
             assert second.wait() == 0, second.output
             saved = int(re.findall(r"step (\d+) is saved", first.output)[-1])
-            assert f"going on from step-{saved:08d}" in second.output
+            assert f"resuming from step-{saved:08d}" in second.output
     trained(first.run).same_as(expected)
 
 

@@ -53,7 +53,7 @@ def test_the_job_runs_restricted_and_a_stop_is_a_save(engine: Engine, image: str
     assert "Traceback" not in told
     code, told = engine.run(image, *train, "train.epochs=20", options=given)
     assert code == 0, told
-    assert f"going on from step-{stopped:08d}" in told
+    assert f"resuming from step-{stopped:08d}" in told
 
 
 def test_preparing_ends_on_a_signal(engine: Engine, image: str, folder: Path) -> None:

@@ -18,6 +18,7 @@ from distrain import config, machine
 from distrain.data import shards
 from distrain.data.manifest import Dataset
 from distrain.distributed.runtime import Runtime
+from distrain.environment import Environment
 from distrain.training import setup
 
 
@@ -97,5 +98,9 @@ def load(dataset: Dataset, split: str, most: int | None = None) -> tuple[Tensor,
 def alone(context: Context) -> Iterator[Runtime]:
     """This process as a run's only one: one thread, and the arithmetic that `distrain train` sets."""
     resolved = config.from_tree({"run": {"dir": str(context.work / "alone"), "device": context.device}})
-    with closing(setup.watch(resolved)) as watchdog, setup.start_runtime(resolved, watchdog) as runtime:
+    environment = Environment()
+    with (
+        closing(setup.start_watchdog(resolved, environment)) as watchdog,
+        setup.start_runtime(resolved, environment, watchdog) as runtime,
+    ):
         yield runtime

@@ -28,7 +28,7 @@ def measure(context: Context) -> Table:
         mean, std = (torch.tensor(values, device=runtime.device) for values in (found.mean, found.std))
         for name in context.models:
             model = models.build(name, "relu", len(found.classes), (channels, height, width))
-            model = runtime.prepare_scoring(model)
+            model = runtime.prepare_eval_model(model)
 
             def ours(model: nn.Module = model) -> int:
                 return evaluate(model, dataset, "test", mean, std, BATCH, runtime).total

@@ -22,7 +22,8 @@ import numpy as np
 from distrain import files
 from distrain.data import manifest, shards, stream
 from distrain.data.manifest import Dataset, Manifest, Split
-from distrain.data.order import Order, World
+from distrain.data.order import Order
+from distrain.environment import World
 from distrain.tools.bench.context import Context, take_turns
 from distrain.tools.bench.processes import call
 from distrain.tools.bench.reader import BATCH, order_of

@@ -19,8 +19,9 @@ import torch
 from distrain.data import manifest
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset
-from distrain.data.order import Order, World
+from distrain.data.order import Order
 from distrain.data.stream import TrainingBatches
+from distrain.environment import World
 
 BATCH = 512
 

@@ -1,0 +1,207 @@
+"""What processes compute and decide together: sums, values from all ranks, agreements on stopping and on errors.
+
+Every call here is a collective: all processes make the same calls in the same order. Alone, a process answers itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distrain import signals
+from distrain.distributed.peer_store import PeerStore
+from distrain.distributed.rendezvous import report_loss
+from distrain.distributed.watchdog import Watchdog
+from distrain.environment import World
+from distrain.errors import AgainError, PeerLostError, SaveError, Stopped, UserError
+from distrain.failures import Failure, PeerFailedError
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.25
+"""About how often the processes agree on whether to stop."""
+
+_RAISED_BY_ALL = (UserError, AgainError, SaveError)
+"""Errors that all processes raise at the same step, or that say that another one is gone already."""
+
+
+class StopAgreed(Exception):  # noqa: N818 - a request, not an error
+    """All processes know, at the same step, that one of them was asked to stop."""
+
+    @property
+    def by(self) -> str:
+        """The cause, for messages: ` by SIGTERM`."""
+        return signals.requested_by()
+
+
+class Agreement(NamedTuple):
+    """What all processes know after `Collectives.agree`.
+
+    Attributes:
+        stop: whether one was asked to stop.
+        flags: how many processes raised each flag.
+        main: the number that rank 0 gave.
+    """
+
+    stop: bool
+    flags: tuple[int, ...]
+    main: int
+
+
+class Collectives:
+    """The collectives of this process.
+
+    Args:
+        world: rank of this process, and their number.
+        control: gloo group for control messages: on the CPU, so it neither waits for a GPU nor delays it.
+        watchdog: knows when this process waits for the others.
+        peer_store: where failures are recorded; None for a single process.
+    """
+
+    def __init__(self, world: World, control: Any, watchdog: Watchdog, peer_store: PeerStore | None) -> None:
+        self._world, self._control, self._watchdog, self._peer_store = world, control, watchdog, peer_store
+        self._failed_alone = False
+        self.broken = False
+        """Whether a peer is gone, or was left waiting: the group can no longer be closed."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place; all get the same."""
+        with self.collective():
+            if self._world.size > 1:
+                dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Give all processes the buffers of rank 0: statistics of BatchNorm differ in the last bits."""
+        with self.collective():
+            for buffer in module.buffers() if self._world.size > 1 else ():
+                dist.broadcast(buffer, src=0)
+
+    def from_main(self, value: Any) -> Any:
+        """Return rank 0's value on all processes (pickled, between processes of one job)."""
+        box = [value]
+        with self.collective():
+            if self._world.size > 1:
+                dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def from_all(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank, on each of them (pickled, between processes of one job)."""
+        values: list[Any] = [value]
+        with self.collective():
+            if self._world.size > 1:
+                values = [None] * self._world.size
+                dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def agree(self, *flags: bool, main: int = 0) -> Agreement:
+        """Agree on whether one was asked to stop, on how many raise each flag, and on rank 0's number `main`."""
+        here = [signals.requested() is not None, *flags, main if self._world.rank == 0 else 0]
+        sums = torch.tensor(here, dtype=torch.int64)
+        with self.collective():
+            if self._world.size > 1:
+                dist.all_reduce(sums, group=self._control)
+        stop, *raised, number = sums.tolist()
+        return Agreement(stop > 0, tuple(raised), number)
+
+    def stop_if_requested(self) -> None:
+        """Stop before training, where nothing has to be saved.
+
+        Raises:
+            Stopped: on all processes, if one was asked to stop.
+        """
+        if self.agree().stop:
+            raise Stopped(f"stopped{StopAgreed().by} while it started; nothing had to be saved")
+
+    def first_error(self, error: Exception | None) -> Exception:
+        """Return, on all processes, the error of the lowest rank that has one; at least one must have one."""
+        errors = self.from_all(error)
+        return next(each for each in errors if each is not None)
+
+    def all_or_none(self, action: Callable[[], T]) -> T:
+        """Run what may fail on one process alone, and return its value.
+
+        Raises:
+            UserError, AgainError: on all processes, the first error of any of them.
+        """
+        error: Exception | None = None
+        try:
+            value = action()
+        except (UserError, AgainError) as caught:
+            error = caught
+        if any(self.agree(error is not None).flags):
+            raise self.first_error(error)
+        return value
+
+    def any_busy(self, busy: bool, progress: bool, error: Exception | None) -> bool:
+        """Agree on whether any process still waits for data or has work left.
+
+        Args:
+            busy: whether this process does.
+            progress: whether this process made progress since the last call.
+            error: why this process cannot continue.
+
+        Raises:
+            Exception: on all processes, the first error of any of them.
+            StopAgreed: one process was asked to stop.
+        """
+        agreed = self.agree(busy, progress, error is not None)
+        number_busy, number_progressing, number_failed = agreed.flags
+        if number_failed:
+            raise self.first_error(error)
+        if agreed.stop:
+            raise StopAgreed
+        if number_progressing:
+            self._watchdog.heartbeat()
+        return number_busy > 0
+
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        """Run a collective: waiting for the others is known to the watchdog, and their loss is a PeerLostError."""
+        if self._world.size == 1:
+            yield
+            return
+        with self.detect_loss(), self._watchdog.collective():
+            yield
+
+    @contextlib.contextmanager
+    def detect_loss(self) -> Iterator[None]:
+        """Run what may contain collectives of a library.
+
+        Raises:
+            PeerFailedError: another process failed, and recorded why.
+            PeerLostError: another process is gone.
+        """
+        try:
+            with report_loss("another process is gone") if self._world.size > 1 else contextlib.nullcontext():
+                yield
+        except PeerLostError:
+            self.broken = True
+            failure = self._peer_store.first_failure() if self._peer_store is not None else None
+            if failure is not None:
+                raise PeerFailedError(failure) from None
+            raise
+
+    @contextlib.contextmanager
+    def fail_alone(self) -> Iterator[None]:
+        """Run what this process may find impossible while the others already wait for it: they are told why."""
+        try:
+            yield
+        except UserError:
+            self._failed_alone = True
+            raise
+
+    def needs_record(self, error: BaseException) -> bool:
+        """Whether the other processes do not raise this error too, and must be told."""
+        return self._failed_alone or not isinstance(error, _RAISED_BY_ALL)
+
+    def abandon(self, failure: Failure | None) -> None:
+        """Exit without waiting for the others, who are at another step; `failure` is recorded for them."""
+        self.broken = self._world.size > 1
+        if self._peer_store is not None and failure is not None:
+            self._peer_store.record_failure(failure)

@@ -1,0 +1,80 @@
+"""Forward and backward passes of the trained model, and the exchange of its gradients between the processes.
+
+A step calls, for each of its micro-batches, `forward` and `backward` within `micro_batch(last)`; after the last one the
+gradients are those of the global batch on every process. Today DDP all-reduces them during the last backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from torch import Tensor
+
+from distrain.distributed.collectives import Collectives
+
+
+class DistributedModel:
+    """The trained model under DDP and autocast, as accelerate prepared it.
+
+    Args:
+        prepared: the model.
+        accelerator: what prepared it; it owns fp16's scaler.
+        collectives: for the loss of a peer.
+        world_size: number of processes.
+    """
+
+    def __init__(self, prepared: Any, accelerator: Any, collectives: Collectives, world_size: int) -> None:
+        self._model, self._accelerator, self._collectives = prepared, accelerator, collectives
+        self._world_size = world_size
+        if world_size > 1:
+            # Or each forward pass would be a collective; evaluation broadcasts rank 0's buffers itself.
+            prepared.broadcast_buffers = False
+
+    def loss_scale(self, global_batch_size: int) -> float:
+        """Factor for a loss summed over samples, so that the exchanged gradient is the mean over the global batch.
+
+        DDP averages the gradients of the processes, whatever the sizes of their local batches: W / G.
+        """
+        return self._world_size / global_batch_size
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Run the passes of a micro-batch: gradients are exchanged in the last one of a step, and added up before."""
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(self._model)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits of shape [n, K] for normalised images of shape [n, C, H, W]."""
+        with self._collectives.detect_loss():  # BatchNorm's statistics are collectives
+            logits: Tensor = self._model(inputs)
+        return logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss that was multiplied by `loss_scale`."""
+        with self._collectives.collective():
+            # accelerate divides by its own number of micro-batches, 1: an operation more each way.
+            if self._accelerator.scaler is not None:
+                self._accelerator.backward(loss)
+            else:
+                loss.backward()
+
+    def clip_norm(self, limit: float) -> None:
+        """Scale the exchanged gradient down to a norm of at most `limit`."""
+        self._accelerator.clip_grad_norm_(self._model.parameters(), limit)
+
+    def all_reduce_fraction(self) -> float:
+        """Fraction of the computing time that waits for the all-reduce of gradients, as DDP samples it (1 step in 100).
+
+        0 where it has not measured yet, or there is one process.
+        """
+        if not hasattr(self._model, "_get_ddp_logging_data"):
+            return 0.0
+        data = self._model._get_ddp_logging_data()
+        names = (
+            "forward_compute_time",
+            "backward_compute_time",
+            "backward_comm_time",
+            "backward_compute_comm_overlap_time",
+        )
+        forward, backward, communication, hidden = (int(data.get(f"avg_{name}", 0)) for name in names)
+        exposed = max(communication - hidden, 0)
+        return exposed / (forward + backward + exposed) if forward + backward else 0.0

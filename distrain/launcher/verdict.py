@@ -1,0 +1,132 @@
+"""The exit code of a node and its reason, from how its workers ended."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK
+from distrain.failures import Failure
+from distrain.signals import STOP
+from distrain.worker_status import WorkerStatus
+
+_FROM_OUTSIDE = {signal.SIGKILL, *STOP}
+"""Signals that somebody sends; any other is a crash of the program itself."""
+
+
+@dataclass(frozen=True)
+class WorkerExit:
+    """How one worker of this node ended.
+
+    Attributes:
+        rank: rank of the worker.
+        code: exit code; negative: the signal that ended it.
+        failure: what the worker reported; None if nothing.
+        status: its last status.
+        time: seconds since the epoch.
+        by_launcher: whether this launcher killed it.
+    """
+
+    rank: int
+    code: int
+    failure: Failure | None
+    status: WorkerStatus
+    time: float
+    by_launcher: bool
+
+    @property
+    def kind(self) -> str | None:
+        """Kind of the reported failure."""
+        return self.failure.kind if self.failure is not None else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the scheduler is told.
+
+    Attributes:
+        code: exit code of the launcher.
+        reason: one line for people, and for RUN/exit.json.
+        first: the worker that failed first, if that is the reason.
+    """
+
+    code: int
+    reason: str
+    first: WorkerExit | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the run's folder belongs to another job; then this launcher must not write there."""
+        return self.first is not None and self.first.kind == "busy"
+
+
+def decide(exits: Sequence[WorkerExit], stop_signal: str | None, can_resume: bool) -> Verdict:
+    """Decide the exit code of a node from how its workers ended.
+
+    Args:
+        exits: one of each worker.
+        stop_signal: the signal by which this launcher was asked to stop; None if it was not.
+        can_resume: whether a verified checkpoint exists, or nothing that could be lost.
+    """
+    if not any(end.code for end in exits):
+        return Verdict(EXIT_OK, "done")
+    failed = [end for end in sorted(exits, key=lambda end: end.time) if end.code and not end.by_launcher]
+    for end in failed:
+        if end.code == EXIT_NEVER_AGAIN:
+            return Verdict(EXIT_NEVER_AGAIN, _reason(end), end)
+    for end in failed:
+        if end.code not in (EXIT_AGAIN, *(-number for number in _FROM_OUTSIDE)):
+            return Verdict(EXIT_FAULT, _reason(end), end)
+    killed = [end for end in failed if end.code < 0]
+    lost_peer = [end for end in failed if end.kind in ("peer", "hang", "busy")]
+    stopped = [end for end in failed if end.kind == "again"]
+    if stop_signal or (stopped and not killed and not lost_peer):
+        return _stopped(stopped, stop_signal, can_resume)
+    first = [*killed, *lost_peer, *exits][0]
+    if not can_resume:
+        return Verdict(EXIT_FAULT, f"{_reason(first)}; no checkpoint can be read", first)
+    return Verdict(EXIT_AGAIN, _reason(first), first)
+
+
+def _stopped(stopped: Sequence[WorkerExit], stop_signal: str | None, can_resume: bool) -> Verdict:
+    if stopped:
+        return Verdict(EXIT_AGAIN, _reason(stopped[0]))
+    reason = f"stopped by {stop_signal} before anything could be saved"
+    return Verdict(EXIT_AGAIN, reason) if can_resume else Verdict(EXIT_FAULT, f"{reason}; no checkpoint can be read")
+
+
+def _reason(end: WorkerExit) -> str:
+    if end.failure is not None:
+        message = end.failure.message
+        return message.partition("\n")[0] if end.failure.kind == "fault" else message
+    where = f"in phase {end.status.phase}, step {end.status.step}"
+    if end.code < 0:
+        memory = " (out of memory, or from outside)" if -end.code == signal.SIGKILL else ""
+        return f"rank {end.rank} was ended by {signal.Signals(-end.code).name}{memory} {where}"
+    return f"rank {end.rank} ended with {end.code} {where}"
+
+
+def format_verdict(verdict: Verdict) -> str:
+    """Format a verdict other than success, for people: one screen."""
+    lines = _first_failure(verdict.first) if verdict.first is not None else []
+    meaning = {EXIT_AGAIN: "run it again", EXIT_NEVER_AGAIN: "not again unchanged"}.get(verdict.code, "a fault")
+    prefix = "" if verdict.code == EXIT_AGAIN else "error: "
+    return "\n".join([*lines, f"distrain: {prefix}{verdict.reason}", f"distrain: exit {verdict.code}: {meaning}"])
+
+
+def _first_failure(end: WorkerExit) -> list[str]:
+    failure = end.failure
+    if failure is None:
+        rank, host, phase, step = end.rank, socket.gethostname(), end.status.phase, end.status.step
+    else:  # it may be the failure of a peer on another node, with which this worker ended
+        rank, host, phase, step = failure.rank, failure.host, failure.phase, failure.step
+    lines = []
+    if failure is None or failure.kind != "user" or step:
+        lines = [f"distrain: rank {rank} failed first", f"  host   {host}", f"  phase  {phase}, step {step}"]
+    elif host != socket.gethostname():
+        lines = [f"distrain: on {host}:"]
+    if failure is not None and failure.traceback:
+        lines.append(failure.traceback.rstrip())
+    return lines

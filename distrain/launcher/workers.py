@@ -1,0 +1,201 @@
+"""The worker processes of this node: started, signalled, waited for, and killed where they do not exit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from distrain.environment import LAUNCHER, STATUS_FOLDER, STORE_SOCKET
+from distrain.failures import read_failure
+from distrain.launcher.cluster import Topology
+from distrain.launcher.verdict import WorkerExit
+from distrain.worker_status import WorkerStatus, read_status
+
+EXIT_SECONDS = 5.0
+"""How long workers that are not saving may take to exit after another one failed."""
+_HANG_SECONDS = 30.0
+"""How long after a worker's own time-out the launcher steps in."""
+_POLL_SECONDS = 0.05
+
+
+class StopRequests:
+    """Stop requests that the launcher received, to be forwarded to the workers."""
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+        self._pending: list[int] = []
+
+    def record(self, number: int, frame: FrameType | None = None) -> None:
+        """Handle a signal."""
+        self.first = self.first or signal.Signals(number).name
+        self._pending.append(number)
+
+    def take(self) -> list[int]:
+        """Return the signals that were not forwarded yet, and forget them."""
+        taken = []
+        while self._pending:  # a handler may append at any moment
+            taken.append(self._pending.pop(0))
+        return taken
+
+
+class Workers:
+    """The worker processes of this node, started when this is created.
+
+    Args:
+        arguments: the command of distrain that each process runs, and its arguments.
+        topology: this node among the others.
+        processes: number of processes to start.
+        store: socket on which rank 0 will serve the store; None on other nodes.
+        folder: where workers report status and failures.
+        logs: folder for the output of ranks other than 0; None: it goes where the launcher's goes.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        topology: Topology,
+        processes: int,
+        store: socket.socket | None,
+        folder: Path,
+        logs: Path | None,
+    ) -> None:
+        self._folder = folder
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._heartbeats: dict[int, tuple[int, float]] = {}
+        self._killed: set[int] = set()
+        self._aborted: set[int] = set()
+        size, first_rank = topology.nodes * processes, topology.node * processes
+        port = store.getsockname()[1] if store is not None and not topology.port else topology.port
+        group: dict[str, object] = {
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": processes,
+            "GROUP_RANK": topology.node,
+            "MASTER_ADDR": topology.host,
+            "MASTER_PORT": port,
+        }
+        common: dict[str, object] = {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "PYTHONFAULTHANDLER": "1",
+            LAUNCHER: os.getpid(),
+            STATUS_FOLDER: folder,
+        }
+        inherited = {name: value for name, value in os.environ.items() if name not in (*group, "RANK", "LOCAL_RANK")}
+        for local_rank in range(processes):
+            rank = first_rank + local_rank
+            # A single process gets no group: accelerate would start a distributed run for it.
+            variables = {**group, "RANK": rank, "LOCAL_RANK": local_rank} if size > 1 else {}
+            descriptors: tuple[int, ...] = ()
+            if store is not None and rank == 0 and size > 1:
+                descriptors = (store.fileno(),)
+                variables[STORE_SOCKET] = store.fileno()
+            with _output(logs, rank) as output:
+                self._running[rank] = subprocess.Popen(
+                    [sys.executable, "-m", "distrain", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT if output is not None else None,
+                    env={**inherited, **{name: str(value) for name, value in {**common, **variables}.items()}},
+                    pass_fds=descriptors,
+                )
+
+    def wait(self, stops: StopRequests, grace: float) -> list[WorkerExit]:
+        """Wait until all workers have ended, and forward stop requests to them.
+
+        Workers that do not exit after another one failed, or within `grace` seconds of a stop request, are killed.
+        """
+        exits: list[WorkerExit] = []
+        stopped_at = failed_at = None
+        now, last = 0.0, time.monotonic()
+        while self._running:
+            # Capped: the time in which a job was suspended as a whole does not count.
+            now, last = now + min(time.monotonic() - last, 1.0), time.monotonic()
+            for number in stops.take():
+                stopped_at = now if stopped_at is None else stopped_at
+                self._send(self._running, number)
+            exits += self._collect()
+            if failed_at is None and any(end.code for end in exits):
+                failed_at = now
+            if stopped_at is not None and now - stopped_at > grace:
+                self._kill(self._running)
+            if failed_at is not None:
+                hung = any(end.kind == "hang" for end in exits)
+                self._end_others(now - failed_at, grace, hung)
+            self._abort_hung(now)
+            time.sleep(_POLL_SECONDS)
+        return exits
+
+    def _collect(self) -> list[WorkerExit]:
+        exits = []
+        for rank, process in list(self._running.items()):
+            code = process.poll()
+            if code is not None:
+                del self._running[rank]
+                by_launcher = rank in self._killed | self._aborted
+                failure = read_failure(self._folder, rank)
+                when = failure.time if failure is not None else time.time()
+                exits.append(WorkerExit(rank, code, failure, self._status(rank), when, by_launcher))
+        return exits
+
+    def _end_others(self, seconds: float, grace: float, hung: bool) -> None:
+        """End the workers that still run `seconds` after the first failure.
+
+        One that saves may finish, unless a hang ended the first one: then the others waited long enough already.
+        """
+        if hung and seconds > EXIT_SECONDS / 2:
+            self._abort(self._running)
+        for rank in list(self._running):
+            saves = self._status(rank).phase in ("save", "end") and not hung
+            if seconds > (max(grace, EXIT_SECONDS) if saves else EXIT_SECONDS):
+                self._kill([rank])
+
+    def _abort_hung(self, now: float) -> None:
+        """Abort a worker whose own watchdog cannot run, as it never releases the interpreter lock."""
+        for rank in list(self._running):
+            status = self._status(rank)
+            heartbeats, since = self._heartbeats.get(rank, (-1, now))
+            if status.heartbeats != heartbeats or not status.limit:
+                self._heartbeats[rank] = (status.heartbeats, now)
+            elif now - since > status.limit + _HANG_SECONDS:
+                self._send([rank], signal.SIGABRT)
+                self._heartbeats[rank] = (status.heartbeats, now)
+
+    def _abort(self, ranks: Iterable[int]) -> None:
+        """Send SIGABRT once: Python's fault handler then writes the stacks, even while the interpreter lock is held."""
+        for rank in list(ranks):
+            if rank not in self._aborted:
+                self._aborted.add(rank)
+                self._send([rank], signal.SIGABRT)
+
+    def _kill(self, ranks: Iterable[int]) -> None:
+        for rank in list(ranks):
+            if rank not in self._killed:
+                self._killed.add(rank)
+                self._send([rank], signal.SIGKILL)
+
+    def _send(self, ranks: Iterable[int], number: int) -> None:
+        for rank in list(ranks):
+            with contextlib.suppress(ProcessLookupError):
+                self._running[rank].send_signal(number)
+
+    def _status(self, rank: int) -> WorkerStatus:
+        return read_status(self._folder, rank)
+
+
+@contextlib.contextmanager
+def _output(logs: Path | None, rank: int) -> Iterator[IO[bytes] | None]:
+    """Open the log file of a rank; None where it writes to the launcher's output, as rank 0 always does."""
+    if logs is None or rank == 0:
+        yield None
+        return
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"rank-{rank:05d}.log").open("ab") as file:
+        yield file

@@ -1,0 +1,60 @@
+"""Local batches on the device, in the order of the steps."""
+
+from __future__ import annotations
+
+import torch
+
+from distrain.data.order import Order
+from distrain.data.stream import Batch, TrainingBatches
+from distrain.distributed.runtime import Runtime
+from distrain.training.stopping import wait_for_data
+
+
+class Feed:
+    """Takes this process's local batch of each step. On a GPU the next one is copied while a step is computed.
+
+    Args:
+        batches: the reader; its batches are valid until the next one is taken.
+        order: tells which steps begin a round, and so may have to wait for data.
+        runtime: this process among its peers.
+    """
+
+    def __init__(self, batches: TrainingBatches, order: Order, runtime: Runtime) -> None:
+        self._batches, self._order, self._runtime = batches, order, runtime
+        self._device = runtime.device
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._ahead: Batch | None = None
+        self._started = False
+
+    def take(self, step: int) -> Batch:
+        """Return the local batch of the next step.
+
+        Raises:
+            StopAgreed: one process was asked to stop, and all know.
+            DataError: on all processes, where one cannot read its shards.
+        """
+        if not self._started or self._order.begins_round(step):
+            wait_for_data(self._runtime, self._batches, step)
+            self._started = True
+        batch, self._ahead = self._ahead or self._copy(), None
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in (batch.images, batch.labels, batch.words):
+                tensor.record_stream(current)
+        return batch
+
+    def prefetch(self, step: int) -> None:
+        """Start the host-to-device copy of the next step, unless its data may have to be waited for."""
+        if self._stream is not None and self._ahead is None and not self._order.begins_round(step):
+            self._ahead = self._copy()
+
+    def _copy(self) -> Batch:
+        batch = next(self._batches)
+        if self._stream is None:
+            return batch
+        with torch.cuda.stream(self._stream):
+            images, labels, words = (
+                tensor.to(self._device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.words)
+            )
+        return Batch(images, labels, batch.ids, words)

@@ -1,0 +1,107 @@
+"""The training loss and speed since the last line of metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distrain.errors import DivergedError
+from distrain.runs import checkpoint
+from distrain.training.job import Job
+from distrain.training.profiling import Profile
+
+
+class LossMeter:
+    """Collects the losses of steps. They stay on the device until they are read: no step waits for the host."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._pending: list[Tensor] = []
+        self._clock = time.monotonic()
+        self._sum, self._steps, self._seconds = 0.0, 0, 0.0
+        self.logged_step = 0
+        """Steps done at the newest line about training."""
+        self.train_seconds = 0.0
+        """Seconds of training of all attempts, up to their last checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds, so that the mean of a line is the same after an interruption."""
+        return {
+            "logged_step": self.logged_step,
+            "sum": self._sum,
+            "steps": self._steps,
+            "seconds": self._seconds,
+            "train_seconds": self.train_seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self.logged_step, self.train_seconds = state["logged_step"], state["train_seconds"]
+        self._sum, self._steps, self._seconds = state["sum"], state["steps"], state["seconds"]
+
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of a step, summed over the samples of this process."""
+        self._pending.append(loss)
+
+    def restart_clock(self) -> None:
+        """Do not count the time since the last step as training."""
+        self._clock = time.monotonic()
+
+    def read(self, step: int) -> None:
+        """Sum the losses since the last call over all processes; `step` steps are done.
+
+        Raises:
+            DivergedError: on all processes; names the first step whose loss is not finite.
+        """
+        if not self._pending:
+            return
+        sums = self._job.runtime.collectives.sum(torch.stack(self._pending)).tolist()
+        self._pending.clear()
+        for index, value in enumerate(sums, step - len(sums)):
+            if not math.isfinite(value):
+                raise diverged(self._job, index, f"the loss is {value / self._job.order.global_batch_size}")
+            self._sum += value
+        seconds = time.monotonic() - self._clock
+        self._steps += len(sums)
+        self._seconds += seconds
+        self.train_seconds += seconds
+        self.restart_clock()
+
+    def take_line(self, step: int, profile: Profile) -> dict[str, float]:
+        """Return the values of a line of metrics.jsonl about the steps since the last line; the next one begins here."""
+        job, batch_size = self._job, self._job.order.global_batch_size
+        fractions = profile.take(self._seconds, job.model.distributed.all_reduce_fraction())
+        line = {
+            "epoch": job.epoch(step),
+            "train/loss": self._sum / (self._steps * batch_size),
+            "train/lr": job.learning_rate(step - 1),
+            "train/images_per_second": self._steps * batch_size / max(self._seconds, 1e-9),
+            **{f"profile/{name}": round(part, 5) for name, part in fractions.items()},
+        }
+        self.logged_step, self._sum, self._steps, self._seconds = step, 0.0, 0, 0.0
+        return line
+
+
+def check_weights(job: Job, step: int) -> None:
+    """Check the weights after `step` steps before they are saved or scored: no loss has seen the last update yet.
+
+    Raises:
+        DivergedError: they are not finite.
+    """
+    if not job.model.is_finite():
+        raise diverged(job, step - 1, "the weights are no longer finite")
+
+
+def diverged(job: Job, step: int, what: str) -> DivergedError:
+    """Return the error for a step (counted from 0) that failed, with the last good checkpoint."""
+    # The checkpoint of `step` steps done holds the weights that this step failed with.
+    good = [done for done in checkpoint.steps(job.checkpoints) if done < max(step, 1)]
+    path = checkpoint.path_of(job.checkpoints, good[0]) if good else "none"
+    return DivergedError(
+        f"{what} at step {step + 1}, at learning rate {job.learning_rate(step):.3g};"
+        f" last good checkpoint: {path}. Lower train.lr, or set train.clip_norm"
+    )

@@ -1,0 +1,50 @@
+"""Where a run reports to: metrics.jsonl, audit, progress, wandb and TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+
+from distrain.config import public
+from distrain.runs import trackers
+from distrain.runs.folder import METRICS
+from distrain.runs.logs import JsonLines, Logs, Progress, audit_path
+from distrain.training.checkpointing import Checkpointer
+from distrain.training.job import Job
+
+log = logging.getLogger("distrain")
+
+
+def open_logs(job: Job, checkpointer: Checkpointer, step: int, lines: int) -> Logs:
+    """Open the logs of a run that has done `step` steps and written `lines` lines of metrics.jsonl."""
+    runtime, config = job.runtime, job.config
+    audit = JsonLines(audit_path(job.folder, runtime.world.rank)) if config.data.audit else None
+    progress = Progress(runtime.is_main, job.total_steps, step)
+    mirrors: list[trackers.Tracker] = []
+    if config.wandb.mode != "disabled":
+        mirrors += _open_wandb(job, lines)
+    if not runtime.is_main:
+        return Logs(progress, None, mirrors, audit, lambda: None)
+    if config.log.tensorboard:
+        mirrors.append(trackers.TensorBoardMirror(job.folder, public(config), log.warning, from_step=step))
+    metrics = JsonLines(job.folder / METRICS, lines)
+    return Logs(progress, metrics, mirrors, audit, checkpointer.check_lease)
+
+
+def _open_wandb(job: Job, lines: int) -> list[trackers.Tracker]:
+    """Open the run at wandb on the main process; with `wandb.nodes=all`, also one for each other node."""
+    runtime, settings = job.runtime, job.config.wandb
+    id_ = None
+    if runtime.is_main:
+        try:
+            id_ = trackers.wandb_id(job.folder)
+        except OSError as error:
+            log.warning("wandb is off: %s; %s has everything", error, METRICS)
+    if settings.nodes == "all":
+        id_ = runtime.collectives.from_main(id_)
+    environment = runtime.environment
+    if id_ is None or not (runtime.is_main or (settings.nodes == "all" and environment.local_rank == 0)):
+        return []
+    run, config = trackers.WandbRun.of(settings, job.folder, id_), public(job.config)
+    if runtime.is_main:
+        return [trackers.WandbMirror(run, job.folder, config, log.warning, lines=lines)]
+    return [trackers.WandbMirror(run.of_node(environment.node), job.folder, config, log.warning)]

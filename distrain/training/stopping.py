@@ -1,0 +1,73 @@
+"""When the processes of a run agree on whether to stop, and how they wait for data together.
+
+An agreement is a collective, so it is made about every `POLL_SECONDS`, and not at every step.
+"""
+
+from __future__ import annotations
+
+import time
+
+from distrain.data.stream import TrainingBatches
+from distrain.distributed.collectives import POLL_SECONDS, Collectives, StopAgreed
+from distrain.distributed.runtime import Runtime
+from distrain.errors import DataError
+
+_MAX_STEPS = 256
+"""Most steps between two agreements."""
+
+
+class StopPoll:
+    """Agrees, every few steps, on whether to stop and whether a checkpoint is due by the clock.
+
+    Args:
+        collectives: of this process.
+        step: steps done so far; the first agreement is made there.
+    """
+
+    def __init__(self, collectives: Collectives, step: int) -> None:
+        self._collectives = collectives
+        self._next = self._last_step = step
+        self._last_time = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the processes agree after this step; the same on all of them."""
+        return step >= self._next
+
+    def poll_at(self, step: int) -> None:
+        """Make the next agreement at this step, whatever was planned."""
+        self._next = step
+
+    def poll(self, step: int, save_due: bool) -> bool:
+        """Make an agreement; return whether a checkpoint is due on rank 0.
+
+        Raises:
+            StopAgreed: one process was asked to stop, and all know.
+        """
+        steps, seconds = step - self._last_step, time.monotonic() - self._last_time
+        affordable = int(POLL_SECONDS * steps / max(seconds, 1e-6))
+        # At most twice the last interval: a first step, or a few quick ones, say little about the next ones.
+        interval = max(1, min(affordable, 2 * (self._next - self._last_step), _MAX_STEPS))
+        agreed = self._collectives.agree(save_due, main=interval)
+        if agreed.stop:
+            raise StopAgreed
+        self._last_step, self._last_time, self._next = step, time.monotonic(), step + agreed.main
+        return agreed.flags[0] > 0
+
+
+def wait_for_data(runtime: Runtime, batches: TrainingBatches, step: int) -> None:
+    """Wait, between two steps and together, until every process has its data of the round that begins.
+
+    Raises:
+        StopAgreed: one process was asked to stop, and all know.
+        DataError: on all processes, where one cannot read its shards.
+    """
+    while True:
+        ready, error = False, None
+        shards_read = batches.shards_read
+        try:
+            ready = batches.ready(step, POLL_SECONDS)
+        except DataError as caught:
+            error = caught
+        runtime.watchdog.waiting_for(None if ready else "its data")
+        if not runtime.collectives.any_busy(not ready, batches.shards_read > shards_read, error):
+            return
