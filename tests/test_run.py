@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import signal
@@ -180,17 +181,18 @@ def test_moved_data_and_other_cadences_go_on(small: Dataset, tmp_path: Path) -> 
 
 
 def test_a_damaged_checkpoint_is_skipped_by_name(
-    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "distrain")
     run = tmp_path / "run"
     distrain.train(tree(small, run, checkpoint={"every_steps": 10}))
     expected = (run / "checkpoints/step-00000030/model.safetensors").read_bytes()
     (run / "checkpoints/step-00000030/model.safetensors").write_bytes(expected[:-1] + b"x")
     distrain.train(tree(small, run, run={"resume": "auto"}))
-    told = capsys.readouterr()
-    assert "skipped" in told.err
-    assert "step-00000030/model.safetensors: damaged" in told.err
-    assert "resuming from" in told.out
+    warning = next(record for record in caplog.records if record.levelno == logging.WARNING)
+    assert "skipped" in warning.getMessage()
+    assert "step-00000030/model.safetensors: damaged" in warning.getMessage()
+    assert "resuming from" in caplog.text
     assert (run / "checkpoints/step-00000030/model.safetensors").read_bytes() == expected
     for step in (20, 30):
         (run / f"checkpoints/step-{step:08d}/state.json").unlink()
@@ -323,12 +325,12 @@ def test_a_model_that_gives_something_else_is_told(small: Dataset, tmp_path: Pat
 
 
 def test_a_model_with_batch_norm_and_dropout_trains_and_is_warned_of(
-    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes: dict[str, Any] = {"model": {"name": "models_for_tests:Coupled"}, "train": {"epochs": 1}}
     distrain.train(tree(small, tmp_path / "whole", **changes))
-    told = capsys.readouterr().err
-    assert "has Dropout: what it learns depends on the number of processes" in told
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any("has Dropout: what it learns depends on the number of processes" in message for message in warnings)
     assert json.loads((tmp_path / "whole/result.json").read_text())["invariant"] is False
     distrain.train(tree(small, tmp_path / "cut", checkpoint={"every_steps": 5, "keep": 0}, **changes))
     shutil.rmtree(tmp_path / "cut/checkpoints/step-00000015")
