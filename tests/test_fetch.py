@@ -444,7 +444,7 @@ def test_a_body_without_end_takes_neither_memory_nor_time(server: Server) -> Non
     assert "more than the promised" in refused(dataset)
     assert time.monotonic() - begun < 5
     settled = -1
-    while settled != server.sent:  # the server peer_store that nobody listens
+    while settled != server.sent:  # until the server sees that nobody listens
         settled = server.sent
         time.sleep(0.2)
     assert server.sent < 64 * 2**20

@@ -263,7 +263,7 @@ workers, the launcher alone, everything, and rank 0; each time at an event drawn
 ## What was not made to survive
 
 - A fault that neither ends nor stops a process, but computes something else (a bit that flips in memory or on the way to
-  the device): nothing here peer_store it. Digests cover what lies on disk.
+  the device): nothing here detects it. Digests cover what lies on disk.
 - Steps between the last checkpoint and a SIGKILL are trained again, with the same result; their time is lost.
 - A full disk does not hold what cannot be written: lines and checkpoints that never found room are lost when the process
   ends, and the next attempt trains those steps again.

@@ -96,7 +96,7 @@ def test_stop_in_a_long_evaluation(data: Path, tmp_path: Path, undisturbed: Any,
         check_code(job)
         assert time.monotonic() - start < 8
         assert newest_step(job.run) == 14
-        assert state_of(job.run)["evaluated"] == 7  # it is made up for in the next attempt
+        assert state_of(job.run)["evaluated_step"] == 7  # it is made up for in the next attempt
     finish(job.run, **one_by_one).same_as(expected)
 
 
