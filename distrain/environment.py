@@ -1,4 +1,4 @@
-"""What a launcher tells this process, read once from the environment variables into a value.
+"""The variables by which a launcher tells this process its rank, read once into a value.
 
 `distrain launch`, torchrun and `accelerate launch` set the same variables; without them a process is alone.
 """

@@ -1,4 +1,4 @@
-"""Why a process failed, as its launcher and its peers are told, and the exit code that follows."""
+"""Failures of a process: their cause, as the launcher and the peers are told, and their exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Kind = Literal["fault", "user", "again", "busy", "peer", "hang", "save"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process ended without success.
+    """The reason why a process ended without success.
 
     Attributes:
         kind: the class of the cause; "fault" is an unexpected exception.

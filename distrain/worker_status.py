@@ -18,7 +18,7 @@ _STATUS = struct.Struct("<qqqd")
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """What a worker is doing.
+    """The activity of a worker.
 
     Attributes:
         phase: one of `PHASES`.

@@ -1,4 +1,4 @@
-"""Whether the settings of `accelerate launch` contradict those of the run: none is ignored silently."""
+"""The settings of `accelerate launch`, compared with those of the run: none is ignored silently."""
 
 from __future__ import annotations
 

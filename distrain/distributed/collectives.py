@@ -1,6 +1,6 @@
-"""What processes compute and decide together: sums, values from all ranks, agreements on stopping and on errors.
+"""Collectives: sums, values from all ranks, agreements on stopping and on errors.
 
-Every call here is a collective: all processes make the same calls in the same order. Alone, a process answers itself.
+All processes make the same calls in the same order. A single process gets its own values.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _RAISED_BY_ALL = (UserError, AgainError, SaveError)
 
 
 class StopAgreed(Exception):  # noqa: N818 - a request, not an error
-    """All processes know, at the same step, that one of them was asked to stop."""
+    """Raised on all processes, at the same step, when one of them was asked to stop."""
 
     @property
     def by(self) -> str:
-        """The cause, for messages: ` by SIGTERM`."""
+        """The signal, for messages: ` by SIGTERM`."""
         return signals.requested_by()
 
 
 class Agreement(NamedTuple):
-    """What all processes know after `Collectives.agree`.
+    """The result of `Collectives.agree`, the same on all processes.
 
     Attributes:
         stop: whether one was asked to stop.

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: at a store that rank 0 serves, within a time limit, all or none."""
+"""Rendezvous: the processes of a run find each other at a store that rank 0 serves, within a time limit, all or none."""
 
 from __future__ import annotations
 

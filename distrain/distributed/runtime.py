@@ -33,7 +33,7 @@ from distrain.models.batch_norm import over_all_ranks
 
 @dataclass(frozen=True)
 class Options:
-    """How a process computes.
+    """Settings of how a process computes.
 
     Attributes:
         device: `run.device`.
@@ -70,8 +70,9 @@ class Runtime:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Leave the group, so that another run can start in this process; without waiting for the others if they
-        do not raise this error too.
+        """Leave the group, so that another run can start in this process.
+
+        Do not wait for the other processes if they do not raise this error too.
         """
         if error is not None and self.collectives.needs_record(error):
             known = isinstance(error, PeerFailedError)

@@ -1,4 +1,4 @@
-"""Time-outs by phase: a thread ends its process when it makes no progress, and says which one is behind.
+"""Watchdog: a thread ends its process when a phase exceeds its time-out, and says which process is behind.
 
 Processes compare how many collectives each has entered and left: the one with the fewest, or one that does not answer,
 keeps the others waiting. Nothing is sent while all make progress.

@@ -1,4 +1,6 @@
-"""Which node this is, among how many, and where the store is: from SLURM, a Kubernetes Indexed Job, or options.
+"""The topology of a job: its nodes, which one this is, and the address of the store.
+
+It comes from SLURM's variables, those of a Kubernetes Indexed Job, or options.
 
 Pure functions of the environment variables; to support another scheduler, add a function beside `_slurm`.
 """
@@ -36,7 +38,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user gave on the command line; None: to be detected."""
+    """The topology as given on the command line; None: to be detected."""
 
     nodes: int | None = None
     node: int | None = None

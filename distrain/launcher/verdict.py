@@ -18,7 +18,7 @@ _FROM_OUTSIDE = {signal.SIGKILL, *STOP}
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """How one worker of this node ended.
+    """The end of one worker of this node.
 
     Attributes:
         rank: rank of the worker.
@@ -44,7 +44,7 @@ class WorkerExit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the scheduler is told.
+    """The exit code of the launcher, and why.
 
     Attributes:
         code: exit code of the launcher.

@@ -1,4 +1,4 @@
-"""From uint8 images to a model's input, a whole batch at a time, on the device that holds it."""
+"""Augmentation and normalisation of uint8 images, a whole batch at a time, on the device that holds it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distrain.config import Augment
 
 
 class Normalizer:
-    """(images / 255 - mean) / std, for images of one width.
+    """Computes (images / 255 - mean) / std, for images of one width.
 
     Args:
         mean: [C], of the dtype to compute in, on the images' device.
@@ -76,12 +76,12 @@ def augment(images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor
 
 
 def _below(limit: int, random_bits: Tensor) -> Tensor:
-    """Integers from 0 to limit - 1, from the lowest 20 bits."""
+    """Return integers from 0 to limit - 1, from the lowest 20 bits."""
     return (random_bits & 0xFFFFF) * limit >> 20
 
 
 def _inside(size: int, centre: Tensor, side: int) -> Tensor:
-    """bool [N, size]: whether a pixel is within a range of length `side` around the centre."""
+    """Return bool [N, size]: whether a pixel is within a range of length `side` around the centre."""
     offset = torch.arange(size, device=centre.device) - centre[:, None] + side // 2
     return (offset >= 0) & (offset < side)
 

@@ -1,4 +1,4 @@
-"""What a run works with. Nothing here changes once the run was set up, but the tensors."""
+"""The parts of a run that was set up. Nothing here changes any more, except tensors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TrainedModel:
 
     @functools.cached_property
     def normalize(self) -> Normalizer:
-        """From uint8 images to the model's input."""
+        """The function from uint8 images to the model's input."""
         return Normalizer(self.mean, self.std, self.image_width)
 
     @functools.cached_property
@@ -101,7 +101,7 @@ class Job:
 
     @property
     def checkpoints(self) -> Path:
-        """RUN/checkpoints."""
+        """The folder RUN/checkpoints."""
         return self.folder / checkpoint.FOLDER
 
     def epoch(self, steps: int) -> float:

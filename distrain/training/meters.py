@@ -29,7 +29,7 @@ class LossMeter:
         """Seconds of training of all attempts, up to their last checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds, so that the mean of a line is the same after an interruption."""
+        """Return the state for a checkpoint, so that the mean of a line is the same after an interruption."""
         return {
             "logged_step": self.logged_step,
             "sum": self._sum,

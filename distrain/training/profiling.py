@@ -1,4 +1,4 @@
-"""Where the time of a run's steps goes: measured in every run, at almost no cost; and torch's profiler on request."""
+"""The time of a run's steps by phase, measured in every run at almost no cost; torch's profiler on request."""
 
 from __future__ import annotations
 

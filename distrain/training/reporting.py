@@ -1,4 +1,4 @@
-"""Where a run reports to: metrics.jsonl, audit, progress, wandb and TensorBoard."""
+"""The logs of a run: metrics.jsonl, audit, progress, wandb and TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run is set up: data set → order → model and optimizer → warm-up. Nothing is written yet.
+"""Set-up of a run: data set → order → model and optimizer → warm-up. Nothing is written yet.
 
 What is trained depends on data, configuration and seed alone: see docs/design.md.
 """

@@ -55,7 +55,7 @@ class TrainingStep:
         job.runtime.seed(job.layer_seed(step))
         with self._profile.phase("copy"):
             local = self._augment(step, batch)
-        losses = self._passes(local)
+        losses = self._forward_backward(local)
         if job.config.train.clip_norm is not None:
             model.distributed.clip_norm(job.config.train.clip_norm)
         job.runtime.update(model.optimizer)
@@ -72,7 +72,7 @@ class TrainingStep:
         weight = mixup_weight(order.seed, step, settings.mixup)
         return _LocalBatch(images, batch.labels, partners.to(job.runtime.device, non_blocking=True), weight)
 
-    def _passes(self, local: _LocalBatch) -> list[Tensor]:
+    def _forward_backward(self, local: _LocalBatch) -> list[Tensor]:
         """Run forward and backward over the micro-batches; as many on every process, as BatchNorm's statistics are
         collectives.
         """

@@ -1,4 +1,4 @@
-"""When the processes of a run agree on whether to stop, and how they wait for data together.
+"""Agreements of the processes on whether to stop, every few steps, and while they wait for data.
 
 An agreement is a collective, so it is made about every `POLL_SECONDS`, and not at every step.
 """

@@ -1,4 +1,4 @@
-"""What a run prints: before it starts (also in RUN/setup.json), and when it is done."""
+"""The summary of a run: before it starts (also in RUN/setup.json), and when it is done."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def announce(job: Job, from_step: int) -> None:
 
 
 def describe(job: Job, from_step: int) -> dict[str, Any]:
-    """Return what the run works with, for JSON: RUN/setup.json."""
+    """Return data set, model, processes and machine, for JSON: RUN/setup.json."""
     runtime, order, manifest = job.runtime, job.order, job.dataset.manifest
     world, environment = runtime.world, runtime.environment
     fewest, most = order.shares(world.size)

@@ -1,4 +1,4 @@
-"""`train`: a run from its configuration to its result."""
+"""The function `train`: a run from its configuration to its result."""
 
 from __future__ import annotations
 

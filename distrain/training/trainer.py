@@ -53,7 +53,7 @@ class Trainer:
         self.logs = open_logs(job, checkpointer, self.step, state.get("lines", 0))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds, beside weights and optimizer, to resume the run at this step."""
+        """Return the state for a checkpoint, beside weights and optimizer, to resume the run at this step."""
         return {
             "step": self.step,
             "evaluated_step": self.evaluated_step,
@@ -266,7 +266,7 @@ class Trainer:
             log.warning("pictures could not be written: %s: %s", type(error).__name__, error)
 
     def _result(self, scores: Scores, best_step: int) -> dict[str, Any]:
-        """What RUN/result.json holds."""
+        """Return the content of RUN/result.json."""
         job, order = self.job, self.job.order
         epochs = job.epoch(self.step)
         return {
