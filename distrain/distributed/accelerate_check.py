@@ -35,7 +35,7 @@ def check(environ: Mapping[str, str], precision: str, on_cpu: bool) -> None:
 
 
 def conflicts(environ: Mapping[str, str], precision: str, on_cpu: bool) -> list[str]:
-    """Return one line for each setting of `accelerate launch` or its configuration file that the run does not follow."""
+    """Return a line for each setting of `accelerate launch` or its configuration file that the run does not follow."""
     lines = []
 
     def compare(name: str, harmless: set[str], ours: str) -> None:

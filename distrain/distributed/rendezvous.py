@@ -1,4 +1,4 @@
-"""Rendezvous: the processes of a run find each other at a store that rank 0 serves, within a time limit, all or none."""
+"""Rendezvous: the processes of a run find each other at a store that rank 0 serves, in time, all or none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distrain.errors import AgainError, ConfigError, PeerLostError, Stopped
 from distrain.failures import PeerFailedError
 
 NO_TIMEOUT = timedelta(hours=24)
-"""Time-out of the collectives themselves: the watchdog, which knows the phase and who is behind, ends a wait earlier."""
+"""Time-out of the collectives: the watchdog, which knows the phase and who is behind, ends a wait earlier."""
 
 _STARTS = itertools.count()
 

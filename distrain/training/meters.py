@@ -72,7 +72,7 @@ class LossMeter:
         self.restart_clock()
 
     def take_line(self, step: int, profile: Profile) -> dict[str, float]:
-        """Return the values of a line of metrics.jsonl about the steps since the last line; the next one begins here."""
+        """Return a line of metrics.jsonl about the steps since the last one; the next one begins here."""
         job, batch_size = self._job, self._job.order.global_batch_size
         fractions = profile.take(self._seconds, job.model.distributed.all_reduce_fraction())
         line = {

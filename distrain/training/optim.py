@@ -43,7 +43,7 @@ def learning_rate(step: int, total_steps: int, schedule: str, peak: float, warmu
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state, flat: `parameter number.name` → tensor. Its settings come from the configuration."""
+    """Return the optimizer's state, flat: `parameter number.name` → tensor; settings are the configuration's."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": value

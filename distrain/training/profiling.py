@@ -23,8 +23,8 @@ _ADVICE = {
 class Profile:
     """Seconds spent in each phase of the steps.
 
-    start: until the first data of an attempt arrives; data: waiting for data; copy: host-to-device copy and augmentation
-    (on a GPU, the host's part of it); log: audit; reduce: all-reduce of gradients that no computation hides, as DDP
+    start: until the first data of an attempt arrives; data: waiting for data; copy: host-to-device copy and
+    augmentation (on a GPU, the host's part of it); log: audit; reduce: all-reduce of gradients that no computation hides, as DDP
     samples it; compute: the rest.
     """
 
