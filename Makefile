@@ -71,7 +71,7 @@ gpu: test-gpu test-ranks ## All that is to be measured on a GPU, into bench-out;
 		--out $(BENCH_OUT)/speedrun $(if $(IMAGES),--images $(IMAGES)) $(BENCH)
 
 docs: $(VENV)/installed-dev ## Write docs/configuration.md from the code
-	$(BIN)/distrain config --markdown > docs/configuration.md
+	$(BIN)/python docs/write_configuration.py
 
 lock: $(VENV)/installed-dev ## Choose new versions for the image
 	$(BIN)/uv pip compile pyproject.toml --native-tls --universal --python-version 3.10 --generate-hashes \

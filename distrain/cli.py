@@ -213,10 +213,9 @@ _DOCTOR = ("timeouts.start_seconds=20", "timeouts.step_seconds=15")
 
 
 @cli.command("config")
-@click.option("--markdown", is_flag=True, help="As tables, with what each key may be: docs/configuration.md.")
-def show_config(markdown: bool) -> None:
+def show_config() -> None:
     """Print every key with its default and meaning, as YAML."""
-    click.echo(config.markdown() if markdown else config.commented_yaml(), nl=False)
+    click.echo(config.commented_yaml(), nl=False)
 
 
 @cli.command()
