@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/synthetic
 DATA ?= data/synthetic
 BENCH_OUT ?= bench-out
+BENCH_OPTIONS = $(if $(IMAGES),--images $(IMAGES)) $(BENCH)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install train test test-fast test-browser test-gpu test-ranks test-faults test-slurm test-images faults guards bench gpu docs lock lint format clean
@@ -60,15 +61,15 @@ guards: $(VENV)/installed-dev ## Take out every guard against a fault: its test 
 	$(BIN)/python tests/faults/guards.py try
 	$(BIN)/python tests/faults/guards.py table
 
-bench: $(VENV)/installed-dev ## Measure this machine, into bench-out; IMAGES=FOLDER with train/CLASS/ and test/CLASS/
-	$(BIN)/distrain bench reading training scaling evaluation startup memory accuracy --out $(BENCH_OUT) \
-		$(if $(IMAGES),--images $(IMAGES))
+bench: $(VENV)/installed-dev ## Run all benchmarks, into bench-out; IMAGES=FOLDER with train/CLASS/ and test/CLASS/
+	$(BIN)/python -m benchmarks reading training scaling evaluation startup memory accuracy --out $(BENCH_OUT) \
+		$(BENCH_OPTIONS)
 
-gpu: test-gpu test-ranks ## All that is to be measured on a GPU, into bench-out; IMAGES as for bench
-	$(BIN)/distrain bench training scaling evaluation --models net,resnet9 --out $(BENCH_OUT) \
-		$(if $(IMAGES),--images $(IMAGES)) $(BENCH)
-	$(BIN)/distrain bench accuracy --recipe $(or $(RECIPE),configs/speedrun.yaml) --target $(or $(TARGET),94) \
-		--out $(BENCH_OUT)/speedrun $(if $(IMAGES),--images $(IMAGES)) $(BENCH)
+gpu: test-gpu test-ranks ## Run the tests and benchmarks for GPUs, into bench-out; IMAGES as for bench
+	$(BIN)/python -m benchmarks training scaling evaluation --models net,resnet9 --out $(BENCH_OUT) \
+		$(BENCH_OPTIONS)
+	$(BIN)/python -m benchmarks accuracy --recipe $(or $(RECIPE),configs/speedrun.yaml) --target $(or $(TARGET),94) \
+		--out $(BENCH_OUT)/speedrun $(BENCH_OPTIONS)
 
 docs: $(VENV)/installed-dev ## Write docs/configuration.md from the code
 	$(BIN)/python docs/write_configuration.py
