@@ -1,10 +1,11 @@
-# For people and for CI alike. `make` lists the targets.
+# Commands for developers and CI. `make` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/synthetic
 DATA ?= data/synthetic
 BENCH_OUT ?= bench-out
+BENCH_OPTIONS = $(if $(IMAGES),--images $(IMAGES)) $(BENCH)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install train test test-fast test-browser test-gpu test-ranks test-faults test-slurm test-images faults guards bench gpu docs lock lint format clean
@@ -28,56 +29,56 @@ train: $(VENV)/installed ## Train on the embedded data set, on all local GPUs or
 	$(BIN)/distrain launch --nproc $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)') \
 		-- train --config configs/synthetic.yaml data.dir=$(DATA) run.dir=$(RUN)
 
-test: test-fast test-browser test-ranks test-faults test-slurm test-images ## All tests, of the faults the short form
+test: test-fast test-browser test-ranks test-faults test-slurm test-images ## Run all tests, with the short form of the fault tests
 
-test-fast: $(VENV)/installed-dev ## The tests that need one process
+test-fast: $(VENV)/installed-dev ## Run the tests that need one process
 	$(BIN)/pytest -m "not ranks and not faults and not slurm and not images and not browser" --durations=5
 
-test-browser: $(VENV)/installed-dev ## The report in headless Chromium; skips where it is missing
+test-browser: $(VENV)/installed-dev ## Test the report in headless Chromium; skips if it is missing
 	$(BIN)/pytest -m browser -rs --durations=5
 
-test-gpu: $(VENV)/installed-dev ## The tests that need a GPU, and the promise's on it
+test-gpu: $(VENV)/installed-dev ## Run the tests that need a GPU
 	$(BIN)/pytest -m gpu -rs --durations=5
 
-test-ranks: $(VENV)/installed-dev ## The tests that start several processes
+test-ranks: $(VENV)/installed-dev ## Run the tests that start several processes
 	$(BIN)/pytest -m "ranks and not faults" --durations=5
 
-test-faults: $(VENV)/installed-dev ## The short form of `make faults`
+test-faults: $(VENV)/installed-dev ## Run the short form of `make faults`
 	$(BIN)/pytest -m short --durations=5
 
-test-slurm: $(VENV)/installed-dev ## launch/*.sbatch on a real SLURM; skips where Debian's packages or root are missing
+test-slurm: $(VENV)/installed-dev ## Test launch/*.sbatch on a real SLURM; skips without root and Debian's packages
 	$(BIN)/pytest -m slurm -rs --durations=5
 
-# Its layers stay in podman's storage, about 6 GiB, for the next time.
-test-images: $(VENV)/installed-dev ## The image built and run, the pods of k8s/ as containers; skips likewise
+# The image's layers stay in podman's storage (about 6 GiB) and are used again.
+test-images: $(VENV)/installed-dev ## Build and run the image, and the pods of k8s/ as containers; skips likewise
 	$(BIN)/pytest -m images -rs --durations=5
 
-# What has passed as the code is now is not run again: an interrupted run goes on. PART=kills runs one part.
-faults: $(VENV)/installed-dev ## Every fault, in parts: up to an hour; goes on where it was interrupted
+# Tests that passed with the same code are not run again. PART=kills runs one part.
+faults: $(VENV)/installed-dev ## Run all fault tests, up to an hour; resumes after an interruption
 	DISTRAIN_FAULTS=$(CURDIR)/.faults $(BIN)/pytest tests$(if $(PART),/faults/test_$(PART).py) -m faults -v -s --durations=10
 
-guards: $(VENV)/installed-dev ## Take out every guard against a fault: its test must fail; writes docs/faults.md
+guards: $(VENV)/installed-dev ## Remove each guard against a fault: its test must fail; writes docs/faults.md
 	$(BIN)/python tests/faults/guards.py try
 	$(BIN)/python tests/faults/guards.py table
 
-bench: $(VENV)/installed-dev ## Measure this machine, into bench-out; IMAGES=FOLDER with train/CLASS/ and test/CLASS/
-	$(BIN)/distrain bench reading training scaling evaluation startup memory accuracy --out $(BENCH_OUT) \
-		$(if $(IMAGES),--images $(IMAGES))
+bench: $(VENV)/installed-dev ## Run all benchmarks, into bench-out; IMAGES=FOLDER with train/CLASS/ and test/CLASS/
+	$(BIN)/python -m benchmarks reading training scaling evaluation startup memory accuracy --out $(BENCH_OUT) \
+		$(BENCH_OPTIONS)
 
-gpu: test-gpu test-ranks ## All that is to be measured on a GPU, into bench-out; IMAGES as for bench
-	$(BIN)/distrain bench training scaling evaluation --models net,resnet9 --out $(BENCH_OUT) \
-		$(if $(IMAGES),--images $(IMAGES)) $(BENCH)
-	$(BIN)/distrain bench accuracy --recipe $(or $(RECIPE),configs/speedrun.yaml) --target $(or $(TARGET),94) \
-		--out $(BENCH_OUT)/speedrun $(if $(IMAGES),--images $(IMAGES)) $(BENCH)
+gpu: test-gpu test-ranks ## Run the tests and benchmarks for GPUs, into bench-out; IMAGES as for bench
+	$(BIN)/python -m benchmarks training scaling evaluation --models net,resnet9 --out $(BENCH_OUT) \
+		$(BENCH_OPTIONS)
+	$(BIN)/python -m benchmarks accuracy --recipe $(or $(RECIPE),configs/speedrun.yaml) --target $(or $(TARGET),94) \
+		--out $(BENCH_OUT)/speedrun $(BENCH_OPTIONS)
 
 docs: $(VENV)/installed-dev ## Write docs/configuration.md from the code
-	$(BIN)/distrain config --markdown > docs/configuration.md
+	$(BIN)/python docs/write_configuration.py
 
-lock: $(VENV)/installed-dev ## Choose new versions for the image
+lock: $(VENV)/installed-dev ## Update the locked versions of the image
 	$(BIN)/uv pip compile pyproject.toml --native-tls --universal --python-version 3.10 --generate-hashes \
 		--no-annotate --no-header --upgrade -o requirements.lock
 
-lint: $(VENV)/installed-dev ## Style, types, and the arrows of the architecture
+lint: $(VENV)/installed-dev ## Check style, types and imports between modules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

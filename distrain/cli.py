@@ -17,7 +17,6 @@ import click
 from distrain import __version__, address, config, failures, signals
 from distrain.environment import Environment
 from distrain.errors import EXIT_AGAIN, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
-from distrain.tools.bench import PARTS
 
 _AFTER_FIRST_SECONDS = 5
 """How long a node's other processes hold back an error that its first one will probably tell."""
@@ -213,10 +212,9 @@ _DOCTOR = ("timeouts.start_seconds=20", "timeouts.step_seconds=15")
 
 
 @cli.command("config")
-@click.option("--markdown", is_flag=True, help="As tables, with what each key may be: docs/configuration.md.")
-def show_config(markdown: bool) -> None:
+def show_config() -> None:
     """Print every key with its default and meaning, as YAML."""
-    click.echo(config.markdown() if markdown else config.commented_yaml(), nl=False)
+    click.echo(config.commented_yaml(), nl=False)
 
 
 @cli.command()
@@ -330,56 +328,6 @@ def verify(folder: str) -> None:
     if wrong:
         raise DataError("\n  ".join([f"{dataset.root}: {len(wrong)} found wrong:", *wrong]))
     click.echo(f"{dataset.root}: {_describe(dataset)}: all as written")
-
-
-@cli.command()
-@click.argument("parts", nargs=-1, type=click.Choice(PARTS), metavar="[PART]...")
-@click.option(
-    "--images",
-    type=click.Path(path_type=Path),
-    help="Image files in train/CLASS/ and test/CLASS/; prepared at 32×32 into OUT/data.",
-)
-@click.option("--data", type=click.Path(path_type=Path), help="A prepared data set.  [default: synthetic, OUT/data]")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for bench.json and bench.png.")
-@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Samples of each contestant.")
-@click.option("--quick", is_flag=True, help="Little data and few steps: shows that it works, not how fast.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Trains.")
-@click.option("--models", default="", help="Comma-separated.  [default: net; on GPUs net,resnet9]")
-@click.option(
-    "--recipe",
-    default="configs/cifar10.yaml",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="What the part accuracy trains.",
-)
-@click.option(
-    "--target",
-    type=click.FloatRange(0, 100, min_open=True),
-    help="Percent that the part accuracy waits for.  [default: what the plain script has]",
-)
-def bench(models: str, **options: Any) -> None:
-    """Measure this machine: distrain beside the usual ways, and beside the machine's own limits.
-
-    \b
-    distrain bench --out bench-out                     # every part but accuracy, on synthetic images
-    distrain bench reading scaling --data data/cifar10 --out bench-out
-    distrain bench accuracy --images photos/ --out bench-out
-
-    \b
-    reading      images/s from shards, and from webdataset's and torchvision's usual pipelines
-    training     the tutorial's plain script; a bare loop on data in memory
-    scaling      1, 2 … processes, and as many runs that know nothing of each other
-    evaluation   a bare loop on data in memory
-    startup      seconds to the first step, of a new run and of a resumed one
-    memory       of reading, by the size of data and shards; time an image; time to plan a step
-    accuracy     slow: time until the plain script's accuracy, or --target, with --recipe
-
-    Contestants take turns; medians and spreads are printed, every sample is in OUT/bench.json.
-    """
-    from distrain.tools.bench import command
-
-    names = [name.strip() for name in models.split(",") if name.strip()]
-    command.run(command.Asked(models=names, **options))
 
 
 class _Sources(click.Group):

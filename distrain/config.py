@@ -9,7 +9,6 @@ given their type by the key they belong to, so `1e-3` is a number wherever a num
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -376,71 +375,6 @@ def keys_help() -> str:
     return "\n".join(
         f"  {section}.{name}={_scalar(default)}\n      {meaning}" for section, name, default, meaning, _ in every_key()
     )
-
-
-def markdown() -> str:
-    """The reference of all keys, docs/configuration.md."""
-    lines = [_REFERENCE]
-    for section, part in Config.model_fields.items():
-        described = type(part.default).model_json_schema()["properties"]
-        lines += [f"## {section}", "", _cell(type(part.default).__doc__ or ""), ""]
-        lines += ["| key | default | values | meaning | id |", "|---|---|---|---|---|"]
-        for of, name, default, meaning, is_identity in every_key():
-            if of == section:
-                value = _scalar(default).strip("'")
-                cells = [f"`{section}.{name}`", f"`{value}`", _values(described[name]), meaning]
-                lines.append(f"| {' | '.join(map(_cell, cells))} | {'id' if is_identity else ''} |")
-        lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-_REFERENCE = """\
-# Configuration
-
-<!-- Written by `make docs` from distrain/config.py: change it there. -->
-
-Every key of a run. Values come from the defaults, then the YAML file (`--config`), then `section.key=value`:
-
-```bash check
-distrain train --config configs/cifar10.yaml data.dir=data/cifar10 train.lr=1e-1 train.clip_norm=null data.std=[1,1,1]
-```
-
-In a YAML file a section holds its keys; `distrain config` prints such a file, with all defaults. `null` is no value.
-Unknown keys and values that do not fit are refused, all in one message.
-
-**id**: the key is part of the run's identity. It changes what is trained, so a run goes on only with the same value;
-for another one choose another `run.dir`. What `data.dir` and `model.init` hold counts as well, wherever it lies. All
-other keys may differ from one attempt of a run to the next.
-"""
-
-_TYPES = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text", "null": "null"}
-_LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-_LIMITS |= {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # what pydantic leaves untranslated beside null
-
-
-def _values(schema: Mapping[str, Any]) -> str:
-    """What a key may be, in words, from its JSON Schema."""
-    if "anyOf" in schema:
-        return ", or ".join(_values(one) for one in schema["anyOf"])
-    if "enum" in schema:
-        return ", ".join(f"`{choice}`" for choice in schema["enum"])
-    if schema["type"] == "array":
-        fewest, most = schema.get("minItems"), schema.get("maxItems")
-        many = f"{most} " if fewest == most and most else ""
-        return f"list of {many}{_values(schema['items']).replace('number', 'numbers')}"
-    limits = ", ".join(f"{sign} {_limit(schema[name])}" for name, sign in _LIMITS.items() if name in schema)
-    return f"{_TYPES[schema['type']]} {limits}".rstrip()
-
-
-def _limit(number: float) -> str:
-    """Large powers of two as such."""
-    whole = int(number)
-    return f"2^{whole.bit_length() - 1}" if whole >= 2**20 and whole & (whole - 1) == 0 else f"{number:g}"
-
-
-def _cell(text: str) -> str:
-    """Text that ends no cell of a table, and begins no tag."""
-    return re.sub(r"<(?=[A-Za-z/!])", r"\<", text.replace("|", r"\|"))
 
 
 def _is_identity(field: Any) -> bool:

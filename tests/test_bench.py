@@ -1,4 +1,4 @@
-"""`distrain bench`: each part on little data; what it refuses, and what it leaves behind."""
+"""`python -m benchmarks`: each part on little data, the options that it refuses, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 
 import pytest
 from datasets import make
+from setuptools.config.pyprojecttoml import read_configuration
 
-from distrain import cli
+from benchmarks import accuracy, evaluation, memory, scaling, startup, training
+from benchmarks.__main__ import main
+from benchmarks.commands import CommandError, call
+from benchmarks.context import Context
+from benchmarks.image_files import write_folders
+from benchmarks.table import Row, Table, ratio
 from distrain.data.manifest import Dataset
-from distrain.tools.bench import accuracy, evaluation, memory, scaling, startup, training
-from distrain.tools.bench.context import Context
-from distrain.tools.bench.members import write_folders
-from distrain.tools.bench.processes import CommandError, call
-from distrain.tools.bench.table import Row, Table, ratio
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Of 4 shards of 4 lanes: little to open."""
+    """Four shards and lanes: few files to open."""
     return make(tmp_path_factory.mktemp("bench") / "data", 1100, 100, image_size=32, shards=4, lanes=4)
 
 
 @pytest.fixture
 def context(images: Dataset, tmp_path: Path) -> Context:
     return Context(
-        data=images.root,
         dataset=images,
         work=tmp_path,
         images=None,
@@ -46,34 +46,34 @@ def context(images: Dataset, tmp_path: Path) -> Context:
 
 
 def bench(*arguments: Any) -> int:
-    return cli.main(["bench", *map(str, arguments)])
+    return main([*map(str, arguments)])
 
 
 def medians(table: Table) -> dict[str, float]:
     rows = [*table.rows, *table.ratios]
-    found = {(row.name, row.unit): row.as_dict()["median"] for row in rows}
-    assert len(found) == len(rows)
-    assert all(math.isfinite(value) and value >= 0 for value in found.values())
-    assert all(value > 0 for (_, unit), value in found.items() if unit != "%")
-    return {name: value for (name, _), value in found.items()}
+    values = {(row.name, row.unit): row.as_dict()["median"] for row in rows}
+    assert len(values) == len(rows)
+    assert all(math.isfinite(value) and value >= 0 for value in values.values())
+    assert all(value > 0 for (_, unit), value in values.items() if unit != "%")
+    return {name: value for (name, _), value in values.items()}
 
 
-# What it writes
+# Files that it writes
 
 
 def test_parts_are_printed_and_written_with_all_samples(images: Dataset, tmp_path: Path, capsys: Capture) -> None:
     assert bench("evaluation", "reading", "--data", images.root, "--out", tmp_path, "--repeats", 2, "--quick") == 0
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["finished"]
-    assert list(found["parts"]) == ["reading", "evaluation"]
-    assert found["data"]["splits"] == {"train": 1100, "test": 100}
-    assert {"torch", "distrain", "python"} <= set(found["versions"])
-    reading = {row["name"]: row for row in found["parts"]["reading"]["rows"]}
-    assert len(reading) == 8
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["finished"]
+    assert list(result["parts"]) == ["reading", "evaluation"]
+    assert result["data"]["splits"] == {"train": 1100, "test": 100}
+    assert {"torch", "distrain", "python"} <= set(result["versions"])
+    reading = {row["name"]: row for row in result["parts"]["reading"]["rows"]}
+    assert len(reading) == 10
     for row in reading.values():
         assert len(row["samples"]) == 2
         assert 0 < row["lowest"] <= row["median"] <= row["highest"]
-    assert len(found["parts"]["reading"]["ratios"]) == 6
+    assert len(result["parts"]["reading"]["ratios"]) == 10
     assert reading["distrain, first epoch"]["median"] > reading["webdataset, PNG"]["median"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.png"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -81,7 +81,7 @@ def test_parts_are_printed_and_written_with_all_samples(images: Dataset, tmp_pat
     assert all(name in printed for name in reading)
 
 
-def test_what_is_interrupted_keeps_its_parts_and_is_not_finished(
+def test_an_interrupted_run_keeps_its_parts_and_is_not_finished(
     images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_: Context) -> Table:
@@ -92,9 +92,9 @@ def test_what_is_interrupted_keeps_its_parts_and_is_not_finished(
     arguments = ("scaling", "startup", "--data", images.root, "--out", tmp_path)
     (tmp_path / "bench.png").write_bytes(b"of another run")
     assert bench(*arguments) == 130
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert not found["finished"]
-    assert list(found["parts"]) == ["scaling"]
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert not result["finished"]
+    assert list(result["parts"]) == ["scaling"]
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
@@ -105,12 +105,12 @@ def test_image_files_are_prepared_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(scaling, "measure", lambda context: Table(str(context.images), [Row("a", "s", [1.0])]))
     for _ in range(2):
         assert bench("scaling", "--images", source, "--out", tmp_path / "out") == 0
-    found = json.loads((tmp_path / "out/bench.json").read_text())
-    assert found["data"]["splits"] == {"train": 600, "test": 40}
-    assert found["parts"]["scaling"]["title"] == str(source)
+    result = json.loads((tmp_path / "out/bench.json").read_text())
+    assert result["data"]["splits"] == {"train": 600, "test": 40}
+    assert result["parts"]["scaling"]["title"] == str(source)
 
 
-# What it refuses
+# Options and data that it refuses
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_image_files_are_prepared_once(tmp_path: Path, monkeypatch: pytest.Monke
         (["accuracy", "--recipe", "missing.yaml"], "missing.yaml: cannot be read"),
     ],
 )
-def test_what_cannot_be_had_is_one_message_and_nothing_written(
+def test_an_invalid_option_is_one_message_and_nothing_is_written(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert bench(*arguments, "--out", "out") == 78
-    said = capsys.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,15 +143,22 @@ def test_too_few_images_are_refused(tmp_path: Path, capsys: Capture) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_command_that_fails_is_told_with_its_words() -> None:
-    with pytest.raises(CommandError, match=r"(?s)ended with 3:\nso it goes"):
+def test_the_error_of_a_failed_command_has_its_exit_code_and_output() -> None:
+    with pytest.raises(CommandError, match=r"(?s)exit code 3:\nso it goes"):
         call(["sh", "-c", "echo so it goes >&2; exit 3"])
 
 
 def test_ratios_are_taken_repeat_by_repeat() -> None:
-    found = ratio(Row("a", "s", [2.0, 8.0, 9.0]), Row("b", "s", [1.0, 2.0, 9.0]))
-    assert found.samples == [2.0, 4.0, 1.0]
-    assert found.as_dict()["median"] == 2.0
+    quotients = ratio(Row("a", "s", [2.0, 8.0, 9.0]), Row("b", "s", [1.0, 2.0, 9.0]))
+    assert quotients.samples == [2.0, 4.0, 1.0]
+    assert quotients.as_dict()["median"] == 2.0
+
+
+def test_the_wheel_contains_the_package_without_the_benchmarks() -> None:
+    project = read_configuration(Path(__file__).parent.parent / "pyproject.toml")
+    packages = set(project["tool"]["setuptools"]["packages"])
+    assert {"distrain", "distrain.tools.report"} <= packages
+    assert all(package.partition(".")[0] == "distrain" for package in packages)
 
 
 # The parts
@@ -165,24 +172,24 @@ def test_evaluation(context: Context) -> None:
     }
 
 
-def test_worlds_are_no_larger_than_machine_lanes_and_data(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Context, "most_processes", property(lambda _: 6))
-    assert scaling.worlds(context, 128) == [1, 2, 4]  # 4 lanes
-    assert scaling.worlds(context, 512) == [1, 2]  # 1,100 images
+def test_world_sizes_are_limited_by_machine_lanes_and_data(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "max_processes", property(lambda _: 6))
+    assert scaling.world_sizes(context, 128) == [1, 2, 4]  # 4 lanes
+    assert scaling.world_sizes(context, 512) == [1, 2]  # 1,100 images
     wide = replace(context, dataset=make(context.work / "wide", 600, 20, image_size=8, shards=8, lanes=8))
-    assert scaling.worlds(wide, 64) == [1, 2, 4, 6]
+    assert scaling.world_sizes(wide, 64) == [1, 2, 4, 6]
 
 
 @pytest.mark.ranks
 def test_training(context: Context) -> None:
-    found = medians(training.measure(context))
-    assert len(found) == 7
-    assert found["net, batch 128: distrain from shards: waits for data"] <= 100
+    values = medians(training.measure(context))
+    assert len(values) == 7
+    assert values["net, batch 128: distrain from shards: waits for data"] <= 100
 
 
 @pytest.mark.ranks
 def test_scaling(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Context, "most_processes", property(lambda _: 2))
+    monkeypatch.setattr(Context, "max_processes", property(lambda _: 2))
     assert set(medians(scaling.measure(context))) == {
         "batch 128 × 1",
         "batch 128 × 2",
@@ -194,9 +201,9 @@ def test_scaling(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.ranks
 def test_startup(context: Context) -> None:
-    found = medians(startup.measure(context))
-    assert found["distrain train, fresh"] > found["import torch, accelerate"] / 2
-    assert 0 < found["distrain train, resumed"] < 300
+    values = medians(startup.measure(context))
+    assert values["distrain train, fresh"] > values["import torch, accelerate"] / 2
+    assert 0 < values["distrain train, resumed"] < 300
 
 
 @pytest.mark.ranks
@@ -204,11 +211,11 @@ def test_memory_does_not_grow_with_the_data(context: Context, monkeypatch: pytes
     cases = memory._cases(quick=True)[:3]
     monkeypatch.setattr(memory, "_cases", lambda _: cases)
     monkeypatch.setattr(memory, "_TIMED", (10**4,))
-    found = medians(memory.measure(context))
-    small, large, shared = (found[str(case)] for case in cases)
+    values = medians(memory.measure(context))
+    small, large, shared = (values[str(case)] for case in cases)
     assert large < 1.5 * small
     assert shared < small
-    assert small > 0.5 * found[f"its buffers: {cases[0]}"]
+    assert small > 0.5 * values[f"its buffers: {cases[0]}"]
 
 
 @pytest.mark.ranks

@@ -17,6 +17,7 @@ import guards
 import pytest
 from datasets import make
 
+from benchmarks.__main__ import bench
 from distrain import cli, config
 
 REPO = Path(__file__).parent.parent
@@ -83,7 +84,9 @@ def check_distrain(words: list[str]) -> None:
 def check(words: list[str]) -> None:
     words = ["distrain" if word == ".venv/bin/distrain" else word for word in words]
     program = words[0]
-    if "distrain" in words and program in ("distrain", "torchrun", "accelerate", "srun", "python"):
+    if words[:3] == ["python", "-m", "benchmarks"]:
+        bench.make_context("benchmarks", list(words[3:]))
+    elif "distrain" in words and program in ("distrain", "torchrun", "accelerate", "srun", "python"):
         if "--config_file" in words:
             assert (REPO / words[words.index("--config_file") + 1]).is_file()
         check_distrain(words[words.index("distrain") + 1 :])

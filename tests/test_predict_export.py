@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.context import load
 from distrain import cli, models
 from distrain.data.manifest import Dataset
-from distrain.tools.bench.context import load
 from distrain.training.augment import normalize
 
 

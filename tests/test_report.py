@@ -85,8 +85,8 @@ def test_it_says_what_the_run_did(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_wrong_pictures_are_those_of_the_data_set(runs: list[Path]) -> None:
+    from benchmarks.context import load
     from distrain.data import manifest
-    from distrain.tools.bench.context import load
 
     data = manifest.read(runs[0].parent / "data")
     images, labels = load(data, "test")

@@ -1,4 +1,4 @@
 """What works on a run, or beside one: a module for each command.
 
-bench, doctor, evaluate, export, predict, report, status, wandb_run; trained: a run's model, which several of them use.
+doctor, evaluate, export, predict, report, status, wandb_run; trained: a run's model, which several of them use.
 """

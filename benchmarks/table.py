@@ -1,4 +1,4 @@
-"""What a part found: samples, one a repeat, with their median and spread; as text for people and as JSON."""
+"""The result of a part: one sample per repeat, with median and spread, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant: a sample a repeat."""
+    """One contestant, with one sample per repeat."""
 
     name: str
     unit: str
     samples: list[float]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the row for JSON."""
         return {"name": self.name, "unit": self.unit, "samples": self.samples, **spread(self.samples)}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A part: its rows, and ratios of rows, which were taken repeat by repeat."""
+    """The rows of a part, and ratios of rows."""
 
     title: str
     rows: list[Row]
@@ -31,7 +31,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the table for JSON."""
         return {
             "title": self.title,
             "rows": [row.as_dict() for row in self.rows],
@@ -40,29 +40,29 @@ class Table:
         }
 
     def text(self) -> str:
-        """For people."""
+        """Return the table as text."""
         rows = [*self.rows, *self.ratios]
-        wide, unit = (max(len(text) for text in texts) for texts in zip(*((r.name, r.unit) for r in rows), strict=True))
-        head = f"{'':<{wide + unit + 2}}{'median':>12}{'lowest':>12}{'highest':>12}"
+        name_width, unit_width = max(len(row.name) for row in rows), max(len(row.unit) for row in rows)
+        head = f"{'':<{name_width + unit_width + 2}}{'median':>12}{'lowest':>12}{'highest':>12}"
         lines = [
-            f"{row.name:<{wide}}  {row.unit:<{unit}}"
-            + "".join(f"{number(v):>12}" for v in spread(row.samples).values())
+            f"{row.name:<{name_width}}  {row.unit:<{unit_width}}"
+            + "".join(f"{_format(value):>12}" for value in spread(row.samples).values())
             for row in rows
         ]
         return "\n".join([self.title, "", head, *lines, *(f"- {note}" for note in self.notes)])
 
 
-def ratio(above: Row, below: Row) -> Row:
-    """How many times one row is the other, repeat by repeat."""
-    quotients = [a / b for a, b in zip(above.samples, below.samples, strict=True)]
-    return Row(f"{above.name} / {below.name}", "×", quotients)
+def ratio(numerator: Row, denominator: Row) -> Row:
+    """Divide two rows repeat by repeat, so that both samples of a quotient were taken close together."""
+    quotients = [a / b for a, b in zip(numerator.samples, denominator.samples, strict=True)]
+    return Row(f"{numerator.name} / {denominator.name}", "×", quotients)
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
+    """Return median, lowest and highest."""
     return {"median": statistics.median(samples), "lowest": min(samples), "highest": max(samples)}
 
 
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
+def _format(value: float) -> str:
+    """Format with three significant digits, or as a whole number."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
