@@ -354,7 +354,7 @@ def identity(config: Config) -> dict[str, Any]:
 def public(config: Config) -> dict[str, Any]:
     """The configuration as it may be written down: an address without its secrets."""
     tree = config.model_dump()
-    tree["data"]["dir"] = address.shown(config.data.dir)
+    tree["data"]["dir"] = address.without_secrets(config.data.dir)
     return tree
 
 

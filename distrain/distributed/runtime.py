@@ -29,7 +29,7 @@ from distrain.distributed.rendezvous import loss_told
 from distrain.distributed.watchdog import Watchdog
 from distrain.errors import AgainError, ConfigError, PeerLostError, SaveError, Stopped, UserError
 from distrain.failures import PeerFailedError, failure_of
-from distrain.models.batch_norm import over_all_ranks
+from distrain.models.batch_norm import sync_batch_norm
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class Runtime:
 
     def sync_batch_norm(self, module: nn.Module) -> nn.Module:
         """The model with BatchNorm's statistics taken over all processes; as it is, for one process."""
-        return over_all_ranks(module, self.device.type == "cuda") if self.world.size > 1 else module
+        return sync_batch_norm(module, self.device.type == "cuda") if self.world.size > 1 else module
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
         """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""

@@ -119,7 +119,7 @@ def save_augmented(job: Job, batch: Batch) -> None:
     variants = []
     for step in range(_VARIANTS):
         words = augmentation_bits(seed, step, job.order.global_batch_size)
-        own = torch.from_numpy(words[job.order.places(0, job.runtime.world)].view(np.int64).copy())
+        own = torch.from_numpy(words[job.order.positions(0, job.runtime.world)].view(np.int64).copy())
         changed = augment(shown, own[:_SHOWN], settings, blank)
         if settings.mixup:
             partners = torch.from_numpy(job.order.partners(0, job.runtime.world))[:_SHOWN]

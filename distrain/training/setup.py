@@ -20,7 +20,7 @@ from distrain import files, models
 from distrain.config import Config, identity, public
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
-from distrain.data.fetch import Settings
+from distrain.data.fetch import FetchOptions
 from distrain.data.manifest import Dataset, Manifest
 from distrain.data.order import Order
 from distrain.distributed import runtime
@@ -29,6 +29,7 @@ from distrain.distributed.watchdog import Watchdog
 from distrain.errors import ConfigError, DataError
 from distrain.runs.folder import SETUP, STACKS
 from distrain.runs.trackers import check_tensorboard
+from distrain.text import shortened
 from distrain.training import optim
 from distrain.training.checkpointing import os_error_of, resume
 from distrain.training.job import Job
@@ -105,7 +106,7 @@ def read_data(config: Config, *splits: str) -> Dataset:
     Raises:
         UserError: it cannot be read, or lacks one of the splits.
     """
-    dataset = manifest.read(config.data.dir, Settings.of(config.data))
+    dataset = manifest.read(config.data.dir, FetchOptions.of(config.data))
     for needed in splits:
         dataset.split(needed)
     return dataset
@@ -116,10 +117,10 @@ def _build(config: Config, dataset: Dataset, rt: Runtime, started: float) -> Job
     order = make_order(config, dataset, rt.world.size)
     mean, std = _normalization(config, dataset)
     _check_augmentation(config, dataset)
-    fewest, most = order.shares(rt.world.size)
+    fewest, most = order.local_batch_sizes(rt.world.size)
     passes = -(-most // (config.train.micro_batch_size or most))
     module = rt.all_or_none(lambda: build_model(config, dataset.manifest, rt.dtype, empty=fewest < passes))
-    dependent = models.world_size_dependent(module, in_parts=config.train.micro_batch_size is not None)
+    dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
     start = _initialise(config, module, rt)
     module = rt.sync_batch_norm(module)
     average = _average(config, module, rt)
@@ -167,7 +168,7 @@ def _average(config: Config, module: nn.Module, rt: Runtime) -> AveragedModel | 
 
 
 def _cache(config: Config, dataset: Dataset, rt: Runtime) -> Cache | None:
-    place = rt.all_or_none(lambda: cache.choose(config.data.cache, dataset, rt.device))
+    place = rt.all_or_none(lambda: cache.choose_device(config.data.cache, dataset, rt.device))
     return Cache(dataset, place, pin=place.type != rt.device.type) if place is not None else None
 
 
@@ -179,9 +180,8 @@ def agree_on_data(rt: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
         raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
     missing = rt.from_main(list(dataset.missing(splits)) if rt.is_main else None)
     if missing:
-        more = [f"and {len(missing) - 5} more"] if len(missing) > 5 else []
         raise DataError(
-            "\n  ".join([f"{dataset.root}: shards are missing or damaged:", *missing[:5], *more])
+            "\n  ".join([f"{dataset.root}: shards are missing or damaged:", *shortened(missing, 5)])
             + "\nrestore them or prepare the data set again; `distrain verify` checks all shards"
         )
 

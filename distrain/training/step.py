@@ -28,7 +28,7 @@ class Feed:
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
-            for tensor in (batch.images, batch.labels, batch.words):
+            for tensor in (batch.images, batch.labels, batch.random_bits):
                 tensor.record_stream(current)
         return batch
 
@@ -43,7 +43,7 @@ class Feed:
             return batch
         with torch.cuda.stream(self._stream):
             images, labels, words = (
-                tensor.to(self._device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.words)
+                tensor.to(self._device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.random_bits)
             )
         return Batch(images, labels, batch.ids, words)
 
@@ -97,7 +97,7 @@ def train_step(job: Job, batch: Batch) -> Tensor:
 
 def _share(job: Job, batch: Batch) -> _Share:
     settings, order = job.config.augment, job.order
-    images = augment.augment(batch.images, batch.words, settings, job.blank)
+    images = augment.augment(batch.images, batch.random_bits, settings, job.blank)
     if not settings.mixup:
         return _Share(images, batch.labels, None, 1.0)
     partners = torch.from_numpy(order.partners(job.state.step % order.steps_per_epoch, job.runtime.world))

@@ -23,7 +23,7 @@ _WORST = 3
 def facts(job: Job) -> dict[str, Any]:
     """What the run works with, for JSON: RUN/setup.json."""
     rt, order, found = job.runtime, job.order, job.dataset.manifest
-    fewest, most = order.shares(rt.world.size)
+    fewest, most = order.local_batch_sizes(rt.world.size)
     train = job.dataset.split("train")
     cuda = rt.device.type == "cuda"
     return {

@@ -95,7 +95,7 @@ def fit(job: Job, logs: Logs) -> None:
         config.data.read_ahead,
         with_random_bits=augment.draws(config.augment),
         pin=job.runtime.device.type == "cuda",
-        held=job.cache,
+        cache=job.cache,
     )
     first = state.step
     job.runtime.watch.enter("first step")

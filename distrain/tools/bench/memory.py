@@ -4,7 +4,7 @@
   buffers, lanes / processes × samples of a shard × bytes of a sample × (1 + read_ahead). What lies above them is a
   shard as it is parsed, a batch that is joined from two rounds, code that is loaded at its first use, the allocator.
 - time: an epoch of 8×8 images, of 10^4 to 10^6 of them
-- plan: `Order.owned_before`, `places` and `partners` for one rank of W, of 32 samples each
+- plan: `Order.owned_before`, `positions` and `partners` for one rank of W, of 32 samples each
 """
 
 from __future__ import annotations
@@ -143,6 +143,6 @@ def _plan(size: int) -> float:
     started = time.perf_counter()
     for step in range(steps):
         order.owned_before(step * order.global_batch_size, world)
-        order.places(step, world)
+        order.positions(step, world)
         order.partners(step, world)
     return 1e6 * (time.perf_counter() - started) / steps

@@ -36,7 +36,7 @@ def read(dataset: Dataset, epoch: int, held: Cache | None, world: World | None =
     order = order_of(dataset, BATCH)
     steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
     batches = TrainingBatches(
-        dataset, order, world or World(), steps, read_ahead=1, with_random_bits=False, pin=False, held=held
+        dataset, order, world or World(), steps, read_ahead=1, with_random_bits=False, pin=False, cache=held
     )
     with closing(batches):
         return sum(len(batch.labels) for batch in batches)
