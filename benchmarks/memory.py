@@ -4,7 +4,7 @@
   size of its buffers, lanes / processes × samples of a shard × bytes of a sample × (1 + read_ahead). The rest is one
   shard while it is parsed, a batch that spans two rounds, modules imported on first use, and the allocator's overhead.
 - time: an epoch of 8×8 images, from 10⁴ to 10⁶ images
-- plan: `Order.owned_before`, `places` and `partners`, for one of W processes with 32 samples each
+- plan: `Order.owned_before`, `positions` and `partners`, for one of W processes with 32 samples each
 """
 
 from __future__ import annotations
@@ -136,6 +136,6 @@ def _plan_microseconds(size: int) -> float:
     started = time.perf_counter()
     for step in range(steps):
         order.owned_before(step * order.global_batch_size, world)
-        order.places(step, world)
+        order.positions(step, world)
         order.partners(step, world)
     return 1e6 * (time.perf_counter() - started) / steps

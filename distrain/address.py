@@ -1,6 +1,4 @@
-"""Addresses of data sets: which text is one, and how one is shown without the secrets that people put into it; and by
-which names secrets go.
-"""
+"""Addresses of data sets: how they are recognised, and how secrets are removed from them before they are shown."""
 
 from __future__ import annotations
 
@@ -13,30 +11,30 @@ _HOST = re.compile(r"([^:\[\]]*|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?")
 
 
 def scheme(text: str) -> str | None:
-    """What stands before `://`, in small letters; None: a path, not an address."""
-    found = _SCHEME.match(text)
-    return found[0].lower() if found else None
+    """Return the scheme of an address (the part before `://`) in lower case; None if the text is a path."""
+    match = _SCHEME.match(text)
+    return match[0].lower() if match else None
 
 
-def shown(text: str) -> str:
-    """An address without user, password, query and fragment: what messages and files may hold. A path as it is."""
-    kind = scheme(text)
-    if kind in (None, "file"):
+def without_secrets(text: str) -> str:
+    """Return an address without user, password, query and fragment, fit for messages and files. Paths are unchanged."""
+    prefix = scheme(text)
+    if prefix in (None, "file"):
         return text
-    rest = re.split(r"[?#]", text[len(kind) + 3 :], maxsplit=1)[0]
+    rest = re.split(r"[?#]", text[len(prefix) + 3 :], maxsplit=1)[0]
     authority, slash, path = rest.partition("/")
     host = authority.rpartition("@")[2]
-    # A raw / ? or # in a password ends the authority early: then no part is known to be harmless.
+    # An unescaped / ? or # in a password ends the authority early: then any part may be a secret.
     if not _HOST.fullmatch(host) or ("@" not in authority and ":" in authority and "@" in text):
-        return f"{kind}://…"
-    return f"{kind}://{host}{slash}{path}"
+        return f"{prefix}://…"
+    return f"{prefix}://{host}{slash}{path}"
 
 
 def is_secret(name: str) -> bool:
-    """Whether what goes by this name is not to be written down, whatever it is."""
+    """Whether the name of a value says that it is a secret (`api_key`, `token` …), so that it must not be recorded."""
     return _SECRET.search(name) is not None
 
 
 def scrub(text: str) -> str:
-    """A message whose addresses are all as `shown`."""
-    return _IN_TEXT.sub(lambda found: shown(found[0]), text)
+    """Return a message with the secrets removed from all addresses in it."""
+    return _IN_TEXT.sub(lambda match: without_secrets(match[0]), text)

@@ -484,9 +484,9 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
     """
 
     def open_source(_work: Path) -> Any:
-        from distrain.data.sources.user_class import Own
+        from distrain.data.sources.user_class import UserSource
 
-        return Own(name, arguments)
+        return UserSource(name, arguments)
 
     recorded = {key: "hidden" if address.is_secret(key) else address.scrub(value) for key, value in arguments.items()}
     _prepare(out, "source", {"class": name, "arguments": recorded}, open_source, options)

@@ -1,9 +1,9 @@
-"""Every key of a run: its meaning, its default, and whether it is part of the run's identity.
+"""The configuration of a run: all keys with their meanings, defaults and limits, and the run's identity.
 
     defaults  <  YAML file  <  section.key=value
 
-All values pass through the same door (`load`), which reports every problem at once. Scalars are read as text and
-given their type by the key they belong to, so `1e-3` is a number wherever a number is wanted.
+`load` checks all values, and reports all problems at once. Scalars are read as text, and the key determines their type:
+`1e-3` is a number for a key that is a number.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from distrain.errors import ConfigError
 
 
 def _key(default: Any, meaning: str, *, identity: bool = False, **limits: Any) -> Any:
-    """A configuration key. `identity`: it changes what is trained, so a run cannot be resumed with another value."""
+    """Declare a key. With `identity` it changes what is trained: a run cannot be resumed with another value."""
     return Field(default, description=meaning, json_schema_extra={"identity": identity}, **limits)
 
 
 def _whole(value: Any) -> Any:
-    """Accept `1e4` where a whole number is wanted; refuse true and false."""
+    """Convert `1e4` to a whole number; refuse true and false."""
     if isinstance(value, bool):
         raise ValueError("should be a whole number")
     if isinstance(value, str):
@@ -43,15 +43,15 @@ def _whole(value: Any) -> Any:
 
 
 def _off(value: Any) -> Any:
-    """Accept what other YAML tools make of `off`."""
+    """Convert false to `off`: other YAML tools read an unquoted `off` as false."""
     return "off" if value is False or value in ("false", "False") else value
 
 
 def _local(value: Any) -> Any:
-    """Refuse an address where a folder or file is meant: a folder of that name would be made, silently."""
-    kind = address.scheme(value) if isinstance(value, str) else None
-    if kind is not None:
-        raise ValueError(f"should be a path here; {kind}:// is an address")
+    """Refuse an address for a key that is a path: a folder of that name would be created silently."""
+    scheme = address.scheme(value) if isinstance(value, str) else None
+    if scheme is not None:
+        raise ValueError(f"should be a path; {scheme}:// is an address")
     return value
 
 
@@ -62,89 +62,110 @@ PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A group of keys; unknown ones are errors, and nothing changes after validation."""
+    """A group of keys. Unknown keys are errors, and values cannot change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
-    """The folder of the run, and its seed."""
+    """Folder, seed and device of the run."""
 
     dir: LocalPath = _key(
         "runs/default",
-        "folder of the run: checkpoints, metrics, result; shared by all processes",
+        "folder of the run, for checkpoints, metrics and the result; all processes must see the same folder",
         min_length=1,
     )
-    seed: Whole = _key(0, "draws the weights, the order and the augmentation", identity=True, ge=0, lt=2**63)
+    seed: Whole = _key(
+        0,
+        "random seed of the initial weights, the order of the samples and augmentation",
+        identity=True,
+        ge=0,
+        lt=2**63,
+    )
     resume: Literal["auto", "must", "never"] = _key(
         "auto",
-        "auto: go on from the folder's newest checkpoint, start where it holds none; must: only go on; never: only"
-        " start, a folder that holds a run is an error",
+        "auto: resume from the newest checkpoint in run.dir, or start if there is none; must: resume, and fail if there"
+        " is none; never: start, and fail if run.dir has a run",
     )
-    wait_seconds: Whole = _key(60, "longest wait for another job that is writing in the folder", ge=0)
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: GPUs where there are any, else the CPU")
-    cpu_threads: Whole = _key(1, "threads per process on the CPU (they change the last bits)", ge=1, le=1024)
+    wait_seconds: Whole = _key(60, "longest wait for another job that still writes to run.dir", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: GPUs if there are any, else the CPU")
+    cpu_threads: Whole = _key(
+        1, "CPU threads per process; another number changes the last bits of results", ge=1, le=1024
+    )
 
 
 class Data(Section):
-    """The data set, as `distrain prepare` wrote it."""
+    """The data set, made by `distrain prepare`."""
 
     dir: str = _key(
         "data/synthetic",
-        "folder with manifest.json, or its address: file://, http://, https://, s3://, gs://, hf://",
+        "folder of the data set (it has manifest.json), or its address: file://, http://, https://, s3://, gs://, hf://",
         min_length=1,
     )
     cache_dir: LocalPath | None = _key(
         None,
-        "folder that keeps the shards of a remote data set; null: distrain in $XDG_CACHE_HOME or ~/.cache",
+        "folder that caches the shards of a remote data set; null: distrain in $XDG_CACHE_HOME or ~/.cache",
         min_length=1,
     )
-    cache_gib: float = _key(50.0, "most GiB in that folder; 0: shards are fetched at every use", ge=0, le=2**30)
-    fetch_retries: Whole = _key(5, "times that a failed fetch is tried again, after waits that grow", ge=0, le=100)
+    cache_gib: float = _key(
+        50.0, "maximum size of that folder in GiB; 0: no cache, shards are fetched at every use", ge=0, le=2**30
+    )
+    fetch_retries: Whole = _key(5, "how often a failed fetch is retried, with exponential backoff", ge=0, le=100)
     fetch_timeout_seconds: float = _key(
-        60.0, "longest time for one try of a fetch; raise it for a slow line", gt=0, le=86400
+        60.0, "time-out of one attempt to fetch a shard; raise it for a slow network", gt=0, le=86400
     )
     mean: PerChannel | None = _key(
-        None, "subtracted, per channel of images in 0 … 1; null: the train split's", identity=True
+        None, "mean of each channel, subtracted from images in 0 … 1; null: that of the train split", identity=True
     )
-    std: PositivePerChannel | None = _key(None, "divided by, per channel; null: the train split's", identity=True)
-    audit: bool = _key(False, "every process writes the ids it trained on to RUN/audit/")
+    std: PositivePerChannel | None = _key(
+        None,
+        "standard deviation of each channel, which images are divided by; null: that of the train split",
+        identity=True,
+    )
+    audit: bool = _key(False, "every process records the ids of its training samples in RUN/audit/")
     cache: Annotated[Literal["auto", "off", "ram", "device"], BeforeValidator(_off)] = _key(
         "auto",
-        "where train lies after its first epoch, in every process: off: it is read anew; ram; device: on the GPU;"
-        " auto: on the GPU or in ram where a quarter of what is free holds it",
+        "where each process caches the training set. auto: on the GPU or in RAM if it fits in a quarter of the free"
+        " memory, else off; ram; device: on the GPU; off: shards are read in every epoch",
     )
-    read_ahead: Whole = _key(1, "rounds of shards read before they are needed; memory grows with it", ge=1, le=16)
+    read_ahead: Whole = _key(
+        1,
+        "rounds of shards (one shard per lane) that are read before they are needed; more rounds need more memory",
+        ge=1,
+        le=16,
+    )
 
 
 class Model(Section):
-    """What is trained."""
+    """The model."""
 
     name: str = _key(
         "net",
-        "net, small, resnet9, a classifier of torchvision (resnet18 …), or package.module:Class (called with"
+        "net, small, resnet9, a classification model of torchvision (resnet18 …), or package.module:Class (called with"
         " num_classes=…, image_shape=(C, H, W))",
         identity=True,
     )
     init: LocalPath | None = _key(
         None,
-        "file of weights to start from, safetensors or a state dict of torch.save; a head of another size starts anew",
+        "file of initial weights: safetensors, or a state dict saved by torch.save; a last layer for another number of"
+        " classes is re-initialised",
         min_length=1,
     )
-    activation: Literal["relu", "sigmoid", "tanh"] = _key("relu", "activation of net", identity=True)
+    activation: Literal["relu", "sigmoid", "tanh"] = _key("relu", "activation function of net", identity=True)
 
 
 class Augment(Section):
-    """Changes to training images, drawn anew for every sample and step."""
+    """Random augmentation of training images, drawn again for each sample in each step."""
 
-    flip: bool = _key(False, "mirror half of the images, left to right", identity=True)
+    flip: bool = _key(False, "mirror images horizontally with probability 0.5", identity=True)
     crop_padding: Whole = _key(
-        0, "shift by up to so many pixels in both directions, edges reflected", identity=True, ge=0
+        0, "shift images by up to this many pixels in each direction, with reflected edges", identity=True, ge=0
     )
-    cutout: Whole = _key(0, "side in pixels of a square that is blanked to the mean; 0: none", identity=True, ge=0)
+    cutout: Whole = _key(0, "side in pixels of a random square that is set to the mean; 0: none", identity=True, ge=0)
     mixup: float = _key(
         0.0,
-        "alpha of mixup: a step's images and labels are mixed with weights from Beta(alpha, alpha); 0: none",
+        "alpha of mixup: pairs of images and their labels are mixed, with a weight per step from Beta(alpha, alpha);"
+        " 0: none",
         identity=True,
         ge=0,
         le=1,
@@ -152,49 +173,59 @@ class Augment(Section):
 
 
 class Train(Section):
-    """Steps, batch, optimizer, learning rate, precision."""
+    """Length, batch size, optimizer, learning rate and precision of training."""
 
     epochs: Whole | None = _key(
-        None, "length of the run in epochs; 10 where max_steps is not given either", identity=True, ge=1
+        None, "length of the run in epochs; 10 if max_steps is not given either", identity=True, ge=1
     )
     max_steps: Whole | None = _key(None, "length of the run in steps, instead of epochs", identity=True, ge=1)
-    global_batch_size: Whole = _key(128, "samples per step, over all processes together", identity=True, ge=1)
+    global_batch_size: Whole = _key(128, "samples per step, in total over all processes", identity=True, ge=1)
     micro_batch_size: Whole | None = _key(
-        None, "most samples a device computes at once; null: its whole share of a step", ge=1
+        None,
+        "maximum number of samples that a device computes at once (gradient accumulation); null: its whole local batch",
+        ge=1,
     )
-    optimizer: Literal["sgd", "adam", "adamw"] = _key("sgd", "torch.optim's SGD, Adam or AdamW", identity=True)
-    lr: float = _key(0.05, "learning rate; the peak, where the schedule has one", identity=True, gt=0)
+    optimizer: Literal["sgd", "adam", "adamw"] = _key("sgd", "SGD, Adam or AdamW of torch.optim", identity=True)
+    lr: float = _key(0.05, "learning rate; the maximum, if the schedule changes it", identity=True, gt=0)
     schedule: Literal["constant", "one_cycle", "cosine"] = _key(
         "one_cycle",
-        "one_cycle: linear up, linear down to 0; cosine: linear up, cosine down to 0",
+        "constant; one_cycle: linear warm-up, then linear decay to 0; cosine: linear warm-up, then cosine decay to 0",
         identity=True,
     )
-    warmup_fraction: float = _key(0.25, "part of the steps in which the schedule goes up", identity=True, ge=0, lt=1)
-    momentum: float = _key(0.9, "of SGD", identity=True, ge=0, lt=1)
-    nesterov: bool = _key(False, "Nesterov's momentum, for SGD", identity=True)
+    warmup_fraction: float = _key(0.25, "fraction of the steps used for warm-up", identity=True, ge=0, lt=1)
+    momentum: float = _key(0.9, "momentum of SGD", identity=True, ge=0, lt=1)
+    nesterov: bool = _key(False, "use Nesterov momentum with SGD", identity=True)
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] = _key(
-        [0.9, 0.999], "of Adam and AdamW", identity=True
+        [0.9, 0.999], "betas of Adam and AdamW", identity=True
     )
-    weight_decay: float = _key(0.0, "L2 (SGD, Adam) or decoupled (AdamW)", identity=True, ge=0)
-    clip_norm: float | None = _key(None, "largest norm of the gradient; null: no clipping", identity=True, gt=0)
-    label_smoothing: float = _key(0.0, "part of each label spread over all classes", identity=True, ge=0, lt=1)
+    weight_decay: float = _key(
+        0.0, "weight decay: L2 penalty with SGD and Adam, decoupled with AdamW", identity=True, ge=0
+    )
+    clip_norm: float | None = _key(
+        None, "maximum norm of the gradient (clipping); null: no clipping", identity=True, gt=0
+    )
+    label_smoothing: float = _key(
+        0.0, "fraction of each label that is spread over all classes", identity=True, ge=0, lt=1
+    )
     ema_decay: float | None = _key(
         None,
-        "decay a step of an average of the weights, which is then what is evaluated and saved as the model; null: none",
+        "decay per step of an exponential moving average (EMA) of the weights, which is then evaluated and saved as the"
+        " model; null: no EMA",
         identity=True,
         gt=0,
         lt=1,
     )
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = _key(
         "fp32",
-        "tf32: fp32 with products in TF32; bf16 and fp16: mixed; tf32 and fp16 need a GPU; fp64 for proofs",
+        "tf32: fp32 with matrix products in TF32; bf16 and fp16: mixed precision; tf32 and fp16 need a GPU; fp64: to"
+        " compare results exactly",
         identity=True,
     )
     deterministic: bool = _key(
-        False, "on GPUs: only operations that give the same bits each time (CPUs always do); slower"
+        False, "on GPUs, use only deterministic operations, which are slower (CPUs are always deterministic)"
     )
     compile: Annotated[Literal["off", "default", "reduce-overhead"], BeforeValidator(_off)] = _key(
-        "off", "torch.compile of the model, in that mode; reduce-overhead: with CUDA graphs. Needs a C++ compiler"
+        "off", "mode of torch.compile for the model; reduce-overhead uses CUDA graphs; needs a C++ compiler"
     )
 
     @model_validator(mode="before")
@@ -208,84 +239,94 @@ class Train(Section):
     def _agree(self) -> Train:
         problems = []
         if self.epochs is not None and self.max_steps is not None:
-            problems.append("give epochs or max_steps, not both; train.epochs=null takes the file's away")
+            problems.append("give epochs or max_steps, not both; train.epochs=null removes the value of the file")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             problems.append("nesterov needs optimizer sgd and a momentum above 0")
         if any(not 0 <= beta < 1 for beta in self.betas):
-            problems.append("betas lie in 0 ≤ beta < 1")
+            problems.append("betas must be in 0 ≤ beta < 1")
         if problems:
             raise ValueError("\n  train: ".join(problems))
         return self
 
 
 class Eval(Section):
-    """Evaluation during the run: on val where the data set has one, else on test."""
+    """Evaluation during the run: on the val split if there is one, else on test."""
 
-    every_steps: Whole | None = _key(None, "steps between evaluations; null: once an epoch; 0: only at the end", ge=0)
-    batch_size: Whole = _key(512, "most samples evaluated at once", ge=1)
+    every_steps: Whole | None = _key(None, "steps between evaluations; null: once per epoch; 0: only at the end", ge=0)
+    batch_size: Whole = _key(512, "maximum number of samples that are evaluated at once", ge=1)
 
 
 class Checkpoint(Section):
-    """What is kept, and how often."""
+    """How often checkpoints are saved, and which are kept."""
 
-    every_steps: Whole = _key(1000, "steps between checkpoints; 0: none by steps", ge=0)
-    every_minutes: float = _key(10.0, "minutes between checkpoints; 0: none by the clock", ge=0)
-    keep: Whole = _key(2, "newest checkpoints kept, beside the best one and the last one of a stop; 0: all", ge=0)
-    keep_every: Whole = _key(0, "checkpoints of multiples of so many steps are kept as well; 0: none", ge=0)
+    every_steps: Whole = _key(1000, "steps between checkpoints; 0: do not save by steps", ge=0)
+    every_minutes: float = _key(10.0, "minutes between checkpoints; 0: do not save by time", ge=0)
+    keep: Whole = _key(
+        2, "number of newest checkpoints to keep, in addition to the best one and the one saved at a stop; 0: all", ge=0
+    )
+    keep_every: Whole = _key(0, "also keep checkpoints whose step is a multiple of this; 0: none", ge=0)
 
 
 class Timeouts(Section):
-    """Longest time without progress; then all stacks are written to RUN/stacks/ and the run ends with 75."""
+    """Time-outs without progress. When one expires, all stacks are written to RUN/stacks/ and the run exits with 75."""
 
     start_seconds: Whole = _key(
-        1800, "until all processes have met; then until training begins; then an attempt's first step", ge=1
+        1800, "for each of: the rendezvous of all processes, the rest of the start, an attempt's first step", ge=1
     )
-    step_seconds: Whole = _key(600, "a step, with the wait for its data", ge=1)
-    eval_seconds: Whole = _key(600, "a batch of an evaluation, with the wait for its data", ge=1)
-    save_seconds: Whole = _key(1800, "a checkpoint", ge=1)
+    step_seconds: Whole = _key(600, "for a step, including the wait for its data", ge=1)
+    eval_seconds: Whole = _key(600, "for a batch of an evaluation, including the wait for its data", ge=1)
+    save_seconds: Whole = _key(1800, "for a checkpoint", ge=1)
 
 
 class Launch(Section):
-    """What `distrain launch` does when a run ends."""
+    """How `distrain launch` ends a run."""
 
-    grace_seconds: Whole = _key(120, "longest wait, after a stop request, for processes to save and leave", ge=1)
+    grace_seconds: Whole = _key(120, "longest wait for the processes to save and exit after a stop request", ge=1)
     max_attempts_without_progress: Whole = _key(
         3,
-        "so many attempts in a row without a newer checkpoint: exit 1 in place of 75, so nobody starts it again",
+        "after this many attempts in a row without a newer checkpoint, exit with 1 instead of 75, so that nothing starts"
+        " the run again",
         ge=1,
     )
 
 
 class Log(Section):
-    """Progress and metrics.jsonl."""
+    """Progress messages, metrics.jsonl, the report and TensorBoard."""
 
-    every_steps: Whole = _key(50, "steps between lines of metrics.jsonl; a log shows one in five seconds", ge=1)
-    report: bool = _key(True, "`distrain train` writes RUN/report/ when it is done: a page with charts and pictures")
+    every_steps: Whole = _key(
+        50, "steps between lines of metrics.jsonl; a log file shows at most one every five seconds", ge=1
+    )
+    level: Literal["debug", "info", "warning", "error"] = _key(
+        "info", "least severe messages that the command line shows"
+    )
+    report: bool = _key(True, "`distrain train` writes a page with charts and pictures to RUN/report/ at its end")
     tensorboard: bool = _key(
-        False, "copy them, the configuration and pictures to RUN/tensorboard; needs distrain[tensorboard]"
+        False, "write metrics, the configuration and pictures to RUN/tensorboard; needs distrain[tensorboard]"
     )
 
 
 class Profile(Section):
-    """A trace by torch's profiler; what part of the time waits, copies and computes is always measured."""
+    """Traces by torch's profiler. The time spent on waiting, copying and computing is always measured."""
 
     steps: Whole = _key(
-        0, "steps of each attempt that are traced, after its tenth, to RUN/trace/; 0: none", ge=0, le=1000
+        0, "number of steps to trace in each attempt, after its tenth step, to RUN/trace/; 0: none", ge=0, le=1000
     )
 
 
 class Wandb(Section):
-    """Weights & Biases, from the main process; `distrain wandb RUN` sends a run afterwards."""
+    """Weights & Biases, used by the main process. `distrain wandb RUN` uploads a run afterwards."""
 
-    mode: Literal["disabled", "offline", "online"] = _key("disabled", "online needs WANDB_API_KEY or `wandb login`")
-    project: str = _key("distrain", "project that the run is filed under")
-    name: str | None = _key(None, "name shown; null: the run's folder")
-    group: str | None = _key(None, "group of runs; null: none, or with nodes=all the run's id", min_length=1)
-    job_type: str = _key("train", "kind of run within its group", min_length=1)
+    mode: Literal["disabled", "offline", "online"] = _key(
+        "disabled", "online: upload during the run, needs WANDB_API_KEY or `wandb login`; offline: write to local files"
+    )
+    project: str = _key("distrain", "project of the run")
+    name: str | None = _key(None, "name of the run; null: the name of its folder")
+    group: str | None = _key(None, "group of the run; null: none, or with nodes=all the id of the run", min_length=1)
+    job_type: str = _key("train", "job type of the run in its group", min_length=1)
     nodes: Literal["first", "all"] = _key(
         "first",
-        "all: the first process of every other node opens a run beside the main one, in its group and of job type node,"
-        " for that node's system metrics",
+        "nodes whose system metrics are recorded; all: the first process of each other node opens another run in the"
+        " group, with job type node",
     )
 
 
@@ -307,10 +348,10 @@ class Config(Section):
 
 
 def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file and `section.key=value` overrides, over the defaults.
+    """Return the configuration: the defaults, replaced by a YAML file and then by `section.key=value` overrides.
 
     Raises:
-        ConfigError: naming every problem: unreadable file, duplicate or unknown key, wrong type, value out of range.
+        ConfigError: the file cannot be read, or keys or values are wrong. The message names all problems.
     """
     problems: list[str] = []
     tree = _read_yaml(Path(file), problems) if file is not None else {}
@@ -320,7 +361,7 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def from_tree(tree: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
-    """The configuration of nested mappings, as `load`; `problems` found before are reported with the others."""
+    """Return the configuration of nested mappings, as `load` does; `problems` are reported with the new ones."""
     problems = list(problems)
     config = Config()
     try:
@@ -333,7 +374,7 @@ def from_tree(tree: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
 
 
 def every_key() -> list[tuple[str, str, Any, str, bool]]:
-    """(section, key, default, meaning, identity) of every key, in order."""
+    """Return (section, key, default, meaning, identity) of all keys, in order."""
     return [
         (section, name, field.default, field.description or "", _is_identity(field))
         for section, part in Config.model_fields.items()
@@ -342,7 +383,7 @@ def every_key() -> list[tuple[str, str, Any, str, bool]]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What decides what is trained: `section.key` → value. Paths, cadences, logging and micro-batch are not in it."""
+    """Return the keys that determine what is trained: `section.key` → value. Paths, intervals and logging do not."""
     return {
         f"{section}.{name}": getattr(getattr(config, section), name)
         for section, name, _, _, is_identity in every_key()
@@ -351,15 +392,15 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def public(config: Config) -> dict[str, Any]:
-    """The configuration as it may be written down: an address without its secrets."""
+    """Return the configuration as it may be recorded: without the secrets of an address."""
     tree = config.model_dump()
-    tree["data"]["dir"] = address.shown(config.data.dir)
+    tree["data"]["dir"] = address.without_secrets(config.data.dir)
     return tree
 
 
 def commented_yaml() -> str:
-    """The defaults as YAML, each key with its meaning."""
-    lines: list[str] = ["# distrain: every key with its default. [id]: part of the run's identity."]
+    """Return the defaults as YAML, with the meaning of each key as a comment."""
+    lines: list[str] = ["# distrain: all keys with their defaults. [id]: part of the run's identity."]
     section = ""
     for part, name, default, meaning, is_identity in every_key():
         if part != section:
@@ -371,7 +412,7 @@ def commented_yaml() -> str:
 
 
 def keys_help() -> str:
-    """The defaults and meanings as lines for `--help`."""
+    """Return the defaults and meanings of all keys, as text for `--help`."""
     return "\n".join(
         f"  {section}.{name}={_scalar(default)}\n      {meaning}" for section, name, default, meaning, _ in every_key()
     )
@@ -386,7 +427,7 @@ def _scalar(value: Any) -> str:
 
 
 class _Loader(yaml.BaseLoader):
-    """YAML whose scalars stay text: PyYAML's own rules make `1e-3` a string and `no` false."""
+    """A YAML loader that keeps scalars as text: PyYAML's own rules read `1e-3` as a string and `no` as false."""
 
     def construct_scalar(self, node: yaml.ScalarNode) -> Any:
         value = super().construct_scalar(node)
@@ -425,7 +466,7 @@ def _read_yaml(file: Path, problems: list[str]) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        problems.append(f"{file}: should hold sections with keys, as `distrain config` prints them")
+        problems.append(f"{file}: should have sections with keys, as `distrain config` prints them")
         return {}
     return tree
 
@@ -434,19 +475,19 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     path, equals, text = override.partition("=")
     section, dot, name = path.partition(".")
     if not (equals and dot and section and name):
-        hint = f"; a file is given by --config {override}" if override.endswith((".yaml", ".yml")) else ""
-        hint = "; without spaces around =" if override == "=" else hint
+        hint = f"; give a file with --config {override}" if override.endswith((".yaml", ".yml")) else ""
+        hint = "; write no spaces around =" if override == "=" else hint
         problems.append(f"{override}: should be section.key=value{hint}")
         return
     try:
         value = _parse(text) if text[:1] in ("[", "{", "'", '"') or text in ("null", "~", "") else text
     except yaml.YAMLError:
-        problems.append(f"{override}: not a value that YAML understands")
+        problems.append(f"{override}: is not valid YAML")
         return
     part = tree.get(section)
     if part is None:
         part = tree[section] = {}
-    if isinstance(part, dict):  # otherwise the file's own mistake is reported by the validation
+    if isinstance(part, dict):  # otherwise validation reports the mistake in the file
         part[name] = value
 
 
@@ -455,12 +496,13 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         known = [f"{section}.{name}" for section, name, *_ in every_key()] if "." in path else list(Config.model_fields)
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-        tail = path.rpartition(".")[2]  # the right key in the wrong section
-        same = [k for k in known if k.endswith(f".{tail}")]
-        hint = f"did you mean {(same or close)[0]}?" if same or close else "`distrain config` lists all keys"
+        name = path.rpartition(".")[2]
+        in_other_section = [k for k in known if k.endswith(f".{name}")]
+        matches = in_other_section or close
+        hint = f"did you mean {matches[0]}?" if matches else "`distrain config` lists all keys"
         return f"{path}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = message.replace("should be a valid dictionary or instance of", "should hold the keys of section")
+    message = message.replace("should be a valid dictionary or instance of", "should have the keys of section")
     if isinstance(item["input"], (dict, BaseModel)):
         return f"{path}: {message}"
     return f"{path}: {message}; got {item['input']!r}"

@@ -1,4 +1,4 @@
-"""Files that are on disk when they are said to be, and whole or not there."""
+"""Durable and atomic writes of files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Put a file's content, or a folder's list of names, on disk."""
+    """Sync a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -16,14 +16,14 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file, and put it on disk."""
+    """Write a file and sync it to disk."""
     path.write_bytes(content)
     sync(path)
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Write a file that is whole or as it was before."""
-    work = path.with_name(f".{path.name}.partial")
-    write(work, content if isinstance(content, bytes) else content.encode())
-    work.replace(path)
+    """Write a file atomically: after a crash it has either the new content or the old one."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial, content if isinstance(content, bytes) else content.encode())
+    partial.replace(path)
     sync(path.parent)

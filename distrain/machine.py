@@ -1,4 +1,4 @@
-"""What this machine has, as far as the processes here may use it."""
+"""Properties of this machine: processor, memory and software versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LIBRARIES = ("distrain", "torch", "torchvision", "accelerate", "webdataset", "n
 
 
 def describe() -> dict[str, Any]:
-    """System, processor, cores that this process may use, memory in GiB: for records of what was measured."""
+    """Return system, processor, usable cores and memory in GiB, to be recorded with results."""
     return {
         "system": platform.platform(),
         "processor": _processor(),
@@ -26,12 +26,12 @@ def describe() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what decides what is trained, and how fast."""
+    """Versions of Python and of the libraries that influence the results and the speed of training."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
@@ -44,7 +44,7 @@ def _processor() -> str:
 
 
 def free_memory() -> int:
-    """Bytes that the processes here may still use: the machine's, or what is left to their control group."""
+    """Bytes of memory that are free: on the machine, or in the control group if that has less."""
     free = psutil.virtual_memory().available
     groups = [""]  # a container sees its own group as the root
     with contextlib.suppress(OSError):
@@ -66,11 +66,13 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed. By default a step's activations go back to the kernel and are touched anew in the
-    next one: a quarter of the step, at hundreds of images. Other C libraries are left alone.
+    """Make glibc keep freed memory in the process. Other C libraries have no such setting.
+
+    By default the memory of a step's activations returns to the kernel, and the next step pays for first accesses
+    again: a quarter of the step's time with hundreds of images.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc accepts
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum that glibc accepts
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 64 * 2**20)

@@ -1,4 +1,4 @@
-"""Code of the user's own, named `package.module:Class`: found, called, and its mistakes told in one line."""
+"""The user's own classes, given as `package.module:Class`: importing and calling them, and showing their errors."""
 
 from __future__ import annotations
 
@@ -14,71 +14,71 @@ from typing import Any
 from distrain.errors import ConfigError
 
 CATCHABLE = (Exception, SystemExit)
-"""What the user's code may raise: a script that is imported may call sys.exit."""
+"""Exceptions of the user's code that are caught; an imported script may call sys.exit."""
 
-_OURS = str(Path(__file__).parent)
-_INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-_PYTHONS = ("<", sysconfig.get_path("stdlib"))
+_DISTRAIN = str(Path(__file__).parent)
+_SITE_PACKAGES = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+_STANDARD_LIBRARY = ("<", sysconfig.get_path("stdlib"))
 
 
-def make(asked: str, name: str, /, **arguments: Any) -> Any:
-    """What the class `name`, `package.module:Class`, makes of the arguments.
+def make(subject: str, name: str, /, **arguments: Any) -> Any:
+    """Import a class and call it with the arguments; return the object.
 
     Args:
-        asked: how messages begin: what the user wrote.
-        name: looked up in the current folder, then where Python looks.
-        arguments: what the class is called with.
+        subject: the beginning of error messages, such as the key and its value.
+        name: `package.module:Class`, looked up in the current folder first, then in Python's path.
+        arguments: the keyword arguments.
 
     Raises:
-        ConfigError: no such class, or its code raises.
+        ConfigError: there is no such class, or its code raises.
     """
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        raise ConfigError(f"{asked}: should be package.module:Class")
+        raise ConfigError(f"{subject}: should be package.module:Class")
     here = str(Path.cwd())
-    if here not in sys.path:  # the command `distrain` does not look into the current folder by itself
+    if here not in sys.path:  # the command `distrain` does not have the current folder in its path
         sys.path.insert(0, here)
-    with telling(asked):
+    with user_code(subject):
         try:
-            found = importlib.import_module(module)
+            imported = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # the user's module is there; what it imports is not
+                raise  # the user's module exists, but not one that it imports
             raise ModuleNotFoundError(
-                f"no module {error.name} in {here}, nor where Python looks; start from the folder that holds it, or"
-                " name that in PYTHONPATH"
+                f"no module {error.name} in {here} or in Python's path; run the command in the folder of the module, or"
+                " add that folder to PYTHONPATH"
             ) from error
-        return getattr(found, attribute)(**arguments)
+        return getattr(imported, attribute)(**arguments)
 
 
 @contextmanager
-def telling(asked: str) -> Iterator[None]:
-    """Turn whatever the user's code raises, which may be anything, into a ConfigError."""
+def user_code(subject: str) -> Iterator[None]:
+    """Context manager around the user's code: any exception becomes a ConfigError that begins with `subject`."""
     try:
         yield
     except CATCHABLE as error:
-        raise ConfigError(f"{asked}: {told(error)}") from error
+        raise ConfigError(f"{subject}: {describe(error)}") from error
 
 
-def told(error: BaseException) -> str:
-    """An exception of the user's code in one line, with the place in that code."""
-    return " ".join(f"{type(error).__name__}: {error}".split()) + _place(error)
+def describe(error: BaseException) -> str:
+    """Describe an exception of the user's code in one line, with file and line number."""
+    return " ".join(f"{type(error).__name__}: {error}".split()) + _location(error)
 
 
-def _place(error: BaseException) -> str:
-    """The innermost line that is the user's; else of an installed package; Python's and distrain's tell nothing."""
+def _location(error: BaseException) -> str:
+    """Return ` (file:line)` of the innermost frame in the user's code, or else in an installed package."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return ""
-    # Of equals, max would take the outermost.
-    frame = max(reversed(frames), key=lambda frame: _whose(frame.filename))
-    return f" ({frame.filename}:{frame.lineno})" if _whose(frame.filename) else ""
+    # Reversed: of equal frames max returns the first, which must be the innermost.
+    frame = max(reversed(frames), key=lambda frame: _relevance(frame.filename))
+    return f" ({frame.filename}:{frame.lineno})" if _relevance(frame.filename) else ""
 
 
-def _whose(file: str) -> int:
-    """2: the user's; 1: an installed package's; 0: distrain's or Python's."""
-    if file.startswith(_OURS):
+def _relevance(file: str) -> int:
+    """Return 2 for the user's files, 1 for installed packages, 0 for distrain and the standard library."""
+    if file.startswith(_DISTRAIN):
         return 0
-    if file.startswith(_INSTALLED):  # below Python's own folder, or not
+    if file.startswith(_SITE_PACKAGES):  # may be a folder of the standard library
         return 1
-    return 0 if file.startswith(_PYTHONS) else 2
+    return 0 if file.startswith(_STANDARD_LIBRARY) else 2

@@ -10,10 +10,14 @@ from distrain.data.sources.synthetic import Synthetic
 
 
 def make(out: Path, samples: int, test_samples: int = 100, image_size: int = 16, **options: object) -> Dataset:
-    """A synthetic data set."""
-    asked = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": 10}
+    """Make a synthetic data set."""
+    source_options = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": 10}
     dataset, made = prepare(
-        out, "synthetic", asked, lambda _: Synthetic(samples, test_samples, image_size, 10, 0), Options(**options)
+        out,
+        "synthetic",
+        source_options,
+        lambda _: Synthetic(samples, test_samples, image_size, 10, 0),
+        Options(**options),
     )
     assert made
     return dataset

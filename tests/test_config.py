@@ -1,4 +1,4 @@
-"""Configuration: strict, all problems at once, people's scalars."""
+"""The configuration: it is strict, reports all problems at once, and reads scalars as people mean them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def problems(file: Path | None = None, *overrides: str) -> list[str]:
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
-def test_overrides_go_over_the_file_over_the_defaults(tmp_path: Path) -> None:
+def test_overrides_replace_the_file_which_replaces_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("train: {lr: 0.3, momentum: 0.5}\n")
-    found = load(file, ["train.lr=0.2", "train.lr=0.1"]).train
-    assert (found.lr, found.momentum, found.weight_decay) == (0.1, 0.5, Config().train.weight_decay)
+    train = load(file, ["train.lr=0.2", "train.lr=0.1"]).train
+    assert (train.lr, train.momentum, train.weight_decay) == (0.1, 0.5, Config().train.weight_decay)
 
 
 def test_scalars_mean_what_people_mean(tmp_path: Path) -> None:
@@ -39,16 +39,16 @@ def test_scalars_mean_what_people_mean(tmp_path: Path) -> None:
         "wandb: {name: no}\n"
         "run:\n"
     )
-    found = load(file, ["train.weight_decay=5e-4", "data.std=[1, 2, 3]", "model.name=a.b:C", "wandb.project=1e5"])
-    assert found.train.lr == 0.001
-    assert found.train.global_batch_size == 100
-    assert found.train.clip_norm is None
-    assert found.data.audit is True
-    assert found.data.mean == [0.5, 0.1, 0.5]
-    assert found.data.std == [1, 2, 3]
-    assert (found.data.dir, found.wandb.name, found.wandb.project) == ("007", "no", "1e5")
-    assert found.train.weight_decay == 0.0005
-    assert found.model.name == "a.b:C"
+    loaded = load(file, ["train.weight_decay=5e-4", "data.std=[1, 2, 3]", "model.name=a.b:C", "wandb.project=1e5"])
+    assert loaded.train.lr == 0.001
+    assert loaded.train.global_batch_size == 100
+    assert loaded.train.clip_norm is None
+    assert loaded.data.audit is True
+    assert loaded.data.mean == [0.5, 0.1, 0.5]
+    assert loaded.data.std == [1, 2, 3]
+    assert (loaded.data.dir, loaded.wandb.name, loaded.wandb.project) == ("007", "no", "1e5")
+    assert loaded.train.weight_decay == 0.0005
+    assert loaded.model.name == "a.b:C"
 
 
 def test_no_value_is_spelt_like_a_yaml_boolean() -> None:
@@ -62,12 +62,12 @@ def test_no_value_is_spelt_like_a_yaml_boolean() -> None:
                 assert getattr(getattr(config.from_tree({section: {name: text}}), section), name) == "off"
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("train:\n  epoch: 3\n  lr: fast\nmodell:\n  name: net\n")
-    found = problems(file, "data.batch=4", "run.seed=-1", "train.momentum=1.5", "nonsense", "data.audit=maybe")
-    assert len(found) == 8
-    text = "\n".join(found)
+    lines = problems(file, "data.batch=4", "run.seed=-1", "train.momentum=1.5", "nonsense", "data.audit=maybe")
+    assert len(lines) == 8
+    text = "\n".join(lines)
     assert "train.epoch: unknown key; did you mean train.epochs?" in text
     assert "train.lr: should be a valid number" in text
     assert "'fast'" in text
@@ -85,44 +85,44 @@ def test_the_nearest_key_is_suggested(key: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("train:\n  lr: 1\n  lr: 2\n", "a.yaml:3: duplicate key 'lr'"),
         ("train: {lr: 1}\ntrain: {lr: 2}\n", "a.yaml:2: duplicate key 'train'"),
         ("train: [1, 2", "a.yaml:1: expected"),
-        ("- 1\n", "should hold sections with keys"),
-        ("train: 3\n", "train: should hold the keys of section Train"),
+        ("- 1\n", "should have sections with keys"),
+        ("train: 3\n", "train: should have the keys of section Train"),
         ("? [a, b]\n: 1\n", "a key must be a word"),
         ("a: !!python/object/apply:os.system [exit]\n", "a: unknown key"),  # tags build nothing
     ],
 )
-def test_a_bad_file_is_told_with_its_line(tmp_path: Path, text: str, told: str) -> None:
+def test_the_error_for_a_bad_file_has_the_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(text)
-    assert told in "\n".join(problems(file))
+    assert message in "\n".join(problems(file))
 
 
-def test_a_missing_file_is_told() -> None:
+def test_a_missing_file_is_reported() -> None:
     assert problems(Path("nowhere.yaml")) == ["nowhere.yaml: cannot be read: No such file or directory"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["train.epochs=2", "train.max_steps=9"], "give epochs or max_steps, not both"),
         (["train.nesterov=true", "train.optimizer=adam"], "nesterov needs optimizer sgd"),
-        (["train.betas=[0.9, 1.0]"], "betas lie in 0"),
+        (["train.betas=[0.9, 1.0]"], "betas must be in 0"),
         (["train.epochs=2.5"], "valid integer"),
         (["train.epochs=true"], "valid integer"),
         (["train.lr=nan"], "finite"),
         (["train.lr=0"], "greater than 0"),
     ],
 )
-def test_values_out_of_range_are_told(overrides: list[str], told: str) -> None:
-    assert told in "\n".join(problems(None, *overrides))
+def test_values_out_of_range_are_reported(overrides: list[str], message: str) -> None:
+    assert message in "\n".join(problems(None, *overrides))
 
 
-def test_mappings_are_held_to_the_same_rules() -> None:
+def test_mappings_are_checked_by_the_same_rules() -> None:
     assert from_tree({"train": {"lr": 0.5}}).train.lr == 0.5
     with pytest.raises(ConfigError, match="whole number"):
         from_tree({"train": {"epochs": True}})
@@ -171,14 +171,14 @@ def test_what_would_end_a_cell_or_begin_a_tag_is_escaped() -> None:
 
 
 def test_a_resolved_configuration_reads_back(tmp_path: Path) -> None:
-    found = load(None, ["train.max_steps=5", "data.mean=[0.1, 0.2, 0.3]", "train.lr=1e-7"])
+    resolved = load(None, ["train.max_steps=5", "data.mean=[0.1, 0.2, 0.3]", "train.lr=1e-7"])
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(found.model_dump()))
-    assert load(file) == found
+    file.write_text(yaml.safe_dump(resolved.model_dump()))
+    assert load(file) == resolved
     assert load(file).train.epochs is None
 
 
-def test_identity_is_what_decides_what_is_trained() -> None:
+def test_the_identity_has_the_keys_that_determine_what_is_trained() -> None:
     identity = config.identity(Config())
     assert {"run.seed", "model.name", "train.lr", "train.global_batch_size", "augment.flip"} <= identity.keys()
     free = {"run.dir", "run.resume", "data.dir", "data.audit", "train.micro_batch_size", "checkpoint.every_steps"}
@@ -198,7 +198,7 @@ def test_quick_answers_do_not_import_torch(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("key", ["run.dir", "data.cache_dir", "model.init"])
-def test_addresses_are_refused_where_a_path_is_meant(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}: should be a path here; s3:// is an address") as caught:
+def test_addresses_are_refused_for_keys_that_are_paths(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: should be a path; s3:// is an address") as caught:
         config.load(None, [f"{key}=s3://key:secret@bucket/run"])
     assert "secret" not in str(caught.value)

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 import distrain
 from distrain import address, cli, config
 from distrain.data import fetch, manifest, shards
-from distrain.data.fetch import Cache, Remote, Settings, locate
+from distrain.data.fetch import Cache, FetchOptions, Remote, locate
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.data.stream import EvaluationBatches, TrainingBatches
@@ -55,7 +55,7 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[Fault]] = {}
         self.always: Fault | None = None
         self.needed: dict[str, str] | None = None
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.sent = 0
         self.over = threading.Event()
         self.address = f"http://127.0.0.1:{self.server_port}"
@@ -72,10 +72,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         name = url.path.lstrip("/")
-        self.server.asked.append(name)
+        self.server.requested.append(name)
         if self.server.needed is not None:
-            found = {"authorization": self.headers.get("Authorization"), "query": url.query}
-            if found != self.server.needed:
+            credentials = {"authorization": self.headers.get("Authorization"), "query": url.query}
+            if credentials != self.server.needed:
                 self.answer(b"go away", 403)
                 return
         path = self.server.root / name
@@ -193,8 +193,8 @@ def server(small: Dataset) -> Iterator[Server]:
     one.server_close()
 
 
-def fetching(cache: Path | None = None, most: int = 2**30, retries: int = 2, seconds: float = 5) -> Settings:
-    return Settings(cache, most, retries, seconds)
+def options(cache: Path | None = None, max_bytes: int = 2**30, retries: int = 2, seconds: float = 5) -> FetchOptions:
+    return FetchOptions(cache, max_bytes, retries, seconds)
 
 
 def content(dataset: Dataset, name: str = SHARD) -> list[int]:
@@ -211,6 +211,13 @@ def refused(dataset: Dataset) -> str:
     return str(caught.value)
 
 
+def only_warning(caplog: pytest.LogCaptureFixture) -> str:
+    """The one message that was logged."""
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("distrain", "WARNING")
+    return record.getMessage()
+
+
 def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
@@ -219,7 +226,7 @@ def bytes_in(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("where", "told"),
+    ("where", "message"),
     [
         ("pipe:cat /etc/passwd", "would run a command"),
         ("PIPE:cat /etc/passwd", "would run a command"),
@@ -227,23 +234,23 @@ def bytes_in(folder: Path) -> int:
         ("simplecache::http://h/x", "chained addresses"),
         ("zip://a.zip::http://h/x", "chained addresses"),
         ("http://h/x::http://h/y", "chained addresses"),
-        ("ssh://h/x", "ssh:// is not opened"),
-        ("memory://x", "memory:// is not opened"),
-        ("exec://x", "exec:// is not opened"),
+        ("ssh://h/x", "ssh:// is not supported"),
+        ("memory://x", "memory:// is not supported"),
+        ("exec://x", "exec:// is not supported"),
     ],
 )
-def test_what_runs_a_command_chains_or_is_unknown_is_refused(
-    where: str, told: str, capsys: pytest.CaptureFixture[str]
+def test_addresses_that_run_a_command_chain_or_are_unknown_are_refused(
+    where: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match=r"data\.dir: ") as caught:
         manifest.read(where)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "passwd" not in str(caught.value)
     assert cli.main(["verify", where]) == 78
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_prepare_does_not_take_an_address_for_a_path(
+def test_prepare_refuses_an_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -259,7 +266,7 @@ def test_a_path_is_a_path_even_if_it_looks_odd(small: Dataset, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_a_missing_package_is_told_with_the_command_that_installs_it(
+def test_the_error_for_a_missing_package_has_the_command_that_installs_it(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -287,7 +294,7 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(
     ],
 )
 def test_addresses_are_shown_without_secrets(where: str, shown: str) -> None:
-    assert address.shown(where) == shown
+    assert address.without_secrets(where) == shown
     assert address.scrub(f"cannot open '{where}', sorry") == f"cannot open '{shown}', sorry" or " " in where
 
 
@@ -298,19 +305,17 @@ def test_the_user_s_cache_folder_is_the_default(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
         assert fetch.cache_folder(None) == tmp_path / ".cache/distrain"
     assert fetch.cache_folder("~/x") == tmp_path / "x"
-    assert Settings.of(config.from_tree({"data": {"cache_gib": "0"}}).data).cache is None
-    assert Settings.of(config.from_tree({"data": {"cache_gib": "0.5"}}).data).cache_bytes == 2**29
+    assert FetchOptions.of(config.from_tree({"data": {"cache_gib": "0"}}).data).cache_dir is None
+    assert FetchOptions.of(config.from_tree({"data": {"cache_gib": "0.5"}}).data).cache_bytes == 2**29
 
 
 # Fetching
 
 
 @pytest.mark.parametrize("scheme", ["file", "http"])
-def test_a_remote_data_set_is_what_the_local_one_is(
-    scheme: str, small: Dataset, server: Server, tmp_path: Path
-) -> None:
+def test_a_remote_data_set_equals_the_local_one(scheme: str, small: Dataset, server: Server, tmp_path: Path) -> None:
     where = server.address if scheme == "http" else f"file://{small.root}"
-    dataset = manifest.read(where + "/", fetching(tmp_path / "cache"))
+    dataset = manifest.read(where + "/", options(tmp_path / "cache"))
     assert (dataset.manifest, dataset.digest) == (small.manifest, small.digest)
     assert str(dataset.root) == where
     assert list(dataset.missing(["train", "test"])) == []
@@ -320,7 +325,7 @@ def test_a_remote_data_set_is_what_the_local_one_is(
     assert entry.read_bytes() == (small.root / SHARD).read_bytes()
     assert entry.name == hashlib.sha256(entry.read_bytes()).hexdigest() + ".tar"
     if scheme == "http":
-        assert server.asked == ["manifest.json", SHARD]  # no question before, none after
+        assert server.requested == ["manifest.json", SHARD]  # no question before, none after
 
 
 @pytest.mark.parametrize(
@@ -341,49 +346,49 @@ def test_a_remote_data_set_is_what_the_local_one_is(
 )
 def test_what_may_pass_is_tried_again(fault: Fault, small: Dataset, server: Server, tmp_path: Path) -> None:
     quick = fault not in (stall, stall_in_the_body, drip)
-    dataset = manifest.read(server.address, fetching(tmp_path / "cache", seconds=10 if quick else 1))
+    dataset = manifest.read(server.address, options(tmp_path / "cache", seconds=10 if quick else 1))
     server.faults[SHARD] = [fault, fault] if quick else [fault]
     assert content(dataset) == content(small)
-    assert server.asked.count(SHARD) == (3 if quick else 2)
+    assert server.requested.count(SHARD) == (3 if quick else 2)
     assert bytes_in(tmp_path / "cache") == (small.root / SHARD).stat().st_size
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "reason"),
     [
         (status(503), "HTTP 503 Service Unavailable"),
         (cut, "not completed"),
         (cut_with_a_length_that_fits, "bytes instead of"),
         (cut_without_a_length, "bytes instead of"),
         (wrong_bytes, "differs"),
-        (longer, "more than the promised"),
+        (longer, "more than the expected"),
         (reset, ""),
-        (stall, "no whole answer within 0.2 s"),
-        (drip, "no whole answer within 0.2 s"),
+        (stall, "no complete answer within 0.2 s"),
+        (drip, "no complete answer within 0.2 s"),
     ],
 )
-def test_what_does_not_pass_is_told_with_the_number_of_tries(
-    fault: Fault, told: str, server: Server, tmp_path: Path
+def test_the_error_for_a_lasting_failure_has_the_number_of_attempts(
+    fault: Fault, reason: str, server: Server, tmp_path: Path
 ) -> None:
     quick = fault not in (stall, drip)
-    dataset = manifest.read(server.address, fetching())
-    tight = fetching(tmp_path / "cache", retries=3, seconds=10 if quick else 0.2)
+    dataset = manifest.read(server.address, options())
+    tight = options(tmp_path / "cache", retries=3, seconds=10 if quick else 0.2)
     dataset = dataclasses.replace(dataset, root=locate(server.address, tight))
     server.always = fault
     begun = time.monotonic()
     message = refused(dataset)
-    assert told in message
+    assert reason in message
     assert "(tried 4 times)" in message
-    assert server.asked.count(SHARD) == 4
+    assert server.requested.count(SHARD) == 4
     assert time.monotonic() - begun < 5
     assert not list((tmp_path / "cache").glob("*"))
     while [thread for thread in threading.enumerate() if thread.name == "distrain-fetch"]:
-        assert time.monotonic() - begun < 10, "a fetch that was given up goes on"
+        assert time.monotonic() - begun < 10, "an abandoned fetch still runs"
         time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "cure"),
     [
         (404, "restore the file"),
         (410, "restore the file"),
@@ -392,14 +397,14 @@ def test_what_does_not_pass_is_told_with_the_number_of_tries(
         (400, "HTTP 400 Bad Request"),
     ],
 )
-def test_a_refusal_is_final(code: int, told: str, server: Server) -> None:
-    dataset = manifest.read(server.address, fetching())
+def test_a_refusal_is_final(code: int, cure: str, server: Server) -> None:
+    dataset = manifest.read(server.address, options())
     server.faults[SHARD] = [status(code)]
     message = refused(dataset)
     assert f"HTTP {code}" in message
-    assert told in message
+    assert cure in message
     assert "tried" not in message
-    assert server.asked.count(SHARD) == 1
+    assert server.requested.count(SHARD) == 1
 
 
 class NoCredentialsError(Exception):
@@ -416,7 +421,7 @@ class HttpError(Exception):
 def test_missing_credentials_are_not_cured_by_time(
     error: Exception, small: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = manifest.read(f"file://{small.root}", fetching())
+    dataset = manifest.read(f"file://{small.root}", options())
 
     def refuse(*_: Any) -> Any:
         raise error
@@ -430,7 +435,7 @@ def test_missing_credentials_are_not_cured_by_time(
 
 def test_a_missing_file_is_final(small: Dataset, tmp_path: Path) -> None:
     shutil.copytree(small.root, tmp_path / "data")
-    dataset = manifest.read(f"file://{tmp_path / 'data'}", fetching())
+    dataset = manifest.read(f"file://{tmp_path / 'data'}", options())
     (tmp_path / "data" / SHARD).unlink()
     message = refused(dataset)
     assert "Not Found" in message
@@ -438,14 +443,14 @@ def test_a_missing_file_is_final(small: Dataset, tmp_path: Path) -> None:
 
 
 def test_a_body_without_end_takes_neither_memory_nor_time(server: Server) -> None:
-    dataset = manifest.read(server.address, fetching(retries=0, seconds=30))
+    dataset = manifest.read(server.address, options(retries=0, seconds=30))
     server.always = endless
     begun = time.monotonic()
-    assert "more than the promised" in refused(dataset)
+    assert "more than the expected" in refused(dataset)
     assert time.monotonic() - begun < 5
-    settled = -1
-    while settled != server.sent:  # until the server sees that nobody listens
-        settled = server.sent
+    before = -1
+    while before != server.sent:  # until the server sees that nobody reads
+        before = server.sent
         time.sleep(0.2)
     assert server.sent < 64 * 2**20
 
@@ -454,19 +459,17 @@ def test_a_file_system_that_hangs_and_knows_no_time_out_is_given_up(small: Datas
     shutil.copytree(small.root, tmp_path / "data")
     victim = tmp_path / "data" / SHARD
     where = f"file://{tmp_path / 'data'}"
-    dataset = dataclasses.replace(
-        manifest.read(where, fetching()), root=locate(where, fetching(retries=1, seconds=0.2))
-    )
+    dataset = dataclasses.replace(manifest.read(where, options()), root=locate(where, options(retries=1, seconds=0.2)))
     victim.unlink()
     os.mkfifo(victim)  # nobody writes: opening it waits for ever
     begun = time.monotonic()
-    assert "no whole answer within 0.2 s (tried 2 times)" in refused(dataset)
+    assert "no complete answer within 0.2 s (tried 2 times)" in refused(dataset)
     assert time.monotonic() - begun < 2
     os.close(os.open(victim, os.O_RDWR))  # lets the threads go
 
 
 def test_what_is_fetched_must_have_the_digest_whatever_the_reader_checks(server: Server, tmp_path: Path) -> None:
-    root = locate(server.address, fetching(tmp_path / "cache", retries=0))
+    root = locate(server.address, options(tmp_path / "cache", retries=0))
     assert isinstance(root, Remote)
     with pytest.raises(fetch.FetchError, match="its sha256 differs"):
         root.read(SHARD, 2**20, "0" * 64, fine)
@@ -476,34 +479,34 @@ def test_what_is_fetched_must_have_the_digest_whatever_the_reader_checks(server:
 def test_a_proxy_is_taken_from_the_environment(small: Dataset, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("http_proxy", server.address)
-    assert content(manifest.read("http://nowhere.invalid/", fetching())) == content(small)
+    assert content(manifest.read("http://nowhere.invalid/", options())) == content(small)
 
 
-def test_nobody_there_is_told(server: Server) -> None:
+def test_a_server_that_does_not_listen_is_reported(server: Server) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(DataError, match=rf"http://127\.0\.0\.1:{port}/manifest\.json: .*tried 3 times.*network"):
-        manifest.read(f"http://127.0.0.1:{port}", fetching())
+        manifest.read(f"http://127.0.0.1:{port}", options())
 
 
 def test_a_remote_manifest_is_checked_like_a_local_one(server: Server, tmp_path: Path) -> None:
     server.faults["manifest.json"] = [cut_without_a_length, status(500)]
-    assert manifest.read(server.address, fetching()).manifest.classes
+    assert manifest.read(server.address, options()).manifest.classes
     server.faults["manifest.json"] = [lambda handler, _: handler.answer(b'{"format": "other"}')]
     with pytest.raises(DataError, match="manifest.json: not a manifest of distrain"):
-        manifest.read(server.address, fetching())
+        manifest.read(server.address, options())
     server.root = tmp_path
     with pytest.raises(DataError, match="manifest.json: HTTP 404 Not Found; upload a folder that `distrain prepare`"):
-        manifest.read(server.address, fetching())
+        manifest.read(server.address, options())
 
 
-def test_verify_reads_what_is_at_the_address_and_keeps_nothing(
+def test_verify_reads_from_the_address_and_caches_nothing(
     small: Dataset, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["verify", server.address]) == 0
     assert f"{server.address}: train 1,003 in 24 shards" in capsys.readouterr().out
-    assert len(server.asked) == 1 + sum(len(split.shards) for split in small.manifest.splits.values())
+    assert len(server.requested) == 1 + sum(len(split.shards) for split in small.manifest.splits.values())
     assert not (tmp_path / "xdg").exists()
     server.faults[SHARD] = [wrong_bytes] * 6
     assert cli.main(["verify", server.address]) == 78
@@ -519,7 +522,7 @@ def test_closing_does_not_wait_for_the_network(
     kind: str, fault: Fault, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch.tenacity.wait_random_exponential, "__call__", lambda *_: 1000.0)
-    dataset = manifest.read(server.address, fetching(retries=9, seconds=900))
+    dataset = manifest.read(server.address, options(retries=9, seconds=900))
     if kind == "training":
         good, order = 13, Order(24, 12, 41, 8, 0)  # the manifest and a round
         batches: Any = TrainingBatches(dataset, order, World(), range(100), 1, with_random_bits=False, pin=False)
@@ -528,7 +531,7 @@ def test_closing_does_not_wait_for_the_network(
         batches = EvaluationBatches(dataset, "train", World(), 7)
 
     def later(handler: Handler, body: bytes) -> None:
-        if len(server.asked) > good:
+        if len(server.requested) > good:
             fault(handler, body)
         else:
             handler.answer(body)
@@ -537,7 +540,7 @@ def test_closing_does_not_wait_for_the_network(
 
     with closing(batches):
         next(batches)
-        while len(server.asked) <= good:  # until the thread is at what goes wrong
+        while len(server.requested) <= good:  # until the thread is at what goes wrong
             time.sleep(0.01)
         time.sleep(0.1)
         begun = time.monotonic()
@@ -549,7 +552,7 @@ def test_closing_does_not_wait_for_the_network(
 
 
 def test_a_damaged_entry_is_fetched_once_again(small: Dataset, server: Server, tmp_path: Path) -> None:
-    dataset = manifest.read(server.address, fetching(tmp_path / "cache"))
+    dataset = manifest.read(server.address, options(tmp_path / "cache"))
     content(dataset)
     (entry,) = (tmp_path / "cache").iterdir()
     whole = entry.read_bytes()
@@ -564,7 +567,7 @@ def test_a_damaged_entry_is_fetched_once_again(small: Dataset, server: Server, t
         assert content(dataset) == content(small)
         assert content(dataset) == content(small)
         assert entry.read_bytes() == whole
-        assert server.asked.count(SHARD) == number + 2
+        assert server.requested.count(SHARD) == number + 2
 
 
 def name_of(index: int) -> str:
@@ -577,25 +580,25 @@ def fine(_: bytes) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    most=st.integers(1, 400),
+    max_bytes=st.integers(1, 400),
     done=st.lists(st.tuples(st.sampled_from("pg"), st.integers(0, 9), st.integers(1, 200)), max_size=30),
 )
 def test_the_bound_holds_after_every_use(
-    most: int, done: list[tuple[str, int, int]], tmp_path_factory: pytest.TempPathFactory
+    max_bytes: int, done: list[tuple[str, int, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
-    cache = Cache(folder, most)
+    cache = Cache(folder, max_bytes)
     for what, index, size in done:
         if what == "g":
             cache.get(name_of(index), fine)
         else:
             cache.put(name_of(index), bytes(size))
-            assert (cache.get(name_of(index), fine) is not None) or size > most
-        assert bytes_in(folder) <= most
+            assert (cache.get(name_of(index), fine) is not None) or size > max_bytes
+        assert bytes_in(folder) <= max_bytes
 
 
 def test_the_file_being_written_counts_and_the_least_recently_used_go(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = Cache(tmp_path, 100)
     for index in range(4):
@@ -603,20 +606,19 @@ def test_the_file_being_written_counts_and_the_least_recently_used_go(
         os.utime(tmp_path / f"{name_of(index)}.tar", (1000 + index, 1000 + index))
     assert cache.get(name_of(0), fine)
     cache.put(name_of(5), bytes(26))
-    kept = {index for index in range(6) if (tmp_path / f"{name_of(index)}.tar").exists()}
-    assert kept == {0, 3, 5}
+    cached = {index for index in range(6) if (tmp_path / f"{name_of(index)}.tar").exists()}
+    assert cached == {0, 3, 5}
     # A file that another process is writing is not deleted, but counted.
     (tmp_path / f".{name_of(6)}.{'0' * 32}.partial").write_bytes(bytes(60))
     cache.put(name_of(7), bytes(40))
     assert sorted(path.stat().st_size for path in tmp_path.iterdir()) == [40, 60]
-    assert not capsys.readouterr().err
+    assert not caplog.records
     cache.put(name_of(8), bytes(41))
     cache.put(name_of(8), bytes(41))
     assert sorted(path.stat().st_size for path in tmp_path.iterdir()) == [40, 60]
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "data.cache_gib" in error
-    assert str(tmp_path) in error
+    warning = only_warning(caplog)
+    assert "data.cache_gib" in warning
+    assert str(tmp_path) in warning
 
 
 def test_leftovers_are_swept_and_the_files_of_others_stay(tmp_path: Path) -> None:
@@ -632,21 +634,20 @@ def test_leftovers_are_swept_and_the_files_of_others_stay(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("folder", ["file/below", "/proc/nowhere", "taken"])
-def test_a_cache_that_cannot_be_written_is_told_once_and_done_without(
-    folder: str, small: Dataset, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_cache_that_cannot_be_written_logs_one_warning_and_is_not_used(
+    folder: str, small: Dataset, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     for shard in small.split("train").shards:  # something else has the entries' names
         (tmp_path / "taken" / f"{shard.sha256}.tar").mkdir(parents=True)
-    dataset = manifest.read(server.address, fetching(tmp_path / folder))
+    dataset = manifest.read(server.address, options(tmp_path / folder))
     for _ in range(2):
         for shard in dataset.split("train").shards[:3]:
             assert content(dataset, shard.name) == content(small, shard.name)
-    assert len(server.asked) == 7
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"warning: {tmp_path / folder}" in error
-    assert "data.cache_dir" in error
+    assert len(server.requested) == 7
+    warning = only_warning(caplog)
+    assert warning.startswith(f"{tmp_path / folder}")
+    assert "data.cache_dir" in warning
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -663,26 +664,25 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_makes_room_and_without_any_is_told_once(
-    small: Dataset, server: Server, tiny_disk: Path, capsys: pytest.CaptureFixture[str]
+    small: Dataset, server: Server, tiny_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dataset = manifest.read(server.address, fetching(tiny_disk / "cache"))
+    dataset = manifest.read(server.address, options(tiny_disk / "cache"))
     names = [shard.name for shard in dataset.split("train").shards]
     for name in names:
         assert content(dataset, name) == content(small, name)
-    kept = list((tiny_disk / "cache").iterdir())
-    assert 2 <= len(kept) < len(names)
-    assert {hashlib.sha256(path.read_bytes()).hexdigest() + ".tar" for path in kept} == {path.name for path in kept}
-    assert not capsys.readouterr().err  # the bound is the disk's; nothing is lost
-    for path in kept:
+    cached = list((tiny_disk / "cache").iterdir())
+    assert 2 <= len(cached) < len(names)
+    assert {hashlib.sha256(path.read_bytes()).hexdigest() + ".tar" for path in cached} == {path.name for path in cached}
+    assert not caplog.records  # the disk is the limit, and nothing is lost
+    for path in cached:
         path.unlink()
     with pytest.raises(OSError, match="No space"):
         (tiny_disk / "others").write_bytes(bytes(2**20))
     for name in names[:3]:
         assert content(dataset, name) == content(small, name)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"{tiny_disk / 'cache'}" in error
-    assert "No space left" in error
+    warning = only_warning(caplog)
+    assert f"{tiny_disk / 'cache'}" in warning
+    assert "No space left" in warning
     assert not list((tiny_disk / "cache").iterdir())
 
 
@@ -690,15 +690,15 @@ READER = """
 import hashlib, random, sys
 from pathlib import Path
 from distrain.data import fetch, manifest
-address, cache, most, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-dataset = manifest.read(address, fetch.Settings(cache, most, 5, 30))
+address, cache, max_bytes, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+dataset = manifest.read(address, fetch.FetchOptions(cache, max_bytes, 5, 30))
 entries, draw = dataset.split("train").shards, random.Random(seed)
 for _ in range(6):
     for shard in draw.sample(entries, len(entries)):
         for _ in range(2):
-            def wrong(data):
+            def check(data):
                 return None if hashlib.sha256(data).hexdigest() == shard.sha256 else "differs"
-            assert wrong(dataset.root.read(shard.name, shard.bytes, shard.sha256, wrong)) is None
+            assert check(dataset.root.read(shard.name, shard.bytes, shard.sha256, check)) is None
 print("read all")
 """
 
@@ -714,17 +714,17 @@ def test_four_processes_share_a_cache(room: int, server: Server, small: Dataset,
     ]
     outputs = [reader.communicate(timeout=120)[0].decode() for reader in readers]
     assert outputs == ["read all\n"] * 4
-    kept = list((tmp_path / "cache").iterdir())
-    assert sum(path.stat().st_size for path in kept) <= room * size
-    for path in kept:
+    cached = list((tmp_path / "cache").iterdir())
+    assert sum(path.stat().st_size for path in cached) <= room * size
+    for path in cached:
         assert path.name == hashlib.sha256(path.read_bytes()).hexdigest() + ".tar"
-    fetched = len(server.asked) - 4
+    fetched = len(server.requested) - 4
     uses = 4 * 6 * 24
     if room == 6:
-        assert len(kept) == 6
+        assert len(cached) == 6
         assert 24 < fetched < 2 * uses  # they evict each other's, and half of the uses are the second in a row
     else:
-        assert len(kept) == 24
+        assert len(cached) == 24
         assert fetched <= 4 * 24
 
 
@@ -758,10 +758,10 @@ def test_a_run_from_a_server_is_the_local_run(
     captured = capsys.readouterr()
     assert f"data     {server.address}: train 1,003" in captured.out
     assert "warning" not in captured.err
-    assert len(server.asked) == len(set(server.asked))  # the second epoch is read from the cache
+    assert len(server.requested) == len(set(server.requested))  # the second epoch is read from the cache
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
-    assert server.asked.count("manifest.json") == 2
-    assert len(server.asked) == len(set(server.asked)) + 1
+    assert server.requested.count("manifest.json") == 2
+    assert len(server.requested) == len(set(server.requested)) + 1
 
 
 def test_a_run_from_a_flaky_server_without_a_cache_is_the_local_run(
@@ -770,7 +770,7 @@ def test_a_run_from_a_flaky_server_without_a_cache_is_the_local_run(
     faults = [status(503), cut, wrong_bytes, reset, cut_without_a_length]
 
     def flaky(handler: Handler, body: bytes) -> None:
-        number = len(handler.server.asked)
+        number = len(handler.server.requested)
         if number % 3:
             handler.answer(body)
         else:
@@ -779,7 +779,7 @@ def test_a_run_from_a_flaky_server_without_a_cache_is_the_local_run(
     server.always = flaky
     distrain.train(run_of(server.address, tmp_path / "run", cache_gib=0, fetch_retries=8))
     assert weights(tmp_path / "run") == local_weights
-    assert len(server.asked) > 70
+    assert len(server.requested) > 70
 
 
 def test_a_server_that_dies_ends_the_run_with_one_message(
@@ -837,7 +837,7 @@ def test_errors_and_their_tracebacks_show_no_secret(
     else:
         server.needed = {}
     with pytest.raises(DataError) as caught:
-        content(manifest.read(where, fetching(retries=1, seconds=1)))
+        content(manifest.read(where, options(retries=1, seconds=1)))
     whole = "".join(traceback.format_exception(caught.value))
     assert f"http://{host}" in str(caught.value)
     behind: BaseException | None = caught.value
@@ -846,7 +846,7 @@ def test_errors_and_their_tracebacks_show_no_secret(
         behind = behind.__cause__ or behind.__context__
     for secret in (USER, PASSWORD, TOKEN):
         assert secret not in whole
-    root = locate(where, fetching())
+    root = locate(where, options())
     assert isinstance(root, Remote)
     assert PASSWORD not in f"{root} {root!r} {root / 'x'}"
     with pytest.raises(ConfigError) as refused:

@@ -74,7 +74,7 @@ def test_text_and_digest_of_a_manifest_are_reproducible(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])
-def test_a_folder_without_a_manifest_is_told_how_to_make_one(folder: str, tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_a_manifest_says_how_to_make_one(folder: str, tmp_path: Path) -> None:
     message = refused(tmp_path / folder)
     assert "distrain prepare" in message
     assert "data.dir" in message
@@ -90,7 +90,7 @@ def test_what_is_not_json_is_refused(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tree", [[], 1, None, {}, {"format": "other", "version": 1}, {"version": 1}])
-def test_what_is_not_ours_is_refused(tree: Any, tmp_path: Path) -> None:
+def test_the_manifest_of_another_program_is_refused(tree: Any, tmp_path: Path) -> None:
     message = refused(write(tmp_path, tree))
     assert "not a manifest of distrain" in message
     assert "prepare the data set again" in message
@@ -134,7 +134,7 @@ def test_a_name_that_could_lead_out_of_the_folder_is_refused(name: str, tmp_path
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda t: t["splits"]["train"].update(samples=8), "8 samples, but the shards hold 7"),
+        (lambda t: t["splits"]["train"].update(samples=8), "8 samples, but the shards have 7"),
         (lambda t: t["splits"]["train"].update(lanes=3), "3 lanes do not divide 2 shards"),
         (lambda t: t["splits"]["train"].update(lanes=0), "splits.train.lanes"),
         (lambda t: t["splits"]["train"].update(shards=[]), "splits.train.shards"),
@@ -169,7 +169,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(
     assert "prepare the data set again" in message
 
 
-def test_an_unknown_split_is_told_which_there_are(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_split_names_the_splits(tmp_path: Path) -> None:
     dataset = manifest.read(write(tmp_path, VALID))
     with pytest.raises(DataError, match="has no split 'val', only train, test") as caught:
         dataset.split("val")

@@ -33,7 +33,7 @@ class TutorialNet(nn.Module):
         self.fc3 = nn.Linear(84, 10)
 
 
-def test_net_is_the_tutorials() -> None:
+def test_net_is_the_network_of_the_tutorial() -> None:
     net = models.build("net", "relu", 10, (3, 32, 32))
     assert sum(parameter.numel() for parameter in net.parameters()) == 62_006
     TutorialNet().load_state_dict(net.state_dict(), strict=True)
@@ -57,7 +57,7 @@ def test_activations_differ() -> None:
     assert not torch.equal(outputs[1], outputs[2])
 
 
-def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_for_test.py").write_text(
         "from torch import nn\n"
         "class Linear(nn.Sequential):\n"
@@ -71,33 +71,33 @@ def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     mine = models.build("mine_for_test:Linear", "relu", 7, (3, 8, 8))
     assert mine(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
     assert models.world_size_dependent(mine) == ["Dropout"]
-    with pytest.raises(ConfigError, match="nothing to train"):
+    with pytest.raises(ConfigError, match="no trainable parameters"):
         models.build("mine_for_test:nothing", "relu", 7, (3, 8, 8))
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("nett", "unknown"),
         ("no.such:Model", "no module no in .*PYTHONPATH"),
         ("torch.nn:Nothing", "no attribute 'Nothing'"),
     ],
 )
-def test_an_unknown_model_is_told(name: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_an_unknown_model_is_reported(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         models.build(name, "relu", 10, (3, 32, 32))
 
 
-def test_images_too_small_for_net_are_told() -> None:
+def test_images_too_small_for_net_are_reported() -> None:
     with pytest.raises(ConfigError, match="at least 16 pixels"):
         models.build("net", "relu", 10, (3, 15, 32))
 
 
-def test_layers_that_break_the_promise_are_named() -> None:
+def test_layers_that_depend_on_the_number_of_processes_are_named() -> None:
     assert models.world_size_dependent(models.build("net", "relu", 10, (3, 32, 32))) == []
     norm = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout2d(0.0))
     assert models.world_size_dependent(norm) == []  # its statistics are taken over all ranks
-    assert models.world_size_dependent(norm, in_parts=True) == ["BatchNorm2d"]
+    assert models.world_size_dependent(norm, accumulates=True) == ["BatchNorm2d"]
     private = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Dropout2d())
     assert models.world_size_dependent(private) == ["BatchNorm2d", "Dropout2d"]
     assert models.world_size_dependent(models.build("convnext_tiny", "relu", 10, (3, 32, 32))) == ["StochasticDepth"]
@@ -130,7 +130,7 @@ def test_torchvisions_models_take_images_of_any_size(name: str, shape: tuple[int
     assert (first.stride == (1, 1)) == (shape[1] < 64)
 
 
-def test_a_name_that_is_nearly_right_is_told() -> None:
+def test_a_similar_name_is_suggested() -> None:
     with pytest.raises(ConfigError, match="did you mean resnet18"):
         models.build("resnet_18", "relu", 10, (3, 32, 32))
 
@@ -146,7 +146,7 @@ def test_weights_from_a_file(form: str, tmp_path: Path) -> None:
     assert models.digest(same) == models.digest(trained)
     tuned = models.build("resnet18", "relu", 9, (3, 32, 32))
     head = tuned.state_dict()["fc.weight"].clone()
-    assert "fc starts anew: 5 classes" in str(models.initialise(tuned, path))
+    assert "fc is re-initialised: 5 classes" in str(models.initialise(tuned, path))
     assert torch.equal(tuned.state_dict()["fc.weight"], head)
     assert torch.equal(tuned.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
     with pytest.raises(ConfigError, match="weights of another model; they differ in"):
@@ -155,72 +155,72 @@ def test_weights_from_a_file(form: str, tmp_path: Path) -> None:
         models.initialise(models.build("resnet18", "relu", 5, (1, 32, 32)), path)
 
 
-def test_what_is_no_file_of_weights_is_told(tmp_path: Path) -> None:
+def test_files_without_weights_are_reported(tmp_path: Path) -> None:
     net = models.build("net", "relu", 10, (3, 32, 32))
     with pytest.raises(ConfigError, match="cannot be read"):
         models.initialise(net, tmp_path / "missing.safetensors")
     for name in ("text.safetensors", "text.pt"):
         (tmp_path / name).write_text("no weights")
-        with pytest.raises(ConfigError, match="holds no weights"):
+        with pytest.raises(ConfigError, match="has no weights"):
             models.initialise(net, tmp_path / name)
     torch.save(net, tmp_path / "whole.pt")  # a pickled model, which could run code
-    with pytest.raises(ConfigError, match="holds no weights"):
+    with pytest.raises(ConfigError, match="has no weights"):
         models.initialise(net, tmp_path / "whole.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ConfigError, match="no state dict"):
+    with pytest.raises(ConfigError, match="not a state dict"):
         models.initialise(net, tmp_path / "list.pt")
 
 
 def test_normalize_is_the_textbook_formula() -> None:
     images = torch.randint(0, 256, (4, 5, 6, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 0.6, 0.7]).double()
-    found = normalize(images, mean, std)
+    normalized = normalize(images, mean, std)
     expected = (images.double() / 255 - mean) / std
-    assert found.shape == (4, 3, 5, 6)
-    assert torch.allclose(found, expected.permute(0, 3, 1, 2), atol=1e-14)
+    assert normalized.shape == (4, 3, 5, 6)
+    assert torch.allclose(normalized, expected.permute(0, 3, 1, 2), atol=1e-14)
 
 
 @given(st.booleans(), st.integers(0, 5), st.integers(0, 2**32))
-def test_augmentation_does_to_each_image_what_its_own_word_says(flip: bool, padding: int, seed: int) -> None:
+def test_augmentation_depends_only_on_the_random_bits_of_each_image(flip: bool, padding: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (6, 9, 8, 3), dtype=torch.uint8, generator=random)
-    words = torch.randint(-(2**63), 2**63 - 1, (6, 2), generator=random)
+    bits = torch.randint(-(2**63), 2**63 - 1, (6, 2), generator=random)
     cutout = int(torch.randint(0, 8, (), generator=random))
     blank = torch.tensor([1, 2, 3], dtype=torch.uint8)
     settings = Augment(flip=flip, crop_padding=padding, cutout=cutout)
-    together = augment(images, words, settings, blank)
+    together = augment(images, bits, settings, blank)
     for number in range(6):
         here = slice(number, number + 1)
-        alone = augment(images[here], words[here], settings, blank)
+        alone = augment(images[here], bits[here], settings, blank)
         assert torch.equal(alone[0], together[number])
-        expected = by_hand(images[number], words[number].tolist(), flip, padding, cutout, blank)
+        expected = by_hand(images[number], bits[number].tolist(), flip, padding, cutout, blank)
         assert torch.equal(together[number], expected)
 
 
 def by_hand(
-    image: torch.Tensor, words: list[int], flip: bool, padding: int, cutout: int, blank: torch.Tensor
+    image: torch.Tensor, bits: list[int], flip: bool, padding: int, cutout: int, blank: torch.Tensor
 ) -> torch.Tensor:
     """Reflect-pad, crop, flip, with torch's own functions; then a square."""
-    word, other = (each % 2**64 for each in words)
-    down, right = ((word >> at & 0xFFFFF) * (2 * padding + 1) >> 20 for at in (8, 28))
+    first, second = (each % 2**64 for each in bits)
+    down, right = ((first >> at & 0xFFFFF) * (2 * padding + 1) >> 20 for at in (8, 28))
     padded = nn.functional.pad(image.permute(2, 0, 1).float()[None], [padding] * 4, mode="reflect")[0]
     height, width, _ = image.shape
     cropped = padded[:, down : down + height, right : right + width].permute(1, 2, 0).to(torch.uint8)
-    out = (cropped.flip(1) if flip and word & 1 else cropped).clone()
+    out = (cropped.flip(1) if flip and first & 1 else cropped).clone()
     for y in range(height) if cutout else ():
         for x in range(width):
-            top, left = ((other & 0xFFFFF) * height >> 20, (other >> 20 & 0xFFFFF) * width >> 20)
+            top, left = ((second & 0xFFFFF) * height >> 20, (second >> 20 & 0xFFFFF) * width >> 20)
             if 0 <= y - top + cutout // 2 < cutout and 0 <= x - left + cutout // 2 < cutout:
                 out[y, x] = blank
     return out
 
 
-def test_all_shifts_and_both_sides_are_drawn_alike() -> None:
+def test_all_shifts_and_both_sides_are_equally_likely() -> None:
     from distrain.data.order import augmentation_bits
 
-    words = torch.from_numpy(augmentation_bits(0, 0, 20_000).copy().view("int64"))
+    bits = torch.from_numpy(augmentation_bits(0, 0, 20_000).copy().view("int64"))
     image = torch.arange(8 * 8, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(20_000, 8, 8, 1)
-    changed = augment(image, words, Augment(flip=True, crop_padding=1), image[0, 0, 0])
+    changed = augment(image, bits, Augment(flip=True, crop_padding=1), image[0, 0, 0])
     centre = changed[:, 4, 4, 0]
     values, counts = centre.unique(return_counts=True)
     assert len(values) == 12  # 3 shifts down × (3 shifts × 2 sides; the middle columns 3 and 4 meet 4 places)
@@ -229,7 +229,7 @@ def test_all_shifts_and_both_sides_are_drawn_alike() -> None:
 
 @pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
 @given(st.integers(1, 500), st.floats(0, 0.9))
-def test_schedules_rise_to_the_peak_and_fall_to_nothing(schedule: str, total: int, warmup: float) -> None:
+def test_schedules_rise_to_the_peak_and_fall_to_zero(schedule: str, total: int, warmup: float) -> None:
     rates = [optim.learning_rate(step, total, schedule, 2.0, warmup) for step in range(total)]
     assert all(0 < rate <= 2.0 for rate in rates)
     top = rates.index(max(rates))
@@ -249,7 +249,7 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
-def test_optimizer_state_survives_the_way_through_flat_tensors(name: str, kind: str) -> None:
+def test_optimizer_state_is_the_same_after_saving_and_loading(name: str, kind: str) -> None:
     def steps(net: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
         for number in range(count):
             optimizer.zero_grad()
@@ -272,7 +272,7 @@ def test_optimizer_state_survives_the_way_through_flat_tensors(name: str, kind: 
     assert torch.equal(net.weight, other.weight)
 
 
-def test_only_the_head_itself_may_start_anew(tmp_path: Path) -> None:
+def test_only_the_head_may_be_re_initialised(tmp_path: Path) -> None:
     def model(width: int) -> nn.Module:
         layers = nn.Module()
         layers.fc1, layers.fc = nn.Linear(4, width), nn.Linear(width, 3)

@@ -25,31 +25,31 @@ def orders(draw: st.DrawFn) -> Order:
     return order
 
 
-def share(order: Order, step: int, world: World) -> list[int]:
-    """Positions of a rank in a step, as `places` tells them."""
-    return (order.places(step, world) + step * order.global_batch_size).tolist()
+def local_batch(order: Order, step: int, world: World) -> list[int]:
+    """Positions in the epoch that a rank owns in a step, from `Order.positions`."""
+    return (order.positions(step, world) + step * order.global_batch_size).tolist()
 
 
 def locate(order: Order, positions: Ints) -> tuple[Ints, Ints, Ints]:
-    """Round, lane and place within the shard of positions, as the module's text defines them."""
+    """Round, lane and index within the shard of positions, as the module's docstring defines them."""
     row, lane = np.divmod(positions, order.lanes)
     round_, index = np.divmod(row, order.samples_per_shard)
     return round_, lane, index
 
 
-def position_of(order: Order, own: Ints, world: World) -> Ints:
-    """Positions of the own-th samples of a rank."""
-    row, lane = np.divmod(own, len(order.owned_lanes(world)))
+def position_of(order: Order, numbers: Ints, world: World) -> Ints:
+    """Positions of the samples with these numbers among all samples of a rank."""
+    row, lane = np.divmod(numbers, len(order.owned_lanes(world)))
     return row * order.lanes + world.rank + lane * world.size
 
 
 @given(orders(), st.data())
-def test_ranks_share_each_step_without_gap_or_overlap(order: Order, data: st.DataObject) -> None:
+def test_the_local_batches_of_a_step_have_no_gap_or_overlap(order: Order, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, order.lanes))
     step = data.draw(st.integers(0, order.steps_per_epoch - 1))
-    shares = [share(order, step, World(rank, size)) for rank in range(size)]
+    local_batches = [local_batch(order, step, World(rank, size)) for rank in range(size)]
     start = step * order.global_batch_size
-    assert sorted(sum(shares, [])) == list(range(start, start + order.global_batch_size))
+    assert sorted(sum(local_batches, [])) == list(range(start, start + order.global_batch_size))
 
 
 @given(orders(), st.data())
@@ -57,8 +57,8 @@ def test_rounds_are_those_of_a_step_s_positions(order: Order, data: st.DataObjec
     step = data.draw(st.integers(0, 3 * order.steps_per_epoch))
     epoch, in_epoch = divmod(step, order.steps_per_epoch)
     start = in_epoch * order.global_batch_size
-    found = locate(order, np.arange(start, start + order.global_batch_size))[0] + epoch * order.rounds_per_epoch
-    assert set(order.rounds(step)) == set(found.tolist())
+    rounds = locate(order, np.arange(start, start + order.global_batch_size))[0] + epoch * order.rounds_per_epoch
+    assert set(order.rounds(step)) == set(rounds.tolist())
     assert order.rounds(step).stop <= (epoch + 1) * order.rounds_per_epoch
     before = order.rounds(step - 1) if step else range(0)
     new = set(order.rounds(step)) - set(before)
@@ -67,7 +67,7 @@ def test_rounds_are_those_of_a_step_s_positions(order: Order, data: st.DataObjec
 
 
 @given(orders(), st.data())
-def test_a_share_is_a_stretch_of_the_ranks_own_sequence(order: Order, data: st.DataObject) -> None:
+def test_local_batches_are_consecutive_in_the_sequence_of_a_rank(order: Order, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, order.lanes))
     world = World(data.draw(st.integers(0, size - 1)), size)
     step = data.draw(st.integers(0, order.steps_per_epoch - 1))
@@ -75,7 +75,7 @@ def test_a_share_is_a_stretch_of_the_ranks_own_sequence(order: Order, data: st.D
     owned = every[every % order.lanes % size == world.rank].tolist()
     start = order.owned_before(step * order.global_batch_size, world)
     stop = order.owned_before((step + 1) * order.global_batch_size, world)
-    assert owned[start:stop] == share(order, step, world)
+    assert owned[start:stop] == local_batch(order, step, world)
 
 
 @given(orders(), st.integers(0, 1000), st.data())
@@ -103,12 +103,14 @@ def test_rounds_per_epoch_reach_the_last_step_and_no_further(order: Order, epoch
 
 
 @given(orders(), st.data())
-def test_shares_are_the_smallest_and_largest_of_all_steps(order: Order, data: st.DataObject) -> None:
+def test_local_batch_sizes_are_the_smallest_and_largest_of_all_steps(order: Order, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, order.lanes))
     every = [
-        len(share(order, step, World(rank, size))) for step in range(order.steps_per_epoch) for rank in range(size)
+        len(local_batch(order, step, World(rank, size)))
+        for step in range(order.steps_per_epoch)
+        for rank in range(size)
     ]
-    assert order.shares(size) == (min(every), max(every))
+    assert order.local_batch_sizes(size) == (min(every), max(every))
     if order.lanes % size == 0 and order.global_batch_size % size == 0:
         assert set(every) == {order.global_batch_size // size}
 
@@ -121,8 +123,8 @@ def test_partners_are_the_same_on_any_number_of_ranks(order: Order, data: st.Dat
     assert sorted(alone) == list(range(order.global_batch_size))
     for rank in range(size):
         world = World(rank, size)
-        places = order.places(step, world)
-        assert (places[order.partners(step, world)] == alone[places]).all()
+        positions = order.positions(step, world)
+        assert (positions[order.partners(step, world)] == alone[positions]).all()
     if order.global_batch_size >= 2 * order.lanes:
         assert (alone != np.arange(order.global_batch_size)).all()
 
@@ -154,30 +156,30 @@ def test_epochs_shards_and_seeds_draw_differently() -> None:
 
 
 def test_the_order_never_changes_between_versions() -> None:
-    # A change of these numbers makes every checkpoint of a run in progress go on with another order.
+    # If these numbers change, runs resume from their checkpoints with another order.
     order = Order(8, 4, 5, 4, 42)
     assert order.epoch_shards(3).tolist() == EPOCH_SHARDS
     assert order.shard_samples(3, 2, 6).tolist() == SHARD_SAMPLES
-    assert augmentation_bits(42, 7, 2)[:, 0].tolist() == WORDS
+    assert augmentation_bits(42, 7, 2)[:, 0].tolist() == RANDOM_BITS
 
 
 EPOCH_SHARDS = [[5, 1, 2, 0], [6, 3, 4, 7]]
 SHARD_SAMPLES = [1, 4, 2, 5, 0]
-WORDS = [4202150953783839104, 13832021549108628852]
+RANDOM_BITS = [4202150953783839104, 13832021549108628852]
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.data())
-def test_every_shard_is_scored_by_one_rank(lanes: int, rounds: int, data: st.DataObject) -> None:
+def test_every_shard_is_evaluated_by_one_rank(lanes: int, rounds: int, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, lanes))
     owners = [evaluation_shards(lanes * rounds, lanes, World(rank, size)) for rank in range(size)]
-    assert sorted(shard for own in owners for shard in own) == list(range(lanes * rounds))
-    assert all(own == sorted(own) for own in owners)
+    assert sorted(shard for owned in owners for shard in owned) == list(range(lanes * rounds))
+    assert all(owned == sorted(owned) for owned in owners)
 
 
 @settings(max_examples=3, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 10**6))
 def test_4096_ranks_and_65536_shards(seed: int, epoch: int) -> None:
-    """Sampled steps of a run of that size: all ranks together train each position once, from distinct samples."""
+    """In some steps of such a run, all ranks together train each position once, with distinct samples."""
     order = Order(num_shards=65536, lanes=8192, samples_per_shard=1000, global_batch_size=30000, seed=seed)
     shards = order.epoch_shards(epoch)
     assert (np.sort(shards.ravel()) == np.arange(65536)).all()
@@ -191,7 +193,7 @@ def test_4096_ranks_and_65536_shards(seed: int, epoch: int) -> None:
         everything = np.concatenate(positions)
         assert (np.sort(everything) == np.arange(start, stop)).all()
         for rank in (0, 1, 4095):
-            assert positions[rank].tolist() == share(order, step, worlds[rank])
+            assert positions[rank].tolist() == local_batch(order, step, worlds[rank])
         round_, lane, index = locate(order, everything)
         samples = shards[round_, lane] * order.samples_per_shard + index
         assert len(np.unique(samples)) == order.global_batch_size

@@ -1,4 +1,4 @@
-"""`distrain prepare` and `distrain verify`: the same request gives the same bytes, and errors leave nothing behind."""
+"""`distrain prepare` and `distrain verify`: the same options give the same bytes, and errors leave no files."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def samples(dataset: Dataset, split: str) -> Block:
-    found = dataset.manifest
+    content = dataset.manifest
     blocks = [
         block
         for shard in dataset.split(split).shards
-        for block in shards.read(dataset.root, shard, found.image_shape, len(found.classes))
+        for block in shards.read(dataset.root, shard, content.image_shape, len(content.classes))
     ]
     return Block(*(np.concatenate(arrays) for arrays in zip(*blocks, strict=True)))
 
@@ -120,13 +120,13 @@ def test_a_finished_folder_is_left_alone(copy: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
-        (["--seed", 4], "seed: 3, asked for 4"),
-        (["--seed", 3, "--samples", 204], "samples: 203, asked for 204"),
-        (["--seed", 3, "--shards", 6], "shards: 12, asked for 6"),
-        (["--seed", 3, "--limit", 10], "limit: None, asked for 10"),
+        (["--seed", 4], "seed: 3, now 4"),
+        (["--seed", 3, "--samples", 204], "samples: 203, now 204"),
+        (["--seed", 3, "--shards", 6], "shards: 12, now 6"),
+        (["--seed", 3, "--limit", 10], "limit: None, now 10"),
     ],
 )
-def test_a_folder_prepared_otherwise_is_refused_and_untouched(
+def test_a_data_set_with_other_options_is_refused_and_untouched(
     change: list[Any], differs: str, copy: Path, capsys: Capture
 ) -> None:
     before = files(copy)
@@ -160,7 +160,7 @@ def test_an_empty_folder_is_used_and_kept_when_there_is_an_error(tmp_path: Path,
 @pytest.mark.parametrize(
     ("numbers", "reason"),
     [
-        (["--lanes", 5, "--shards", 12], "--lanes 5 does not divide --shards 12"),
+        (["--lanes", 5, "--shards", 12], "--shards 12 is not a multiple of --lanes 5"),
         (["--lanes", 300], "300 shards for 203 training samples"),
         (["--shards", 204], "204 shards for 203 training samples"),
     ],
@@ -194,8 +194,8 @@ def stat(pid: int) -> list[str]:
 
 def children(parent: int) -> dict[int, str]:
     """Process id → start time: together they name a process for good."""
-    found = {int(path.name): stat(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit()}
-    return {pid: fields[19] for pid, fields in found.items() if fields and int(fields[1]) == parent}
+    fields_of = {int(path.name): stat(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit()}
+    return {pid: fields[19] for pid, fields in fields_of.items() if fields and int(fields[1]) == parent}
 
 
 def gone(processes: dict[int, str], seconds: float = 30) -> bool:
@@ -223,7 +223,7 @@ def test_killed_leaves_nothing_that_looks_finished_and_is_made_good_by_running_a
     assert workers
     assert not (out / "manifest.json").exists(), "killed too late to prove anything"
     assert run("verify", out) == 78
-    assert "holds no data set (no manifest.json)" in capsys.readouterr().err
+    assert "is not a data set (no manifest.json)" in capsys.readouterr().err
     assert gone(workers), "workers outlive the command"
     again = ["synthetic", "--samples", 4000, "--test-samples", 50, "--image-size", 16, "--shards", 80]
     assert run("prepare", *again, "--out", out) == 0
@@ -307,8 +307,8 @@ def test_images_are_numbered_by_class_and_name_and_keep_label_and_colour(from_fo
         assert sorted(block.ids.tolist()) == list(range(3 * count))
         for image, label, index in zip(block.images, block.labels.tolist(), block.ids.tolist(), strict=True):
             assert label == index // count
-            wanted = colour(split, CLASSES[label], index % count)
-            assert np.abs(image.astype(int) - wanted).max() <= 4, (split, index)
+            expected = colour(split, CLASSES[label], index % count)
+            assert np.abs(image.astype(int) - expected).max() <= 4, (split, index)
 
 
 @pytest.mark.parametrize(
@@ -339,8 +339,8 @@ def test_classes_alone_give_a_stratified_test_split(tmp_path: Path) -> None:
     pets = tree(tmp_path / "all", {"train": 10}) / "train"
     pets = pets.rename(tmp_path / "pets")
     out = tmp_path / "out"
-    asked = ["--test-fraction", 0.2, "--val-fraction", 0.25, "--lanes", 1]
-    assert run("prepare", "folder", pets, *asked, "--out", out) == 0
+    options = ["--test-fraction", 0.2, "--val-fraction", 0.25, "--lanes", 1]
+    assert run("prepare", "folder", pets, *options, "--out", out) == 0
     dataset = manifest.read(out)
     assert dataset.manifest.classes == CLASSES
     blocks = {split: samples(dataset, split) for split in ("train", "val", "test")}
@@ -382,15 +382,15 @@ def test_images_are_resized_and_cropped_to_their_middle(size: tuple[int, int], t
     image.paste((0, 255, 0), (*middle, middle[0] + min(size), middle[1] + min(size)))
     image.paste((0, 0, 255), (*middle, middle[0] + min(size) // 2, middle[1] + min(size)))
     image.save(tmp_path / "image.png")
-    found = load(tmp_path / "image.png", tmp_path, 10)
-    assert found.shape == (10, 10, 3)
-    assert (found[1:9, 1:4] == (0, 0, 255)).all()
-    assert (found[1:9, 6:9] == (0, 255, 0)).all()
-    assert (found[..., 0] < 40).all(), "more of outside the middle than a filter takes in"
+    loaded = load(tmp_path / "image.png", tmp_path, 10)
+    assert loaded.shape == (10, 10, 3)
+    assert (loaded[1:9, 1:4] == (0, 0, 255)).all()
+    assert (loaded[1:9, 6:9] == (0, 255, 0)).all()
+    assert (loaded[..., 0] < 40).all(), "more of the image's sides than the filter can add"
 
 
 @pytest.mark.parametrize(
-    ("mode", "suffix", "fill", "wanted"),
+    ("mode", "suffix", "fill", "expected"),
     [
         ("L", "png", 90, (90, 90, 90)),
         ("L", "jpg", 90, (90, 90, 90)),
@@ -406,18 +406,18 @@ def test_images_are_resized_and_cropped_to_their_middle(size: tuple[int, int], t
     ],
 )
 def test_other_kinds_of_pixels_become_rgb(
-    mode: str, suffix: str, fill: Any, wanted: tuple[int, int, int], tmp_path: Path
+    mode: str, suffix: str, fill: Any, expected: tuple[int, int, int], tmp_path: Path
 ) -> None:
     path = tmp_path / f"image.{suffix}"
     if mode == "P":
-        Image.new("RGB", (12, 12), wanted).quantize(4).save(path)
+        Image.new("RGB", (12, 12), expected).quantize(4).save(path)
     else:
         draw(path, fill, mode)
     with Image.open(path) as image:
         assert suffix == "gif" or image.mode == mode
-    found = load(path, tmp_path)
-    assert found.shape == (12, 12, 3)
-    assert np.abs(found.astype(int) - wanted).max() <= 3
+    loaded = load(path, tmp_path)
+    assert loaded.shape == (12, 12, 3)
+    assert np.abs(loaded.astype(int) - expected).max() <= 3
 
 
 def test_pixels_without_a_scale_are_refused_not_guessed(tmp_path: Path, capsys: Capture) -> None:
@@ -428,27 +428,27 @@ def test_pixels_without_a_scale_are_refused_not_guessed(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_a_camera_held_askew_is_put_right(orientation: int, turn: int, tmp_path: Path) -> None:
+def test_the_orientation_of_the_camera_is_corrected(orientation: int, turn: int, tmp_path: Path) -> None:
     upright = np.zeros((32, 32, 3), np.uint8)
     upright[:16, :16] = 255  # one bright corner
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.fromarray(np.rot90(upright, -turn))
     image.save(tmp_path / "image.jpg", exif=exif, quality=95, subsampling=0)
-    found = load(tmp_path / "image.jpg", tmp_path, 32)
-    # Orientation 6 is mended by a quarter turn clockwise, 8 by one anticlockwise.
-    assert np.abs(found.astype(int) - np.rot90(np.rot90(upright, -turn), {0: 0, 2: 2, 3: -1, 1: 1}[turn])).max() <= 8
+    loaded = load(tmp_path / "image.jpg", tmp_path, 32)
+    # A quarter turn clockwise corrects orientation 6; an anticlockwise one, 8.
+    assert np.abs(loaded.astype(int) - np.rot90(np.rot90(upright, -turn), {0: 0, 2: 2, 3: -1, 1: 1}[turn])).max() <= 8
 
 
-def test_a_channel_that_is_the_same_everywhere_can_be_normalized(tmp_path: Path) -> None:
+def test_a_constant_channel_can_be_normalized(tmp_path: Path) -> None:
     for number in range(8):
         draw(tmp_path / f"images/train/{number % 2}/{number}.png", (number, 0, 70))
         draw(tmp_path / f"images/test/{number % 2}/{number}.png", (number, 0, 70))
     assert run("prepare", "folder", tmp_path / "images", "--lanes", 2, "--out", tmp_path / "out") == 0
-    found = manifest.read(tmp_path / "out").manifest
-    assert found.mean[1:] == [0, 70 / 255]
-    assert found.std[1:] == [1, 1]
-    assert found.std[0] == pytest.approx(np.arange(8).std() / 255)
+    content = manifest.read(tmp_path / "out").manifest
+    assert content.mean[1:] == [0, 70 / 255]
+    assert content.std[1:] == [1, 1]
+    assert content.std[0] == pytest.approx(np.arange(8).std() / 255)
 
 
 @pytest.mark.parametrize("what", ["train/bee", "train", "train/bee/more"])
@@ -483,9 +483,9 @@ def test_a_linked_image_is_read(tmp_path: Path, from_folder: Dataset) -> None:
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
-    found = tarfile.TarInfo(name)
-    found.type, found.linkname = kind, link
-    return found
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
 
 
 @pytest.mark.parametrize(
@@ -497,10 +497,10 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
         (member("train/bee/null.png", tarfile.CHRTYPE), "is a link or a device; refused"),
         (member("train/bee/disk.png", tarfile.BLKTYPE), "is a link or a device; refused"),
         (member("train/bee/fifo.png", tarfile.FIFOTYPE), "is a link or a device; refused"),
-        (member("../bee.png"), "leads out of the archive's folder; refused"),
-        (member("train/bee/../../../bee.png"), "leads out of the archive's folder; refused"),
-        (member("/train/bee/bee.png"), "leads out of the archive's folder; refused"),
-        (member("train/.."), "leads out of the archive's folder; refused"),
+        (member("../bee.png"), "points outside the archive; refused"),
+        (member("train/bee/../../../bee.png"), "points outside the archive; refused"),
+        (member("/train/bee/bee.png"), "points outside the archive; refused"),
+        (member("train/.."), "points outside the archive; refused"),
     ],
     ids=lambda value: value.name.replace("/", "_") + value.type.decode() if isinstance(value, tarfile.TarInfo) else "",
 )
@@ -521,7 +521,7 @@ def cut(path: Path, length: int) -> None:
 
 def headers(path: Path) -> list[int]:
     with tarfile.open(path) as tar:
-        return [found.offset for found in tar]
+        return [info.offset for info in tar]
 
 
 @pytest.mark.parametrize(
@@ -561,7 +561,7 @@ def test_a_damaged_archive_is_refused_never_read_in_part(
     archive = pack(tmp_path / "images.tar", images, mode)
     damage(archive)
     error = refused(capsys, tmp_path / "out", "folder", archive)
-    assert f"{archive}: is damaged or cut short" in error
+    assert f"{archive}: is damaged or truncated" in error
     assert "copy or download it again" in error
     assert error.count("\n") == 1
 
@@ -580,18 +580,18 @@ BAD: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_an_unreadable_image_is_named_or_left_out(kind: str, tmp_path: Path, capsys: Capture) -> None:
+def test_an_unreadable_image_is_named_or_dropped(kind: str, tmp_path: Path, capsys: Capture) -> None:
     top = tree(tmp_path / "images")
     BAD[kind](top / "train/bee/33.png")
     error = refused(capsys, tmp_path / "out", "folder", top)
     assert "1 unreadable among the sources, 0 allowed" in error
     assert f"{top}/train/bee/33.png: " in error
     assert "0x" not in error, "an address is no reason"
-    assert "leave them out with --skip-bad 1" in error
+    assert "drop them with --skip-bad 1" in error
     assert run("prepare", "folder", top, "--skip-bad", 1, "--lanes", 1, "--out", tmp_path / "out") == 0
     out, error = capsys.readouterr()
     assert "1 unreadable left out" in out
-    assert f"warning: 1 unreadable left out:\n  {top}/train/bee/33.png: " in error
+    assert f"warning: 1 unreadable dropped:\n  {top}/train/bee/33.png: " in error
     dataset = manifest.read(tmp_path / "out")
     assert dataset.manifest.source["skipped"] == 1
     # Train is ant 0 … 9, then bee 0, 1, 2, 3, 33, 4, …: the bad one is number 14.
@@ -610,18 +610,18 @@ def test_all_unreadable_images_count_whichever_split_they_are_in(tmp_path: Path,
     assert run("prepare", "folder", top, "--skip-bad", 3, "--lanes", 1, "--out", tmp_path / "out") == 0
 
 
-def test_the_cure_that_is_told_works_with_a_limit_too(tmp_path: Path, capsys: Capture) -> None:
-    # What takes the place of an unreadable image may be unreadable as well: it shows a round later.
+def test_the_suggested_cure_works_with_a_limit_too(tmp_path: Path, capsys: Capture) -> None:
+    # The image that replaces an unreadable one may be unreadable too, which shows in the next attempt.
     top = tree(tmp_path / "images", {"train": 4, "test": 2})
     for file in sorted((top / "train").rglob("*.*")):
         if int(file.stem) >= 2:
             BAD["text"](file)
-    told = 0
-    while run("prepare", "folder", top, "--limit", 3, "--lanes", 1, "--skip-bad", told, "--out", tmp_path / "out"):
-        before, told = told, int(capsys.readouterr().err.rpartition("--skip-bad ")[2])
-        assert told > before
+    suggested = 0
+    while run("prepare", "folder", top, "--limit", 3, "--lanes", 1, "--skip-bad", suggested, "--out", tmp_path / "out"):
+        before, suggested = suggested, int(capsys.readouterr().err.rpartition("--skip-bad ")[2])
+        assert suggested > before
     dataset = manifest.read(tmp_path / "out")
-    assert dataset.manifest.source["skipped"] == told
+    assert dataset.manifest.source["skipped"] == suggested
     assert all(index % 4 < 2 for index in samples(dataset, "train").ids)
 
 
@@ -645,15 +645,15 @@ def test_an_empty_class_folder_is_named(tmp_path: Path, capsys: Capture) -> None
 
 
 @pytest.mark.parametrize(
-    ("place", "reason"),
+    ("path", "reason"),
     [
-        ("train/stray.png", "lies in no class folder; move or delete it"),
-        ("valid/bee/stray.png", "lies outside train/, val/ and test/; move or delete it"),
+        ("train/stray.png", "is not in a class folder; move or delete it"),
+        ("valid/bee/stray.png", "is not in train/, val/ or test/; move or delete it"),
     ],
 )
-def test_a_stray_image_is_named(place: str, reason: str, tmp_path: Path, capsys: Capture) -> None:
-    draw(tree(tmp_path / "images") / place, "red")
-    assert f"{tmp_path}/images/{place}: {reason}" in refused(capsys, tmp_path / "out", "folder", tmp_path / "images")
+def test_a_stray_image_is_named(path: str, reason: str, tmp_path: Path, capsys: Capture) -> None:
+    draw(tree(tmp_path / "images") / path, "red")
+    assert f"{tmp_path}/images/{path}: {reason}" in refused(capsys, tmp_path / "out", "folder", tmp_path / "images")
 
 
 def test_hidden_files_are_passed_over(tmp_path: Path, from_folder: Dataset) -> None:
@@ -688,7 +688,7 @@ def test_one_class_alone_is_refused(source: str, tmp_path: Path, capsys: Capture
         path = path.rename(tmp_path / "top")
         (tmp_path / "outer").mkdir()
         path = path.rename(tmp_path / "outer/pets").parent
-    assert "one class alone, 'pets'" in refused(capsys, tmp_path / "out", "folder", path)
+    assert "has only one class, 'pets'" in refused(capsys, tmp_path / "out", "folder", path)
 
 
 @linux
@@ -708,13 +708,13 @@ def test_a_decompression_bomb_is_refused(
 def test_fractions_that_leave_nothing_are_refused(tmp_path: Path, capsys: Capture) -> None:
     pets = (tree(tmp_path / "all", {"train": 1}) / "train").rename(tmp_path / "pets")
     assert "no samples are left for test" in refused(capsys, tmp_path / "out", "folder", pets)
-    asked = ["--test-fraction", 0.9]
-    assert "no training samples are left" in refused(capsys, tmp_path / "out", "folder", pets, *asked)
+    options = ["--test-fraction", 0.9]
+    assert "no training samples are left" in refused(capsys, tmp_path / "out", "folder", pets, *options)
 
 
-# A class of the user's own
+# The user's own class
 
-OWN = """\
+USER_MODULE = """\
 import json
 import sys
 from pathlib import Path
@@ -752,10 +752,10 @@ class Dots:
         return np.full((4, 6, 1), 100 * self.labels[split][index] + index, np.uint8)
 
 
-def tuples(**own):
-    found = Dots()
-    vars(found).update(own)
-    return found
+def tuples(**attributes):
+    source = Dots()
+    vars(source).update(attributes)
+    return source
 
 
 def no_train():
@@ -810,81 +810,84 @@ class Careless(Dots):
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the user's, where the command is typed."""
-    (tmp_path / "dots_for_test.py").write_text(OWN)
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the user's module, where commands are run."""
+    (tmp_path / "dots_for_test.py").write_text(USER_MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "dots_for_test", raising=False)  # another test's
     return tmp_path
 
 
-def prepare_own(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """As the user does it: a process of its own, started in the folder."""
+def prepare_source(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run `distrain prepare source` in a new process, in the current folder."""
     command = [Path(sys.executable).with_name("distrain"), "prepare", "source", f"dots_for_test:{name}", "--out", "out"]
-    words = [str(word) for word in [*command, *arguments]]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    texts = [str(argument) for argument in [*command, *arguments]]
+    return subprocess.run(texts, capture_output=True, text=True, timeout=120, check=False)
 
 
-def own_line(text: str) -> int:
-    return OWN[: OWN.index(text)].count("\n") + 1
+def line_of(text: str) -> int:
+    return USER_MODULE[: USER_MODULE.index(text)].count("\n") + 1
 
 
-def test_a_class_of_the_users_own_is_a_source(own: Path) -> None:
-    done = prepare_own("Dots", "samples=60", "--lanes", 3)
+def test_a_class_of_the_users_own_is_a_source(user_folder: Path) -> None:
+    done = prepare_source("Dots", "samples=60", "--lanes", 3)
     assert done.returncode == 0, done.stderr
-    dataset = manifest.read(own / "out")
-    found = dataset.manifest
-    assert (found.classes, found.image_shape) == (["dark", "light"], [4, 6, 1])
-    assert found.source["kind"] == "source"
-    assert found.source["class"] == "dots_for_test:Dots"
-    assert found.source["arguments"] == {"samples": "60"}
+    dataset = manifest.read(user_folder / "out")
+    content = dataset.manifest
+    assert (content.classes, content.image_shape) == (["dark", "light"], [4, 6, 1])
+    assert content.source["kind"] == "source"
+    assert content.source["class"] == "dots_for_test:Dots"
+    assert content.source["arguments"] == {"samples": "60"}
     for split, count in (("train", 60), ("test", 10)):
         block = samples(dataset, split)
         assert sorted(block.ids.tolist()) == list(range(count))
         assert (block.labels == block.ids % 2).all()
         assert (block.images == (100 * (block.ids % 2) + block.ids)[:, None, None, None]).all()
-    assert run("verify", own / "out") == 0
-    assert "left alone" in prepare_own("Dots", "samples=60", "--lanes", 3).stdout
-    other = prepare_own("Dots", "samples=80", "--lanes", 3)
+    assert run("verify", user_folder / "out") == 0
+    assert "left alone" in prepare_source("Dots", "samples=60", "--lanes", 3).stdout
+    other = prepare_source("Dots", "samples=80", "--lanes", 3)
     assert other.returncode == 78
-    assert "arguments: {'samples': '60'}, asked for {'samples': '80'}" in other.stderr
+    assert "arguments: {'samples': '60'}, now {'samples': '80'}" in other.stderr
 
 
-def test_what_is_unreadable_in_a_source_of_ones_own_is_named_or_left_out(own: Path) -> None:
-    done = prepare_own("Dots", "fault=unreadable")
+def test_an_unreadable_sample_of_the_users_class_is_named_or_dropped(user_folder: Path) -> None:
+    done = prepare_source("Dots", "fault=unreadable")
     assert done.returncode == 78
     assert "1 unreadable among the sources, 0 allowed:\n  train dot 7: smudged\n" in done.stderr
-    assert not (own / "out").exists()
-    assert prepare_own("Dots", "fault=unreadable", "--skip-bad", 1).returncode == 0
-    assert sorted(samples(manifest.read(own / "out"), "train").ids.tolist()) == [i for i in range(40) if i != 7]
+    assert not (user_folder / "out").exists()
+    assert prepare_source("Dots", "fault=unreadable", "--skip-bad", 1).returncode == 0
+    assert sorted(samples(manifest.read(user_folder / "out"), "train").ids.tolist()) == [i for i in range(40) if i != 7]
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "reason"),
     [
         ("raises", "load() raises JSONDecodeError: Expecting property name enclosed in double quotes"),
         ("exits", "load() raises SystemExit: 0"),
-        ("shape", "load() gives uint8 [4, 6], should give uint8 [4, 6, 1]"),
-        ("dtype", "load() gives float64 [4, 6, 1], should give uint8 [4, 6, 1]"),
-        ("kind", "load() gives NoneType, should give uint8 [4, 6, 1]"),
+        ("shape", "load() returns uint8 [4, 6], should return uint8 [4, 6, 1]"),
+        ("dtype", "load() returns float64 [4, 6, 1], should return uint8 [4, 6, 1]"),
+        ("kind", "load() returns NoneType, should return uint8 [4, 6, 1]"),
     ],
 )
-def test_what_goes_wrong_in_a_worker_is_one_line_with_the_sample(fault: str, told: str, own: Path) -> None:
-    done = prepare_own("Dots", f"fault={fault}")
+def test_an_error_in_a_worker_is_one_line_with_the_sample(fault: str, reason: str, user_folder: Path) -> None:
+    done = prepare_source("Dots", f"fault={fault}")
     assert done.returncode == 78
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("distrain")]
-    assert message.startswith(f"distrain: error: prepare source dots_for_test:Dots: train dot 7: {told}")
+    assert message.startswith(f"distrain: error: prepare source dots_for_test:Dots: train dot 7: {reason}")
     assert "Traceback" not in done.stderr
     if fault == "raises":
-        assert message.endswith(f"({own}/dots_for_test.py:{own_line('json.loads')})")
-    assert not (own / "out").exists()
+        assert message.endswith(f"({user_folder}/dots_for_test.py:{line_of('json.loads')})")
+    assert not (user_folder / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "messages"),
     [
-        ("no_train", ["labels: has no split 'train'", "labels: has a split 'valid'; there are train, val and test"]),
+        (
+            "no_train",
+            ["labels: has no split 'train'", "labels: has a split 'valid', should have only train, val and test"],
+        ),
         (
             "no_integers",
             [
@@ -895,7 +898,7 @@ def test_what_goes_wrong_in_a_worker_is_one_line_with_the_sample(fault: str, tol
         ("no_mapping", ["labels: should map each split to its samples' labels, is array("]),
         ("no_names", ["classes: should be a list of names (str), is ('dark', 'light')"]),
         ("no_shape", ["image_shape: should be (height, width, channels), is (4, 6)"]),
-        ("twice", ["classes: 'dark' stands there twice"]),
+        ("twice", ["classes: 'dark' is listed twice"]),
         ("nothing", ["has no classes, image_shape, labels, name, load"]),
         ("not_picklable", ["cannot be sent to worker processes (TypeError: ", "open files in load(), not before"]),
         ("too_high", ["labels should be 0 … 1", "train dot 2: label 2; 12 more in train", "test dot 5: label -1\n"]),
@@ -904,26 +907,30 @@ def test_what_goes_wrong_in_a_worker_is_one_line_with_the_sample(fault: str, tol
         ("", ["should be package.module:Class"]),
     ],
 )
-def test_a_class_that_does_not_fit_is_told(name: str, told: list[str], own: Path, capsys: Capture) -> None:
-    error = refused(capsys, own / "out", "source", f"dots_for_test:{name}")
+def test_all_problems_of_a_class_are_reported(
+    name: str, messages: list[str], user_folder: Path, capsys: Capture
+) -> None:
+    error = refused(capsys, user_folder / "out", "source", f"dots_for_test:{name}")
     assert "Traceback" not in error
-    for text in told:
+    for text in messages:
         assert text in error
 
 
-def test_the_place_in_the_users_code_is_told(own: Path, capsys: Capture) -> None:
-    error = refused(capsys, own / "out", "source", "dots_for_test:Raises")
-    place = f"({own}/dots_for_test.py:{own_line('nowhere.csv')})"
-    assert error.endswith(f"FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.csv' {place}\n")
-    error = refused(capsys, own / "out", "source", "dots_for_test:Dots", "sample=3")
+def test_the_line_in_the_users_code_is_reported(user_folder: Path, capsys: Capture) -> None:
+    error = refused(capsys, user_folder / "out", "source", "dots_for_test:Raises")
+    location = f"({user_folder}/dots_for_test.py:{line_of('nowhere.csv')})"
+    assert error.endswith(f"FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.csv' {location}\n")
+    error = refused(capsys, user_folder / "out", "source", "dots_for_test:Dots", "sample=3")
     assert "unexpected keyword argument 'sample'" in error
-    error = refused(capsys, own / "out", "source", "dots_for_test:Careless", "fault=raises")
+    error = refused(capsys, user_folder / "out", "source", "dots_for_test:Careless", "fault=raises")
     assert "train sample 7 (its name() raises AttributeError: 'Careless' object has no attribute 'nothing'" in error
 
 
-def test_arguments_that_are_no_pairs_are_told_and_secrets_not_kept(own: Path, capsys: Capture) -> None:
-    for words, told in [(["samples"], "samples: should be key=value"), (["a=1", "a=2"], "a is given twice")]:
-        assert told in refused(capsys, own / "out", "source", "dots_for_test:Dots", *words)
+def test_arguments_that_are_not_pairs_are_reported_and_secrets_are_not_recorded(
+    user_folder: Path, capsys: Capture
+) -> None:
+    for arguments, message in [(["samples"], "samples: should be key=value"), (["a=1", "a=2"], "a is given twice")]:
+        assert message in refused(capsys, user_folder / "out", "source", "dots_for_test:Dots", *arguments)
     assert run("prepare", "source", "dots_for_test:Dots", "fault=https://me:secret@host/x?k=y", "--out", "out") == 0
     assert manifest.read("out").manifest.source["arguments"] == {"fault": "https://host/x"}
     assert run("prepare", "source", "dots_for_test:Dots", "api_key=hush", "--out", "keyed") == 0
@@ -931,7 +938,7 @@ def test_arguments_that_are_no_pairs_are_told_and_secrets_not_kept(own: Path, ca
     assert not [path for path in Path("keyed").rglob("*.json") if "hush" in path.read_text()]
 
 
-def test_a_path_where_a_source_is_meant_is_told(tmp_path: Path, capsys: Capture) -> None:
+def test_the_error_for_a_path_instead_of_a_source_has_the_command(tmp_path: Path, capsys: Capture) -> None:
     error = refused(capsys, tmp_path / "out", tmp_path)
     assert f"{tmp_path} is a path: distrain prepare folder {tmp_path} --out" in error
 
@@ -946,7 +953,7 @@ def test_cifar10_without_files_and_network_says_so_in_one_line(tmp_path: Path) -
     done = subprocess.run(command, env=os.environ | nowhere, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 78, done.stderr
     (message,) = [line for line in done.stderr.splitlines() if line]
-    assert message.startswith(f"distrain: error: CIFAR-10 is not under {root} and cannot be downloaded")
+    assert message.startswith(f"distrain: error: CIFAR-10 is not in {root} and cannot be downloaded")
     assert "cifar-10-python.tar.gz" in message
     assert "--root" in message
     assert not out.exists()
@@ -965,12 +972,14 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def repeat_an_id(folder: Path) -> None:
     """The last shard of train repeats an id of the first, with digests that fit."""
     dataset = manifest.read(folder)
-    found = dataset.split("train").shards
-    first, last = (shards.read(folder, entry, dataset.manifest.image_shape, 7)[0] for entry in (found[0], found[-1]))
+    entries = dataset.split("train").shards
+    first, last = (
+        shards.read(folder, entry, dataset.manifest.image_shape, 7)[0] for entry in (entries[0], entries[-1])
+    )
     ids = last.ids.copy()
     ids[0] = first.ids[0]
-    shards.write(folder / found[-1].name, Block(last.images, last.labels, ids))
-    entry = shards.describe(folder / found[-1].name, found[-1].name, found[-1].samples).model_dump()
+    shards.write(folder / entries[-1].name, Block(last.images, last.labels, ids))
+    entry = shards.describe(folder / entries[-1].name, entries[-1].name, entries[-1].samples).model_dump()
     edit(folder, lambda text: text["splits"]["train"]["shards"].__setitem__(-1, entry))
 
 
@@ -996,7 +1005,7 @@ def test_verify_passes_what_is_as_written(made: Dataset, capsys: Capture) -> Non
             "test/00004.tar: changed since it was prepared (its xxh3_128 differs)",
         ),
         (lambda folder: edit(folder, lambda t: t.update(classes=t["classes"][:-1])), "the data set has 6 classes"),
-        (lambda folder: edit(folder, lambda t: t.update(image_shape=[8, 4, 3])), "wanted uint8 [N, 8, 4, 3]"),
+        (lambda folder: edit(folder, lambda t: t.update(image_shape=[8, 4, 3])), "expected uint8 [N, 8, 4, 3]"),
         (repeat_an_id, "occurs 2 times"),
     ],
     ids=["missing", "flipped", "cut", "sha256", "xxh3", "labels", "shape", "repeated id"],
@@ -1020,8 +1029,7 @@ def test_verify_names_the_repeated_id_and_its_split(copy: Path, capsys: Capture)
 def test_verify_names_all_that_is_wrong_at_once(copy: Path, capsys: Capture) -> None:
     (copy / "train/00000.tar").unlink()
     damage(copy / "test/00011.tar", 5000)
-    repeat_an_id_of = copy / "train/00005.tar"
-    cut(repeat_an_id_of, 1000)
+    cut(copy / "train/00005.tar", 1000)
     assert run("verify", copy) == 78
     error = capsys.readouterr().err
     assert "3 found wrong" in error
@@ -1072,15 +1080,15 @@ def test_each_class_is_drawn_in_proportion(labels: np.ndarray, fraction: float, 
     assert taken.tolist() == stratified(labels, count, seed, 0).tolist()
     sizes = np.bincount(labels)
     exact = count * sizes / max(1, len(labels))
-    found = np.bincount(labels[taken], minlength=len(sizes))
-    assert (np.abs(found - exact) < 1).all()
+    counts = np.bincount(labels[taken], minlength=len(sizes))
+    assert (np.abs(counts - exact) < 1).all()
     remainder = count * sizes % max(1, len(labels))
-    up = found * len(labels) > count * sizes
+    up = counts * len(labels) > count * sizes
     down = (remainder > 0) & ~up
     assert not up.any() or not down.any() or remainder[up].min() >= remainder[down].max(), "a smaller one rounded up"
 
 
-def test_the_draw_depends_on_the_seed_and_takes_every_sample_alike() -> None:
+def test_the_draw_depends_on_the_seed_and_every_sample_is_equally_likely() -> None:
     labels = np.repeat(np.arange(10), 10)
     drawn = Counter(index for seed in range(200) for index in stratified(labels, 5, seed, 0).tolist())
     # Each of 100 samples is drawn with probability 1/20: 10 times of 200, give or take 3.1.
@@ -1114,9 +1122,11 @@ def test_splits_are_disjoint_and_lose_nothing(
     chosen = choose(labels, {"train": bad}, options)
     assert {part.source_split for part in chosen.values()} <= labels.keys()
     if with_test:
-        wanted = list(range(7)) if limit is None else None
-        found = sorted(chosen["test"].ids.tolist())
-        assert found == wanted or (limit is not None and len(set(found)) == min(limit, 7))
+        ids_of_test = sorted(chosen["test"].ids.tolist())
+        if limit is None:
+            assert ids_of_test == list(range(7))
+        else:
+            assert len(set(ids_of_test)) == min(limit, 7)
     drawn = [part.ids for part in chosen.values() if part.source_split == "train"]
     ids = np.concatenate(drawn).tolist()
     assert len(set(ids)) == len(ids), "a sample in two splits"
@@ -1141,7 +1151,7 @@ def test_the_order_of_a_split_depends_on_the_seed() -> None:
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9", b"line\nbreak"])
-def test_names_that_nobody_can_write_down_are_told_first(name: bytes, tmp_path: Path) -> None:
+def test_names_that_cannot_be_written_down_are_reported_first(name: bytes, tmp_path: Path) -> None:
     for folder in (name, b"plain"):
         os.makedirs(os.path.join(os.fsencode(tmp_path / "photos"), folder))
         with open(os.path.join(os.fsencode(tmp_path / "photos"), folder, b"1.png"), "wb") as file:

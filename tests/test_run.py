@@ -249,7 +249,7 @@ def test_evaluate_scores_any_split_and_checkpoint(
         ({"model": {"name": "models_for_tests:Picky"}}, "fails on images [2, 3, 16, 16]"),
         ({"run": {"dir": "/proc/nowhere"}}, "cannot be written"),
         ({"model": {"name": "nett"}}, "model.name=nett"),
-        ({"model": {"name": "torch.nn:Identity"}}, "nothing to train"),
+        ({"model": {"name": "torch.nn:Identity"}}, "no trainable parameters"),
         ({"train": {"lrr": 1}}, "did you mean train.lr?"),
     ],
 )

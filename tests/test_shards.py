@@ -42,7 +42,7 @@ def written(root: Path, content: Block, block_samples: int = 1024) -> Shard:
 
 
 def crafted(root: Path, members: dict[str, bytes], samples: int) -> Shard:
-    """A tar of these members, whose digests fit: only its content can be wrong."""
+    """A tar of these members with matching digests: only its content can be wrong."""
     path = root / NAME
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -60,7 +60,7 @@ def npy(array: Any, **options: Any) -> bytes:
 
 
 def members(samples: int = 6, **replaced: bytes | None) -> dict[str, bytes]:
-    """Members of one good block; `images`, `labels` and `ids` are replaced, or left out by None."""
+    """Members of one valid block; `images`, `labels` and `ids` replace them, or None drops them."""
     content = {name: npy(array) for name, array in block(samples)._asdict().items()} | replaced
     return {f"00000000.{name}.npy": data for name, data in content.items() if data is not None}
 
@@ -90,7 +90,7 @@ def test_what_is_written_is_read(
     content = block(samples, seed)
     shard = written(root, content, block_samples)
     blocks = shards.read(root, shard, SHAPE, CLASSES)
-    assert [len(found.ids) for found in blocks[:-1]] == [block_samples] * ((samples - 1) // block_samples)
+    assert [len(block.ids) for block in blocks[:-1]] == [block_samples] * ((samples - 1) // block_samples)
     assert same(read(root, shard), content)
 
 
@@ -108,7 +108,7 @@ def test_same_block_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first != other
 
 
-def test_a_shard_tells_nothing_of_who_wrote_it_and_when(tmp_path: Path) -> None:
+def test_a_shard_does_not_record_who_wrote_it_or_when(tmp_path: Path) -> None:
     shard = written(tmp_path, block(3))
     with tarfile.open(tmp_path / shard.name) as tar:
         for member in tar:
@@ -125,7 +125,7 @@ def member_ends(data: bytes) -> list[int]:
 
 def cut_at_a_member(path: Path) -> None:
     data = path.read_bytes()
-    path.write_bytes(data[: member_ends(data)[2]])  # behind the first of three blocks
+    path.write_bytes(data[: member_ends(data)[2]])  # after the first of three blocks
     (sample,) = wds.WebDataset([str(path)], shardshuffle=False)  # the reader itself sees nothing wrong
     assert "ids.npy" in sample
 
@@ -174,7 +174,7 @@ def test_one_changed_byte_shows_in_either_digest(
 
 
 @pytest.mark.parametrize(("digest", "other"), [("xxh3_128", "sha256"), ("sha256", "xxh3_128")])
-def test_each_digest_is_checked_where_it_is_asked_for(digest: str, other: str, tmp_path: Path) -> None:
+def test_each_digest_is_checked_if_it_is_requested(digest: str, other: str, tmp_path: Path) -> None:
     shard = written(tmp_path, block(5))
     value = getattr(shard, digest)
     wrong = shard.model_copy(update={digest: ("1" if value[0] == "0" else "0") + value[1:]})
@@ -183,14 +183,14 @@ def test_each_digest_is_checked_where_it_is_asked_for(digest: str, other: str, t
     assert same(read(tmp_path, wrong, other), block(5))
 
 
-def test_the_faster_digest_is_checked_unasked(tmp_path: Path) -> None:
+def test_the_faster_digest_is_checked_by_default(tmp_path: Path) -> None:
     shard = written(tmp_path, block(5))
     flip(tmp_path / shard.name, 1000)
     with pytest.raises(ShardError, match="xxh3_128"):
         shards.read(tmp_path, shard, SHAPE, CLASSES)
 
 
-# Files whose digests fit and whose content is wrong
+# Files whose digests match and whose content is wrong
 
 
 def header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
@@ -199,21 +199,21 @@ def header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
     return file.getvalue()
 
 
-def test_a_crafted_block_is_read_while_nothing_is_wrong(tmp_path: Path) -> None:
+def test_a_crafted_block_without_errors_is_read(tmp_path: Path) -> None:
     assert same(read(tmp_path, crafted(tmp_path, members(6), 6)), block(6))
 
 
 @pytest.mark.parametrize("promised", [7, 5, 0, -1, 2**31, 2**61, 10**15, 10**30])
-def test_a_header_that_promises_what_is_not_there_fails_before_memory_is_taken(promised: int, tmp_path: Path) -> None:
-    lie = header((promised, *SHAPE)) + block(6).images.tobytes()
-    shard = crafted(tmp_path, members(images=lie), 6)
+def test_a_header_with_a_wrong_length_fails_before_memory_is_allocated(promised: int, tmp_path: Path) -> None:
+    wrong_images = header((promised, *SHAPE)) + block(6).images.tobytes()
+    shard = crafted(tmp_path, members(images=wrong_images), 6)
     tracemalloc.start()
     try:
         message = refused(tmp_path, shard)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert f"header promises {promised * 60} bytes, 360 are there" in message
+    assert f"header says {promised * 60} bytes, but there are 360" in message
     assert "block 00000000.images.npy" in message
     assert peak < 2**20
 
@@ -238,17 +238,17 @@ def test_a_member_that_is_no_npy_array_is_refused(data: bytes, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("replaced", "reason"),
     [
-        ({"images": npy(np.zeros((6, 5, 4, 3), np.uint8))}, r"holds uint8 [6, 5, 4, 3], wanted uint8 [N, 4, 5, 3]"),
-        ({"images": npy(np.zeros((6, 60), np.uint8))}, "holds uint8 [6, 60]"),
-        ({"images": npy(np.zeros((6, *SHAPE), np.int8))}, "holds int8"),
-        ({"images": npy(np.zeros((6, *SHAPE), np.float32))}, "holds float32"),
-        ({"images": npy(np.asfortranarray(block(6).images))}, "holds uint8 [6, 4, 5, 3], wanted"),
-        ({"labels": npy(np.zeros(6, np.int32))}, "holds int32 [6], wanted int64 [N]"),
-        ({"labels": npy(np.zeros(6, ">i8"))}, "holds >i8 [6], wanted int64 [N]"),
-        ({"labels": npy(np.zeros((6, 1), np.int64))}, "holds int64 [6, 1], wanted int64 [N]"),
-        ({"labels": npy(np.int64(3))}, "holds int64 [], wanted int64 [N]"),
-        ({"ids": npy(np.array([None] * 6), allow_pickle=True)}, "holds object [6], wanted int64 [N]"),
-        ({"ids": npy(np.zeros(6, np.float64))}, "holds float64"),
+        ({"images": npy(np.zeros((6, 5, 4, 3), np.uint8))}, r"is uint8 [6, 5, 4, 3], expected uint8 [N, 4, 5, 3]"),
+        ({"images": npy(np.zeros((6, 60), np.uint8))}, "is uint8 [6, 60]"),
+        ({"images": npy(np.zeros((6, *SHAPE), np.int8))}, "is int8"),
+        ({"images": npy(np.zeros((6, *SHAPE), np.float32))}, "is float32"),
+        ({"images": npy(np.asfortranarray(block(6).images))}, "is uint8 [6, 4, 5, 3], expected"),
+        ({"labels": npy(np.zeros(6, np.int32))}, "is int32 [6], expected int64 [N]"),
+        ({"labels": npy(np.zeros(6, ">i8"))}, "is >i8 [6], expected int64 [N]"),
+        ({"labels": npy(np.zeros((6, 1), np.int64))}, "is int64 [6, 1], expected int64 [N]"),
+        ({"labels": npy(np.int64(3))}, "is int64 [], expected int64 [N]"),
+        ({"ids": npy(np.array([None] * 6), allow_pickle=True)}, "is object [6], expected int64 [N]"),
+        ({"ids": npy(np.zeros(6, np.float64))}, "is float64"),
         ({"images": None}, "has no images.npy"),
         ({"labels": None}, "has no labels.npy"),
         ({"ids": None}, "has no ids.npy"),
@@ -266,21 +266,21 @@ def test_wrong_content_is_named(replaced: dict[str, bytes | None], reason: str, 
 
 def test_highest_and_lowest_label_are_read(tmp_path: Path) -> None:
     labels = np.array([0, 9, 0, 9, 0, 9])
-    found = read(tmp_path, crafted(tmp_path, members(labels=npy(labels)), 6))
-    assert found.labels.tolist() == labels.tolist()
+    content = read(tmp_path, crafted(tmp_path, members(labels=npy(labels)), 6))
+    assert content.labels.tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize("promised", [5, 7])
-def test_another_number_of_samples_than_promised_is_refused(promised: int, tmp_path: Path) -> None:
+def test_another_number_of_samples_than_the_manifest_says_is_refused(promised: int, tmp_path: Path) -> None:
     message = refused(tmp_path, crafted(tmp_path, members(6), promised))
-    assert f"holds 6 samples, the manifest promises {promised}" in message
+    assert f"has 6 samples, the manifest says {promised}" in message
 
 
-def test_a_cut_shard_is_refused_even_if_size_and_digests_are_made_to_fit(tmp_path: Path) -> None:
+def test_a_cut_shard_is_refused_even_if_size_and_digests_match(tmp_path: Path) -> None:
     written(tmp_path, block(30), 10)
     cut_at_a_member(tmp_path / NAME)
     message = refused(tmp_path, shards.describe(tmp_path / NAME, NAME, 30))
-    assert "holds 10 samples, the manifest promises 30" in message
+    assert "has 10 samples, the manifest says 30" in message
 
 
 def test_a_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_pickles_beside_the_arrays_are_never_loaded(tmp_path: Path) -> None:
     assert same(read(tmp_path, crafted(tmp_path, members(6) | evil, 6)), block(6))
     assert not proof.exists()
     pickle.loads(data)
-    assert proof.exists(), "the payload is a blank: the test proves nothing"
+    assert proof.exists(), "the payload does nothing, so the test proves nothing"
 
 
 def test_pickles_inside_an_array_are_never_loaded(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_pickles_inside_an_array_are_never_loaded(tmp_path: Path) -> None:
     refused(tmp_path, crafted(tmp_path, members(labels=data), 6))
     assert not proof.exists()
     np.load(io.BytesIO(data), allow_pickle=True)
-    assert proof.exists(), "the payload is a blank: the test proves nothing"
+    assert proof.exists(), "the payload does nothing, so the test proves nothing"
 
 
 # Read by stock webdataset: from here to `stock` nothing of distrain is used.

@@ -1,4 +1,4 @@
-"""Batches from real shards: the order's samples, for any number of processes and any step to start from."""
+"""Batches from real shards have the samples that the order defines, for any number of processes and any first step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def order_of(dataset: Dataset, global_batch_size: int, seed: int = 1) -> Order:
 
 
 def planned(dataset: Dataset, order: Order, step: int) -> list[int]:
-    """Ids of a step, from the definition in `distrain.data.order` and the shards alone."""
+    """Ids of a step, computed only from the definition in `distrain.data.order` and the shards."""
     epoch, in_epoch = divmod(step, order.steps_per_epoch)
     ids = []
     for position in range(in_epoch * order.global_batch_size, (in_epoch + 1) * order.global_batch_size):
@@ -56,40 +56,40 @@ def ids_of(dataset: Dataset, index: int) -> list[int]:
 def streamed(
     dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int = 1, cached: bool = False
 ) -> list[list[int]]:
-    held = Cache(dataset, torch.device("cpu")) if cached else None
-    batches = TrainingBatches(dataset, order, world, steps, read_ahead, with_random_bits=False, pin=False, held=held)
+    train = Cache(dataset, torch.device("cpu")) if cached else None
+    batches = TrainingBatches(dataset, order, world, steps, read_ahead, with_random_bits=False, pin=False, cache=train)
     with closing(batches):
         return [batch.ids.tolist() for batch in batches]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2), st.integers(0, 2**62), st.booleans(), st.data())
-def test_any_world_streams_what_the_order_says_from_any_step(
+def test_any_world_streams_the_samples_of_the_order_from_any_step(
     small: Dataset, global_batch_size: int, size: int, ahead: int, seed: int, cached: bool, data: st.DataObject
 ) -> None:
     order = order_of(small, global_batch_size, seed)
     first = data.draw(st.integers(0, 3 * order.steps_per_epoch))
     steps = range(first, min(first + 6, 3 * order.steps_per_epoch))
-    shares = [streamed(small, order, World(rank, size), steps, ahead + 1, cached) for rank in range(size)]
+    local_batches = [streamed(small, order, World(rank, size), steps, ahead + 1, cached) for rank in range(size)]
     for number, step in enumerate(steps):
         expected = planned(small, order, step)
-        assert sorted(sum((share[number] for share in shares), [])) == sorted(expected)
+        assert sorted(sum((of_rank[number] for of_rank in local_batches), [])) == sorted(expected)
         if size == 1:
-            assert shares[0][number] == expected
+            assert local_batches[0][number] == expected
 
 
-def test_whole_epochs_use_every_sample_once_but_for_the_dropped(small: Dataset) -> None:
+def test_an_epoch_uses_every_sample_once_except_the_dropped_ones(small: Dataset) -> None:
     order = order_of(small, 32)
     ids = streamed(small, order, World(), range(3 * order.steps_per_epoch))
-    left_out = []
+    dropped = []
     for epoch in range(3):
         seen = sum(ids[epoch * order.steps_per_epoch : (epoch + 1) * order.steps_per_epoch], [])
         assert len(set(seen)) == len(seen) == order.steps_per_epoch * 32
-        left_out.append(set(range(1003)) - set(seen))
-    assert left_out[0] != left_out[1] != left_out[2]
+        dropped.append(set(range(1003)) - set(seen))
+    assert dropped[0] != dropped[1] != dropped[2]
 
 
-def test_images_labels_and_words_belong_to_their_ids(small: Dataset) -> None:
+def test_images_labels_and_random_bits_belong_to_their_ids(small: Dataset) -> None:
     from distrain.data.sources.synthetic import Synthetic
 
     source = Synthetic(1003, 203, 16, 10, 0)
@@ -102,19 +102,21 @@ def test_images_labels_and_words_belong_to_their_ids(small: Dataset) -> None:
                 for image, label, index in zip(batch.images, batch.labels, batch.ids, strict=True):
                     assert (image.numpy() == source.load("train", int(index))).all()
                     assert label == source.labels["train"][index]
-                drawn = augmentation_bits(order.seed, step, 50).view(np.int64)
-                places = order.places(step % order.steps_per_epoch, world)
-                assert batch.words.tolist() == drawn[places].tolist()
+                of_global_batch = augmentation_bits(order.seed, step, 50).view(np.int64)
+                positions = order.positions(step % order.steps_per_epoch, world)
+                assert batch.random_bits.tolist() == of_global_batch[positions].tolist()
 
 
-def test_evaluation_batches_are_the_same_for_every_world_and_own_each_sample_once(small: Dataset) -> None:
+def test_evaluation_batches_are_the_same_for_every_world_and_have_each_sample_once(small: Dataset) -> None:
     def batches(size: int) -> Iterator[tuple[torch.Tensor, ...]]:
         for rank in range(size):
             yield from EvaluationBatches(small, "test", World(rank, size), 7)
 
     def content(size: int) -> list[tuple[bytes, tuple[int, ...], tuple[int, ...]]]:
-        found = batches(size)
-        return sorted((images.numpy().tobytes(), tuple(a.tolist()), tuple(b.tolist())) for images, a, b in found)
+        return sorted(
+            (images.numpy().tobytes(), tuple(labels.tolist()), tuple(ids.tolist()))
+            for images, labels, ids in batches(size)
+        )
 
     alone = content(1)
     assert sum(len(labels) for _, labels, _ in alone) == 203
@@ -123,7 +125,7 @@ def test_evaluation_batches_are_the_same_for_every_world_and_own_each_sample_onc
         assert content(size) == alone
 
 
-def test_a_damaged_shard_ends_the_stream_naming_it(small: Dataset, tmp_path) -> None:
+def test_the_error_for_a_damaged_shard_names_it(small: Dataset, tmp_path) -> None:
     import shutil
 
     from distrain.data import manifest
@@ -147,7 +149,7 @@ def test_closing_ends_the_reading_thread(small: Dataset) -> None:
     assert not set(threading.enumerate()) - before
 
 
-def test_background_keeps_to_its_bound_and_hands_on_errors() -> None:
+def test_background_stays_within_its_limit_and_raises_errors_of_the_iterator() -> None:
     made, taken = [], []
     reached = threading.Event()
 
@@ -173,7 +175,7 @@ def test_background_keeps_to_its_bound_and_hands_on_errors() -> None:
     background.close()
 
 
-def test_memory_is_what_the_buffers_take(small: Dataset) -> None:
+def test_memory_is_the_size_of_the_buffers(small: Dataset) -> None:
     order = order_of(small, 8)
     per_sample = 16 * 16 * 3 + 16
     assert memory(small, order, World(0, 1), 1) == 2 * 12 * order.samples_per_shard * per_sample
@@ -197,29 +199,29 @@ def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
         return original(root, shard, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(shards, "read", counting)
-    held = Cache(small, torch.device("cpu"))
+    train = Cache(small, torch.device("cpu"))
     with closing(
-        TrainingBatches(small, order, world, steps, 1, with_random_bits=False, pin=False, held=held)
-    ) as cached:
-        found = list(cached)
+        TrainingBatches(small, order, world, steps, 1, with_random_bits=False, pin=False, cache=train)
+    ) as batches:
+        cached = list(batches)
     assert len(read) == len(set(read))
-    assert len(found) == len(expected)
-    for batch, (images, labels, ids) in zip(found, expected, strict=True):
+    assert len(cached) == len(expected)
+    for batch, (images, labels, ids) in zip(cached, expected, strict=True):
         assert torch.equal(batch.images, images)
         assert torch.equal(batch.labels, labels)
         assert np.array_equal(batch.ids, ids)
 
 
-def test_where_train_is_kept(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, need = torch.device("cpu"), cache.size(small)
+def test_the_device_of_the_cache_depends_on_free_memory(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, needed = torch.device("cpu"), cache.size(small)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for free, auto in ((8 * need, cpu), (8 * need - 8, None)):
+    for free, auto in ((8 * needed, cpu), (8 * needed - 8, None)):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
-        assert cache.choose("auto", small, cpu) == auto
-        assert cache.choose("ram", small, cpu) == cpu
-        assert cache.choose("off", small, cpu) is None
-    monkeypatch.setattr(machine, "free_memory", lambda: 2 * need - 2)
-    with pytest.raises(ConfigError, match=r"data.cache=ram: .* do not fit"):
-        cache.choose("ram", small, cpu)
+        assert cache.choose_device("auto", small, cpu) == auto
+        assert cache.choose_device("ram", small, cpu) == cpu
+        assert cache.choose_device("off", small, cpu) is None
+    monkeypatch.setattr(machine, "free_memory", lambda: 2 * needed - 2)
+    with pytest.raises(ConfigError, match=r"data.cache=ram: .* MiB are free for it"):
+        cache.choose_device("ram", small, cpu)
     with pytest.raises(ConfigError, match="needs a GPU"):
-        cache.choose("device", small, cpu)
+        cache.choose_device("device", small, cpu)

@@ -1,1 +1,1 @@
-"""Images → data set → batches: what is prepared, read and dealt to the processes."""
+"""Data: images become a data set of shards, and shards become batches for the processes."""

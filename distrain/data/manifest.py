@@ -1,5 +1,6 @@
-"""`manifest.json`: what a data set holds, with a digest for every shard. Written last, so a folder without one is
-not a data set.
+"""`manifest.json`: the description of a data set, with a digest of each shard.
+
+It is written last, so a folder without it is not a data set.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distrain.config import Data
-from distrain.data.fetch import FetchError, Remote, Settings, locate
+from distrain.data.fetch import FetchError, FetchOptions, Remote, locate
 from distrain.errors import DataError, UnreachableError
 
 NAME = "manifest.json"
-_MOST_BYTES = 2**28
-"""Longest manifest fetched from an address: of a million shards."""
+_MAX_BYTES = 2**28
+"""Maximum size of a manifest that is fetched from an address: a million shards."""
 FORMAT = "distrain-blocks"
 VERSION = 1
 IMAGES, LABELS, IDS = "images.npy", "labels.npy", "ids.npy"
-"""Members of a block, behind its key: uint8 [N, H, W, C], int64 [N], int64 [N] (index in the source's split)."""
+"""Names of a block's arrays: uint8 [N, H, W, C], int64 [N], and int64 [N] (index in the source's split)."""
 
 
 class _Record(BaseModel):
@@ -33,7 +34,7 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """One tar file. Its name is a path below the data set's folder that cannot lead out of it."""
+    """One tar file. Its name is a path in the data set's folder, which the pattern cannot leave."""
 
     name: Annotated[str, Field(pattern=r"^[a-z]+/[0-9]{5,}\.tar$")]
     samples: Annotated[int, Field(ge=1)]
@@ -43,7 +44,7 @@ class Shard(_Record):
 
 
 class Split(_Record):
-    """The shards of train, val or test. Sizes differ by at most one sample; lanes divide their number."""
+    """The shards of train, val or test. Sizes differ by at most one sample; the number is a multiple of `lanes`."""
 
     samples: int
     lanes: Annotated[int, Field(ge=1)]
@@ -53,7 +54,7 @@ class Split(_Record):
     def _adds_up(self) -> Split:
         sizes = [shard.samples for shard in self.shards]
         if sum(sizes) != self.samples:
-            raise ValueError(f"{self.samples} samples, but the shards hold {sum(sizes)}")
+            raise ValueError(f"{self.samples} samples, but the shards have {sum(sizes)}")
         if len(sizes) % self.lanes:
             raise ValueError(f"{self.lanes} lanes do not divide {len(sizes)} shards")
         if max(sizes) - min(sizes) > 1:
@@ -64,8 +65,9 @@ class Split(_Record):
 
 
 class Manifest(_Record):
-    """The whole data set; `mean` and `std` are the train split's, per channel, of images in 0 … 1 (a std of 0 is told
-    as 1).
+    """The content of `manifest.json`.
+
+    `mean` and `std` are those of the train split, per channel, with images in 0 … 1. A std of 0 is recorded as 1.
     """
 
     format: Literal["distrain-blocks"]
@@ -98,26 +100,27 @@ class Manifest(_Record):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: its folder, local or remote, its manifest and the manifest's sha256."""
+    """A data set: its folder, local or remote, its manifest and the sha256 of `manifest.json`."""
 
     root: Path | Remote
     manifest: Manifest
     digest: str
 
     def split(self, name: str) -> Split:
-        """The split of that name.
+        """Return the split of this name.
 
         Raises:
-            DataError: the data set has none.
+            DataError: there is no such split.
         """
-        found = {str(key): value for key, value in self.manifest.splits.items()}.get(name)
-        if found is None:
+        split = {str(key): value for key, value in self.manifest.splits.items()}.get(name)
+        if split is None:
             raise DataError(f"{self.root}: has no split {name!r}, only {', '.join(self.manifest.splits)}")
-        return found
+        return split
 
     def missing(self, splits: Sequence[str]) -> Iterator[str]:
-        """One line for each shard of the splits that is not there or not of its size. Of a remote data set, none: a
-        request for every shard would take minutes, and a fetch that fails is told anyway.
+        """Yield one line for each shard of the splits that is missing or has a wrong size.
+
+        A remote data set is not checked: a request for each shard would take minutes, and a failing fetch is reported.
         """
         if isinstance(self.root, Remote):
             return
@@ -132,29 +135,29 @@ class Dataset:
                     yield f"{shard.name}: {size} bytes instead of {shard.bytes}"
 
 
-def read(folder: str | Path, fetching: Settings | None = None) -> Dataset:
-    """The data set in a folder or at an address.
+def read(folder: str | Path, options: FetchOptions | None = None) -> Dataset:
+    """Open the data set in a folder or at an address.
 
     Args:
-        folder: its path, or its address as `data.dir` takes it.
-        fetching: how a remote one is fetched; None: as the keys' defaults say, and nothing is kept.
+        folder: its path, or an address as in `data.dir`.
+        options: how a remote data set is fetched. None means the defaults of the configuration, without a cache.
 
     Raises:
-        ConfigError: an address that cannot be opened.
-        DataError: no folder, no manifest, another format or version, or a manifest that contradicts itself.
+        ConfigError: the address cannot be opened.
+        DataError: there is no folder or manifest, or the manifest has another format or version, or is inconsistent.
     """
-    root = locate(folder, fetching or Settings.of(Data(), cached=False))
-    raw = _fetched(root) if isinstance(root, Remote) else _read(root)
-    again = "prepare the data set again"
+    root = locate(folder, options or FetchOptions.of(Data(), cached=False))
+    raw = _fetch(root) if isinstance(root, Remote) else _read_file(root)
+    cure = "prepare the data set again"
     try:
         tree = json.loads(raw)
     except ValueError as error:
-        raise DataError(f"{root / NAME}: not JSON ({error}); {again}") from None
+        raise DataError(f"{root / NAME}: not JSON ({error}); {cure}") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise DataError(f"{root / NAME}: not a manifest of distrain; {again}")
+        raise DataError(f"{root / NAME}: not a manifest of distrain; {cure}")
     if tree.get("version") != VERSION:
         raise DataError(
-            f"{root / NAME}: version {tree.get('version')!r}, this distrain reads version {VERSION}; {again}"
+            f"{root / NAME}: version {tree.get('version')!r}, this distrain reads version {VERSION}; {cure}"
         )
     try:
         manifest = Manifest.model_validate_json(raw)
@@ -163,29 +166,29 @@ def read(folder: str | Path, fetching: Settings | None = None) -> Dataset:
         where = ".".join(str(part) for part in first["loc"])
         where = f"{where}: " if where else ""
         message = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{root / NAME}: {where}{message}; {again}") from None
+        raise DataError(f"{root / NAME}: {where}{message}; {cure}") from None
     return Dataset(root, manifest, hashlib.sha256(raw).hexdigest())
 
 
-def _read(root: Path) -> bytes:
+def _read_file(root: Path) -> bytes:
     try:
         return (root / NAME).read_bytes()
     except OSError as error:
-        reason = "holds no data set (no manifest.json)" if root.is_dir() else (error.strerror or str(error))
+        reason = "is not a data set (no manifest.json)" if root.is_dir() else (error.strerror or str(error))
         raise DataError(f"{root}: {reason}; make one with `distrain prepare`, or set data.dir") from None
 
 
-def _fetched(root: Remote) -> bytes:
+def _fetch(root: Remote) -> bytes:
     try:
-        return root.fetch(NAME, _MOST_BYTES, _not_json)
+        return root.fetch(NAME, _MAX_BYTES, _check_json)
     except FetchError as error:
         cure = error.cure or "upload a folder that `distrain prepare` made, or set data.dir"
-        kind = UnreachableError if error.unreachable else DataError
-        raise kind(f"{root / NAME}: {error.reason}; {cure}") from None
+        error_type = UnreachableError if error.unreachable else DataError
+        raise error_type(f"{root / NAME}: {error.reason}; {cure}") from None
 
 
-def _not_json(raw: bytes) -> str | None:
-    """A manifest has no digest to check it by, but cut short it does not parse."""
+def _check_json(raw: bytes) -> str | None:
+    """Return what is wrong with a manifest, or None. There is no digest for it, but a truncated one does not parse."""
     try:
         json.loads(raw)
     except ValueError as error:
@@ -194,5 +197,5 @@ def _not_json(raw: bytes) -> str | None:
 
 
 def to_json(manifest: Manifest) -> str:
-    """The text of a manifest; the same manifest always gives the same bytes."""
+    """Return the text of a manifest. The same manifest always gives the same bytes."""
     return json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n"

@@ -1,7 +1,8 @@
-"""Shards: plain WebDataset tars whose records are blocks of samples. Writing, reading and verifying one.
+"""Shards: plain WebDataset tars whose records are blocks of samples. This module writes, reads and verifies them.
 
-Reading is a `wds.DataPipeline` over one shard: open and check size and digest → webdataset's tar reader → blocks
-without pickle. A tar cut at a member's boundary reads without error, so a shard is checked before it is parsed.
+Reading is a `wds.DataPipeline` over one shard: read the file, check its size and digest → webdataset's tar reader →
+blocks, without pickle. A tar that is cut between two members reads without error, so a shard is checked before it is
+parsed.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from distrain.data.manifest import IDS, IMAGES, LABELS, Shard
 from distrain.errors import ShardError, UnreachableError
 
 BLOCK_SAMPLES = 1024
-"""Most samples in a block: what a stock reader decodes at once."""
+"""Maximum number of samples in a block, which a plain WebDataset reader decodes at once."""
 
 _HEADER_BYTES = 256
-"""Longest npy header accepted; numpy writes 128 bytes for these arrays."""
+"""Maximum accepted size of an npy header; numpy writes 128 bytes for these arrays."""
 
 _CURE = "restore the file or prepare the data set again; `distrain verify` checks all shards"
 
@@ -46,7 +47,7 @@ class Block(NamedTuple):
 
 
 def write(path: Path, block: Block, block_samples: int = BLOCK_SAMPLES) -> None:
-    """Write one shard; the same block always gives the same bytes."""
+    """Write a shard file. The same block always gives the same bytes."""
     with path.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
         for start in range(0, len(block.ids), block_samples):
             part = slice(start, start + block_samples)
@@ -59,7 +60,7 @@ def write(path: Path, block: Block, block_samples: int = BLOCK_SAMPLES) -> None:
 
 
 def describe(path: Path, name: str, samples: int) -> Shard:
-    """The manifest's entry of a shard file."""
+    """Return the manifest's entry for a shard file."""
     data = path.read_bytes()
     return Shard(
         name=name,
@@ -77,22 +78,29 @@ def read(
     digests: Sequence[Literal["xxh3_128", "sha256"]] = ("xxh3_128",),
     stop: threading.Event | None = None,
 ) -> list[Block]:
-    """The blocks of one shard, verified: size, digest, headers, shapes, number of samples, labels. Setting `stop` ends
-    the wait for a remote one.
+    """Read the blocks of one shard; verify its size, digests, headers, shapes, number of samples and labels.
+
+    Args:
+        root: the data set's folder.
+        shard: the manifest's entry.
+        image_shape: [H, W, C] of each image.
+        num_classes: labels are below it.
+        digests: the digests to compare.
+        stop: ends the wait for a remote shard when it is set.
 
     Raises:
-        ShardError: naming the shard and what is wrong with it.
+        ShardError: the shard cannot be read or is damaged; the message names both.
     """
-    data = _fetched(root, shard, digests, stop) if isinstance(root, Remote) else _read_checked(root, shard, digests)
+    data = _fetch(root, shard, digests, stop) if isinstance(root, Remote) else _read_file(root, shard, digests)
 
-    def opened() -> Iterator[dict[str, Any]]:
+    def open_tar() -> Iterator[dict[str, Any]]:
         yield {"url": str(root / shard.name), "stream": io.BytesIO(data)}
 
-    def decoded(samples: Iterator[dict[str, Any]]) -> Iterator[Block]:
-        for sample in samples:
-            yield _decode(sample, image_shape, num_classes)
+    def decode(records: Iterator[dict[str, Any]]) -> Iterator[Block]:
+        for record in records:
+            yield _decode(record, image_shape, num_classes)
 
-    pipeline = wds.DataPipeline(opened, tariterators.tar_file_expander, tariterators.group_by_keys, decoded)
+    pipeline = wds.DataPipeline(open_tar, tariterators.tar_file_expander, tariterators.group_by_keys, decode)
     try:
         blocks = list(pipeline)
     except MemoryError:
@@ -101,36 +109,37 @@ def read(
         # webdataset appends the stream and the address to an exception's arguments.
         raise ShardError(f"{error.args[0]}; {_CURE}") from error
     except Exception as error:
-        # The digest fits, so the file is as it was written: whoever wrote it did not write a shard.
+        # The digest matches, so the file has not changed: what was written is not a shard.
         raise ShardError(f"{root / shard.name}: not a shard of blocks: {error}; {_CURE}") from error
-    found = sum(len(block.ids) for block in blocks)
-    if found != shard.samples:
-        promise = f"holds {found} samples, the manifest promises {shard.samples}"
-        raise ShardError(f"{root / shard.name}: {promise}; {_CURE}")
+    samples = sum(len(block.ids) for block in blocks)
+    if samples != shard.samples:
+        reason = f"has {samples} samples, the manifest says {shard.samples}"
+        raise ShardError(f"{root / shard.name}: {reason}; {_CURE}")
     return blocks
 
 
-def _read_checked(root: Path, shard: Shard, digests: Sequence[str]) -> bytes:
+def _read_file(root: Path, shard: Shard, digests: Sequence[str]) -> bytes:
     path = root / shard.name
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror}; {_CURE}") from error
-    reason = _wrong(data, shard, digests)
+    reason = _check(data, shard, digests)
     if reason is not None:
         raise ShardError(f"{path}: {reason}; {_CURE}")
     return data
 
 
-def _fetched(root: Remote, shard: Shard, digests: Sequence[str], stop: threading.Event | None) -> bytes:
+def _fetch(root: Remote, shard: Shard, digests: Sequence[str], stop: threading.Event | None) -> bytes:
     try:
-        return root.read(shard.name, shard.bytes, shard.sha256, lambda data: _wrong(data, shard, digests), stop)
+        return root.read(shard.name, shard.bytes, shard.sha256, lambda data: _check(data, shard, digests), stop)
     except FetchError as error:
-        kind = UnreachableError if error.unreachable else ShardError
-        raise kind(f"{root / shard.name}: {error.reason}; {error.cure or _CURE}") from None
+        error_type = UnreachableError if error.unreachable else ShardError
+        raise error_type(f"{root / shard.name}: {error.reason}; {error.cure or _CURE}") from None
 
 
-def _wrong(data: bytes, shard: Shard, digests: Sequence[str]) -> str | None:
+def _check(data: bytes, shard: Shard, digests: Sequence[str]) -> str | None:
+    """Return what is wrong with the content of a shard file, or None."""
     if len(data) != shard.bytes:
         return f"{len(data)} bytes instead of {shard.bytes}"
     for digest in digests:
@@ -139,14 +148,14 @@ def _wrong(data: bytes, shard: Shard, digests: Sequence[str]) -> str | None:
     return None
 
 
-def _decode(sample: dict[str, Any], image_shape: list[int], num_classes: int) -> Block:
-    where = f"{sample['__url__']}: block {sample['__key__']}"
-    missing = [name for name in (IMAGES, LABELS, IDS) if name not in sample]
+def _decode(record: dict[str, Any], image_shape: list[int], num_classes: int) -> Block:
+    where = f"{record['__url__']}: block {record['__key__']}"
+    missing = [name for name in (IMAGES, LABELS, IDS) if name not in record]
     if missing:
         raise ShardError(f"{where}: has no {', '.join(missing)}")
-    images = _parse_npy(sample[IMAGES], np.dtype(np.uint8), tuple(image_shape), f"{where}.{IMAGES}")
-    labels = _parse_npy(sample[LABELS], np.dtype(np.int64), (), f"{where}.{LABELS}")
-    ids = _parse_npy(sample[IDS], np.dtype(np.int64), (), f"{where}.{IDS}")
+    images = _parse_npy(record[IMAGES], np.dtype(np.uint8), tuple(image_shape), f"{where}.{IMAGES}")
+    labels = _parse_npy(record[LABELS], np.dtype(np.int64), (), f"{where}.{LABELS}")
+    ids = _parse_npy(record[IDS], np.dtype(np.int64), (), f"{where}.{IDS}")
     if not len(images) == len(labels) == len(ids):
         raise ShardError(f"{where}: {len(images)} images, {len(labels)} labels, {len(ids)} ids")
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
@@ -160,21 +169,21 @@ def _npy(array: NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
-def _parse_npy(data: bytes, dtype: np.dtype[Any], tail: tuple[int, ...], where: str) -> NDArray[Any]:
-    """A view of the array in `data`. The header is checked against the bytes at hand before it is believed."""
+def _parse_npy(data: bytes, dtype: np.dtype[Any], item_shape: tuple[int, ...], where: str) -> NDArray[Any]:
+    """Return a view of the array in `data`. Its header must match the expected type and the number of bytes."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
             raise ValueError(f"npy version {version}")
-        shape, fortran, found = np.lib.format.read_array_header_1_0(file, max_header_size=_HEADER_BYTES)
+        shape, fortran, actual_dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_HEADER_BYTES)
     except Exception as error:  # numpy's header parser raises more than ValueError on damaged text
         raise ShardError(f"{where}: not an npy array ({error})") from None
-    if found != dtype or fortran or not shape or shape[1:] != tail:
-        wanted = f"{dtype} [N{''.join(f', {n}' for n in tail)}]"
-        raise ShardError(f"{where}: holds {found} {list(shape)}, wanted {wanted}")
+    if actual_dtype != dtype or fortran or not shape or shape[1:] != item_shape:
+        expected = f"{dtype} [N{''.join(f', {n}' for n in item_shape)}]"
+        raise ShardError(f"{where}: is {actual_dtype} {list(shape)}, expected {expected}")
     start = file.tell()
-    promised = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if promised != len(data) - start:
-        raise ShardError(f"{where}: header promises {promised} bytes, {len(data) - start} are there")
+    expected_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if expected_bytes != len(data) - start:
+        raise ShardError(f"{where}: its header says {expected_bytes} bytes, but there are {len(data) - start}")
     return np.frombuffer(data, dtype, offset=start).reshape(shape)

@@ -1,17 +1,17 @@
-"""From shards to batches, in the order's order.
+"""Batches from shards, in the order that `distrain.data.order` defines.
 
-1. a background thread reads the shards of a round, one per owned lane, and lays their samples into a round's buffer
-   in the order in which they are trained: row by row, lane by lane. It stays `read_ahead` rounds ahead.
-2. so a rank's samples of a step are a stretch of that buffer: a batch is a view, not a copy
+1. A background thread reads the shards of a round, one per owned lane, and copies their samples to the round's buffer
+   in training order: row by row, lane by lane. It reads `read_ahead` rounds ahead.
+2. A rank's samples of a step are therefore consecutive in that buffer: a batch is a view, not a copy.
 
-Buffers are used again (touching fresh memory costs as much as reading): a batch is valid until the next one is asked
-for. No worker processes: nothing in /dev/shm, nothing to orphan.
+Buffers are reused, because the first access to fresh memory takes as long as reading. So a batch is valid only until
+the next one is requested. There are no worker processes: nothing in /dev/shm, and no process to be orphaned.
 
-With a cache (`distrain.data.cache`) the thread puts the shards there that it does not hold yet, and a round is a list
-of indices: a batch is gathered from the cache.
+With a cache (`distrain.data.cache`) the thread puts shards there that it does not contain yet, and a round is a list of
+indices: a batch is gathered from the cache.
 
-Data is waited for in one place, `ready`, before a step that begins a round (`Order.begins_round`): all ranks wait there
-together, so a stop request or a damaged shard finds them all at the same step.
+Only `ready` waits for data, before a step that begins a round (`Order.begins_round`). All ranks wait there at the same
+step, so all of them handle a stop request or a damaged shard at the same step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distrain.data import cache, shards
-from distrain.data.cache import Cache, Samples
+from distrain.data import shards
+from distrain.data.cache import Cache, Samples, sample_size
+from distrain.data.cache import size as cache_size
 from distrain.data.manifest import Dataset, Shard
 from distrain.data.order import Order, augmentation_bits, evaluation_shards
 from distrain.data.shards import Block
@@ -37,39 +38,40 @@ from distrain.environment import World
 T = TypeVar("T")
 
 _CLOSE_SECONDS = 5.0
-"""A process that was asked to stop does not wait for a file system or a server that does not answer."""
+"""Longest wait for the thread to end: a file system or a server that does not answer must not delay a stop."""
 
-
-_GATHERED = 256
-"""Samples gathered from a cache at once, at least."""
+_GATHERED_SAMPLES = 256
+"""Minimum number of samples that are gathered from a cache at once."""
 
 
 class Batch(NamedTuple):
-    """A rank's share of a step: images uint8 [n, H, W, C], labels int64 [n], ids int64 [n] as read beside the
-    images, words int64 [n, 2] (random bits of each sample; empty unless asked for).
+    """A rank's local batch of a step.
+
+    Images uint8 [n, H, W, C], labels int64 [n], ids int64 [n] as stored with the images, and random bits for
+    augmentation, int64 [n, 2] (empty unless requested).
     """
 
     images: Tensor
     labels: Tensor
     ids: NDArray[np.int64]
-    words: Tensor
+    random_bits: Tensor
 
 
 @dataclass
-class _Laid:
-    """Samples of one round in training order, flat over (row, owned lane)."""
+class _BufferedRound:
+    """A round's samples of the owned lanes, in training order: flat over (row, owned lane)."""
 
     number: int
     samples: Samples
 
-    def take(self, here: slice) -> Samples:
-        """Views."""
-        return Samples(self.samples.images[here], self.samples.labels[here], self.samples.ids[here])
+    def take(self, part: slice) -> Samples:
+        """Return views of consecutive samples."""
+        return _slice(self.samples, part)
 
 
 @dataclass
-class _Indexed:
-    """The same as indices into a cache: int64, flat over (row, owned lane)."""
+class _CachedRound:
+    """A round's samples of the owned lanes as indices into a cache: int64, flat over (row, owned lane)."""
 
     number: int
     index: Tensor
@@ -77,22 +79,26 @@ class _Indexed:
     _gathered: range = range(0)
     _samples: Samples | None = None
 
-    def take(self, here: slice) -> Samples:
-        """Views of copies, which are made for many small batches at a time: a gather costs as much as a small step's
-        update.
+    def take(self, part: slice) -> Samples:
+        """Return consecutive samples: views of a copy that serves several small batches.
+
+        A gather takes as long as the update of a small step.
         """
-        if self._samples is None or here.start < self._gathered.start or here.stop > self._gathered.stop:
-            stop = min(max(here.stop, here.start + _GATHERED), len(self.index))
-            self._gathered, self._samples = range(here.start, stop), self.cache.gather(self.index[here.start : stop])
+        if self._samples is None or part.start < self._gathered.start or part.stop > self._gathered.stop:
+            stop = min(max(part.stop, part.start + _GATHERED_SAMPLES), len(self.index))
+            self._gathered, self._samples = range(part.start, stop), self.cache.gather(self.index[part.start : stop])
         start = self._gathered.start
-        there = slice(here.start - start, here.stop - start)
-        return Samples(self._samples.images[there], self._samples.labels[there], self._samples.ids[there])
+        return _slice(self._samples, slice(part.start - start, part.stop - start))
+
+
+def _slice(samples: Samples, part: slice) -> Samples:
+    return Samples(samples.images[part], samples.labels[part], samples.ids[part])
 
 
 class TrainingBatches:
-    """This rank's share of each of the run's steps. Close it to end its thread.
+    """Iterator over this rank's local batches of the given steps. Close it to end its thread.
 
-    Both ways to get on raise a ShardError where a shard cannot be read or is not what the manifest says.
+    `ready` and `next` raise a ShardError if a shard cannot be read or does not match the manifest.
     """
 
     def __init__(
@@ -104,34 +110,46 @@ class TrainingBatches:
         read_ahead: int,
         with_random_bits: bool,
         pin: bool,
-        held: Cache | None = None,
+        cache: Cache | None = None,
     ) -> None:
+        """Start to read.
+
+        Args:
+            dataset: the data set whose train split is read.
+            order: the order of training.
+            world: this rank and the number of ranks.
+            steps: steps of the run, counted from 0 over all epochs.
+            read_ahead: rounds to read before they are needed.
+            with_random_bits: whether batches have the random bits of their samples.
+            pin: use pinned memory, from which batches are copied to a GPU.
+            cache: where shards are kept in memory; None reads them in every epoch.
+        """
         self._order, self._world, self._steps = order, world, iter(steps)
         self._with_random_bits, self._pin = with_random_bits, pin
         ahead = max(read_ahead, order.rounds_per_step)
         closed = threading.Event()
         self.shards_read = 0
-        """So many were read so far: whether reading gets on."""
-        read = _Reading(dataset, order, world, closed, self._count)
-        rounds: Iterator[_Laid | _Indexed] = (
-            read.into_ring(steps, ahead + 1, pin) if held is None else read.into_cache(steps, held, pin)
+        """Number of shards read so far: it shows whether reading makes progress."""
+        reader = _RoundReader(dataset, order, world, closed, self._count)
+        rounds: Iterator[_BufferedRound | _CachedRound] = (
+            reader.into_buffers(steps, ahead + 1, pin) if cache is None else reader.into_cache(steps, cache, pin)
         )
         self._background = Background(rounds, ahead, closed)
-        self._current: _Laid | _Indexed | None = None
+        self._current: _BufferedRound | _CachedRound | None = None
 
     def _count(self) -> None:
         self.shards_read += 1
 
     def ready(self, step: int, timeout: float | None) -> bool:
-        """Whether the step's batch can be had at once; waits up to `timeout` seconds (None: until it can).
+        """Wait up to `timeout` seconds (None: without limit) for a step's batch; return whether it is ready.
 
-        Batches from before are no longer valid.
+        Earlier batches are no longer valid.
         """
         rounds = self._order.rounds(step)
         while self._current is None or self._current.number < rounds.start:
             if not self._background.wait(1, timeout):
                 return False
-            self._take()
+            self._next_round()
         return self._background.wait(rounds.stop - 1 - self._current.number, timeout)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -140,14 +158,14 @@ class TrainingBatches:
     def __next__(self) -> Batch:
         step = next(self._steps)
         self.ready(step, None)
-        return Batch(*self._share(step), self._words(step))
+        return Batch(*self._local_batch(step), self._random_bits(step))
 
     def close(self) -> None:
-        """End the thread, after the shard that it is at."""
+        """End the thread after the shard that it reads."""
         self._background.close()
 
-    def _share(self, step: int) -> Samples:
-        """This rank's samples of a step: a stretch of the current round, or of several."""
+    def _local_batch(self, step: int) -> Samples:
+        """Return this rank's samples of a step: consecutive samples of the current round, or of several rounds."""
         order, world = self._order, self._world
         epoch, in_epoch = divmod(step, order.steps_per_epoch)
         size = len(order.owned_lanes(world)) * order.samples_per_shard
@@ -157,32 +175,33 @@ class TrainingBatches:
         for number in order.rounds(step):
             assert self._current is not None
             if self._current.number < number:
-                # Its buffer will be filled again: what is still needed of it leaves now.
+                # The thread reuses the round's buffer, so what is still needed of it is copied.
                 parts = [Samples(images.clone(), labels.clone(), ids.copy()) for images, labels, ids in parts]
-                self._take()
+                self._next_round()
             offset = (number - epoch * order.rounds_per_epoch) * size
-            here = slice(max(start - offset, 0), min(stop - offset, size))
-            parts.append(self._current.take(here))
+            parts.append(self._current.take(slice(max(start - offset, 0), min(stop - offset, size))))
         parts = [part for part in parts if len(part.ids)] or parts[:1]
         return parts[0] if len(parts) == 1 else _join(parts)
 
-    def _take(self) -> None:
+    def _next_round(self) -> None:
         if self._pin:
-            torch.cuda.current_stream().synchronize()  # copies from the buffer that is given back
+            torch.cuda.current_stream().synchronize()  # host-to-device copies from the buffer that is reused
         self._current = next(self._background)
 
-    def _words(self, step: int) -> Tensor:
+    def _random_bits(self, step: int) -> Tensor:
         if not self._with_random_bits:
             return torch.empty(0, dtype=torch.int64)
         order = self._order
-        drawn = augmentation_bits(order.seed, step, order.global_batch_size)
-        own = drawn[order.places(step % order.steps_per_epoch, self._world)]
-        return torch.from_numpy(np.ascontiguousarray(own).view(np.int64))
+        of_global_batch = augmentation_bits(order.seed, step, order.global_batch_size)
+        of_local_batch = of_global_batch[order.positions(step % order.steps_per_epoch, self._world)]
+        return torch.from_numpy(np.ascontiguousarray(of_local_batch).view(np.int64))
 
 
 class EvaluationBatches:
-    """Images uint8 [n, H, W, C], labels int64 [n] and ids int64 [n] of the shards in this rank's lanes, in fixed slices
-    of a shard: the same batches, and so the same logits, whatever the number of processes. Every sample has one owner.
+    """Iterator over batches of the shards in this rank's lanes. Close it to end its thread.
+
+    Yields images uint8 [n, H, W, C], labels int64 [n] and ids int64 [n]. A batch is a fixed slice of a shard: batches,
+    and so the logits, are the same for any number of processes. Each sample belongs to exactly one rank.
     """
 
     def __init__(self, dataset: Dataset, split_name: str, world: World, batch_size: int) -> None:
@@ -195,7 +214,7 @@ class EvaluationBatches:
         self._start = 0
 
     def ready(self, timeout: float | None) -> bool:
-        """Whether the next batch, or the end, can be had at once; waits up to `timeout` seconds for it."""
+        """Wait up to `timeout` seconds for the next batch or the end; return whether it is ready."""
         return self._left() or self._background.wait(1, timeout)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -205,13 +224,13 @@ class EvaluationBatches:
         while not self._left():
             self._block, self._start = next(self._background), 0
         assert self._block is not None
-        here = slice(self._start, self._start + self._size)
+        part = slice(self._start, self._start + self._size)
         self._start += self._size
-        images, labels, ids = (torch.from_numpy(array[here]) for array in self._block)
+        images, labels, ids = (torch.from_numpy(array[part]) for array in self._block)
         return images, labels, ids
 
     def close(self) -> None:
-        """End the thread, after the shard that it is at."""
+        """End the thread after the shard that it reads."""
         self._background.close()
 
     def _left(self) -> bool:
@@ -219,16 +238,16 @@ class EvaluationBatches:
 
 
 def memory(dataset: Dataset, order: Order, world: World, read_ahead: int, cached: bool = False) -> int:
-    """Bytes that one rank reads train into: the cache, or the round buffers."""
+    """Bytes that one rank needs for the samples that it reads: those of the cache, or of the buffers."""
     if cached:
-        return cache.size(dataset)
+        return cache_size(dataset)
     samples = len(order.owned_lanes(world)) * order.samples_per_shard
-    return (1 + max(read_ahead, order.rounds_per_step)) * samples * cache.sample_size(dataset)
+    return (1 + max(read_ahead, order.rounds_per_step)) * samples * sample_size(dataset)
 
 
 def _read(dataset: Dataset, shard: Shard, stop: threading.Event) -> list[Block]:
-    found = dataset.manifest
-    return shards.read(dataset.root, shard, found.image_shape, len(found.classes), stop=stop)
+    manifest = dataset.manifest
+    return shards.read(dataset.root, shard, manifest.image_shape, len(manifest.classes), stop=stop)
 
 
 def _read_whole(dataset: Dataset, owned: list[Shard], closed: threading.Event) -> Iterator[Block]:
@@ -242,8 +261,8 @@ def _join(parts: list[Samples]) -> Samples:
 
 
 @dataclass
-class _Reading:
-    """How the thread reads: the rounds that the steps reach into, one after another."""
+class _RoundReader:
+    """Reads the rounds that steps use, one after another. Used by the background thread."""
 
     dataset: Dataset
     order: Order
@@ -252,8 +271,8 @@ class _Reading:
     count: Callable[[], None]
     """Called after every shard."""
 
-    def into_ring(self, steps: range, buffers: int, pin: bool) -> Iterator[_Laid]:
-        """Every `buffers`-th round lies in the same memory."""
+    def into_buffers(self, steps: range, buffers: int, pin: bool) -> Iterator[_BufferedRound]:
+        """Read rounds into buffers, which are used in turn: every `buffers`-th round overwrites the same one."""
         lanes = len(self.order.owned_lanes(self.world))
         samples = lanes * self.order.samples_per_shard
 
@@ -265,32 +284,32 @@ class _Reading:
             Samples(allocate(*shape, dtype=torch.uint8), allocate(dtype=torch.int64), np.empty(samples, dtype=np.int64))
             for _ in range(buffers)
         ]
-        for place, number in enumerate(_rounds_of(self.order, steps)):
-            into = ring[place % buffers]
-            for column, shard, taken in self._parts(number):
-                _lay(self._read(shard), taken, into, column, lanes)
+        for count, number in enumerate(_rounds_of(self.order, steps)):
+            buffer = ring[count % buffers]
+            for column, shard, samples_used in self._parts(number):
+                _copy_to_column(self._read(shard), samples_used, buffer, column, lanes)
                 self.count()
-            yield _Laid(number, into)
+            yield _BufferedRound(number, buffer)
 
-    def into_cache(self, steps: range, held: Cache, pin: bool) -> Iterator[_Indexed]:
-        """Shards that the cache does not hold are read into it."""
+    def into_cache(self, steps: range, cache: Cache, pin: bool) -> Iterator[_CachedRound]:
+        """Read the shards that the cache does not contain into it."""
         lanes = len(self.order.owned_lanes(self.world))
         for number in _rounds_of(self.order, steps):
             index = torch.empty((self.order.samples_per_shard, lanes), dtype=torch.int64, pin_memory=pin)
-            for column, shard, taken in self._parts(number):
-                if not held.holds(shard):
-                    held.put(shard, self._read(shard))
-                index[:, column] = torch.from_numpy(taken + held.start(shard))
+            for column, shard, samples_used in self._parts(number):
+                if not cache.contains(shard):
+                    cache.put(shard, self._read(shard))
+                index[:, column] = torch.from_numpy(samples_used + cache.start(shard))
                 self.count()
-            yield _Indexed(number, index.flatten(), held)
+            yield _CachedRound(number, index.flatten(), cache)
 
     def _parts(self, number: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
-        """(column, shard, its samples in their order) of each owned lane in a round."""
+        """Yield (column, shard, indices of the samples used of it in training order) for each owned lane of a round."""
         epoch, round_ = divmod(number, self.order.rounds_per_epoch)
-        of_round = self.order.epoch_shards(epoch)[round_]
+        shard_of_lane = self.order.epoch_shards(epoch)[round_]
         entries = self.dataset.split("train").shards
         for column, lane in enumerate(self.order.owned_lanes(self.world)):
-            shard = int(of_round[lane])
+            shard = int(shard_of_lane[lane])
             yield column, shard, self.order.shard_samples(epoch, shard, entries[shard].samples)
 
     def _read(self, shard: int) -> list[Block]:
@@ -298,29 +317,31 @@ class _Reading:
 
 
 def _rounds_of(order: Order, steps: range) -> Iterator[int]:
-    """The rounds that the steps reach into, each once; an epoch's dropped end may hold some that none does."""
-    reached = -1
+    """Yield the rounds used by these steps, each once. An epoch's last rounds may be unused."""
+    last = -1
     for step in steps:
         for number in order.rounds(step):
-            if number > reached:
-                reached = number
+            if number > last:
+                last = number
                 yield number
 
 
-def _lay(blocks: list[Block], taken: NDArray[np.int64], into: Samples, column: int, columns: int) -> None:
-    """Copy the samples `taken` of a shard to rows 0, 1, 2 … of one column of a round's buffer."""
+def _copy_to_column(
+    blocks: list[Block], samples_used: NDArray[np.int64], buffer: Samples, column: int, columns: int
+) -> None:
+    """Copy the used samples of a shard, in training order, to rows 0, 1, 2 … of one column of a round's buffer."""
     row_of = np.full(sum(len(block.ids) for block in blocks), -1)
-    row_of[taken] = np.arange(len(taken))
-    images, labels = into.images.numpy(), into.labels.numpy()
+    row_of[samples_used] = np.arange(len(samples_used))
+    images, labels = buffer.images.numpy(), buffer.labels.numpy()
     start = 0
     for block in blocks:
         rows = row_of[start : start + len(block.ids)]
         start += len(block.ids)
         used: Any = rows >= 0
         if used.all():
-            used = slice(None)  # a view, where the mask would copy
-        places = rows[used] * columns + column
-        images[places], labels[places], into.ids[places] = (
+            used = slice(None)  # gives views; the mask would copy
+        targets = rows[used] * columns + column
+        images[targets], labels[targets], buffer.ids[targets] = (
             block.images[used],
             block.labels[used],
             block.ids[used],
@@ -328,15 +349,15 @@ def _lay(blocks: list[Block], taken: NDArray[np.int64], into: Samples, column: i
 
 
 class Background(Generic[T]):
-    """Runs an iterator in a thread, at most `ahead` items before the one in use.
+    """Iterator that runs another iterator in a thread, up to `ahead` items before the item in use.
 
-    Asking for an item says that the one before is no longer needed; the thread may then reuse what it was made of.
-    `closed` is set when the items are no longer wanted: an iterator that waits for the network must not be waited for.
+    A request for the next item releases the previous one: the thread may then reuse its memory. `close` sets `closed`,
+    so that an iterator that waits for the network can end at once.
     """
 
     def __init__(self, items: Iterator[T], ahead: int, closed: threading.Event | None = None) -> None:
         self._items = items
-        self._made: deque[T] = deque()
+        self._ready: deque[T] = deque()
         self._changed = threading.Condition()
         self._permits = threading.Semaphore(ahead + 1)
         self._in_use = self._ended = False
@@ -346,15 +367,18 @@ class Background(Generic[T]):
         self._thread.start()
 
     def wait(self, count: int, timeout: float | None) -> bool:
-        """Whether so many items, or all that are left, are made within `timeout` seconds (None: however long).
+        """Wait up to `timeout` seconds (None: without limit) for `count` items, or for all remaining ones.
+
+        Returns:
+            Whether they are ready.
 
         Raises:
-            Exception: the iterator's, where it ended the items before there were so many.
+            Exception: the iterator raised it before there were `count` items.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._made) >= count or self._ended, timeout):
+            if not self._changed.wait_for(lambda: len(self._ready) >= count or self._ended, timeout):
                 return False
-            if len(self._made) < count and self._error is not None:
+            if len(self._ready) < count and self._error is not None:
                 raise self._error
             return True
 
@@ -367,13 +391,13 @@ class Background(Generic[T]):
             self._in_use = False
         self.wait(1, None)
         with self._changed:
-            if not self._made:
+            if not self._ready:
                 raise StopIteration
             self._in_use = True
-            return self._made.popleft()
+            return self._ready.popleft()
 
     def close(self) -> None:
-        """End the thread, after the item that it is at; one that is stuck in it is left behind."""
+        """End the thread after its current item; a thread that does not return from it is abandoned."""
         self._closed.set()
         self._permits.release()
         self._thread.join(_CLOSE_SECONDS)
@@ -386,7 +410,7 @@ class Background(Generic[T]):
                     break
                 item = next(self._items)
                 with self._changed:
-                    self._made.append(item)
+                    self._ready.append(item)
                     self._changed.notify_all()
         except StopIteration:
             pass

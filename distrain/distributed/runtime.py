@@ -28,7 +28,7 @@ from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment, World
 from distrain.errors import ConfigError, PeerLostError
 from distrain.failures import PeerFailedError, failure_of
-from distrain.models.batch_norm import over_all_ranks
+from distrain.models.batch_norm import sync_batch_norm
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Runtime:
 
     def sync_batch_norm(self, module: nn.Module) -> nn.Module:
         """The model with BatchNorm's statistics taken over all processes; unchanged for a single process."""
-        return over_all_ranks(module, self.device.type == "cuda") if self.world.size > 1 else module
+        return sync_batch_norm(module, self.device.type == "cuda") if self.world.size > 1 else module
 
     def prepare(
         self, module: nn.Module, optimizer: torch.optim.Optimizer

@@ -1,4 +1,4 @@
-"""Models by name: `net`, `small`, `resnet9`, torchvision's, or a class that the user names."""
+"""Models by name: `net`, `small`, `resnet9`, a model of torchvision, or the user's own class."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from distrain import plugins
 from distrain.errors import ConfigError
 from distrain.models import from_torchvision
-from distrain.models.batch_norm import can_be_global
+from distrain.models.batch_norm import can_be_synchronised
 from distrain.models.net import Net
 from distrain.models.resnet9 import ResNet9
 from distrain.models.small import Small
+from distrain.text import shortened
 
 _BUILT_IN: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {"small": Small, "resnet9": ResNet9}
 
@@ -24,17 +25,17 @@ _PICKLES = (".pt", ".pth", ".bin")
 
 
 def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The model of that name, its weights drawn from torch's current seed.
+    """Build the model of this name, with weights drawn from torch's current random state.
 
     Args:
-        name: `net`, `small`, `resnet9`, one of torchvision's, or `package.module:Class`, called with `num_classes` and
-            `image_shape`.
-        activation: of `net`.
-        num_classes: length of the model's output.
-        image_shape: (C, H, W) of its input.
+        name: `net`, `small`, `resnet9`, a model of torchvision, or `package.module:Class`, which is called with
+            `num_classes` and `image_shape`.
+        activation: the activation function of `net`.
+        num_classes: the number of logits.
+        image_shape: (C, H, W) of the images.
 
     Raises:
-        ConfigError: no such model, or it does not take these images.
+        ConfigError: there is no such model, or it cannot process these images.
     """
     if name == "net":
         return Net(num_classes, image_shape, activation)
@@ -45,100 +46,102 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
         if name in known:
             return from_torchvision.build(name, num_classes, image_shape)
         close = difflib.get_close_matches(name, ["net", *_BUILT_IN, *known], n=1)
-        own = ", ".join(["net", *_BUILT_IN])
-        hint = f"did you mean {close[0]}?" if close else f"give {own}, one of torchvision's, or package.module:Class"
+        names = ", ".join(["net", *_BUILT_IN])
+        hint = (
+            f"did you mean {close[0]}?" if close else f"give {names}, a model of torchvision, or package.module:Class"
+        )
         raise ConfigError(f"model.name={name}: unknown; {hint}")
     model = plugins.make(f"model.name={name}", name, num_classes=num_classes, image_shape=image_shape)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model.name={name}: made a {type(model).__name__}, not a torch.nn.Module")
+        raise ConfigError(f"model.name={name}: is a {type(model).__name__}, not a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"model.name={name}: has nothing to train")
+        raise ConfigError(f"model.name={name}: has no trainable parameters")
     return model
 
 
 def check_output(name: str, model: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Try a model on images [N, C, H, W]; its buffers stay as they were.
+    """Check that a model maps images [N, C, H, W] to logits [N, num_classes]. Its buffers do not change.
 
     Raises:
-        ConfigError: it fails, or does not give [N, num_classes].
+        ConfigError: it raises, or its output has another shape.
     """
     training = model.training
-    with plugins.telling(f"model.name={name}: fails on images {list(images.shape)}"), torch.no_grad():
+    with plugins.user_code(f"model.name={name}: fails on images {list(images.shape)}"), torch.no_grad():
         logits = model.eval()(images)
     model.train(training)
     if not isinstance(logits, Tensor) or logits.shape != (len(images), num_classes):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
-            f"model.name={name}: gives {shape} for {len(images)} images, not [{len(images)}, {num_classes}]"
+            f"model.name={name}: returns {shape} for {len(images)} images, not [{len(images)}, {num_classes}]"
         )
 
 
 def check_gradients(name: str, model: nn.Module) -> None:
-    """After a backward pass: every parameter that is to be trained has got a gradient, if only of zeros.
+    """Check, after a backward pass, that all trainable parameters have gradients, even if these are zeros.
 
     Raises:
-        ConfigError: one has none: it would stay as it is, and DDP, which waits for all of them, fails.
+        ConfigError: a parameter was not used. DDP waits for the gradients of all parameters, and would fail.
     """
-    without = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
-    if without:
-        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+    unused = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    if unused:
         raise ConfigError(
-            f"model.name={name}: the output does not depend on {', '.join(without[:5])}{more}; use what forward does"
-            " not use, or take it out, or freeze it: requires_grad_(False)"
+            f"model.name={name}: the output does not depend on {', '.join(shortened(unused, 5))}; use all trainable"
+            " parameters in forward, or remove them, or freeze them with requires_grad_(False)"
         )
 
 
 def initialise(model: nn.Module, path: Path) -> str | None:
-    """Give a model the weights in a file; its head keeps its own where the file's is of another size.
+    """Load weights from a file into a model. A head for another number of classes is re-initialised.
 
     Args:
-        model: whose parameters and buffers are overwritten.
-        path: safetensors, or a state dict as `torch.save` writes it (.pt, .pth, .bin), of which only tensors are read.
+        model: the model, with newly initialised weights.
+        path: a safetensors file, or a state dict saved by `torch.save` (.pt, .pth, .bin). Only tensors are unpickled.
 
     Returns:
-        What starts anew, if anything does.
+        A message that names the re-initialised layer, or None.
 
     Raises:
-        ConfigError: the file cannot be read, or is of another model.
+        ConfigError: the file cannot be read, or has the weights of another model.
     """
-    found = _read_weights(path)
-    own = model.state_dict()
-    head = _head(own)
-    other = [name for name in own if name not in found or found[name].shape != own[name].shape]
-    strange = [name for name in found if name not in own]
-    if strange or any(not head or not name.startswith(f"{head}.") or name not in found for name in other):
-        names = ", ".join([*other, *strange][:5])
-        raise ConfigError(f"model.init={path}: holds the weights of another model; they differ in {names}")
-    model.load_state_dict({name: own[name] if name in other else value for name, value in found.items()})
-    if not other:
+    weights = _read_weights(path)
+    state = model.state_dict()
+    head = _head(state)
+    differing = [name for name in state if name not in weights or weights[name].shape != state[name].shape]
+    unexpected = [name for name in weights if name not in state]
+    if unexpected or any(not head or not name.startswith(f"{head}.") or name not in weights for name in differing):
+        names = ", ".join(shortened([*differing, *unexpected], 5))
+        raise ConfigError(f"model.init={path}: has the weights of another model; they differ in {names}")
+    model.load_state_dict({name: state[name] if name in differing else value for name, value in weights.items()})
+    if not differing:
         return None
-    return f"{head} starts anew: {len(found[other[0]])} classes in {path}, {len(own[other[0]])} here"
+    first = differing[0]
+    return f"{head} is re-initialised: {len(weights[first])} classes in {path}, {len(state[first])} in the data set"
 
 
-def load(model: nn.Module, weights: Mapping[str, Tensor], name: str, where: Path) -> None:
-    """Give a model the weights of a checkpoint of its own.
+def load(model: nn.Module, weights: Mapping[str, Tensor], name: str, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint into the model that it was saved from.
 
     Raises:
-        ConfigError: its class has changed since.
+        ConfigError: the model's class has changed since.
     """
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(f"model.name={name}: is no longer the model that {where} was saved of: {told}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.name={name}: has changed since {checkpoint} was saved: {reason}") from error
 
 
 def digest(model: nn.Module) -> str:
-    """xxh3-128 of all weights, by name."""
-    found = xxhash.xxh3_128()
+    """Return the xxh3-128 digest of all weights of a model, with their names, types and shapes."""
+    digest = xxhash.xxh3_128()
     for name, value in sorted(model.state_dict().items()):
-        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _head(state: dict[str, Tensor]) -> str:
-    """The last layer with weights: what gives the logits."""
+    """Return the name of the last layer with weights, which computes the logits."""
     return list(state)[-1].rpartition(".")[0]
 
 
@@ -147,33 +150,39 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
     try:
         if path.suffix in _PICKLES:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            weights = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            found = safetensors.torch.load(path.read_bytes())
+            weights = safetensors.torch.load(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"model.init={path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # either library says in its own way that this is no such file
-        raise ConfigError(f"model.init={path}: holds no weights ({str(error).splitlines()[0]})") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ConfigError(f"model.init={path}: holds no state dict; save `model.state_dict()`")
-    return found
+    except Exception as error:  # both libraries raise various errors for other files
+        raise ConfigError(f"model.init={path}: has no weights ({str(error).splitlines()[0]})") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ConfigError(f"model.init={path}: is not a state dict; save `model.state_dict()`")
+    return weights
 
 
-def world_size_dependent(model: nn.Module, in_parts: bool = False) -> list[str]:
-    """Kinds of layers that couple the samples of a share or draw random numbers: what is trained then depends on
-    the number of processes. `in_parts`: shares are computed in micro-batches, of which BatchNorm takes its statistics.
+def world_size_dependent(model: nn.Module, accumulates: bool = False) -> list[str]:
+    """Return the types of the layers that make the trained model depend on the number of processes.
+
+    These layers draw random numbers, or compute a sample's output from other samples of the local batch.
+
+    Args:
+        model: the model.
+        accumulates: whether local batches are computed in micro-batches (gradient accumulation), so that BatchNorm uses
+            the statistics of a micro-batch.
     """
-    return sorted({type(layer).__name__ for layer in model.modules() if _depends_on_share(layer, in_parts)})
+    return sorted({type(layer).__name__ for layer in model.modules() if _depends_on_local_batch(layer, accumulates)})
 
 
-def _depends_on_share(layer: nn.Module, in_parts: bool) -> bool:
+def _depends_on_local_batch(layer: nn.Module, accumulates: bool) -> bool:
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        return in_parts or not can_be_global(layer)
+        return accumulates or not can_be_synchronised(layer)
     if isinstance(layer, nn.modules.dropout._DropoutNd):
         return layer.p > 0
     dropout = getattr(layer, "dropout", 0.0)  # of attention and recurrent layers
     return (
         isinstance(layer, nn.RReLU)
         or (isinstance(dropout, float) and dropout > 0)
-        or type(layer).__name__ == "StochasticDepth"  # torchvision's, which is not imported for its name
+        or type(layer).__name__ == "StochasticDepth"  # of torchvision, which need not be imported
     )

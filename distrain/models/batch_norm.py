@@ -1,7 +1,7 @@
-"""BatchNorm whose statistics are those of the global batch's samples, whatever the ranks' shares.
+"""BatchNorm with the statistics of the global batch, for any sizes of the local batches.
 
-Statistics of each rank's own share would make what is trained depend on the number of processes. torch's
-SyncBatchNorm weighs by counts too, but refuses CPUs.
+With the statistics of each local batch, the trained model would depend on the number of processes. torch's
+SyncBatchNorm weights the ranks by their numbers of samples too, but does not support CPUs.
 """
 
 from __future__ import annotations
@@ -15,32 +15,34 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """BatchNorm over [N, C, …] on every rank of the default group; a share may be empty. Mean, then variance, each by a
-    differentiable sum over the ranks: as Ioffe and Szegedy, "Batch normalization" (2015), with N of all ranks.
+    """BatchNorm for inputs [N, C, …] on all ranks of the default process group. A local batch may be empty.
+
+    As in Ioffe and Szegedy, "Batch normalization" (2015), where N is the sum over all ranks. The mean, then the
+    variance, are computed by a differentiable all-reduce.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
 
-    # Compiled, its backward pass runs a second time through what is freed (torch 2.15).
+    # torch.compile would run the backward pass twice, the second time through freed buffers (torch 2.15).
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised, as x is shaped."""
+        """Normalise x; the result has its shape and type."""
         self._check_input_dim(x)
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
-        wide = x.to(self.running_mean.dtype)  # under autocast sums of bf16 would lose what they count
+        wide = x.to(self.running_mean.dtype)  # under autocast, sums in bf16 would be too inaccurate
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        own = wide.new_tensor([x.numel() // x.shape[1]])
-        sums = _sum(torch.cat([wide.sum(axes), own]))
+        local_count = wide.new_tensor([x.numel() // x.shape[1]])
+        sums = _sum(torch.cat([wide.sum(axes), local_count]))
         count = sums[-1]
         mean = sums[:-1] / count
         centred = wide - mean.view(shape)
         variance = _sum(centred.square().sum(axes)) / count
-        self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        self._update_running(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight
@@ -49,7 +51,7 @@ class GlobalBatchNorm(_BatchNorm):
             out = out + self.bias.view(shape)
         return out.to(x.dtype)
 
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -65,11 +67,11 @@ def _sum(tensor: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all ranks: each rank's loss depends on every rank's part, so gradients are summed likewise."""
+    """The sum over all ranks. Each rank's loss depends on the inputs of all ranks, so gradients are summed too."""
 
     @staticmethod
-    def forward(_: Any, part: Tensor) -> Tensor:
-        total = part.clone()
+    def forward(_: Any, local: Tensor) -> Tensor:
+        total = local.clone()
         dist.all_reduce(total)
         return total
 
@@ -80,20 +82,21 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def can_be_global(layer: nn.Module) -> bool:
-    """Whether a layer is a BatchNorm that `over_all_ranks` takes care of. One that keeps no running statistics couples
-    the samples of an evaluation too, and is left alone.
+def can_be_synchronised(layer: nn.Module) -> bool:
+    """Whether `sync_batch_norm` converts a layer: a BatchNorm with running statistics.
+
+    Without them, the samples of an evaluation batch depend on each other as well, so such a layer is not converted.
     """
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
-def over_all_ranks(module: nn.Module, on_gpu: bool) -> nn.Module:
-    """The module with every BatchNorm's statistics taken over all ranks; parameters and buffers are the same ones."""
-    if can_be_global(module):
+def sync_batch_norm(module: nn.Module, on_gpu: bool) -> nn.Module:
+    """Convert each BatchNorm of a module to statistics over all ranks; parameters and buffers stay the same objects."""
+    if can_be_synchronised(module):
         assert isinstance(module, _BatchNorm)
         return _converted(module, on_gpu)
     for name, child in module.named_children():
-        setattr(module, name, over_all_ranks(child, on_gpu))
+        setattr(module, name, sync_batch_norm(child, on_gpu))
     return module
 
 

@@ -1,4 +1,4 @@
-"""`resnet9`: the nine-layer residual network that small images are trained quickest with.
+"""`resnet9`: a nine-layer residual network that trains fast on small images.
 
 After Page, "How to train your ResNet" (2018), https://myrtle.ai/learn/how-to-train-your-resnet/.
 """
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from distrain.errors import ConfigError
 
 _LOGIT_SCALE = 0.125
-"""Page's: keeps the first logits small."""
+"""Page's factor, which keeps the first logits small."""
 
 
 class ResNet9(nn.Module):
-    """6,573,120 parameters for RGB images and 10 classes, whatever the images' size."""
+    """Residual network: 6,573,120 parameters for RGB images of any size and 10 classes."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         channels, height, width = image_shape
         if min(height, width) < 16:
-            raise ConfigError(f"model.name=resnet9 takes images of at least 16 pixels, these have {height}×{width}")
+            raise ConfigError(f"model.name=resnet9 needs images of at least 16 pixels, these have {height}×{width}")
         self.features = nn.Sequential(
             _convolution(channels, 64),
             _convolution(64, 128, pool=True),
@@ -32,7 +32,7 @@ class ResNet9(nn.Module):
         self.head = nn.Linear(512, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, C, H, W]."""
+        """Return the logits [N, num_classes] of images [N, C, H, W]."""
         # Not AdaptiveMaxPool2d: on GPUs its gradient has no deterministic form.
         logits: Tensor = self.head(self.features(x).amax((2, 3))) * _LOGIT_SCALE
         return logits

@@ -244,7 +244,7 @@ def _tried_model(config: Config) -> nn.Module:
     data = read_data(config).manifest
     height, width, channels = data.image_shape
     module = build_model(config, data, torch.float32)
-    with plugins.telling(f"model.name={config.model.name}: fails in training"):
+    with plugins.user_code(f"model.name={config.model.name}: fails in training"):
         module.train()(torch.zeros(2, channels, height, width)).sum().backward()
     models.check_gradients(config.model.name, module)
     return module

@@ -13,7 +13,7 @@ import torch
 from distrain.data.sources import UnreadableError
 from distrain.data.sources.folder import read_image
 from distrain.errors import ConfigError, DataError
-from distrain.text import printable
+from distrain.text import printable, shortened
 from distrain.tools import loaded_model
 
 _BATCH = 64
@@ -48,10 +48,10 @@ def _check(files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:
     for file in files:
         problem = _problem(file, image_shape)
         if problem is not None:
-            problems.append(f"  {printable(str(file))}: {problem}")
+            problems.append(f"{printable(str(file))}: {problem}")
     if problems:
-        more = [f"  and {len(problems) - _NAMED} more"] if len(problems) > _NAMED else []
-        raise DataError("\n".join([f"{len(problems)} of the images cannot be read:", *problems[:_NAMED], *more]))
+        header = f"{len(problems)} of the images cannot be read:"
+        raise DataError("\n  ".join([header, *shortened(problems, _NAMED)]))
 
 
 def _problem(file: Path, image_shape: tuple[int, int, int]) -> str | None:

@@ -40,7 +40,7 @@ class Feed:
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
-            for tensor in (batch.images, batch.labels, batch.words):
+            for tensor in (batch.images, batch.labels, batch.random_bits):
                 tensor.record_stream(current)
         return batch
 
@@ -54,7 +54,7 @@ class Feed:
         if self._stream is None:
             return batch
         with torch.cuda.stream(self._stream):
-            images, labels, words = (
-                tensor.to(self._device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.words)
+            images, labels, bits = (
+                tensor.to(self._device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.random_bits)
             )
-        return Batch(images, labels, batch.ids, words)
+        return Batch(images, labels, batch.ids, bits)

@@ -125,7 +125,7 @@ def save_augmented(job: Job, batch: Batch) -> None:
     variants = []
     for step in range(_VARIANTS):
         bits = augmentation_bits(seed, step, job.order.global_batch_size)
-        local_bits = torch.from_numpy(bits[job.order.places(0, job.runtime.world)].view(np.int64).copy())
+        local_bits = torch.from_numpy(bits[job.order.positions(0, job.runtime.world)].view(np.int64).copy())
         augmented = augment(pictures, local_bits[:_PICTURES], settings, fill)
         if settings.mixup:
             partners = torch.from_numpy(job.order.partners(0, job.runtime.world))[:_PICTURES]

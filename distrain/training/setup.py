@@ -19,7 +19,7 @@ from distrain import models
 from distrain.config import Config, identity, public
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
-from distrain.data.fetch import Settings
+from distrain.data.fetch import FetchOptions
 from distrain.data.manifest import Dataset, Manifest
 from distrain.data.order import Order
 from distrain.distributed import runtime
@@ -31,6 +31,7 @@ from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError
 from distrain.runs.folder import STACKS
 from distrain.runs.trackers import check_tensorboard
+from distrain.text import shortened
 from distrain.training import optim
 from distrain.training.job import Job, TrainedModel
 
@@ -109,7 +110,7 @@ def read_data(config: Config, *splits: str) -> Dataset:
     Raises:
         UserError: it cannot be read, or lacks one of the splits.
     """
-    dataset = manifest.read(config.data.dir, Settings.of(config.data))
+    dataset = manifest.read(config.data.dir, FetchOptions.of(config.data))
     for split in splits:
         dataset.split(split)
     return dataset
@@ -127,9 +128,8 @@ def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -
         raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
     missing = runtime.collectives.from_main(list(dataset.missing(splits)) if runtime.is_main else None)
     if missing:
-        more = [f"and {len(missing) - 5} more"] if len(missing) > 5 else []
         raise DataError(
-            "\n  ".join([f"{dataset.root}: shards are missing or damaged:", *missing[:5], *more])
+            "\n  ".join([f"{dataset.root}: shards are missing or damaged:", *shortened(missing, 5)])
             + "\nrestore them or prepare the data set again; `distrain verify` checks all shards"
         )
 
@@ -139,12 +139,12 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     order = make_order(config, dataset, world.size)
     mean, std = _normalization(config, dataset)
     _check_augmentation(config, dataset)
-    fewest, most = order.shares(world.size)
+    fewest, most = order.local_batch_sizes(world.size)
     accumulation_steps = -(-most // (config.train.micro_batch_size or most))
     module = collectives.all_or_none(
         lambda: build_model(config, dataset.manifest, runtime.dtype, empty=fewest < accumulation_steps)
     )
-    dependent = models.world_size_dependent(module, in_parts=config.train.micro_batch_size is not None)
+    dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
     start = _initialise(config, module, runtime)
     module = runtime.sync_batch_norm(module)
     ema = _make_ema(config, module, runtime)
@@ -190,7 +190,7 @@ def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> AveragedMo
 def _make_cache(config: Config, dataset: Dataset, runtime: Runtime) -> Cache | None:
     processes = runtime.environment.local_world_size
     device = runtime.collectives.all_or_none(
-        lambda: cache.choose(config.data.cache, dataset, runtime.device, processes)
+        lambda: cache.choose_device(config.data.cache, dataset, runtime.device, processes)
     )
     return Cache(dataset, device, pin=device.type != runtime.device.type) if device is not None else None
 

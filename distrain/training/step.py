@@ -65,7 +65,7 @@ class TrainingStep:
 
     def _augment(self, step: int, batch: Batch) -> _LocalBatch:
         job, order, settings = self._job, self._job.order, self._job.config.augment
-        images = augment.augment(batch.images, batch.words, settings, job.model.mean_color)
+        images = augment.augment(batch.images, batch.random_bits, settings, job.model.mean_color)
         if not settings.mixup:
             return _LocalBatch(images, batch.labels, None, 1.0)
         partners = torch.from_numpy(order.partners(step % order.steps_per_epoch, job.runtime.world))

@@ -41,7 +41,7 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
     """Return data set, model, processes and machine, for JSON: RUN/setup.json."""
     runtime, order, manifest = job.runtime, job.order, job.dataset.manifest
     world, environment = runtime.world, runtime.environment
-    fewest, most = order.shares(world.size)
+    fewest, most = order.local_batch_sizes(world.size)
     train = job.dataset.split("train")
     cuda = runtime.device.type == "cuda"
     return {

@@ -148,7 +148,7 @@ class Trainer:
             job.config.data.read_ahead,
             with_random_bits=augment.needs_random_bits(job.config.augment),
             pin=job.runtime.device.type == "cuda",
-            held=job.cache,
+            cache=job.cache,
         )
         with closing(batches):
             yield batches

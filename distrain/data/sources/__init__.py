@@ -1,5 +1,6 @@
-"""Where `prepare` gets images from: one module a source, each with a class that fits `Source`, and a
-command in `distrain.cli`. A source of the user's own needs neither: see docs/extending.md.
+"""Sources of images for `distrain prepare`. Each module has one class that implements `Source`.
+
+Each source has a command in `distrain.cli`. The user's own classes need none: see docs/extending.md.
 """
 
 from __future__ import annotations
@@ -12,26 +13,26 @@ from numpy.typing import NDArray
 
 
 class UnreadableError(Exception):
-    """One sample cannot be read; the message says why."""
+    """A sample cannot be read; the message says why."""
 
 
 class Source(Protocol):
-    """Labelled images in splits (`train`, perhaps `val` and `test`). Sent to worker processes, so it pickles."""
+    """Labelled images in splits: `train`, and optionally `val` and `test`. Must be picklable for worker processes."""
 
     classes: list[str]
     image_shape: tuple[int, int, int]
     """(H, W, C) of every image."""
     labels: Mapping[str, NDArray[np.int64]]
-    """For each split the class of every sample, int64 [N]; a sample's index here is its id."""
+    """The class of each sample, int64 [N], for each split. A sample's index in it is its id."""
 
     def name(self, split: str, index: int) -> str:
-        """What to call a sample in a message."""
+        """Return a sample's name for messages, such as its path."""
         ...
 
     def load(self, split: str, index: int) -> NDArray[np.uint8]:
-        """One image: uint8 [H, W, C].
+        """Return one image: uint8 [H, W, C].
 
         Raises:
-            UnreadableError: the sample is damaged or no image.
+            UnreadableError: the sample is damaged or not an image.
         """
         ...

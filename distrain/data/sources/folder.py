@@ -1,6 +1,7 @@
-"""People's own images: one folder per class under train/ and test/ (and val/), or classes alone, as folders on disk
-or straight from tar archives. Nothing of an archive is unpacked under the names it brings: the bytes of its regular
-files go to one spool file.
+"""The user's own images: one folder per class, in train/ and test/ (and val/) or without splits.
+
+They are read from folders or from tar archives. An archive is never unpacked under its members' names: the bytes of its
+regular files are copied to one temporary file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class _File:
-    """The bytes of one image: a stretch of a file, or all of it (length -1). A folder has no file."""
+    """The bytes of one image: a part of a file, or the whole file (length -1)."""
 
     name: str
     path: Path
@@ -38,46 +39,46 @@ class _File:
 
 
 class Folder:
-    """Images in class folders, resized to cover `image_size` and cropped to its middle, as RGB."""
+    """Images in class folders, as RGB, resized so that the shorter side is `image_size` and cropped to the centre."""
 
     def __init__(self, paths: Sequence[Path], image_size: int, work: Path) -> None:
-        """List the folders and archives; spool the archives to `work`.
+        """List the images of folders and archives; copy those of archives to a file in `work`.
 
         Raises:
-            DataError: a path that is missing or no archive, a member that is refused, a class with no image.
+            DataError: a path is missing or not an archive, a member is refused, or a class has no image.
         """
         self.image_shape = (image_size, image_size, 3)
         if len({path.resolve() for path in paths}) < len(paths):
-            raise DataError("a folder or archive is named twice; each image would be in the data set twice")
-        found: dict[tuple[str, str], list[_File]] = {}
-        for name, parts, file in _listing(paths, work):
-            images = found.setdefault(_place(name, parts, is_file=file is not None), [])
+            raise DataError("a folder or archive is given twice; each image would be in the data set twice")
+        images: dict[tuple[str, str], list[_File]] = {}  # by (split, class)
+        for name, parts, file in _list_all(paths, work):
+            files = images.setdefault(_split_and_class(name, parts, is_file=file is not None), [])
             if file is not None:
-                images.append(file)
-        found.pop(("", ""), None)
-        _check(found, paths)
-        self.classes = sorted({name for _, name in found})
+                files.append(file)
+        images.pop(("", ""), None)
+        _check(images, paths)
+        self.classes = sorted({name for _, name in images})
         _check_names(self.classes)
         self._files: dict[str, list[_File]] = {}
         self.labels: dict[str, NDArray[np.int64]] = {}
-        for split in [s for s in _SPLITS if any(part == s for part, _ in found)]:
-            by_class = [sorted(found[split, name], key=lambda file: file.name) for name in self.classes]
+        for split in [s for s in _SPLITS if any(part == s for part, _ in images)]:
+            by_class = [sorted(images[split, name], key=lambda file: file.name) for name in self.classes]
             self._files[split] = [file for files in by_class for file in files]
             self.labels[split] = np.repeat(np.arange(len(by_class)), [len(files) for files in by_class])
 
     def name(self, split: str, index: int) -> str:
-        """The file's path, as the folder or archive has it."""
+        """Return the path of an image, with the archive's path in front if it is in one."""
         return self._files[split][index].name
 
     def load(self, split: str, index: int) -> NDArray[np.uint8]:
         """Decode one image: uint8 [image_size, image_size, 3].
 
         Raises:
-            UnreadableError: not an image, damaged, of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or of pixels
-                that have no known white.
+            UnreadableError: the file is damaged or not an image, has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or
+                has pixels without a defined maximum.
         """
         file = self._files[split][index]
-        if not file.path.is_file():  # a pipe would never end
+        if not file.path.is_file():  # reading a pipe would never end
             raise UnreadableError("not a file")
         try:
             with file.path.open("rb") as stream:
@@ -89,90 +90,90 @@ class Folder:
 
 
 def read_image(data: bytes, image_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """An image file's content as uint8 [H, W, C], C 1 or 3: resized to cover it, and cropped to its middle.
+    """Decode an image file to uint8 [H, W, C], C = 1 or 3; resize it so that it covers H×W and crop it to the centre.
 
     Raises:
-        UnreadableError: as `Folder.load`.
+        UnreadableError: see `Folder.load`.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
-                return _fitted(image, *image_shape)
+                return _resize(image, *image_shape)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
         raise UnreadableError("not an image of a known format") from error
-    except Exception as error:  # PIL's decoders raise nearly anything on damaged files
+    except Exception as error:  # PIL's decoders raise many types for damaged files
         raise UnreadableError(str(error)) from error
 
 
-def _fitted(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
+def _resize(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # PIL would clip these to 0 … 255
+    if upright.mode.startswith("I;16"):  # PIL would clip these pixels to 0 … 255
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     if upright.mode in ("I", "F"):
-        raise ValueError(f"pixels of PIL's mode {upright.mode}; convert them to 8 bits")
+        raise ValueError(f"its pixels have PIL's mode {upright.mode}; convert them to 8 bits")
     upright = upright.convert("RGB" if channels == 3 else "L")
     if upright.size != (width, height):
         upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(upright).reshape(height, width, channels)
 
 
-def _place(name: str, parts: tuple[str, ...], is_file: bool) -> tuple[str, str]:
-    """(split, class) of a file or folder; ("", "") for what belongs to no class."""
+def _split_and_class(name: str, parts: tuple[str, ...], is_file: bool) -> tuple[str, str]:
+    """Return (split, class) of a file or folder: ("", class) outside the splits' folders, ("", "") without a class."""
     if any(part.startswith(".") for part in parts):
         return "", ""
-    depth = 1 if is_file else 0  # a file needs its own name behind the class
-    for at, part in enumerate(parts[:2]):
+    depth = 1 if is_file else 0  # a file's own name comes after its class
+    for position, part in enumerate(parts[:2]):
         if part in _SPLITS:
-            if len(parts) > at + 1 + depth:
-                return part, parts[at + 1]
+            if len(parts) > position + 1 + depth:
+                return part, parts[position + 1]
             if is_file:
-                raise DataError(f"{name}: lies in no class folder; move or delete it")
+                raise DataError(f"{name}: is not in a class folder; move or delete it")
             return "", ""
     return ("", parts[0]) if len(parts) > depth else ("", "")
 
 
-def _check(found: dict[tuple[str, str], list[_File]], paths: Sequence[Path]) -> None:
-    """Classes outside train/, val/ and test/ become train, where there are no such folders; none may be empty."""
+def _check(images: dict[tuple[str, str], list[_File]], paths: Sequence[Path]) -> None:
+    """Check that all splits have images of all classes. Without folders for splits, all classes become train."""
     where = ", ".join(str(path) for path in paths)
-    if not found:
+    if not images:
         raise DataError(f"{where}: no class folders; put images into train/CLASS/ and test/CLASS/")
-    loose = [key for key in found if not key[0]]
-    if loose and len(loose) == len(found):
-        for key in loose:
-            found["train", key[1]] = found.pop(key)
+    outside_splits = [key for key in images if not key[0]]
+    if outside_splits and len(outside_splits) == len(images):
+        for key in outside_splits:
+            images["train", key[1]] = images.pop(key)
     else:
-        # Beside train/ and test/ only what holds no image is passed over (an archive's top folder, say).
-        for key in loose:
-            files = found.pop(key)
+        # Folders without images are allowed beside train/ and test/, such as the top folder of an archive.
+        for key in outside_splits:
+            files = images.pop(key)
             if files:
-                raise DataError(f"{files[0].name}: lies outside train/, val/ and test/; move or delete it")
-    splits = [split for split in _SPLITS if any(part == split for part, _ in found)]
+                raise DataError(f"{files[0].name}: is not in train/, val/ or test/; move or delete it")
+    splits = [split for split in _SPLITS if any(part == split for part, _ in images)]
     if "train" not in splits:
         raise DataError(f"{where}: has {' and '.join(splits)} but no train/")
-    names = sorted({name for _, name in found})
+    names = sorted({name for _, name in images})
     if len(names) == 1:
         raise DataError(
-            f"{where}: one class alone, {names[0]!r}; class folders go right into the folder or archive that is named,"
-            " or into its train/ and test/"
+            f"{where}: has only one class, {names[0]!r}; put the class folders directly into the given folder or"
+            " archive, or into its train/ and test/"
         )
     for name in names:
         for split in splits:
-            if not found.get((split, name)):
+            if not images.get((split, name)):
                 raise DataError(f"{where}: class {name!r} has no image in {split}/; add some or delete the folder")
 
 
 def _check_names(classes: Sequence[str]) -> None:
-    """Bytes that are no UTF-8 could not be written down after hours of preparing; others would break a terminal."""
+    """Check that class names are printable. Other names could not be written to the manifest, or would break a terminal."""
     for name in classes:
         if not name.isprintable():
-            raise DataError(f"class {name!r}: its folder's name has letters that no screen shows; rename it")
+            raise DataError(f"class {name!r}: its folder's name has characters that cannot be printed; rename it")
 
 
-def _listing(paths: Sequence[Path], work: Path) -> Iterator[tuple[str, tuple[str, ...], _File | None]]:
-    """(name for messages, path parts, file or None for a folder) of everything in folders and archives."""
+def _list_all(paths: Sequence[Path], work: Path) -> Iterator[tuple[str, tuple[str, ...], _File | None]]:
+    """Yield (name for messages, parts of the path, file or None for a folder) of all entries."""
     spool_path = work / "spool"
     with spool_path.open("wb") as spool:
         for path in paths:
@@ -185,7 +186,7 @@ def _listing(paths: Sequence[Path], work: Path) -> Iterator[tuple[str, tuple[str
 
 
 def _list_folder(top: Path) -> Iterator[tuple[str, tuple[str, ...], _File | None]]:
-    # `prepare folder images/train images/test` names the splits themselves.
+    # With `prepare folder images/train images/test` the given folders are the splits.
     prefix = (top.resolve().name,) if top.resolve().name in _SPLITS else ()
 
     def fail(error: OSError) -> None:
@@ -195,7 +196,7 @@ def _list_folder(top: Path) -> Iterator[tuple[str, tuple[str, ...], _File | None
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [path for path in (Path(folder, name) for name in folders) if path.is_symlink()]
         if links:
-            raise DataError(f"{links[0]}: is a link, which is not followed; put the folder itself there or delete it")
+            raise DataError(f"{links[0]}: is a link, which is not followed; replace it by the folder or delete it")
         parts = prefix + Path(folder).relative_to(top).parts
         yield folder, parts, None
         for file in files:
@@ -204,15 +205,15 @@ def _list_folder(top: Path) -> Iterator[tuple[str, tuple[str, ...], _File | None
 
 
 def _list_archive(path: Path, spool_path: Path, spool: BinaryIO) -> Iterator[tuple[str, tuple[str, ...], _File | None]]:
-    last = ""
+    last_name = ""
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = f"{path}: {member.name}"
                 parts = PurePosixPath(member.name).parts
                 if ".." in parts or PurePosixPath(member.name).is_absolute():
-                    raise DataError(f"{name}: leads out of the archive's folder; refused")
-                last = member.name
+                    raise DataError(f"{name}: points outside the archive; refused")
+                last_name = member.name
                 if member.isdir():
                     yield name, parts, None
                     continue
@@ -225,20 +226,21 @@ def _list_archive(path: Path, spool_path: Path, spool: BinaryIO) -> Iterator[tup
             assert archive.fileobj is not None
             _check_end(archive.fileobj.read)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the archive's
+        if isinstance(error, OSError) and error.errno is not None:  # a problem of the disk, not of the archive
             raise
-        where = f" in or behind {last}" if last else ", or no tar archive"
-        raise DataError(f"{path}: is damaged or cut short{where}; copy or download it again") from error
+        where = f" in or after {last_name}" if last_name else ", or not a tar archive"
+        raise DataError(f"{path}: is damaged or truncated{where}; copy or download it again") from error
 
 
 def _check_end(read: Callable[[int], bytes]) -> None:
-    """tarfile takes a cut or damaged header for the end; an archive ends with two blocks of zeros, of which it has
-    read one. Reading on also lets gzip compare its checksum.
+    """Check that an archive ends with blocks of zeros: tarfile treats a truncated or damaged header as the end.
+
+    tarfile has read the first of two such blocks. Reading to the end also makes gzip compare its checksum.
     """
     zeros = 0
     while data := read(2**20):
         if data.strip(b"\0"):
-            raise tarfile.ReadError("damaged, or more behind its end")
+            raise tarfile.ReadError("damaged, or has data after its end")
         zeros += len(data)
     if zeros < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("cut off")
+        raise tarfile.ReadError("truncated")
