@@ -214,14 +214,14 @@ def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
 
 def test_the_device_of_the_cache_depends_on_free_memory(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, needed = torch.device("cpu"), cache.size(small)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    processes = 2
     for free, auto in ((8 * needed, cpu), (8 * needed - 8, None)):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
-        assert cache.choose_device("auto", small, cpu) == auto
-        assert cache.choose_device("ram", small, cpu) == cpu
-        assert cache.choose_device("off", small, cpu) is None
+        assert cache.choose_device("auto", small, cpu, processes) == auto
+        assert cache.choose_device("ram", small, cpu, processes) == cpu
+        assert cache.choose_device("off", small, cpu, processes) is None
     monkeypatch.setattr(machine, "free_memory", lambda: 2 * needed - 2)
     with pytest.raises(ConfigError, match=r"data.cache=ram: .* MiB are free for it"):
-        cache.choose_device("ram", small, cpu)
+        cache.choose_device("ram", small, cpu, processes)
     with pytest.raises(ConfigError, match="needs a GPU"):
-        cache.choose_device("device", small, cpu)
+        cache.choose_device("device", small, cpu, processes)
