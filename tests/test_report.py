@@ -211,7 +211,7 @@ def test_status_tells_how_far_a_run_is(runs: list[Path], tmp_path: Path, capsys:
     (run / "metrics.jsonl").write_text("".join(kept))
     assert cli.main(["status", str(run)]) == 0
     said = capsys.readouterr().out
-    assert "not running; the same command goes on" in said
+    assert "not running; run the same command to resume" in said
     assert "step     50 of 60 (83%)" in said
     assert re.search(r"images/s, \d+:\d\d left", said)
     assert cli.main(["status", str(tmp_path)]) == 78

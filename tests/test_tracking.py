@@ -27,7 +27,7 @@ from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, Stopped
 from distrain.runs import folder
 from distrain.runs.logs import JsonLines, Progress, audit_path, cut_back
-from distrain.runs.trackers import Outcome, TensorBoardMirror, WandbMirror, WandbRun, wandb_id
+from distrain.runs.trackers import FinishedRun, TensorBoardMirror, WandbMirror, WandbRun, wandb_id
 from distrain.tools import doctor
 
 
@@ -171,7 +171,7 @@ def test_rows_that_a_server_has_are_not_sent_again(tmp_path: Path) -> None:
     sent: list[tuple[int, int]] = []
     warnings: list[str] = []
     one = WandbMirror(WandbRun("disabled", "", "", ""), tmp_path, {}, warnings.append, lines=2)
-    one._to = Server()
+    one._backend = Server()
     for step in (20, 30, 30, 40):  # the evaluation after step 30 was stopped, and is made up for
         one.log({}, step)
     assert (sent, warnings) == ([(4, 30), (5, 40)], [])
@@ -263,10 +263,10 @@ def test_an_interrupted_run_is_one_run_everywhere(
         names = found.classes
         counts = {(names[i], names[j]): found.result["confusion_matrix"][i][j] for i in range(10) for j in range(10)}
         assert {(actual, predicted): count for actual, predicted, count in cells} == counts
-        wrong = folder.read_pictures(run / folder.WRONG)
-        assert len(last["result/wrong.captions"]) == len(wrong["images"]) == 24
+        wrong = folder.read_pictures(run / folder.MISCLASSIFIED)
+        assert len(last["result/misclassified.captions"]) == len(wrong["images"]) == 24
         for place, image in enumerate(wrong["images"]):
-            with Image.open(path.parent / "files" / last["result/wrong.filenames"][place]) as shown:
+            with Image.open(path.parent / "files" / last["result/misclassified.filenames"][place]) as shown:
                 assert (np.asarray(shown) == image).all()
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         content = path.read_bytes()
@@ -279,7 +279,7 @@ def test_an_interrupted_run_is_one_run_everywhere(
         assert [(event.step, event.value) for event in shown.Scalars(name)] == [
             (step, pytest.approx(value)) for step, value in expected
         ]
-    assert [event.step for event in shown.Images("pictures/wrong")] == [30]
+    assert [event.step for event in shown.Images("pictures/misclassified")] == [30]
     assert [event.step for event in shown.Images("pictures/augmented")] == [30]
     configuration = shown.Tensors("configuration/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "global_batch_size: 64" in configuration
@@ -307,7 +307,7 @@ def test_a_server_gets_every_line_once(
         ]
         assert len(rows) == len(told) + 1
         assert rows[-1]["result/by_class"]["nrows"] == 10
-        assert set(rows[-1]["result/wrong"]["filenames"]) <= set(server.uploaded)
+        assert set(rows[-1]["result/misclassified"]["filenames"]) <= set(server.uploaded)
         assert main(["wandb", str(run)]) == 0
 
 
@@ -335,7 +335,7 @@ def test_a_server_that_goes_away_holds_nobody_up(tmp_path: Path, server: WandbSe
     assert warnings == ["wandb did not finish within 2 s; metrics.jsonl has everything"]
 
 
-def outcome(names: list[str], matrix: list[list[int]], pictures: int = 0) -> Outcome:
+def finished(names: list[str], matrix: list[list[int]], pictures: int = 0) -> FinishedRun:
     by_class = {
         name: row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(zip(names, matrix, strict=True))
     }
@@ -345,7 +345,7 @@ def outcome(names: list[str], matrix: list[list[int]], pictures: int = 0) -> Out
         "predicted": np.ones(pictures, np.int64),
         "probabilities": np.full(pictures, 0.875),
     }
-    return Outcome({"accuracy_by_class": by_class, "confusion_matrix": matrix}, wrong if pictures else {}, {})
+    return FinishedRun({"accuracy_by_class": by_class, "confusion_matrix": matrix}, wrong if pictures else {}, {})
 
 
 @pytest.mark.usefixtures("no_wandb_account")
@@ -353,7 +353,7 @@ def test_names_of_classes_are_data(tmp_path: Path) -> None:
     names = ["<script>alert('x')</script>\n\"é\"", "", "none of it"]
     warnings: list[str] = []
     one = mirror("offline", tmp_path, warnings)
-    one.result(outcome(names, [[1, 3, 0], [0, 2, 0], [0, 0, 0]], pictures=1), 7)
+    one.result(finished(names, [[1, 3, 0], [0, 2, 0], [0, 0, 0]], pictures=1), 7)
     one.close({})
     assert warnings == []
     (path,) = wandb_files(tmp_path)
@@ -361,8 +361,8 @@ def test_names_of_classes_are_data(tmp_path: Path) -> None:
     files = path.parent / "files"
     table = json.loads((files / row["result/by_class.path"]).read_text())
     assert table["data"] == [[names[0], 0.25, 4], [names[1], 1.0, 2], [names[2], None, 0]]
-    assert row["result/wrong.captions"] == [f"{names[0]} → {names[1]}, 87.5%"]
-    with Image.open(files / row["result/wrong.filenames"][0]) as shown:
+    assert row["result/misclassified.captions"] == [f"{names[0]} → {names[1]}, 87.5%"]
+    with Image.open(files / row["result/misclassified.filenames"][0]) as shown:
         assert np.asarray(shown).tolist() == [[1] * 4] * 4
     assert not list(tmp_path.rglob("staging/*"))  # `wandb sync` needs nothing from outside the run's folder
     assert not any(record.HasField("artifact") for record in records(path))
@@ -372,7 +372,7 @@ def test_a_large_confusion_matrix_keeps_the_classes_with_the_most_mistakes() -> 
     matrix = (np.eye(500, dtype=int) * 100).tolist()
     for k in range(30):
         matrix[k * 3][490] = 1
-    shown = outcome([f"class {k}" for k in range(500)], matrix).confused()
+    shown = finished([f"class {k}" for k in range(500)], matrix).most_confused()
     assert len(shown) == 40
     assert {*range(0, 90, 3), 490} <= set(shown)
 
@@ -381,11 +381,11 @@ def test_tensorboard_that_cannot_be_had_is_told_before_anything_is_trained(
     small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    asked = tree(small, tmp_path / "run", log={"tensorboard": True})
+    requested = tree(small, tmp_path / "run", log={"tensorboard": True})
     cure = "pip install 'distrain[tensorboard]'"
     with pytest.raises(ConfigError, match=rf"log.tensorboard=true: .*{re.escape(cure)}"):
-        distrain.train(asked)
-    assert any(found.level == "bad" and cure in found.told for found in doctor.extras(from_tree(asked)))
+        distrain.train(requested)
+    assert any(finding.level == "bad" and cure in finding.message for finding in doctor.extras(from_tree(requested)))
     assert not (tmp_path / "run").exists()
 
 
