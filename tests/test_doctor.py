@@ -17,6 +17,7 @@ import torch
 from harness import arguments, clean_environ, small_run
 
 from distrain import config
+from distrain.environment import Environment, World
 from distrain.tools import doctor
 
 SECONDS = 60
@@ -86,14 +87,11 @@ def test_without_problems_nothing_is_left_on_disk(data: Path, tmp_path: Path) ->
         ("run.dir=/dev/null/run", "run folder", "cannot be written"),
     ],
 )
-def test_problems_that_one_process_finds(
-    key: str, subject: str, message: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_problems_that_one_process_finds(key: str, subject: str, message: str, data: Path, tmp_path: Path) -> None:
     if subject == "device" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     keys = [f"data.dir={data}", f"run.dir={tmp_path / 'run'}", "model.name=models_for_tests:Faulty", *key.split()]
-    findings = doctor.check_node(config.load(None, keys))
+    findings = doctor.check_node(config.load(None, keys), Environment(world=World(0, 2)))
     (bad,) = (each for each in findings if each.level == "bad")
     assert bad.subject == subject
     assert message in bad.message

@@ -25,6 +25,7 @@ import distrain
 from distrain.cli import main
 from distrain.config import Wandb, from_tree
 from distrain.data.manifest import Dataset
+from distrain.environment import Environment
 from distrain.errors import ConfigError, Stopped
 from distrain.runs import folder
 from distrain.runs.logs import JsonLines, Progress, audit_path, cut_back
@@ -391,7 +392,8 @@ def test_a_missing_tensorboard_is_reported_before_training(
     cure = "pip install 'distrain[tensorboard]'"
     with pytest.raises(ConfigError, match=rf"log.tensorboard=true: .*{re.escape(cure)}"):
         distrain.train(requested)
-    assert any(finding.level == "bad" and cure in finding.message for finding in doctor.extras(from_tree(requested)))
+    findings = doctor.extras(from_tree(requested), Environment())
+    assert any(finding.level == "bad" and cure in finding.message for finding in findings)
     assert not (tmp_path / "run").exists()
 
 
