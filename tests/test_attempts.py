@@ -42,7 +42,8 @@ def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
 
 
 def test_an_owner_whose_process_is_gone_does_not_count(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from distrain.runs import attempts; attempts.acquire(Path(sys.argv[1]), 0)"
+    code = "import sys; from pathlib import Path; from distrain.runs import attempts;"
+    code += " attempts.acquire(Path(sys.argv[1]), 0)"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60)
     assert attempts.acquire(tmp_path, 0).attempt == 2
 

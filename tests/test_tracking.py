@@ -201,7 +201,7 @@ def tree(dataset: Dataset, run: Path, /, **sections: dict[str, Any]) -> dict[str
 
 
 def interrupted(dataset: Dataset, run: Path, monkeypatch: pytest.MonkeyPatch, **sections: dict[str, Any]) -> None:
-    """Train in three attempts: one that fails, with lines after its checkpoint; one that is stopped; one that finishes."""
+    """Train in three attempts: one that fails after its checkpoint, one that is stopped, and one that finishes."""
     sections = {"model": {"name": "models_for_tests:Faulty"}, "checkpoint": {"every_steps": 10}, **sections}
     for fault, error in (("raise:0:18", RuntimeError), ("stop:0:13", Stopped)):
         monkeypatch.setenv("FAULT", fault)

@@ -201,7 +201,10 @@ def _process_start(process: int) -> str | None:
 
 
 def _create(path: Path, content: dict[str, Any]) -> bool:
-    """Create a file as a whole; False if it exists already. Of several processes one succeeds: link is atomic, on NFS too."""
+    """Create a file as a whole; return False if it exists already.
+
+    Of several processes exactly one succeeds: `link` is atomic, on NFS too.
+    """
     work = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         write(work, json.dumps(content, indent=1).encode())

@@ -3,8 +3,8 @@
     RUN/checkpoints/step-00001234/   model.safetensors  optimizer.safetensors  state.json  digests.json
 
 To commit one: write a temporary folder, fsync its files, the digests last, fsync the folder, rename it, fsync the
-parent; only then delete old ones. `step-N` was saved after N steps. Only `save` and `load` import torch, as the launcher
-verifies checkpoints without it.
+parent; only then delete old ones. `step-N` was saved after N steps. Only `save` and `load` import torch, because the
+launcher verifies checkpoints without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The logs of a run: metrics.jsonl, which is authoritative, the audit, and progress for people; trackers copy the metrics."""
+"""The logs of a run: metrics.jsonl, the audit, and progress for people. Trackers copy the metrics."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ _LINE_SECONDS = 5.0
 
 
 class Progress:
-    """Progress for people: a bar if stderr is a terminal, log messages otherwise.
+    """Progress for people: a bar and log messages if stderr is a terminal, log messages alone otherwise.
 
     Args:
         show: false on all processes but the main one: nothing is shown.
@@ -230,8 +230,10 @@ class Logs:
 
     @contextlib.contextmanager
     def abandoned_on_failure(self) -> Iterator[None]:
-        """Close all logs if the block raises. Lines that no checkpoint depends on are dropped, as the next attempt writes
-        them again, and may already be doing so.
+        """Close all logs if the block raises.
+
+        Pending lines are dropped: no checkpoint depends on them, and the next attempt writes them again, or is already
+        doing so.
         """
         try:
             yield

@@ -58,7 +58,7 @@ class FinishedRun:
         return sorted(np.argsort(-mistakes, kind="stable")[:_MAX_CLASSES].tolist())
 
     def captioned(self) -> Iterator[tuple[NDArray[Any], str]]:
-        """Yield the misclassified images uint8 [H, W, C], most confident first, with captions `true → predicted, 87.5%`."""
+        """Yield misclassified images uint8 [H, W, C], most confident first, with captions `true → predicted, 87.5%`."""
         columns = ("images", "labels", "predicted", "probabilities")
         arrays = (self.misclassified.get(name, ()) for name in columns)
         for image, label, predicted, probability in zip(*arrays, strict=True):
@@ -152,7 +152,7 @@ class WandbRun:
         return cls(settings.mode, settings.project, settings.name or run.resolve().name, id_, group, settings.job_type)
 
     def of_node(self, node: int) -> WandbRun:
-        """Return the settings of the run that has the system metrics of another node; its id is the same in every attempt."""
+        """Return the settings of the run for the system metrics of another node; all attempts have the same id."""
         return replace(self, name=f"{self.name}-node-{node}", id=f"{self.id}-node-{node}", job_type="node")
 
 
@@ -186,8 +186,8 @@ class WandbMirror(Tracker):
     """A copy at wandb.
 
     Each line of metrics.jsonl is a row of wandb's history, and the number of the row (`_step`) is the number of the
-    line. So two lines of one step both stay, and a line that is written again after a resume is recognised by its number
-    and skipped. The step is a metric of its own, and the x-axis of the charts.
+    line. So two lines of one step both stay, and a line that is written again after a resume is recognised by its
+    number and skipped. The step is a metric of its own, and the x-axis of the charts.
     """
 
     name = "wandb"
@@ -343,12 +343,15 @@ def check_tensorboard() -> None:
 
 
 class TensorBoardMirror(Tracker):
-    """TensorBoard's files in RUN/tensorboard, written by accelerate's tracker. Steps that are trained again are shown once."""
+    """TensorBoard's files in RUN/tensorboard, written by accelerate's tracker.
+
+    Steps that are trained again after a resume are shown once.
+    """
 
     name = "tensorboard"
 
     def __init__(self, run: Path, config: dict[str, Any], warn: Warn, *, from_step: int = 0) -> None:
-        """Start, or resume after `from_step`. Metrics that were logged before TensorBoard was turned on are copied too."""
+        """Start, or resume after `from_step`; metrics from before TensorBoard was turned on are copied too."""
         super().__init__(warn)
         folder = run / TENSORBOARD
         try:

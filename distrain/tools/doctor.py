@@ -249,7 +249,7 @@ def _try_model(config: Config) -> nn.Module:
 
 
 def _run_folder(config: Config) -> Generator[Finding, None, float | None]:
-    """Check writing, syncing, renaming and linking; return bytes per second, or None if the folder cannot be written."""
+    """Check writing, syncing, renaming and linking; return bytes per second, or None if writing fails."""
     folder = _nearest(Path(config.run.dir))
     start = time.monotonic()
     try:

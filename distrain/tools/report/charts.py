@@ -48,6 +48,7 @@ _PHASES = {
     "log": "#9a6700",
     "start": "#8b949e",
 }
+"""Colours of the phases in `profile/…`, in the order of drawing."""
 
 Draw = Callable[[Figure, "Theme"], None]
 
@@ -176,7 +177,7 @@ def _series(record: RunRecord, key: str, x: str, scale: float) -> NDArray[np.flo
     x_key = "seconds" if x == "time" else "step"
     lines = [line for line in record.lines if key in line and x_key in line]
     if key.startswith("train/") and lines:
-        # A line before an evaluation or a save may average over one or two steps: that is noise, but looks like an event.
+        # Before an evaluation or a save, a line may average over one or two steps: noise that looks like an event.
         covered = np.diff([0, *(line["step"] for line in lines)])
         long_enough = covered >= np.median(covered) / 2
         lines = [line for line, is_long in zip(lines, long_enough, strict=True) if is_long]

@@ -179,8 +179,8 @@ def _checks(record: RunRecord) -> list[tuple[bool, str]]:
         layers = ", ".join(dependent)
         checks.append((False, f"The result depends on the number of processes, because the model has {layers}."))
     else:
-        checks.append((True, "The result depends on data, configuration and seed only, not on the number of processes or on"
-                             " restarts."))  # fmt: skip
+        checks.append((True, "The result depends on data, configuration and seed only, not on the number of processes"
+                             " or on restarts."))  # fmt: skip
     if result is not None:
         expected = setup["data"]["splits"].get("test")
         if result["total"] == expected:
@@ -276,7 +276,7 @@ def _augmentation(record: RunRecord) -> str:
 
 
 def _png(image: NDArray[Any], alpha: NDArray[Any] | None = None, max_size: int = _THUMBNAIL) -> bytes:
-    """Encode an image uint8 [H, W, C] as PNG; with 2 channels only the first is shown, with more than 3 the first three."""
+    """Encode an image uint8 [H, W, C] as PNG: its first channel as grey, or its first three channels as colours."""
     pixels = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, axis=-1)
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if alpha is not None:
