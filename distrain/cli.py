@@ -257,10 +257,10 @@ def write_report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(run: Path, as_json: bool) -> None:
     """Say how far RUN is, wherever it goes on: step, rate, time left, last checkpoint, attempts."""
-    from distrain.tools import status as looking
+    from distrain.tools.status import format_status, run_status
 
-    found = looking.look(run)
-    click.echo(json.dumps(found) if as_json else looking.tell(found))
+    progress = run_status(run)
+    click.echo(json.dumps(progress) if as_json else format_status(progress))
 
 
 @cli.command()
@@ -274,8 +274,8 @@ def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as
     """Say what the model of RUN sees in image files; neither its data set nor other processes are needed."""
     from distrain.tools import predict as predicting
 
-    for found in predicting.predict(run, images, which, device):
-        click.echo(predicting.tell(found, top, as_json))
+    for prediction in predicting.predict(run, images, which, device):
+        click.echo(predicting.format_prediction(prediction, top, as_json))
 
 
 @cli.command()

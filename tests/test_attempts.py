@@ -1,4 +1,4 @@
-"""The lease on a run's folder: one owner, whoever asks at the same time."""
+"""The lease on a run's folder: one owner, however many jobs want it at the same time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distrain.errors import BusyError, Stopped
 from distrain.runs import attempts
 
 
-def test_lives_are_counted_and_a_released_lease_is_free(tmp_path: Path) -> None:
+def test_attempts_are_counted_and_a_released_lease_is_free(tmp_path: Path) -> None:
     for attempt in (1, 2, 3):
         lease = attempts.acquire(tmp_path, 0)
         assert lease.attempt == attempt
@@ -27,27 +27,28 @@ def test_lives_are_counted_and_a_released_lease_is_free(tmp_path: Path) -> None:
     assert [entry["from_step"] for entry in attempts.history(tmp_path)] == [10, 20, 30]
 
 
-def test_an_owner_that_lives_is_named(tmp_path: Path) -> None:
+def test_a_running_owner_is_named(tmp_path: Path) -> None:
     attempts.acquire(tmp_path, 0)
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(BusyError, match=f"attempt 1, host .*, process {os.getpid()}"):
-        attempts.acquire(tmp_path, 0.5, told.append)
-    assert len(told) == 1
+        attempts.acquire(tmp_path, 0.5, messages.append)
+    assert len(messages) == 1
 
 
 def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
     attempts.acquire(tmp_path, 0)
     with pytest.raises(Stopped):
-        attempts.acquire(tmp_path, 1000, asked_to_stop=lambda: "SIGTERM")
+        attempts.acquire(tmp_path, 1000, stop_requested=lambda: "SIGTERM")
 
 
 def test_an_owner_whose_process_is_gone_does_not_count(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from distrain.runs import attempts; attempts.acquire(Path(sys.argv[1]), 0)"
+    code = "import sys; from pathlib import Path; from distrain.runs import attempts;"
+    code += " attempts.acquire(Path(sys.argv[1]), 0)"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60)
     assert attempts.acquire(tmp_path, 0).attempt == 2
 
 
-def test_a_process_number_that_is_used_again_does_not_count(tmp_path: Path) -> None:
+def test_an_owner_whose_process_number_is_reused_does_not_count(tmp_path: Path) -> None:
     attempts.acquire(tmp_path, 0)
     path = tmp_path / "attempts/000001.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "process_start": "1"}))
@@ -78,11 +79,13 @@ def test_an_owner_elsewhere_counts_until_it_is_stale(tmp_path: Path, monkeypatch
     assert attempts.acquire(tmp_path, 10).attempt == 2
 
 
-def test_who_lost_the_lease_is_told_and_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_that_lost_the_lease_is_notified_and_may_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attempts, "RENEW_SECONDS", 0.05)
     lease = attempts.acquire(tmp_path, 0)
     lost = threading.Event()
-    lease.keep(lambda error: lost.set())
+    lease.renew_in_background(lambda error: lost.set())
     lease.check()
     (tmp_path / "attempts/000002.json").write_text("{}")
     assert lost.wait(30)
@@ -91,25 +94,25 @@ def test_who_lost_the_lease_is_told_and_may_not_write(tmp_path: Path, monkeypatc
     lease.release()
 
 
-def _take(run: str, ready: object, found: object) -> None:
+def _take(run: str, ready: object, owners: object) -> None:
     ready.wait()  # type: ignore[attr-defined]
     try:
         attempts.acquire(Path(run), 0)
-        found.put(os.getpid())  # type: ignore[attr-defined]
+        owners.put(os.getpid())  # type: ignore[attr-defined]
         ready.wait()  # type: ignore[attr-defined]
     except BusyError:
-        found.put(None)  # type: ignore[attr-defined]
+        owners.put(None)  # type: ignore[attr-defined]
         ready.wait()  # type: ignore[attr-defined]
 
 
-def test_of_many_that_take_over_at_once_one_wins(tmp_path: Path) -> None:
+def test_one_of_many_jobs_that_take_over_at_once_wins(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     for round_ in range(2):  # a new folder, and one whose owner has gone
-        ready, found = context.Barrier(6), context.Queue()
-        takers = [context.Process(target=_take, args=(str(tmp_path), ready, found)) for _ in range(6)]
+        ready, owners = context.Barrier(6), context.Queue()
+        takers = [context.Process(target=_take, args=(str(tmp_path), ready, owners)) for _ in range(6)]
         for taker in takers:
             taker.start()
-        winners = [winner for winner in (found.get(timeout=60) for _ in takers) if winner is not None]
+        winners = [winner for winner in (owners.get(timeout=60) for _ in takers) if winner is not None]
         assert len(winners) == 1
         for taker in takers:
             taker.join(60)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified when read, deleted only when another one stands."""
+"""Checkpoints: written atomically, verified when read, deleted only after a newer one is committed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save(folder: Path, step: int, value: float = 1.0, best: int | None = None, w
     return checkpoint.save(folder, step, model, {"0.momentum_buffer": torch.ones(3)}, state)
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_loaded(tmp_path: Path) -> None:
     saved = checkpoint.load(save(tmp_path, 12, 0.5))
     assert saved.step == 12
     assert saved.state["identity"] == {"a": 1}
@@ -42,14 +42,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
     else:
         damaged = {"flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]}
         victim.write_bytes({**damaged, "truncate": content[:-1], "empty": b""}[damage])
-    found, skipped = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found.step == 1
+    saved, skipped = checkpoint.newest(tmp_path)
+    assert saved is not None
+    assert saved.step == 1
     assert len(skipped) == 1
     assert "step-00000002" in skipped[0]
 
 
-def test_a_half_written_one_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_partial_checkpoint_is_ignored(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / ".partial-step-00000002").mkdir()
     (tmp_path / "step-x").mkdir()
@@ -67,7 +67,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [5, 4, 2]
 
 
-def test_prune_keeps_what_a_kept_one_calls_the_best(tmp_path: Path) -> None:
+def test_prune_keeps_the_best_of_each_newest_one(tmp_path: Path) -> None:
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
         save(tmp_path, step, best=best)
     checkpoint.prune(tmp_path, 2, 0, 4)
@@ -90,7 +90,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     assert checkpoint.newest_verified(tmp_path) == 1
 
 
-def test_the_newest_verified_is_found_without_torch(tmp_path: Path) -> None:
+def test_the_newest_verified_is_searched_without_torch(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "step-00000003/model.safetensors").write_bytes(b"cut")
@@ -103,7 +103,7 @@ def test_the_newest_verified_is_found_without_torch(tmp_path: Path) -> None:
     assert done.stdout == "2 False\n"
 
 
-def test_foreign_things_beside_checkpoints_are_passed_over(tmp_path: Path) -> None:
+def test_other_files_beside_checkpoints_are_ignored(tmp_path: Path) -> None:
     save(tmp_path, 3)
     (tmp_path / "step-00000009").write_text("a file")
     (tmp_path / "step-000000010").mkdir()
@@ -133,8 +133,8 @@ def test_no_pickle_is_read(tmp_path: Path) -> None:
 
 
 def test_differences_name_the_fields(tmp_path: Path) -> None:
-    found = checkpoint.differences({"train.lr": 0.1, "run.seed": 1}, {"train.lr": 0.2, "run.seed": 1, "new": None})
-    assert found == ["train.lr: 0.1 in the checkpoint, 0.2 now"]
+    messages = checkpoint.differences({"train.lr": 0.1, "run.seed": 1}, {"train.lr": 0.2, "run.seed": 1, "new": None})
+    assert messages == ["train.lr: 0.1 in the checkpoint, 0.2 now"]
     data = [{"data.manifest": "ab", "data.mean": [0.5]}, {"data.manifest": "cd", "data.mean": [0.4]}]
     assert checkpoint.differences(*data) == ["data.dir: another data set now (its manifest.json has another digest)"]
     assert checkpoint.differences({"data.mean": [0.5]}, {"data.mean": [0.4]}) != []

@@ -1,4 +1,4 @@
-"""`distrain doctor` finds what would end a job: each fault is planted, and named with its cure."""
+"""`distrain doctor` finds the problems that would end a job: each one is created, and reported with its cure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ import torch
 from harness import arguments, clean_environ, small_run
 
 from distrain import config
+from distrain.environment import Environment, World
 from distrain.tools import doctor
 
 SECONDS = 60
 
 
 class Doctor:
-    """`distrain launch … -- doctor …`; `shell` runs before it, in name spaces of its own."""
+    """`distrain launch … -- doctor …`; `shell` runs before it, in separate name spaces."""
 
     def __init__(self, data: Path, run: Path, *keys: str, nproc: int = 2, options: str = "", shell: str = "") -> None:
         tree = small_run(data, run)
@@ -38,15 +39,15 @@ class Doctor:
         )  # fmt: skip
 
     def end(self) -> tuple[int, str]:
-        """Its exit code and what it said."""
+        """Return its exit code and its output."""
         try:
-            told, _ = self._process.communicate(timeout=SECONDS)
+            output, _ = self._process.communicate(timeout=SECONDS)
         finally:
             self.close()
-        return self._process.returncode, told
+        return self._process.returncode, output
 
     def close(self) -> None:
-        """End it."""
+        """Kill it."""
         self._process.kill()
 
 
@@ -62,20 +63,21 @@ def needs_name_spaces() -> None:
 
 
 @pytest.mark.ranks
-def test_nothing_is_wrong_and_nothing_is_left(data: Path, tmp_path: Path) -> None:
+def test_without_problems_nothing_is_left_on_disk(data: Path, tmp_path: Path) -> None:
     start = time.monotonic()
-    code, told = Doctor(data, tmp_path / "run").end()
-    assert code == 0, told
+    code, output = Doctor(data, tmp_path / "run").end()
+    assert code == 0, output
     assert time.monotonic() - start < 30
-    assert "bad " not in told
+    assert "bad " not in output
     for subject in ("versions", "device", "cores", "open files", "/dev/shm", "data", "memory", "model",
-                    "run folder", "grace", "processes   2 on 1 nodes", "all-reduce  right", "seen by all"):  # fmt: skip
-        assert subject in told, subject
+                    "run folder", "grace", "processes   2 on 1 nodes", "all-reduce  correct",
+                    "seen by all"):  # fmt: skip
+        assert subject in output, subject
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("key", "subject", "told"),
+    ("key", "subject", "message"),
     [
         ("data.dir=/nowhere", "data", "/nowhere"),
         ("run.device=cuda", "device", "no GPU is seen"),
@@ -86,45 +88,42 @@ def test_nothing_is_wrong_and_nothing_is_left(data: Path, tmp_path: Path) -> Non
         ("run.dir=/dev/null/run", "run folder", "cannot be written"),
     ],
 )
-def test_what_one_process_sees(
-    key: str, subject: str, told: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_problems_that_one_process_finds(key: str, subject: str, message: str, data: Path, tmp_path: Path) -> None:
     if subject == "device" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     keys = [f"data.dir={data}", f"run.dir={tmp_path / 'run'}", "model.name=models_for_tests:Faulty", *key.split()]
-    found = doctor.look_here(config.load(None, keys))
-    (bad,) = (each for each in found if each.level == "bad")
+    findings = doctor.check_node(config.load(None, keys), Environment(world=World(0, 2)))
+    (bad,) = (each for each in findings if each.level == "bad")
     assert bad.subject == subject
-    assert told in bad.told
+    assert message in bad.message
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.ranks
-def test_what_is_wrong_is_an_error_without_a_traceback(data: Path, tmp_path: Path) -> None:
-    code, told = Doctor(data, tmp_path / "run", "data.dir=/nowhere").end()
-    assert code == 78, told
-    assert "/nowhere" in told
-    assert "1 found wrong" in told
-    assert "Traceback" not in told
+def test_a_problem_is_an_error_without_a_traceback(data: Path, tmp_path: Path) -> None:
+    code, output = Doctor(data, tmp_path / "run", "data.dir=/nowhere").end()
+    assert code == 78, output
+    assert "/nowhere" in output
+    assert "number of problems: 1" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("shell", "code", "named"),
+    ("shell", "code", "message"),
     [
         ("ulimit -n 200", 78, "200 allowed"),
-        ("mount -t tmpfs -o size=1m none /dev/shm", 0, "1 MiB free, 128 wanted by NCCL"),
+        ("mount -t tmpfs -o size=1m none /dev/shm", 0, "1 MiB free, 128 needed by NCCL"),
         ("mount -t tmpfs -o ro none RUN", 78, "Read-only file system"),
     ],
     ids=["open files", "shm", "read-only"],
 )
-def test_what_a_container_would_lack(shell: str, code: int, named: str, data: Path, tmp_path: Path) -> None:
+def test_problems_of_a_container(shell: str, code: int, message: str, data: Path, tmp_path: Path) -> None:
     needs_name_spaces()
     (tmp_path / "run").mkdir()
-    found, told = Doctor(data, tmp_path / "run", shell=shell.replace("RUN", str(tmp_path / "run"))).end()
-    assert found == code, told
-    assert named in told
+    exit_code, output = Doctor(data, tmp_path / "run", shell=shell.replace("RUN", str(tmp_path / "run"))).end()
+    assert exit_code == code, output
+    assert message in output
 
 
 @pytest.mark.ranks
@@ -140,43 +139,43 @@ def test_too_little_memory(data: Path, tmp_path: Path) -> None:
         if not limit.exists():
             pytest.skip("no memory controller")
         limit.write_text(str(1900 * 2**20))
-        code, told = Doctor(data, tmp_path / "run", shell=f"echo $$ > {group}/cgroup.procs").end()
-        assert code == 78, told
-        assert "GiB, 2.0 wanted by 2 processes here" in told
+        code, output = Doctor(data, tmp_path / "run", shell=f"echo $$ > {group}/cgroup.procs").end()
+        assert code == 78, output
+        assert "GiB, 2.0 needed by 2 processes here" in output
     finally:
         group.rmdir()
 
 
 @pytest.mark.ranks
-def test_a_name_that_nobody_knows(data: Path, tmp_path: Path) -> None:
+def test_a_host_name_that_cannot_be_resolved(data: Path, tmp_path: Path) -> None:
     options = "--nodes 2 --node 1 --host no-such-host.invalid --port 29400"
-    code, told = Doctor(data, tmp_path / "run", "timeouts.start_seconds=3", nproc=1, options=options).end()
-    assert code == 78, told
-    assert "no-such-host.invalid, cannot be found" in told
+    code, output = Doctor(data, tmp_path / "run", "timeouts.start_seconds=3", nproc=1, options=options).end()
+    assert code == 78, output
+    assert "no-such-host.invalid, cannot be found" in output
 
 
 @pytest.mark.ranks
-def test_a_port_that_is_taken(data: Path, tmp_path: Path) -> None:
+def test_a_port_that_is_in_use(data: Path, tmp_path: Path) -> None:
     with free_port() as (_, port):
         options = f"--nodes 2 --node 0 --host localhost --port {port}"
-        code, told = Doctor(data, tmp_path / "run", nproc=1, options=options).end()
-    assert code == 78, told
-    assert f"port {port} cannot be had" in told
+        code, output = Doctor(data, tmp_path / "run", nproc=1, options=options).end()
+    assert code == 78, output
+    assert f"port {port} cannot be had" in output
 
 
 @pytest.mark.ranks
-def test_a_node_that_does_not_come(data: Path, tmp_path: Path) -> None:
+def test_a_node_that_is_missing(data: Path, tmp_path: Path) -> None:
     with free_port() as (_, port):
         pass
     options = f"--nodes 2 --node 0 --host localhost --port {port}"
-    code, told = Doctor(data, tmp_path / "run", "timeouts.start_seconds=6", nproc=1, options=options).end()
-    assert code == 78, told
-    assert "rank 1 did not come" in told
+    code, output = Doctor(data, tmp_path / "run", "timeouts.start_seconds=6", nproc=1, options=options).end()
+    assert code == 78, output
+    assert "rank 1 did not come" in output
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("what", ["run folder", "data"])
-def test_what_two_nodes_do_not_share(what: str, data: Path, tmp_path: Path) -> None:
+def test_a_folder_that_two_nodes_do_not_share(what: str, data: Path, tmp_path: Path) -> None:
     needs_name_spaces()
     with free_port() as (_, port):
         pass
@@ -191,5 +190,5 @@ def test_what_two_nodes_do_not_share(what: str, data: Path, tmp_path: Path) -> N
     with closing(nodes[1]):
         ends = [node.end() for node in nodes]
     assert [code for code, _ in ends] == [78, 78], ends
-    named = "rank 1 does not see what rank 0 writes" if what == "run folder" else "manifest.json"
-    assert named in ends[0][1], ends[0][1]
+    expected = "rank 1 does not see what rank 0 writes" if what == "run folder" else "manifest.json"
+    assert expected in ends[0][1], ends[0][1]

@@ -1,4 +1,4 @@
-"""What a run's model sees in image files, and the model as one file for use elsewhere."""
+"""`distrain predict` and `distrain export`: predictions for image files, and the model as one file."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def plain(run: Path, dataset: Dataset, images: torch.Tensor) -> torch.Tensor:
 
 def test_probabilities_are_those_of_a_plain_pass(run: Path, small: Dataset, pictures: list[Path], capsys: Any) -> None:
     assert cli.main(["predict", str(run), *map(str, pictures), "--json", "--top", "10"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [Path(one["file"]) for one in found] == pictures
-    wanted = plain(run, small, load(small, "test", 70)[0]).softmax(1)
-    for one, row in zip(found, wanted, strict=True):
+    predictions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(one["file"]) for one in predictions] == pictures
+    expected = plain(run, small, load(small, "test", 70)[0]).softmax(1)
+    for one, row in zip(predictions, expected, strict=True):
         assert [one["classes"][name] for name in small.manifest.classes] == pytest.approx(row.tolist(), abs=1e-5)
         assert list(one["classes"].values()) == sorted(one["classes"].values(), reverse=True)
 
@@ -83,21 +83,21 @@ def test_grey_models_take_coloured_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert capsys.readouterr().out.startswith("one.png  ")
 
 
-def test_what_cannot_be_read_is_named_before_anything_is_said(
+def test_unreadable_files_are_named_before_the_first_prediction(
     run: Path, pictures: list[Path], tmp_path: Path, capsys: Any
 ) -> None:
     (tmp_path / "no-image.png").write_bytes(b"no image")
     bad = [tmp_path / "no-image.png", tmp_path / "missing.png", tmp_path]
     assert cli.main(["predict", str(run), str(pictures[0]), *map(str, bad)]) == 78
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert "3 of the images cannot be read" in said.err
-    assert all(str(file) in said.err for file in bad)
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "3 of the images cannot be read" in output.err
+    assert all(str(file) in output.err for file in bad)
+    assert "Traceback" not in output.err
 
 
 @pytest.mark.parametrize("command", [["predict", "{}", "x.png"], ["export", "{}", "--out", "x.pt2"]])
-def test_a_run_without_a_checkpoint_is_told(command: list[str], run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_without_a_checkpoint_is_reported(command: list[str], run: Path, tmp_path: Path, capsys: Any) -> None:
     assert cli.main([word.format(tmp_path) for word in command]) == 78
     assert "holds no run" in capsys.readouterr().err
     for name in ("config.yaml", "setup.json"):
@@ -124,12 +124,12 @@ def test_an_exported_file_gives_the_models_logits(suffix: str, run: Path, small:
     images, _ = load(small, "test", 9)
     floats = images.permute(0, 3, 1, 2).float() / 255
     for number in (1, 9):
-        found = run_file(out, floats[:number].contiguous())
-        assert torch.allclose(found, plain(run, small, images[:number]), atol=1e-4)
+        logits = run_file(out, floats[:number].contiguous())
+        assert torch.allclose(logits, plain(run, small, images[:number]), atol=1e-4)
     if suffix == "pt2":
-        kept: dict[str, str] = {"classes": ""}
-        torch.export.load(out, extra_files=kept)
-        assert json.loads(kept["classes"]) == small.manifest.classes
+        metadata: dict[str, str] = {"classes": ""}
+        torch.export.load(out, extra_files=metadata)
+        assert json.loads(metadata["classes"]) == small.manifest.classes
 
 
 @pytest.mark.parametrize("model", ["resnet9", "models_for_tests:Normed"])
@@ -144,16 +144,16 @@ def test_fp64_runs_are_exported_in_fp32(small: Dataset, tmp_path: Path) -> None:
     assert run_file(tmp_path / "model.pt2", torch.rand(3, 3, 16, 16)).dtype == torch.float32
 
 
-def test_what_cannot_be_exported_leaves_nothing(
+def test_a_failed_export_leaves_no_file(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     from distrain.tools import export
 
     there = tmp_path / "there.onnx"
     there.write_text("mine")
-    for out, told in ((tmp_path / "model.zip", "should end with"), (there, "--force")):
+    for out, message in ((tmp_path / "model.zip", "should end with"), (there, "--force")):
         assert cli.main(["export", str(run), "--out", str(out)]) == 78
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert there.read_text() == "mine"
     monkeypatch.setattr(export, "_run_torch", lambda path, images: torch.zeros(len(images), 10) + 5)
     assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 78
@@ -164,9 +164,9 @@ def test_what_cannot_be_exported_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
 
 
-def test_a_model_that_no_exporter_understands_is_told(small: Dataset, tmp_path: Path, capsys: Any) -> None:
+def test_a_model_that_cannot_be_exported_is_reported(small: Dataset, tmp_path: Path, capsys: Any) -> None:
     run = train(small, tmp_path / "run", "model.name=models_for_tests:Branching")
     assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 78
-    said = capsys.readouterr().err
-    assert "cannot be exported" in said
-    assert "Traceback" not in said
+    error = capsys.readouterr().err
+    assert "cannot be exported" in error
+    assert "Traceback" not in error

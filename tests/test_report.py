@@ -1,4 +1,4 @@
-"""The report of real runs: what it says, what it escapes, and how a browser shows it."""
+"""The report of real runs: its content, its escaping, and its layout in a browser. Also `distrain status`."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs on images whose classes have names that would do harm; the second was stopped and went on."""
+    """Two runs on images whose classes have malicious names; the second one was stopped and resumed."""
     top = tmp_path_factory.mktemp("report")
     draws = np.random.default_rng(0)
     for split, number in (("train", 40), ("test", 8)):
-        for place, name in enumerate(NAMES):
+        for label, name in enumerate(NAMES):
             (top / "photos" / split / name).mkdir(parents=True)
             for image in range(number):
-                pixels = draws.integers(0, 256, (16, 16, 3), np.uint8) // 2 + 25 * place
+                pixels = draws.integers(0, 256, (16, 16, 3), np.uint8) // 2 + 25 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(top / "photos" / split / name / f"{image}.png")
     data = top / "data"
     assert cli.main(["prepare", "folder", f"{top}/photos", "--image-size", "16", "--lanes", "4", f"--out={data}"]) == 0
@@ -58,44 +58,45 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [top / "one", top / "two"]
 
 
-def test_train_writes_it_unless_told_not_to(runs: list[Path]) -> None:
+def test_train_writes_a_report_unless_it_is_turned_off(runs: list[Path]) -> None:
     one, two = runs
     assert (one / "report" / "index.html").is_file()
     assert not (two / "report").exists()
-    made = {path.name for path in (one / "report").glob("*.png")}
-    assert {"loss-step.png", "accuracy-time.png", "confusion.png", "classes.png", "profile.png"} <= made
-    for name in made:
+    charts_written = {path.name for path in (one / "report").glob("*.png")}
+    assert {"loss-step.png", "accuracy-time.png", "confusion.png", "classes.png", "profile.png"} <= charts_written
+    for name in charts_written:
         with Image.open(one / "report" / name) as image:
             image.verify()
 
 
-def test_it_says_what_the_run_did(runs: list[Path], tmp_path: Path) -> None:
+def test_a_report_describes_the_run(runs: list[Path], tmp_path: Path) -> None:
     assert cli.main(["report", str(runs[1]), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "index.html").read_text()
     result = json.loads((runs[1] / "result.json").read_text())
     assert f"<b>{result['accuracy']:.2%}</b>" in text
-    assert "went on after step" in text
+    assert "resumed after step" in text
     assert "mixup 0.3" in text
-    assert "Each of the 40 test images was scored exactly once." in text
-    wrong = folder.read_pictures(runs[1] / folder.WRONG)
-    assert len(wrong["ids"]) == min(24, result["total"] - result["correct"])
-    assert text.count('title="test sample') == len(wrong["ids"])
-    assert not folder.read(runs[1]).ended  # no launcher, no verdict
+    assert "Each of the 40 test images was evaluated exactly once." in text
+    misclassified = folder.read_pictures(runs[1] / folder.MISCLASSIFIED)
+    assert len(misclassified["ids"]) == min(24, result["total"] - result["correct"])
+    assert text.count('title="test sample') == len(misclassified["ids"])
+    assert not folder.read(runs[1]).exit_record  # there was no launcher to write one
     assert charts.restarts(folder.read(runs[1])) == [folder.read(runs[1]).attempts[1]["from_step"]]
 
 
-def test_wrong_pictures_are_those_of_the_data_set(runs: list[Path]) -> None:
+def test_misclassified_images_are_those_of_the_data_set(runs: list[Path]) -> None:
     from benchmarks.context import load
     from distrain.data import manifest
 
     data = manifest.read(runs[0].parent / "data")
     images, labels = load(data, "test")
-    held = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
-    wrong = folder.read_pictures(runs[0] / folder.WRONG)
-    assert len(wrong["ids"])
-    for image, label, predicted in zip(wrong["images"], wrong["labels"], wrong["predicted"], strict=True):
-        assert held[image.tobytes()] == label != predicted
-    assert (np.diff(wrong["probabilities"]) <= 0).all()
+    label_of = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+    misclassified = folder.read_pictures(runs[0] / folder.MISCLASSIFIED)
+    assert len(misclassified["ids"])
+    columns = (misclassified[name] for name in ("images", "labels", "predicted"))
+    for image, label, predicted in zip(*columns, strict=True):
+        assert label_of[image.tobytes()] == label != predicted
+    assert (np.diff(misclassified["probabilities"]) <= 0).all()
 
 
 def test_a_run_without_a_line_has_no_empty_charts(runs: list[Path], tmp_path: Path) -> None:
@@ -121,15 +122,15 @@ def test_a_long_run_has_a_small_page(runs: list[Path], tmp_path: Path) -> None:
     assert sizes[1] < 3 * sizes[0]
 
 
-def test_of_many_runs_each_has_a_row_and_a_colour(runs: list[Path], tmp_path: Path) -> None:
-    compared = [copied(runs[0], tmp_path / f"run-{place}") for place in range(10)]
+def test_each_of_many_runs_has_a_row_and_a_colour(runs: list[Path], tmp_path: Path) -> None:
+    compared = [copied(runs[0], tmp_path / f"run-{index}") for index in range(10)]
     assert cli.main(["report", *map(str, compared), "--out", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "index.html").read_text()
     assert page.count('<details class="run">') == 10
     shades = charts.colours(10)
     assert len(set(shades)) == 10
     assert all(page.count(f"background: {shade}") == 2 for shade in shades)
-    assert re.findall(r"</span>(run-\d)</th>", page) == [f"run-{place}" for place in range(10)]
+    assert re.findall(r"</span>(run-\d)</th>", page) == [f"run-{index}" for index in range(10)]
 
 
 def test_several_runs_are_compared(runs: list[Path], tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_several_runs_are_compared(runs: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "confusion-2.png").is_file()
 
 
-def test_names_are_data(runs: list[Path]) -> None:
+def test_names_are_escaped(runs: list[Path]) -> None:
     text = (runs[0] / "report" / "index.html").read_text()
     assert "<script" not in text
     assert "<img src=x" not in text
@@ -165,7 +166,7 @@ def test_the_same_command_again_is_no_interruption(runs: list[Path], tmp_path: P
     assert "interrupted" not in (run / "report" / "index.html").read_text()
 
 
-def test_a_run_that_goes_on_can_be_looked_at(runs: list[Path], tmp_path: Path) -> None:
+def test_a_run_that_is_training_can_be_reported(runs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs[1], run)
     (run / "result.json").unlink()
@@ -179,41 +180,42 @@ def test_a_run_that_goes_on_can_be_looked_at(runs: list[Path], tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["missing"], "holds no run"),
         (["one", "two"], "--out"),
-        (["one", "one", "--out", "x"], "named twice"),
+        (["one", "one", "--out", "x"], "given twice"),
         (["one", "--out", "one/result.json/x"], "cannot be written"),
     ],
 )
-def test_what_cannot_be_reported_is_one_message(
-    arguments: list[str], told: str, runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_a_report_that_cannot_be_written_is_one_message(
+    arguments: list[str], message: str, runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(runs[0].parent)
     assert cli.main(["report", *arguments]) == 78
-    said = capsys.readouterr().err
-    assert told in said
-    assert "Traceback" not in said
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
-def test_status_tells_how_far_a_run_is(runs: list[Path], tmp_path: Path, capsys: Any) -> None:
+def test_status_shows_the_progress_of_a_run(runs: list[Path], tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["status", str(runs[1]), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["step"], found["steps"], found["attempts"]) == ("done", 60, 60, 2)
-    assert found["checkpoint"]["step"] == 60
+    status = json.loads(capsys.readouterr().out)
+    assert (status["state"], status["step"], status["steps"], status["attempts"]) == ("done", 60, 60, 2)
+    assert status["checkpoint"]["step"] == 60
     run = tmp_path / "run"
     shutil.copytree(runs[1], run)
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoints" / "step-00000060")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["step"] <= 50]
-    (run / "metrics.jsonl").write_text("".join(kept))
+    retained = [line for line in lines if json.loads(line)["step"] <= 50]
+    (run / "metrics.jsonl").write_text("".join(retained))
     assert cli.main(["status", str(run)]) == 0
-    said = capsys.readouterr().out
-    assert "not running; the same command goes on" in said
-    assert "step     50 of 60 (83%)" in said
-    assert re.search(r"images/s, \d+:\d\d left", said)
+    output = capsys.readouterr().out
+    assert "not running; run the same command to resume" in output
+    assert "step     50 of 60 (83%)" in output
+    assert re.search(r"images/s, \d+:\d\d left", output)
+    assert re.search(r"\nattempts 2; the newest on ", output)
     assert cli.main(["status", str(tmp_path)]) == 78
 
 
@@ -246,10 +248,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     ):  # fmt: skip
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    found.set_page_load_timeout(60)
-    yield found
-    found.quit()
+    driven = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    driven.set_page_load_timeout(60)
+    yield driven
+    driven.quit()
 
 
 def copied(run: Path, to: Path) -> Path:
@@ -284,12 +286,12 @@ return {wide, overlap, images: images.length, broken: images.filter(i => !i.comp
         *(("both", 1280, "light"), ("both", 400, "dark"), ("many", 1280, "dark"), ("many", 400, "light")),
     ],
 )
-def test_a_browser_shows_it_whole_and_asks_for_nothing(
+def test_a_browser_shows_the_whole_page_and_requests_nothing(
     which: str, width: int, theme: str, runs: list[Path], browser: Any, tmp_path: Path
 ) -> None:
     page = runs[0] / "report" / "index.html"
     if which != "one":
-        compared = [*runs, *(copied(runs[place % 2], tmp_path / f"copy {place}") for place in range(8))]
+        compared = [*runs, *(copied(runs[index % 2], tmp_path / f"copy {index}") for index in range(8))]
         compared = compared if which == "many" else runs
         assert cli.main(["report", *map(str, compared), "--out", str(tmp_path)]) == 0
         page = tmp_path / "index.html"
@@ -300,19 +302,21 @@ def test_a_browser_shows_it_whole_and_asks_for_nothing(
     for kind in ("browser", "performance"):
         browser.get_log(kind)
     browser.get(page.as_uri())
-    found = browser.execute_script(LAYOUT)
-    assert found["broken"] == 0
-    assert found["images"] >= 9
-    assert found["wide"] == []
-    assert found["overlap"] == []
-    assert found["scroll"] <= found["width"] == width
-    assert found["scripts"] == 0
-    assert found["title"] != "x"
+    layout = browser.execute_script(LAYOUT)
+    assert layout["broken"] == 0
+    assert layout["images"] >= 9
+    assert layout["wide"] == []
+    assert layout["overlap"] == []
+    assert layout["scroll"] <= layout["width"] == width
+    assert layout["scripts"] == 0
+    assert layout["title"] != "x"
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
-    assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
-    assert page.as_uri() in asked
+    requested = {
+        event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
+    }
+    assert {url for url in requested if not url.startswith("data:")} == {page.as_uri()}
+    assert page.as_uri() in requested
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[theme]
 
@@ -320,23 +324,23 @@ def test_a_browser_shows_it_whole_and_asks_for_nothing(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_while_it_is_drawn_leaves_the_run_done(number: signal.Signals, runs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = [f"data.dir={runs[0].parent / 'data'}", f"run.dir={run}", "train.max_steps=2", "train.global_batch_size=8"]
+    keys = [f"data.dir={runs[0].parent / 'data'}", f"run.dir={run}", "train.max_steps=2", "train.global_batch_size=8"]
     with subprocess.Popen(
-        [sys.executable, "-m", "distrain", "train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "distrain", "train", *keys], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("Run:"):  # the last line before the report
                 process.send_signal(number)
                 break
-        told, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, told
-    assert told == f"warning: no report was written: stopped; `distrain report {run}` tries again\n"
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert output == f"warning: no report was written: stopped; `distrain report {run}` tries again\n"
     assert cli.main(["report", str(run)]) == 0
 
 
 def test_python_writes_no_report(runs: list[Path], tmp_path: Path) -> None:
-    """`distrain.train` leaves what is documented; the report is the command's."""
+    """`distrain.train` writes what is documented; the report is written by the command alone."""
     tree = {
         "data": {"dir": str(runs[0].parent / "data")},
         "run": {"dir": str(tmp_path / "run")},

@@ -1,8 +1,9 @@
-"""What a run writes down, and how it is cut back to a checkpoint."""
+"""The logs of a run, and their copies at wandb and for TensorBoard."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
@@ -24,10 +25,11 @@ import distrain
 from distrain.cli import main
 from distrain.config import Wandb, from_tree
 from distrain.data.manifest import Dataset
+from distrain.environment import Environment
 from distrain.errors import ConfigError, Stopped
 from distrain.runs import folder
 from distrain.runs.logs import JsonLines, Progress, audit_path, cut_back
-from distrain.runs.trackers import Outcome, TensorBoardMirror, WandbMirror, WandbRun, wandb_id
+from distrain.runs.trackers import FinishedRun, TensorBoardMirror, WandbMirror, WandbRun, wandb_id
 from distrain.tools import doctor
 
 
@@ -57,7 +59,7 @@ def test_cut_back_drops_what_came_after_for_every_rank_that_ever_wrote(tmp_path:
     assert lines(audit_path(tmp_path, 7)) == []
 
 
-def test_lines_go_on_behind_what_is_there(tmp_path: Path) -> None:
+def test_lines_are_appended(tmp_path: Path) -> None:
     for step in (1, 2):
         file = JsonLines(tmp_path / "a.jsonl")
         file.write({"step": step})
@@ -66,15 +68,15 @@ def test_lines_go_on_behind_what_is_there(tmp_path: Path) -> None:
     assert lines(tmp_path / "a.jsonl") == [1, 2]
 
 
-def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_logged_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "distrain")
     progress = Progress(True, 100, 0)
     progress.step()
     for step in (50, 60, 70, 100):
         progress.train(step, 0.5, 2.25, 0.01, 12345.6, 3700)
         progress.scores(step, "val", 0.5, 1.25)
     progress.close()
-    out = capsys.readouterr().out
-    assert out.splitlines() == [
+    assert caplog.messages == [
         "step 50/100  epoch 0.50  loss 2.2500  lr 0.01  12,346 images/s  1:01:40 left",
         "step 50/100  val: accuracy 50.00%  loss 1.2500",
         "step 100/100  epoch 0.50  loss 2.2500  lr 0.01  12,346 images/s  1:01:40 left",  # too soon for those between
@@ -82,16 +84,17 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     ]
 
 
-def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_are_silent(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "distrain")
     progress = Progress(False, 100, 0)
     progress.train(50, 0.5, 2.25, 0.01, 12345.6, 3700)
     progress.scores(50, "val", 0.5, 1.25)
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
 
 
 def mirror(mode: str, run: Path, warnings: list[str]) -> WandbMirror:
-    filed = WandbRun.of(Wandb(mode=mode, project="distrain-test", name="name"), run, wandb_id(run))  # type: ignore[arg-type]
-    return WandbMirror(filed, run, {"train": {"lr": 0.1}}, warnings.append)
+    settings = WandbRun.of(Wandb(mode=mode, project="distrain-test", name="name"), run, wandb_id(run))  # type: ignore[arg-type]
+    return WandbMirror(settings, run, {"train": {"lr": 0.1}}, warnings.append)
 
 
 @pytest.fixture
@@ -171,7 +174,7 @@ def test_rows_that_a_server_has_are_not_sent_again(tmp_path: Path) -> None:
     sent: list[tuple[int, int]] = []
     warnings: list[str] = []
     one = WandbMirror(WandbRun("disabled", "", "", ""), tmp_path, {}, warnings.append, lines=2)
-    one._to = Server()
+    one._backend = Server()
     for step in (20, 30, 30, 40):  # the evaluation after step 30 was stopped, and is made up for
         one.log({}, step)
     assert (sent, warnings) == ([(4, 30), (5, 40)], [])
@@ -186,19 +189,19 @@ def test_wandb_disabled_does_nothing(tmp_path: Path) -> None:
 
 
 def tree(dataset: Dataset, run: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, dict[str, Any]] = {
+    keys: dict[str, dict[str, Any]] = {
         "data": {"dir": str(dataset.root)},
         "run": {"dir": str(run)},
         "train": {"epochs": 2, "global_batch_size": 64},
         "log": {"every_steps": 4},
     }
     for section, changes in sections.items():
-        found.setdefault(section, {}).update(changes)
-    return found
+        keys.setdefault(section, {}).update(changes)
+    return keys
 
 
 def interrupted(dataset: Dataset, run: Path, monkeypatch: pytest.MonkeyPatch, **sections: dict[str, Any]) -> None:
-    """An attempt that breaks off, with lines since its checkpoint; one that is stopped; and one that goes on to the end."""
+    """Train in three attempts: one that fails after its checkpoint, one that is stopped, and one that finishes."""
     sections = {"model": {"name": "models_for_tests:Faulty"}, "checkpoint": {"every_steps": 10}, **sections}
     for fault, error in (("raise:0:18", RuntimeError), ("stop:0:13", Stopped)):
         monkeypatch.setenv("FAULT", fault)
@@ -219,25 +222,25 @@ def test_an_interrupted_run_is_one_run_everywhere(
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setattr("sys.argv", ["distrain", f"data.dir=https://user:{password}@host/data?token={password}"])
     run, out = tmp_path / "run", tmp_path / "out"
-    filed = {"mode": "offline", "group": "some group", "job_type": "a job"}
-    interrupted(small, run, monkeypatch, wandb=filed, log={"tensorboard": True})
-    found = folder.read(run)
+    wandb_keys = {"mode": "offline", "group": "some group", "job_type": "a job"}
+    interrupted(small, run, monkeypatch, wandb=wandb_keys, log={"tensorboard": True})
+    run_record = folder.read(run)
     assert main(["wandb", str(run), "--mode", "offline", "--out", str(out)]) == 0
-    told = capsys.readouterr()
-    assert "warning" not in told.err.lower()
+    output = capsys.readouterr()
+    assert "warning" not in output.err.lower()
     (replayed,) = wandb_files(out)
-    assert told.out.splitlines()[-1] == f"to send it: wandb sync {replayed.parent}"
+    assert output.out.splitlines()[-1] == f"to send it: wandb sync {replayed.parent}"
 
     # Each attempt's files have their own rows, by the numbers of their lines: together they are metrics.jsonl.
     attempts = wandb_files(run)
     assert len(attempts) == 3
     rows = {row["_step"]: row for path in attempts for row in history(path)}
-    assert sorted(rows) == list(range(len(found.lines) + 1))
-    assert as_lines([rows[number] for number in sorted(rows)]) == found.lines
+    assert sorted(rows) == list(range(len(run_record.lines) + 1))
+    assert as_lines([rows[number] for number in sorted(rows)]) == run_record.lines
     assert sum(len(history(path)) for path in attempts) > len(rows)  # some were trained, and logged, twice
-    assert as_lines(history(replayed)) == found.lines
+    assert as_lines(history(replayed)) == run_record.lines
 
-    assert found.result is not None
+    assert run_record.result is not None
     for path in (attempts[-1], replayed):
         (start,) = [record.run for record in records(path) if record.HasField("run")]
         assert (start.run_id, start.run_group, start.job_type) == (wandb_id(run), "some group", "a job")
@@ -248,7 +251,7 @@ def test_an_interrupted_run_is_one_run_everywhere(
             summary |= values(record.summary.update)
             axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
         assert settings["train"]["global_batch_size"] == 64
-        assert summary["accuracy"] == found.result["accuracy"]
+        assert summary["accuracy"] == run_record.result["accuracy"]
         assert {axes[f"{group}/*"] for group in ("train", "val", "test", "profile")} == {"step"}
         assert (
             settings["_wandb.visualize.result/confusion"]["panel_config"]["panelDefId"] == "wandb/confusion_matrix/v1"
@@ -257,16 +260,18 @@ def test_an_interrupted_run_is_one_run_everywhere(
         assert last["step"] == 30
         table = json.loads((path.parent / "files" / last["result/by_class.path"]).read_text())
         assert table["columns"] == ["class", "accuracy", "samples"]
-        assert {name: value for name, value, _ in table["data"]} == found.result["accuracy_by_class"]
+        assert {name: value for name, value, _ in table["data"]} == run_record.result["accuracy_by_class"]
         assert sum(samples for *_, samples in table["data"]) == 203
         cells = json.loads((path.parent / "files" / last["result/confusion_table.path"]).read_text())["data"]
-        names = found.classes
-        counts = {(names[i], names[j]): found.result["confusion_matrix"][i][j] for i in range(10) for j in range(10)}
+        names = run_record.classes
+        counts = {
+            (names[i], names[j]): run_record.result["confusion_matrix"][i][j] for i in range(10) for j in range(10)
+        }
         assert {(actual, predicted): count for actual, predicted, count in cells} == counts
-        wrong = folder.read_pictures(run / folder.WRONG)
-        assert len(last["result/wrong.captions"]) == len(wrong["images"]) == 24
-        for place, image in enumerate(wrong["images"]):
-            with Image.open(path.parent / "files" / last["result/wrong.filenames"][place]) as shown:
+        misclassified = folder.read_pictures(run / folder.MISCLASSIFIED)
+        assert len(last["result/misclassified.captions"]) == len(misclassified["images"]) == 24
+        for index, image in enumerate(misclassified["images"]):
+            with Image.open(path.parent / "files" / last["result/misclassified.filenames"][index]) as shown:
                 assert (np.asarray(shown) == image).all()
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         content = path.read_bytes()
@@ -274,12 +279,12 @@ def test_an_interrupted_run_is_one_run_everywhere(
         assert password.encode() not in content, path
 
     shown = events(run / "tensorboard")
-    for name in {name for line in found.lines for name in line} - {"step"}:
-        expected = [(line["step"], line[name]) for line in found.lines if name in line]
+    for name in {name for line in run_record.lines for name in line} - {"step"}:
+        expected = [(line["step"], line[name]) for line in run_record.lines if name in line]
         assert [(event.step, event.value) for event in shown.Scalars(name)] == [
             (step, pytest.approx(value)) for step, value in expected
         ]
-    assert [event.step for event in shown.Images("pictures/wrong")] == [30]
+    assert [event.step for event in shown.Images("pictures/misclassified")] == [30]
     assert [event.step for event in shown.Images("pictures/augmented")] == [30]
     configuration = shown.Tensors("configuration/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "global_batch_size: 64" in configuration
@@ -301,13 +306,13 @@ def test_a_server_gets_every_line_once(
     for _ in range(2):  # after the attempts, and after the command, which has nothing to add
         (rows,) = server.rows.values()
         assert [row["_step"] for row in rows] == list(range(len(rows)))
-        sent, told = as_lines(rows), folder.read(run).lines
+        sent, expected = as_lines(rows), folder.read(run).lines
         assert [(line["step"], line.get("train/loss"), line.get("test/loss")) for line in sent] == [
-            (line["step"], line.get("train/loss"), line.get("test/loss")) for line in told
+            (line["step"], line.get("train/loss"), line.get("test/loss")) for line in expected
         ]
-        assert len(rows) == len(told) + 1
+        assert len(rows) == len(expected) + 1
         assert rows[-1]["result/by_class"]["nrows"] == 10
-        assert set(rows[-1]["result/wrong"]["filenames"]) <= set(server.uploaded)
+        assert set(rows[-1]["result/misclassified"]["filenames"]) <= set(server.uploaded)
         assert main(["wandb", str(run)]) == 0
 
 
@@ -323,7 +328,7 @@ def test_a_run_that_was_not_logged_is_sent_afterwards(
     assert capsys.readouterr().out.endswith(f"/runs/{id_}\n")
 
 
-def test_a_server_that_goes_away_holds_nobody_up(tmp_path: Path, server: WandbServer) -> None:
+def test_a_server_that_goes_away_does_not_delay_the_end(tmp_path: Path, server: WandbServer) -> None:
     warnings: list[str] = []
     one = mirror("online", tmp_path, warnings)
     one.log({"train/loss": 1.0}, 1)
@@ -335,25 +340,27 @@ def test_a_server_that_goes_away_holds_nobody_up(tmp_path: Path, server: WandbSe
     assert warnings == ["wandb did not finish within 2 s; metrics.jsonl has everything"]
 
 
-def outcome(names: list[str], matrix: list[list[int]], pictures: int = 0) -> Outcome:
+def finished(names: list[str], matrix: list[list[int]], pictures: int = 0) -> FinishedRun:
     by_class = {
         name: row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(zip(names, matrix, strict=True))
     }
-    wrong = {
+    misclassified = {
         "images": np.ones((pictures, 4, 4, 1), np.uint8),
         "labels": np.zeros(pictures, np.int64),
         "predicted": np.ones(pictures, np.int64),
         "probabilities": np.full(pictures, 0.875),
     }
-    return Outcome({"accuracy_by_class": by_class, "confusion_matrix": matrix}, wrong if pictures else {}, {})
+    return FinishedRun(
+        {"accuracy_by_class": by_class, "confusion_matrix": matrix}, misclassified if pictures else {}, {}
+    )
 
 
 @pytest.mark.usefixtures("no_wandb_account")
-def test_names_of_classes_are_data(tmp_path: Path) -> None:
+def test_names_of_classes_are_shown_unchanged(tmp_path: Path) -> None:
     names = ["<script>alert('x')</script>\n\"é\"", "", "none of it"]
     warnings: list[str] = []
     one = mirror("offline", tmp_path, warnings)
-    one.result(outcome(names, [[1, 3, 0], [0, 2, 0], [0, 0, 0]], pictures=1), 7)
+    one.result(finished(names, [[1, 3, 0], [0, 2, 0], [0, 0, 0]], pictures=1), 7)
     one.close({})
     assert warnings == []
     (path,) = wandb_files(tmp_path)
@@ -361,8 +368,8 @@ def test_names_of_classes_are_data(tmp_path: Path) -> None:
     files = path.parent / "files"
     table = json.loads((files / row["result/by_class.path"]).read_text())
     assert table["data"] == [[names[0], 0.25, 4], [names[1], 1.0, 2], [names[2], None, 0]]
-    assert row["result/wrong.captions"] == [f"{names[0]} → {names[1]}, 87.5%"]
-    with Image.open(files / row["result/wrong.filenames"][0]) as shown:
+    assert row["result/misclassified.captions"] == [f"{names[0]} → {names[1]}, 87.5%"]
+    with Image.open(files / row["result/misclassified.filenames"][0]) as shown:
         assert np.asarray(shown).tolist() == [[1] * 4] * 4
     assert not list(tmp_path.rglob("staging/*"))  # `wandb sync` needs nothing from outside the run's folder
     assert not any(record.HasField("artifact") for record in records(path))
@@ -372,20 +379,21 @@ def test_a_large_confusion_matrix_keeps_the_classes_with_the_most_mistakes() -> 
     matrix = (np.eye(500, dtype=int) * 100).tolist()
     for k in range(30):
         matrix[k * 3][490] = 1
-    shown = outcome([f"class {k}" for k in range(500)], matrix).confused()
+    shown = finished([f"class {k}" for k in range(500)], matrix).most_confused()
     assert len(shown) == 40
     assert {*range(0, 90, 3), 490} <= set(shown)
 
 
-def test_tensorboard_that_cannot_be_had_is_told_before_anything_is_trained(
+def test_a_missing_tensorboard_is_reported_before_training(
     small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    asked = tree(small, tmp_path / "run", log={"tensorboard": True})
+    requested = tree(small, tmp_path / "run", log={"tensorboard": True})
     cure = "pip install 'distrain[tensorboard]'"
     with pytest.raises(ConfigError, match=rf"log.tensorboard=true: .*{re.escape(cure)}"):
-        distrain.train(asked)
-    assert any(found.level == "bad" and cure in found.told for found in doctor.extras(from_tree(asked)))
+        distrain.train(requested)
+    findings = doctor.extras(from_tree(requested), Environment())
+    assert any(finding.level == "bad" and cure in finding.message for finding in findings)
     assert not (tmp_path / "run").exists()
 
 
@@ -399,7 +407,7 @@ def test_tensorboard_that_cannot_write_costs_one_warning(tmp_path: Path) -> None
     assert "tensorboard is off" in warnings[0]
 
 
-def test_tensorboard_asked_for_later_has_what_was_trained_before(
+def test_tensorboard_turned_on_later_has_earlier_metrics_too(
     small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -421,7 +429,7 @@ def test_tensorboard_asked_for_later_has_what_was_trained_before(
         (["--out", "out"], "--out is for --mode offline"),
     ],
 )
-def test_distrain_wandb_says_what_it_lacks(
+def test_distrain_wandb_reports_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     (tmp_path / "config.yaml").write_text("")
@@ -438,10 +446,10 @@ def test_every_other_node_has_a_run_beside_the_main_one(small: Dataset, tmp_path
         port = free.getsockname()[1]
     keys = [f"data.dir={small.root}", f"run.dir={run}", "train.max_steps=4", "run.device=cpu"]
     keys += ["wandb.mode=offline", "wandb.nodes=all", "train.global_batch_size=64"]
-    place = ["--nproc", "2", "--nodes", "2", "--host", "localhost", "--port", str(port)]
+    cluster = ["--nproc", "2", "--nodes", "2", "--host", "localhost", "--port", str(port)]
     nodes = [
         subprocess.Popen(
-            [sys.executable, "-m", "distrain", "launch", *place, "--node", str(node), "--", "train", *keys],
+            [sys.executable, "-m", "distrain", "launch", *cluster, "--node", str(node), "--", "train", *keys],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

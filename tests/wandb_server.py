@@ -1,4 +1,4 @@
-"""As much of a wandb server as a run needs to be begun, gone on with and logged: it keeps the rows that it is sent."""
+"""A minimal wandb server, on which runs can be started, resumed and logged; it stores the rows that it receives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class WandbServer(http.server.ThreadingHTTPServer):
-    """`rows`: of the runs' histories, as they came; `down`: it answers 500 from now on."""
+    """A server; `rows`: the histories of the runs, in the order received; `down`: answer every request with 500."""
 
     daemon_threads = True
 
@@ -27,7 +27,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def answer(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """To a GraphQL operation; those that are not here may fail."""
+        """Return the answer to a GraphQL operation; wandb does without the operations that are missing here."""
         project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "someone"}}
         run = variables.get("name", "")
         if name == "RunResumeStatus":
@@ -68,14 +68,14 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         if self.server.down:
             self.send_error(500)
             return
-        asked = json.loads(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+        request = json.loads(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
         answer: dict[str, Any] = {}
         if self.path == "/graphql":
-            answer = {"data": self.server.answer(asked.get("operationName", ""), asked.get("variables") or {})}
+            answer = {"data": self.server.answer(request.get("operationName", ""), request.get("variables") or {})}
         elif self.path.endswith("/file_stream"):
             run = self.path.split("/")[-2]
-            told = (asked.get("files") or {}).get("wandb-history.jsonl", {"content": []})
-            self.server.rows[run] += [json.loads(line) for line in told["content"]]
+            history = (request.get("files") or {}).get("wandb-history.jsonl", {"content": []})
+            self.server.rows[run] += [json.loads(line) for line in history["content"]]
         self._send(json.dumps(answer).encode())
 
     def do_PUT(self) -> None:
@@ -96,7 +96,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving() -> Iterator[WandbServer]:
-    """A server on this machine."""
+    """Run a server on this machine."""
     server = WandbServer()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from distrain import plugins
+from distrain import config, plugins
 from distrain.errors import ConfigError
 from distrain.models import from_torchvision
 from distrain.models.batch_norm import can_be_synchronised
@@ -56,6 +56,32 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
         raise ConfigError(f"model.name={name}: is a {type(model).__name__}, not a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"model.name={name}: has no trainable parameters")
+    return model
+
+
+def from_config(
+    settings: config.Model,
+    num_classes: int,
+    image_shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    batch_sizes: Sequence[int] = (2,),
+) -> nn.Module:
+    """Build the model that a configuration names, and try it on black images.
+
+    Args:
+        settings: section `model` of the configuration.
+        num_classes: length of the model's output.
+        image_shape: (H, W, C) of the images, as in a manifest.
+        dtype: of the weights.
+        batch_sizes: numbers of images to try the model on.
+
+    Raises:
+        ConfigError: it cannot be built, or does not give one logit for each class.
+    """
+    height, width, channels = image_shape
+    model = build(settings.name, settings.activation, num_classes, (channels, height, width)).to(dtype)
+    for samples in batch_sizes:
+        check_output(settings.name, model, torch.zeros(samples, channels, height, width, dtype=dtype), num_classes)
     return model
 
 

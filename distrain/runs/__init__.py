@@ -1,5 +1,6 @@
-"""A run's folder: its checkpoints, its attempts, what it writes down.
+"""A run's folder: its checkpoints, its attempts, its metrics and its result.
 
-folder: names of its files, and what stands in them · checkpoint: written whole, found, verified · attempts: who may
-write · logs: metrics, audit, progress · trackers: their copies at wandb and for TensorBoard.
+folder: names of the files, and reading them · checkpoint: written whole, verified, deleted · attempts: the lease and
+its history · exit_record: how the newest attempt ended · results: accuracy of each class · logs: metrics, audit and
+progress · trackers: copies at wandb and for TensorBoard · json_files: reading JSON.
 """

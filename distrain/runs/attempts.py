@@ -1,11 +1,11 @@
-"""One writer: the lease on a run's folder, and the list of its attempts.
+"""The lease on a run's folder, which allows one job at a time to write in it, and the list of the run's attempts.
 
-    RUN/attempts/000001.json  000002.json …      one file for each time that a job took the folder
+    RUN/attempts/000001.json  000002.json …      one file for each attempt, made when a job acquires the lease
 
-The newest file is the lease. Its owner renews it; a job that wants the folder makes the next one, which only one can
-do, once the newest is released, or its process is gone, or it was not renewed for a while. An owner that sees a newer
-file than its own has lost the lease and must not write any more. Nothing is ever deleted, so two jobs that both take
-over a stale lease cannot undo each other's.
+The newest file is the lease. Its owner renews it. A job that waits for the lease creates the next file, which only one
+job can do, once the newest lease is released, or its process has ended, or it was not renewed for a while. An owner
+that sees a newer file than its own has lost the lease and must not write any more. Nothing is ever deleted, so two
+jobs that both take over a stale lease cannot undo each other's work.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from typing import Any
 
 from distrain.errors import BusyError, Stopped
 from distrain.files import write
+from distrain.runs.json_files import read_object
 
 FOLDER = "attempts"
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
-"""Without a renewal for so long, an owner counts as gone. Seen by the one who waits: clocks are not compared."""
+"""An owner that does not renew its lease for this long counts as gone. The waiting job measures the time itself, so the
+clocks of two hosts are never compared.
+"""
 
 _NAME = re.compile(r"(\d{6,})\.json")
 
 
 class Lease:
-    """The right to write in a run's folder."""
+    """The right to write in a run's folder; held by one job at a time."""
 
     def __init__(self, run: Path, attempt: int, content: dict[str, Any]) -> None:
         self.attempt = attempt
@@ -45,16 +48,18 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def check(self) -> None:
-        """Before anything is written.
+        """Check that this job still holds the lease; call it before anything is written.
 
         Raises:
             BusyError: another job has taken the folder over.
         """
         if self._next.exists():
-            raise BusyError(f"{self._path.parent.parent}: taken over by another job ({_named(_read(self._next))})")
+            raise BusyError(
+                f"{self._path.parent.parent}: taken over by another job ({_describe(read_object(self._next))})"
+            )
 
-    def keep(self, lost: Callable[[BusyError], None]) -> None:
-        """Renew in the background; call `lost` when another job has taken over."""
+    def renew_in_background(self, on_lost: Callable[[BusyError], None]) -> None:
+        """Renew the lease in a thread; call `on_lost` when another job has taken over."""
 
         def work() -> None:
             while not self._closed.wait(RENEW_SECONDS):
@@ -62,91 +67,96 @@ class Lease:
                     self.check()
                     self.note(beat=self._content["beat"] + 1)
                 except BusyError as error:
-                    lost(error)
+                    on_lost(error)
                     return
                 except OSError:
-                    continue  # a full or absent disk: the next renewal may do
+                    continue  # the disk is full or missing: the next renewal may succeed
 
         self._thread = threading.Thread(target=work, name="distrain-lease", daemon=True)
         self._thread.start()
 
     def note(self, **values: Any) -> None:
-        """Write more into this attempt's file, and renew it."""
+        """Add values to this attempt's file, and renew the lease."""
         with self._lock:
             self._content = {**self._content, **values, "renewed": _now()}
             _replace(self._path, self._content)
 
     def release(self) -> None:
-        """Let the next job in at once."""
+        """Release the lease: a waiting job need not wait until it is stale."""
         self._closed.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(RENEW_SECONDS)
-        with contextlib.suppress(OSError):  # it goes stale instead
+        with contextlib.suppress(OSError):  # the lease becomes stale instead
             self.note(ended=_now())
 
 
 def acquire(
     run: Path,
     wait_seconds: float,
-    tell: Callable[[str], None] = lambda line: None,
-    asked_to_stop: Callable[[], object] = lambda: None,
+    on_wait: Callable[[str], None] = lambda message: None,
+    stop_requested: Callable[[], object] = lambda: None,
 ) -> Lease:
-    """The lease on a run's folder, which must exist.
+    """Acquire the lease on a run's folder; wait while another job holds it.
 
     Args:
-        run: the run's folder.
-        wait_seconds: longest wait for another owner to leave.
-        tell: is told, once, that there is somebody to wait for.
-        asked_to_stop: whether waiting should end.
+        run: the run's folder, which must exist.
+        wait_seconds: longest wait for another job.
+        on_wait: called once, with a message that names the other job, if there is one to wait for.
+        stop_requested: returns a true value when the wait should end.
 
     Raises:
-        BusyError: there is an owner, and it stays.
-        Stopped: asked to stop while it waited.
+        BusyError: another job still holds the lease after `wait_seconds`.
+        Stopped: a stop was requested during the wait.
     """
     (run / FOLDER).mkdir(exist_ok=True)
-    start = seen_at = time.monotonic()
-    seen: Any = None
-    told = False
+    start = changed_at = time.monotonic()
+    last_seen: Any = None
+    reported = False
     while True:
         newest = newest_attempt(run)
-        current = _read(_path(run, newest)) if newest else None
-        if current != seen:
-            seen, seen_at = current, time.monotonic()
-        if not newest or (current and _is_gone(current)) or time.monotonic() - seen_at > STALE_SECONDS:
+        current = read_object(_path(run, newest)) if newest else None
+        if current != last_seen:
+            last_seen, changed_at = current, time.monotonic()
+        if not newest or (current and _is_gone(current)) or time.monotonic() - changed_at > STALE_SECONDS:
             content = _entry(newest + 1)
             if _create(_path(run, newest + 1), content):
                 return Lease(run, newest + 1, content)
             continue
         if time.monotonic() - start > wait_seconds:
             raise BusyError(
-                f"{run}: another job is writing here: {_named(current)}. Wait for it, end it, or choose another run.dir"
+                f"{run}: another job is writing here: {_describe(current)}."
+                " Wait for it, end it, or choose another run.dir"
             )
-        if asked_to_stop():
-            raise Stopped(f"{run}: stopped while it waited for another job; nothing had to be saved")
-        if not told:
-            tell(f"{run}: waiting for another job to leave: {_named(current)}")
-            told = True
+        if stop_requested():
+            raise Stopped(f"{run}: stopped while waiting for another job; nothing had to be saved")
+        if not reported:
+            on_wait(f"{run}: waiting for another job to exit: {_describe(current)}")
+            reported = True
         time.sleep(0.2)
 
 
 def newest_attempt(run: Path) -> int:
-    """Number of the newest attempt; 0 where there was none."""
+    """Return the number of the newest attempt; 0 if there was none."""
     folder = run / FOLDER
     names = os.listdir(folder) if folder.is_dir() else []
     return max((int(match[1]) for name in names if (match := _NAME.fullmatch(name))), default=0)
 
 
 def owner(run: Path) -> str | None:
-    """Who holds the lease, for people; None if it is free. An owner on another host that died still counts."""
+    """Describe the job that holds the lease; None if it is free.
+
+    A job on another host counts as the owner until it releases the lease, even if it has died: its process cannot be
+    seen from here.
+    """
     newest = newest_attempt(run)
-    current = _read(_path(run, newest)) if newest else None
-    return None if current is None or _is_gone(current) else _named(current)
+    current = read_object(_path(run, newest)) if newest else None
+    return None if current is None or _is_gone(current) else _describe(current)
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """What each attempt noted, oldest first."""
-    found = (_read(_path(run, attempt)) for attempt in range(1, newest_attempt(run) + 1))
-    return [entry for entry in found if entry is not None]
+    """Return the content of each attempt's file, oldest first."""
+    entries = (read_object(_path(run, attempt)) for attempt in range(1, newest_attempt(run) + 1))
+    return [entry for entry in entries if entry is not None]
 
 
 def _entry(attempt: int) -> dict[str, Any]:
@@ -165,15 +175,15 @@ def _entry(attempt: int) -> dict[str, Any]:
 
 
 def _is_gone(entry: dict[str, Any]) -> bool:
-    """Released, or a process of this machine that no longer runs."""
+    """Whether the lease is released, or its process ran on this machine and has ended."""
     if entry.get("ended") is not None:
         return True
-    here = entry.get("machine") is not None and entry["machine"] == _machine()
-    return here and _process_start(int(entry["process"])) != entry.get("process_start")
+    same_machine = entry.get("machine") is not None and entry["machine"] == _machine()
+    return same_machine and _process_start(int(entry["process"])) != entry.get("process_start")
 
 
 def _machine() -> str | None:
-    """This boot of this machine, and the name space that process numbers belong to: containers share host names."""
+    """Identify this boot of this machine, and the PID name space: containers may share a host name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -182,7 +192,7 @@ def _machine() -> str | None:
 
 
 def _process_start(process: int) -> str | None:
-    """When a process started, in the kernel's ticks: numbers are used again. None: it is not there, or a zombie."""
+    """Return a process's start time in the kernel's ticks, as process numbers are reused; None if it has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -191,7 +201,10 @@ def _process_start(process: int) -> str | None:
 
 
 def _create(path: Path, content: dict[str, Any]) -> bool:
-    """Make a file that must not be there yet; whole, and by one process alone (link is atomic on NFS too)."""
+    """Create a file as a whole; return False if it exists already.
+
+    Of several processes exactly one succeeds: `link` is atomic, on NFS too.
+    """
     work = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         write(work, json.dumps(content, indent=1).encode())
@@ -204,7 +217,7 @@ def _create(path: Path, content: dict[str, Any]) -> bool:
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:
-    # Not synced, as `files.replace` would: a renewal must not wait behind a checkpoint on its way to the disk.
+    # Unlike `files.replace` this does not sync: a renewal must not wait until a checkpoint is on disk.
     work = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         work.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -213,19 +226,11 @@ def _replace(path: Path, content: dict[str, Any]) -> None:
         work.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else None
-    except (OSError, ValueError):
-        return None
-
-
 def _path(run: Path, attempt: int) -> Path:
     return run / FOLDER / f"{attempt:06d}.json"
 
 
-def _named(entry: dict[str, Any] | None) -> str:
+def _describe(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "owner unknown"
     job = f", SLURM job {entry['job']}" if entry.get("job") else ""

@@ -1,9 +1,10 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints: written atomically, verified when they are read.
 
     RUN/checkpoints/step-00001234/   model.safetensors  optimizer.safetensors  state.json  digests.json
 
-Commit: write a temporary folder, fsync its files, digests last, fsync the folder, rename, fsync the parent; only then
-prune. `step-N` was saved after N steps. torch is imported by `save` and `load` alone: the launcher verifies without it.
+To commit one: write a temporary folder, fsync its files, the digests last, fsync the folder, rename it, fsync the
+parent; only then delete old ones. `step-N` was saved after N steps. Only `save` and `load` import torch, because the
+launcher verifies checkpoints without it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import xxhash
 
 from distrain.errors import AgainError, DataError
 from distrain.files import sync, write
+from distrain.runs.json_files import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,12 +37,12 @@ MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
 )
 
 STOP = "stop"
-"""`why` in the state.json of a checkpoint that a stop request asked for."""
+"""Value of `why` in the state.json of a checkpoint that was saved because of a stop request."""
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a checkpoint holds."""
+class Checkpoint:
+    """The content of a checkpoint."""
 
     path: Path
     state: dict[str, Any]
@@ -49,35 +51,35 @@ class Saved:
 
     @property
     def step(self) -> int:
-        """Steps done when it was saved."""
+        """Number of steps trained when it was saved."""
         return int(self.state["step"])
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the path of the checkpoint saved after `step` steps."""
     return folder / f"step-{step:08d}"
 
 
 def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Any) -> Path:
-    """Commit a checkpoint.
+    """Write a checkpoint, so that it is complete on disk or not there at all; return its path.
 
     Args:
         folder: RUN/checkpoints.
-        step: steps done.
+        step: number of steps trained.
         model: the model's state dict.
         optimizer: the optimizer's tensors (`optim.state_tensors`).
-        state: what else the run needs, for JSON; gets `step` added.
+        state: whatever else the run needs, as JSON; `step` is added.
 
     Raises:
-        OSError: no space, no permission …; what was written of it is removed.
+        OSError: no space, no permission …; the part that was written is removed.
     """
     import safetensors.torch
 
     target = path_of(folder, step)
     work = folder / f"{_PARTIAL}{target.name}"
     files = {
-        MODEL: safetensors.torch.save(_owned(model)),
-        _OPTIMIZER: safetensors.torch.save(_owned(optimizer)),
+        MODEL: safetensors.torch.save(_without_shared_memory(model)),
+        _OPTIMIZER: safetensors.torch.save(_without_shared_memory(optimizer)),
         _STATE: json.dumps({**state, "step": step}, indent=1).encode(),
     }
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in files.items()}
@@ -96,16 +98,17 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappin
 
 
 def sweep(folder: Path) -> None:
-    """Remove what saves that were cut short have left."""
+    """Remove the temporary folders of saves that were interrupted."""
     for work in folder.glob(f"{_PARTIAL}*") if folder.is_dir() else ():
         shutil.rmtree(work, ignore_errors=True)
 
 
-def load(path: Path) -> Saved:
-    """A checkpoint, every file checked against its digest.
+def load(path: Path) -> Checkpoint:
+    """Load a checkpoint; every file is compared with its digest.
 
     Raises:
-        DataError: not a whole checkpoint.
+        DataError: a file is missing or damaged.
+        AgainError: the disk or server does not answer now.
     """
     import safetensors.torch
 
@@ -114,8 +117,8 @@ def load(path: Path) -> Saved:
         state = json.loads(files[_STATE])
         model, optimizer = (safetensors.torch.load(files[name]) for name in (MODEL, _OPTIMIZER))
     except Exception as error:
-        raise DataError(f"{path}: no checkpoint ({error})") from error
-    return Saved(path, state, model, optimizer)
+        raise DataError(f"{path}: not a checkpoint ({error})") from error
+    return Checkpoint(path, state, model, optimizer)
 
 
 def _read_verified(path: Path) -> dict[str, bytes]:
@@ -127,32 +130,35 @@ def _read_verified(path: Path) -> dict[str, bytes]:
             if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:
                 raise DataError(f"{path / name}: damaged (its digest differs)")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise DataError(f"{path}: no whole checkpoint ({error.filename}: {error.strerror})") from error
-    except OSError as error:  # a disk or server that does not answer now says nothing about the checkpoint
+        raise DataError(f"{path}: not a complete checkpoint ({error.filename}: {error.strerror})") from error
+    except OSError as error:  # the disk or server fails now: the checkpoint itself may be good
         raise AgainError(f"{error.filename or path}: cannot be read now: {error.strerror}") from error
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"{path}: no checkpoint ({error})") from error
+        raise DataError(f"{path}: not a checkpoint ({error})") from error
     return files
 
 
 def set_aside(path: Path) -> None:
-    """Take a damaged checkpoint out of the way of the ones to come; the newest such one stays to be looked at."""
+    """Rename a damaged checkpoint to `damaged-…`, so that a new one of that step can be saved.
+
+    One that was set aside before for the same step is deleted.
+    """
     aside = path.with_name(f"damaged-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, newest first, readable or not."""
+    """Return the steps of all checkpoints in a folder, newest first, readable or not."""
     entries = folder.iterdir() if folder.is_dir() else ()
-    found = [int(match[1]) for entry in entries if (match := _FOLDER.fullmatch(entry.name)) and entry.is_dir()]
-    return sorted((step for step in found if path_of(folder, step).is_dir()), reverse=True)
+    numbers = [int(match[1]) for entry in entries if (match := _FOLDER.fullmatch(entry.name)) and entry.is_dir()]
+    return sorted((step for step in numbers if path_of(folder, step).is_dir()), reverse=True)
 
 
-def newest(folder: Path) -> tuple[Saved | None, list[str]]:
-    """The newest readable checkpoint, and one line for each newer one that is not readable."""
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Load the newest readable checkpoint; also return one message for each newer one that is not readable."""
     skipped: list[str] = []
     for step in steps(folder):
         try:
@@ -163,7 +169,7 @@ def newest(folder: Path) -> tuple[Saved | None, list[str]]:
 
 
 def newest_verified(folder: Path) -> int | None:
-    """Steps of the newest checkpoint whose digests fit; None where there is none."""
+    """Return the step of the newest checkpoint whose files have the right digests; None if there is none."""
     for step in steps(folder):
         try:
             _read_verified(path_of(folder, step))
@@ -174,47 +180,49 @@ def newest_verified(folder: Path) -> int | None:
 
 
 def prune(folder: Path, keep: int, every: int, best: int | None) -> None:
-    """Delete all but the `keep` newest (0: none is deleted), every `every`-th step's (0: none), the newest one of a
-    stop, the best, and what the newest ones call the best: a run that has to go on from one of them needs it.
+    """Delete the checkpoints that are no longer needed.
+
+    Retained are also the newest one that was saved because of a stop request, and the best one according to each of
+    the `keep` newest: a run that resumes from one of these needs it.
+
+    Args:
+        folder: RUN/checkpoints.
+        keep: number of newest checkpoints to retain; 0: nothing is deleted.
+        every: retain the checkpoints whose step is a multiple of this; 0: none.
+        best: step of the best checkpoint, which is retained.
     """
     if not keep:
         return
-    found = steps(folder)
-    states = {step: _state_of(path_of(folder, step)) for step in found}
-    wanted = {best, *found[:keep]}
-    wanted |= {(states[step].get("best") or {}).get("step") for step in found[:keep]}
-    wanted |= set([step for step in found if states[step].get("why") == STOP][:1])
-    wanted |= {step for step in found if every and step % every == 0}
-    for step in found:
-        if step not in wanted:
+    existing = steps(folder)
+    # The state of a damaged checkpoint is empty: nothing resumes from it.
+    states = {step: read_object(path_of(folder, step) / _STATE) or {} for step in existing}
+    retained = {best, *existing[:keep]}
+    retained |= {(states[step].get("best") or {}).get("step") for step in existing[:keep]}
+    retained |= set([step for step in existing if states[step].get("why") == STOP][:1])
+    retained |= {step for step in existing if every and step % every == 0}
+    for step in existing:
+        if step not in retained:
             shutil.rmtree(path_of(folder, step))
 
 
-def _state_of(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((path / _STATE).read_bytes())
-        return state if isinstance(state, dict) else {}
-    except (OSError, ValueError):
-        return {}  # damaged: nothing goes on from it
-
-
-def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """One line for each identity field in which a checkpoint's run differs from the one asked for."""
-    differ = [key for key in sorted({*saved, *asked}) if saved.get(key) != asked.get(key)]
-    if "data.manifest" in differ:  # its mean and std are other ones, too
+def differences(saved: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """Return one message for each identity field in which a checkpoint's run differs from the requested run."""
+    differ = [key for key in sorted({*saved, *requested}) if saved.get(key) != requested.get(key)]
+    if "data.manifest" in differ:  # then mean and std differ too
         differ = [key for key in differ if key not in ("data.mean", "data.std")]
     return [
-        _IN_WORDS.get(key) or f"{key}: {saved.get(key)!r} in the checkpoint, {asked.get(key)!r} now" for key in differ
+        _DIGEST_MESSAGES.get(key) or f"{key}: {saved.get(key)!r} in the checkpoint, {requested.get(key)!r} now"
+        for key in differ
     ]
 
 
-_IN_WORDS = {
+_DIGEST_MESSAGES = {
     "data.manifest": "data.dir: another data set now (its manifest.json has another digest)",
-    "model.init": "model.init: other weights to begin with now",
+    "model.init": "model.init: other initial weights now",
 }
-"""Of what is known by its digest."""
+"""Messages for the fields whose values are digests, which say nothing to people."""
 
 
-def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses tensors that share memory (tied weights): each gets its own.
+def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory, such as tied weights: each one is copied.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

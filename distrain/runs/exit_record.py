@@ -1,4 +1,4 @@
-"""RUN/exit.json and files like it: how an attempt ended, for the next one and for people."""
+"""Exit records: RUN/exit.json and RUN/nodes/*.json, which hold an exit code and the reason for it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from distrain import files
+from distrain.runs.json_files import read_object
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a record; empty where there is none that can be read."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    """Read a record; return an empty dict if it is missing or damaged."""
+    return read_object(path) or {}
 
 
 def write(path: Path, content: Mapping[str, object]) -> None:
-    """Replace a record, whole.
+    """Write a record as a whole: after a failure the file is as it was before.
 
     Raises:
         OSError: it cannot be written.

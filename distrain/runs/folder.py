@@ -1,4 +1,4 @@
-"""A run's folder as others read it: the names of its files, and what stands in them so far. Imports no torch."""
+"""The names of the files in a run's folder, and reading them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,116 +13,115 @@ from numpy.typing import NDArray
 from distrain import config
 from distrain.config import Config
 from distrain.errors import DataError
-from distrain.runs import attempts, checkpoint
+from distrain.runs import attempts, checkpoint, exit_record
+from distrain.runs.json_files import read_object
 
 CONFIG = "config.yaml"
-"""The resolved configuration."""
+"""The configuration with all its defaults."""
 SETUP = "setup.json"
-"""Data set, model, processes and machine of the newest attempt (`distrain.training.summary.facts`)."""
+"""The data set, model, processes and machine of the newest attempt (`distrain.training.summary.facts`)."""
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 EXIT = "exit.json"
-"""How the newest attempt ended, where `distrain launch` started it."""
+"""How the newest attempt ended, if `distrain launch` started it."""
 AUDIT, STACKS, TRACE, REPORT, WANDB, TENSORBOARD = "audit", "stacks", "trace", "report", "wandb", "tensorboard"
-AUGMENTED, WRONG = "pictures/augmented.safetensors", "pictures/wrong.safetensors"
-"""What augmentation does to the first pictures; those that were taken for another class, most probable first."""
+AUGMENTED = "pictures/augmented.safetensors"
+"""The first training images, and augmented variants of them."""
+MISCLASSIFIED = "pictures/misclassified.safetensors"
+"""Test images whose predicted class is wrong, most confident first."""
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a run has written down so far."""
+class RunRecord:
+    """The content of a run's folder, without weights."""
 
     folder: Path
     config: Config
     setup: dict[str, Any]
-    """Empty where no attempt came so far."""
+    """RUN/setup.json; empty if no attempt has written it yet."""
     lines: list[dict[str, Any]]
-    """Of metrics.jsonl; a last line that is only half there is left out."""
+    """The lines of RUN/metrics.jsonl, without a last line that is incomplete."""
     result: dict[str, Any] | None
-    """None unless the run is done."""
+    """RUN/result.json; None until the run is done."""
     attempts: list[dict[str, Any]]
-    """What each attempt noted, oldest first."""
+    """The files in RUN/attempts, oldest first."""
     checkpoints: list[int]
-    """Steps of those that are kept, ascending."""
-    ended: dict[str, Any]
-    """RUN/exit.json; empty where there is none."""
+    """Steps of the checkpoints in the folder, ascending."""
+    exit_record: dict[str, Any]
+    """RUN/exit.json; empty if there is none."""
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; empty where no attempt came so far."""
+        """Names of the classes; empty if no attempt has written RUN/setup.json yet."""
         return list(self.setup.get("data", {}).get("classes", []))
 
 
 def configuration(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """That of a run, with `section.key=value` over it.
+    """Load the configuration of a run.
+
+    Args:
+        folder: the run's folder.
+        overrides: `section.key=value`, which replace the run's own values.
 
     Raises:
         DataError: the folder holds no run.
-        ConfigError: the overrides cannot be used.
+        ConfigError: an override is not valid.
     """
     if not (folder / CONFIG).is_file():
-        raise DataError(f"{folder}: holds no run (no {CONFIG}); name the folder that run.dir named")
+        raise DataError(f"{folder}: holds no run (no {CONFIG}); give the folder that was run.dir")
     return config.load(folder / CONFIG, overrides)
 
 
-def read(folder: Path) -> Record:
-    """What a run has written down.
+def read(folder: Path) -> RunRecord:
+    """Read a run's folder.
 
     Raises:
         DataError: the folder holds no run.
     """
-    return Record(
+    return RunRecord(
         folder,
         configuration(folder),
-        _read(folder / SETUP) or {},
+        read_object(folder / SETUP) or {},
         read_lines(folder / METRICS),
-        _read(folder / RESULT),
+        read_object(folder / RESULT),
         attempts.history(folder),
         sorted(checkpoint.steps(folder / checkpoint.FOLDER)),
-        _read(folder / EXIT) or {},
+        exit_record.read(folder / EXIT),
     )
 
 
-def read_begun(folder: Path) -> Record:
-    """The same of a run that knows its data set and model.
+def read_started(folder: Path) -> RunRecord:
+    """Read a run's folder; the run must have started, so that its data set and model are known.
 
     Raises:
-        DataError: the folder holds no run, or its run has not begun.
+        DataError: the folder holds no run, or its run has not started.
     """
     record = read(folder)
     if not record.setup:
-        raise DataError(f"{folder}: its run has not begun, or is of an older distrain (no {SETUP})")
+        raise DataError(f"{folder}: its run has not started, or was written by an older distrain (no {SETUP})")
     return record
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of one JSON object a line; none where there is no file."""
+    """Read a file with one JSON object per line, up to the first incomplete line; a missing file has no lines."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
         return []
-    found = []
+    lines = []
     for line in text.splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:  # being written now, or cut off by a kill
+            lines.append(json.loads(line))
+        except ValueError:  # it is being written now, or its writer was killed
             break
-    return found
+    return lines
 
 
 def read_pictures(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of `AUGMENTED` or `WRONG`; empty where there is no such file, or it is damaged."""
+    """Read the arrays in `AUGMENTED` or `MISCLASSIFIED`; return an empty dict if the file is missing or damaged."""
     import safetensors.numpy
 
     try:
         return dict(safetensors.numpy.load(path.read_bytes()))
     except (OSError, safetensors.SafetensorError):
         return {}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

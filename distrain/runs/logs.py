@@ -1,9 +1,10 @@
-"""What a run writes down: metrics.jsonl (the truth), the audit, progress for people; trackers copy the metrics."""
+"""The logs of a run: metrics.jsonl, the audit, and progress for people. Trackers copy the metrics."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -15,40 +16,42 @@ from typing import Any
 from tqdm import tqdm
 
 from distrain.runs.folder import AUDIT, METRICS
-from distrain.runs.trackers import CLOSE_SECONDS, Outcome, Tracker
+from distrain.runs.trackers import CLOSE_SECONDS, FinishedRun, Tracker
+
+log = logging.getLogger("distrain")
 
 _ABANDON_SECONDS = 5.0
-"""For trackers when a run was stopped: schedulers kill after as little as 30 s, and their files are on disk."""
+"""Time for each tracker to close when a run was stopped: schedulers may kill after 30 s, and the files are on disk."""
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line.
+    """An append-only file with one JSON object per line.
 
-    Lines that cannot be written (a full disk) are kept, and written with the next ones: nothing is lost unless the
-    process ends before there is room again. Then no checkpoint counted on them either.
+    Lines that cannot be written, as the disk is full, stay in memory and are written with the next ones. They are lost
+    only if the process ends before there is space again; then no checkpoint depends on them either.
     """
 
     def __init__(self, path: Path, lines: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._kept: list[bytes] = []
+        self._pending: list[bytes] = []
         self._unsynced: list[bytes] = []
         self._synced = os.fstat(self._descriptor).st_size
         self.lines = lines
-        """Lines in the file and kept."""
+        """Number of lines in the file and in memory."""
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; it is on disk after `sync`."""
-        self._kept.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        """Append a line. It is in the file after `flush`, and on disk after `sync`."""
+        self._pending.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
         self.lines += 1
 
     def flush(self) -> None:
-        """Let readers see what was written.
+        """Write all pending lines to the file, where readers see them.
 
         Raises:
-            OSError: it could not be written; the file is as it was, the lines are kept.
+            OSError: they could not be written; the file is unchanged, and the lines stay in memory.
         """
-        data = b"".join(self._kept)
+        data = b"".join(self._pending)
         before = os.fstat(self._descriptor).st_size
         try:
             while data:
@@ -56,37 +59,46 @@ class JsonLines:
         except OSError:
             os.ftruncate(self._descriptor, before)
             raise
-        self._unsynced += self._kept
-        self._kept.clear()
+        self._unsynced += self._pending
+        self._pending.clear()
 
     def sync(self) -> None:
-        """Put what was written on disk: before the checkpoint that counts on it commits."""
+        """Write all pending lines to disk; call it before a checkpoint that depends on them is committed.
+
+        Raises:
+            OSError: they could not be written; they stay in memory.
+        """
         self.flush()
         try:
             os.fsync(self._descriptor)
-        except OSError:  # NFS and quotas say only here that there was no room
+        except OSError:  # NFS and quotas report only here that there is no space
             os.ftruncate(self._descriptor, self._synced)
-            self._kept = self._unsynced + self._kept
+            self._pending = self._unsynced + self._pending
             self._unsynced = []
             raise
         self._unsynced = []
         self._synced = os.fstat(self._descriptor).st_size
 
     def close(self) -> None:
-        """Close; what was not flushed is dropped."""
+        """Close the file; lines that were not flushed are lost."""
         os.close(self._descriptor)
 
 
 def cut_back(run: Path, steps_done: int, metrics_lines: int) -> None:
-    """Drop what came after a checkpoint, half-written lines included: of metrics all but the first so many lines, of
-    every rank's audit all steps but those done (it names the step trained, 0 … N-1).
+    """Truncate metrics and audit to a checkpoint; incomplete lines are removed too.
+
+    Args:
+        run: the run's folder.
+        steps_done: steps trained when the checkpoint was saved. A line of the audit names its step, 0 … N-1.
+        metrics_lines: number of lines of metrics.jsonl when it was saved.
     """
-    _cut(run / METRICS, lambda number, line: number < metrics_lines)
+    _truncate(run / METRICS, lambda number, line: number < metrics_lines)
     for path in sorted((run / AUDIT).glob("rank-*.jsonl")):
-        _cut(path, lambda number, line: line["step"] < steps_done)
+        _truncate(path, lambda number, line: line["step"] < steps_done)
 
 
-def _cut(path: Path, keep: Callable[[int, Any], bool]) -> None:
+def _truncate(path: Path, keep: Callable[[int, Any], bool]) -> None:
+    """Remove all lines from the first one on that is incomplete, or for which `keep(number, line)` is false."""
     if not path.exists():
         return
     end = 0
@@ -103,18 +115,22 @@ def _cut(path: Path, keep: Callable[[int, Any], bool]) -> None:
 
 
 def audit_path(run: Path, rank: int) -> Path:
-    """Where a rank writes the ids that it trained on."""
+    """Return the path of the file where a rank records the ids of its training samples."""
     return run / AUDIT / f"rank-{rank:05d}.jsonl"
 
 
 _LINE_SECONDS = 5.0
-"""Between two lines about training in a log, or two about evaluations, at least: they are read by people.
-metrics.jsonl has them all.
-"""
+"""Shortest time between two messages about training, or two about evaluations. metrics.jsonl has all values."""
 
 
 class Progress:
-    """Progress on the main process: a bar in a terminal, plain lines elsewhere. Silent where `show` is false."""
+    """Progress for people: a bar and log messages if stderr is a terminal, log messages alone otherwise.
+
+    Args:
+        show: false on all processes but the main one: nothing is shown.
+        total: steps of the run.
+        done: steps trained by earlier attempts.
+    """
 
     def __init__(self, show: bool, total: int, done: int) -> None:
         self._show = show
@@ -122,47 +138,42 @@ class Progress:
         if show and _has_bar():
             self._bar = tqdm(total=total, initial=done, desc="train", unit="step", dynamic_ncols=True)
         self._total = total
-        self._told = self._told_scores = float("-inf")
+        self._train_shown = self._scores_shown = float("-inf")
 
     def step(self) -> None:
-        """One step is done."""
+        """Advance the bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def train(self, step: int, epoch: float, loss: float, lr: float, rate: float, seconds_left: float) -> None:
-        """Loss since the last call, learning rate, images per second, time left."""
+        """Show the loss since the last call, the learning rate, images per second and the time left."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2g}, {rate:,.0f} images/s")
-        elif step == self._total or time.monotonic() - self._told >= _LINE_SECONDS:
-            self._told = time.monotonic()
-            self._say(
+        elif step == self._total or time.monotonic() - self._train_shown >= _LINE_SECONDS:
+            self._train_shown = time.monotonic()
+            self._info(
                 f"step {step}/{self._total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
                 f"{rate:,.0f} images/s  {clock(seconds_left)} left"
             )
 
     def scores(self, step: int, split: str, accuracy: float, loss: float) -> None:
-        """What an evaluation found: a line above the bar, if there is one."""
-        if step == self._total or time.monotonic() - self._told_scores >= _LINE_SECONDS:
-            self._told_scores = time.monotonic()
-            self._say(f"step {step}/{self._total}  {split}: accuracy {accuracy:.2%}  loss {loss:.4f}")
+        """Show the scores of an evaluation."""
+        if step == self._total or time.monotonic() - self._scores_shown >= _LINE_SECONDS:
+            self._scores_shown = time.monotonic()
+            self._info(f"step {step}/{self._total}  {split}: accuracy {accuracy:.2%}  loss {loss:.4f}")
 
-    def _say(self, line: str) -> None:
+    def _info(self, message: str) -> None:
         if self._show:
-            tqdm.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
-
-    def warn(self, line: str) -> None:
-        """A warning, on stderr."""
-        if self._show:
-            tqdm.write(f"warning: {line}", file=sys.stderr)
+            log.info("%s", message)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar; it stays visible."""
         if self._bar is not None:
             self._bar.close()
 
 
 def _has_bar() -> bool:
-    """Whether stderr is a terminal on which a bar can be seen: some have no columns."""
+    """Whether stderr is a terminal that can show a bar: some terminals have no columns."""
     try:
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):
@@ -170,7 +181,7 @@ def _has_bar() -> bool:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any."""
+    """Format a duration as 0:07 or 1:01:40: minutes and seconds, with hours if there are any."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
@@ -178,18 +189,18 @@ def clock(seconds: float) -> str:
 
 @dataclass
 class Logs:
-    """Where a run reports to; on other processes than the main one, only the audit is real."""
+    """All logs of one process of a run. Only the main process has metrics; the audit is of each process."""
 
     progress: Progress
     metrics: JsonLines | None
     trackers: Sequence[Tracker]
     audit: JsonLines | None
     check: Callable[[], None]
-    """Raises where this process may no longer write in the run's folder."""
-    _told: bool = False
+    """Raises BusyError if this process may no longer write in the run's folder."""
+    _warned: bool = False
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and its copies."""
+        """Write one line of metrics.jsonl, and copy it to the trackers."""
         if self.metrics is not None:
             self.check()
             self.metrics.write({"step": step, **values})
@@ -198,20 +209,20 @@ class Logs:
             try:
                 self.metrics.flush()
             except OSError as error:
-                if not self._told:  # once: a full disk stays full for a while
-                    self._told = True
-                    print(f"warning: {METRICS}: {error.strerror}; lines are kept until there is room", file=sys.stderr)
+                if not self._warned:  # only once: a full disk stays full for a while
+                    self._warned = True
+                    log.warning("%s: %s; lines stay in memory until they can be written", METRICS, error.strerror)
 
-    def result(self, step: int, found: Outcome) -> None:
-        """Show trackers what came of the run."""
+    def result(self, step: int, finished: FinishedRun) -> None:
+        """Send the result of the run to the trackers."""
         for tracker in self.trackers:
-            tracker.result(found, step)
+            tracker.result(finished, step)
 
     def sync(self) -> None:
-        """Put everything on disk.
+        """Write all pending lines to disk.
 
         Raises:
-            OSError: it could not be.
+            OSError: they could not be written.
         """
         for lines in (self.metrics, self.audit):
             if lines is not None:
@@ -219,8 +230,10 @@ class Logs:
 
     @contextlib.contextmanager
     def abandoned_on_failure(self) -> Iterator[None]:
-        """Close everything where the block fails. Lines that no checkpoint counts on are dropped: the next attempt writes
-        them again, and may already be doing so.
+        """Close all logs if the block raises.
+
+        Pending lines are dropped: no checkpoint depends on them, and the next attempt writes them again, or is already
+        doing so.
         """
         try:
             yield
@@ -229,10 +242,10 @@ class Logs:
             raise
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Close everything; `summary` goes to trackers.
+        """Write all pending lines and close all logs; the trackers get `summary`.
 
         Raises:
-            OSError: lines that were kept could not be written to the end.
+            OSError: pending lines could not be written.
         """
         try:
             self.sync()

@@ -1,4 +1,4 @@
-"""Copies of a run's metrics for others to look at: wandb and TensorBoard. metrics.jsonl stays the truth."""
+"""Trackers, which copy a run's metrics to wandb and TensorBoard. metrics.jsonl stays authoritative."""
 
 from __future__ import annotations
 
@@ -19,116 +19,118 @@ from numpy.typing import NDArray
 
 from distrain.config import Wandb
 from distrain.errors import ConfigError
-from distrain.runs.folder import AUGMENTED, METRICS, TENSORBOARD, WRONG, read_lines, read_pictures
+from distrain.runs import results
+from distrain.runs.folder import AUGMENTED, METRICS, MISCLASSIFIED, TENSORBOARD, read_lines, read_pictures
+from distrain.runs.results import ClassAccuracy
 
 CLOSE_SECONDS = 60.0
-_MOST_CLASSES = 40
-"""Classes of a confusion matrix on a screen: with K it has K² cells."""
-_ID = "wandb-id"
+_MAX_CLASSES = 40
+"""Classes of a confusion matrix that fits on a screen: with K classes it has K² cells."""
+_ID_FILE = "wandb-id"
 
 Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a run, as it is shown: RUN/result.json and its pictures."""
+class FinishedRun:
+    """The result of a run that is done, and its images, for a tracker to show."""
 
     result: dict[str, Any]
-    wrong: dict[str, NDArray[Any]]
+    """RUN/result.json."""
+    misclassified: dict[str, NDArray[Any]]
+    """The arrays of RUN/pictures/misclassified.safetensors; empty if there are none."""
     augmented: dict[str, NDArray[Any]]
+    """The arrays of RUN/pictures/augmented.safetensors; empty if there are none."""
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in their order."""
+        """Names of the classes, in the order of their labels."""
         return list(self.result["accuracy_by_class"])
 
-    def by_class(self) -> list[list[Any]]:
-        """Class, accuracy, samples: the worst first, those without samples last."""
-        samples = map(sum, self.result["confusion_matrix"])
-        accuracies = self.result["accuracy_by_class"].items()
-        rows = [[name, accuracy, count] for (name, accuracy), count in zip(accuracies, samples, strict=True)]
-        return sorted(rows, key=lambda row: 2.0 if row[1] is None else row[1])
+    def accuracy_by_class(self) -> list[ClassAccuracy]:
+        """Return the accuracy of each class, lowest first; classes without samples come last."""
+        return results.lowest_first(results.classes_of(self.result))
 
-    def confused(self) -> list[int]:
-        """The classes, ascending, that most mistakes have to do with: as many as a screen shows."""
+    def most_confused(self) -> list[int]:
+        """Return the labels, ascending, of the classes with most mistakes: as many as fit on a screen."""
         matrix = np.array(self.result["confusion_matrix"])
         mistakes = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
-        return sorted(np.argsort(-mistakes, kind="stable")[:_MOST_CLASSES].tolist())
+        return sorted(np.argsort(-mistakes, kind="stable")[:_MAX_CLASSES].tolist())
 
     def captioned(self) -> Iterator[tuple[NDArray[Any], str]]:
-        """The pictures that were got wrong, most probable first: uint8 [H, W, C], and what was taken for what."""
-        for image, label, predicted, probability in zip(
-            *(self.wrong.get(name, ()) for name in ("images", "labels", "predicted", "probabilities")), strict=True
-        ):
+        """Yield misclassified images uint8 [H, W, C], most confident first, with captions `true → predicted, 87.5%`."""
+        columns = ("images", "labels", "predicted", "probabilities")
+        arrays = (self.misclassified.get(name, ()) for name in columns)
+        for image, label, predicted, probability in zip(*arrays, strict=True):
             yield image, f"{self.classes[label]} → {self.classes[predicted]}, {probability:.1%}"
 
 
-def numbers(result: dict[str, Any]) -> dict[str, float]:
-    """What of a result is one number: a tracker's summary."""
+def scalars(result: dict[str, Any]) -> dict[str, float]:
+    """Return the values of a result that are single numbers, which make a tracker's summary."""
     return {key: value for key, value in result.items() if isinstance(value, (int, float))}
 
 
-def outcome(run: Path, result: dict[str, Any]) -> Outcome:
-    """The outcome of a run, with the pictures in its folder."""
-    return Outcome(result, read_pictures(run / WRONG), read_pictures(run / AUGMENTED))
+def read_finished(run: Path, result: dict[str, Any]) -> FinishedRun:
+    """Return the result of a run, with the images from its folder."""
+    return FinishedRun(result, read_pictures(run / MISCLASSIFIED), read_pictures(run / AUGMENTED))
 
 
 class Tracker(abc.ABC):
-    """Keeps a copy of the metrics. Whatever goes wrong there costs one warning, never the run."""
+    """A copy of the metrics. After an error the tracker is off: there is one warning, and the run continues."""
 
     name: ClassVar[str]
 
     def __init__(self, warn: Warn) -> None:
         self._warn = warn
-        self._to: Any = None
-        """What is written to; None: nothing, from here on."""
+        self._backend: Any = None
+        """What the tracker writes to; None: it is off."""
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Copy one line of the metrics."""
-        self._try(lambda to: self._log(to, values, step))
+        """Copy one line of metrics.jsonl."""
+        self._try(lambda backend: self._log(backend, values, step))
 
-    def result(self, found: Outcome, step: int) -> None:
-        """Show what came of the run."""
-        self._try(lambda to: self._result(to, found, step))
+    def result(self, finished: FinishedRun, step: int) -> None:
+        """Copy the result of the run and its images."""
+        self._try(lambda backend: self._result(backend, finished, step))
 
     def close(self, summary: dict[str, Any], seconds: float = CLOSE_SECONDS) -> None:
-        """Write `summary` and close; wait a bounded time for a server or a disk."""
-        self._try(lambda to: self._summarize(to, summary))
-        if self._to is None:
+        """Write `summary` and close; wait at most `seconds` for the server or the disk."""
+        self._try(lambda backend: self._summarize(backend, summary))
+        if self._backend is None:
             return
         finishing = threading.Thread(target=self._try, args=(self._finish,), daemon=True)
         finishing.start()
         finishing.join(seconds)
         if finishing.is_alive():
-            self._to = None  # what becomes of it is told no more
+            self._backend = None  # a later error is not reported
             self._warn(f"{self.name} did not finish within {seconds:g} s; {METRICS} has everything")
 
     @abc.abstractmethod
-    def _log(self, to: Any, values: dict[str, Any], step: int) -> None: ...
+    def _log(self, backend: Any, values: dict[str, Any], step: int) -> None: ...
 
     @abc.abstractmethod
-    def _result(self, to: Any, found: Outcome, step: int) -> None: ...
+    def _result(self, backend: Any, finished: FinishedRun, step: int) -> None: ...
 
     @abc.abstractmethod
-    def _summarize(self, to: Any, summary: dict[str, Any]) -> None: ...
+    def _summarize(self, backend: Any, summary: dict[str, Any]) -> None: ...
 
     @abc.abstractmethod
-    def _finish(self, to: Any) -> None: ...
+    def _finish(self, backend: Any) -> None: ...
 
     def _try(self, action: Callable[[Any], Any]) -> None:
-        if self._to is not None:
+        if self._backend is not None:
             try:
-                action(self._to)
+                action(self._backend)
             except Exception as error:
-                if self._to is None:
+                if self._backend is None:
                     return
-                self._to = None
-                self._warn(f"{self.name} is off from here: {error}; {METRICS} has everything")
+                self._backend = None
+                self._warn(f"{self.name} is switched off: {error}; {METRICS} has everything")
 
 
 @dataclass(frozen=True)
 class WandbRun:
-    """How a run is filed at wandb: the keys of section wandb, worked out."""
+    """The settings of a run at wandb: the section `wandb` of the configuration with its defaults filled in."""
 
     mode: Literal["disabled", "offline", "online"]
     project: str
@@ -139,52 +141,60 @@ class WandbRun:
 
     @classmethod
     def of(cls, settings: Wandb, run: Path, id_: str) -> WandbRun:
-        """A run's, by its configuration."""
+        """Return the settings of a run.
+
+        Args:
+            settings: section `wandb` of its configuration.
+            run: its folder.
+            id_: its id at wandb.
+        """
         group = settings.group or (id_ if settings.nodes == "all" else None)
         return cls(settings.mode, settings.project, settings.name or run.resolve().name, id_, group, settings.job_type)
 
     def of_node(self, node: int) -> WandbRun:
-        """The run beside this one for another node's system metrics; its id is the same in every attempt."""
+        """Return the settings of the run for the system metrics of another node; all attempts have the same id."""
         return replace(self, name=f"{self.name}-node-{node}", id=f"{self.id}-node-{node}", job_type="node")
 
 
 def wandb_id(run: Path) -> str:
-    """RUN/wandb-id, made where there is none: all attempts of a run are one run at wandb.
+    """Return the id in RUN/wandb-id, which is created if it is missing: all attempts of a run are one run at wandb.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    path = run / _ID
+    path = run / _ID_FILE
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return path.read_text(encoding="utf-8")
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb knows whom to send as: WANDB_API_KEY, or `wandb login`."""
+    """Whether wandb has an API key, from WANDB_API_KEY or `wandb login`."""
     import wandb
 
-    if os.environ.get("WANDB_API_KEY"):  # without asking the server, for which `login` waits
+    if os.environ.get("WANDB_API_KEY"):  # `login` would wait for the server
         return True
     try:
         return bool(wandb.login(prompt=False, verify=False))
-    except TypeError:  # older ones do not know `prompt`; newer ones will not know this
+    except TypeError:  # older versions have no `prompt`; newer ones may lack `wandb.api`
         return bool(wandb.api.api_key)
-    except wandb.Error:  # a key of the wrong form
+    except wandb.Error:  # the key has the wrong form
         return False
 
 
 class WandbMirror(Tracker):
-    """wandb. Every line of metrics.jsonl is a row of its history, and the row's number (`_step`) is the line's: two
-    lines of one step both stay, and one that is written again after a resume is known by its number and left out.
-    The step is a metric, against which the charts are drawn.
+    """A copy at wandb.
+
+    Each line of metrics.jsonl is a row of wandb's history, and the number of the row (`_step`) is the number of the
+    line. So two lines of one step both stay, and a line that is written again after a resume is recognised by its
+    number and skipped. The step is a metric of its own, and the x-axis of the charts.
     """
 
     name = "wandb"
 
     def __init__(
         self,
-        filed: WandbRun,
+        settings: WandbRun,
         folder: Path,
         config: dict[str, Any],
         warn: Warn,
@@ -192,57 +202,57 @@ class WandbMirror(Tracker):
         lines: int = 0,
         replays: bool = False,
     ) -> None:
-        """Begin, or go on with, a run at wandb.
+        """Start a run at wandb, or resume it.
 
         Args:
-            filed: what it is called there.
-            folder: wandb writes in its folder `wandb`.
-            config: as it may be written down.
-            warn: told what goes wrong.
-            lines: of metrics.jsonl that were logged before.
-            replays: this process did not train: its machine is not the run's, and nobody waits for it to go on, so
-                without a server there is nothing.
+            settings: project, name, id … of the run.
+            folder: folder in which wandb makes its folder `wandb`.
+            config: the configuration to show, without secrets.
+            warn: called with a message when something fails.
+            lines: number of lines of metrics.jsonl that earlier attempts logged.
+            replays: this process sends a run that was trained before. Then the metrics of this machine are not
+                recorded, and there is no offline run in place of a server that cannot be reached.
         """
         super().__init__(warn)
         self._row, self._offline = lines, True
-        if filed.mode == "disabled":
+        if settings.mode == "disabled":
             return
         try:
-            run = self._begin(filed, folder, replays)
-            # Not given to `init`, which keeps the server's values where an attempt came with others.
+            run = self._begin(settings, folder, replays)
+            # Not given to `init`, which would keep the server's values where this attempt has other ones.
             run.config.update(config, allow_val_change=True)
             run.define_metric("step", hidden=True)
             for group in ("train", "val", "test", "profile"):
                 run.define_metric(f"{group}/*", step_metric="step")
             for metric in ("epoch", "seconds"):
                 run.define_metric(metric, step_metric="step")
-            self._to = run
+            self._backend = run
         except Exception as error:
             warn(f"wandb is off: {error}; {METRICS} has everything")
 
-    def _begin(self, filed: WandbRun, folder: Path, replays: bool) -> Any:
-        """wandb's run: an offline one where there is no key, or, for a run that trains, no server."""
+    def _begin(self, settings: WandbRun, folder: Path, replays: bool) -> Any:
+        """Start wandb's run: offline if there is no key or, unless `replays`, no server."""
         import wandb
 
         def begin(offline: bool) -> Any:
             self._offline = offline
-            settings = wandb.Settings(
+            options = wandb.Settings(
                 silent=True, init_timeout=30, console="off", x_disable_stats=replays, x_disable_meta=replays
             )
             with _no_arguments():
                 return wandb.init(
                     mode="offline" if offline else "online",
-                    project=filed.project,
-                    name=filed.name,
-                    group=filed.group,
-                    job_type=filed.job_type,
+                    project=settings.project,
+                    name=settings.name,
+                    group=settings.group,
+                    job_type=settings.job_type,
                     dir=str(folder),
-                    id=filed.id,
+                    id=settings.id,
                     resume="allow",
-                    settings=settings,
+                    settings=options,
                 )
 
-        if filed.mode == "offline":
+        if settings.mode == "offline":
             return begin(offline=True)
         if not has_wandb_key():
             self._warn("wandb.mode=online: no API key (set WANDB_API_KEY or run `wandb login`); logging offline")
@@ -258,56 +268,58 @@ class WandbMirror(Tracker):
             return begin(offline=True)
 
     @property
-    def place(self) -> str:
-        """Where the run is shown, or the folder of an offline one; empty where wandb is off."""
-        if self._to is None:
+    def location(self) -> str:
+        """The web address of the run, or the folder of an offline run; empty if wandb is off."""
+        if self._backend is None:
             return ""
-        return str(self._to.settings.sync_dir if self._offline else self._to.url)
+        return str(self._backend.settings.sync_dir if self._offline else self._backend.url)
 
-    def _log(self, to: Any, values: dict[str, Any], step: int) -> None:
-        if self._row >= to.starting_step:  # what the server has already; wandb would print a warning a row
-            to.log({"step": step, **values}, step=self._row, commit=True)
+    def _log(self, backend: Any, values: dict[str, Any], step: int) -> None:
+        if self._row >= backend.starting_step:  # the server has the rows before; wandb would warn for each of them
+            backend.log({"step": step, **values}, step=self._row, commit=True)
         self._row += 1
 
-    def _result(self, to: Any, found: Outcome, step: int) -> None:
+    def _result(self, backend: Any, finished: FinishedRun, step: int) -> None:
         import wandb
         from PIL import Image
 
-        shown, names = found.confused(), found.classes
-        matrix = found.result["confusion_matrix"]
+        shown, names = finished.most_confused(), finished.classes
+        matrix = finished.result["confusion_matrix"]
         cells = [[names[i], names[j], matrix[i][j]] for i in shown for j in shown]
-        some = f", {len(shown)} of {len(names)} classes: most mistakes" if len(shown) < len(names) else ""
+        selection = f", the {len(shown)} of {len(names)} classes with most mistakes" if len(shown) < len(names) else ""
         columns = ["Actual", "Predicted", "nPredictions"]
-        by_class = wandb.Table(columns=["class", "accuracy", "samples"], data=found.by_class())
+        by_class = wandb.Table(
+            columns=["class", "accuracy", "samples"], data=[list(row) for row in finished.accuracy_by_class()]
+        )
         confusion = wandb.Table(columns=columns, data=cells)
-        # As files of the run alone: as artifacts too, they would lie in a home directory until they are sent, and
-        # `wandb sync` on another machine would not find them.
-        by_class.bind_to_run(to, "result/by_class", self._row)
-        confusion.bind_to_run(to, "result/confusion_table", self._row)
-        title, fields = f"Confusion matrix of test{some}", {name: name for name in columns}
+        # As files of the run, not as artifacts: these would be in a home directory until they are sent, where
+        # `wandb sync` on another machine does not find them.
+        by_class.bind_to_run(backend, "result/by_class", self._row)
+        confusion.bind_to_run(backend, "result/confusion_table", self._row)
+        title, fields = f"Confusion matrix of test{selection}", {name: name for name in columns}
         values: dict[str, Any] = {
             "result/by_class": by_class,
             "result/confusion": wandb.plot_table("wandb/confusion_matrix/v1", confusion, fields, {"title": title}),
         }
-        # As PIL's: of an array whose values are all 0 or 1, wandb makes 0 or 255.
-        wrong = [
+        # As PIL images: in an array that has only 0 and 1, wandb replaces 1 by 255.
+        images = [
             wandb.Image(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), caption=caption)
-            for image, caption in found.captioned()
+            for image, caption in finished.captioned()
         ]
-        if wrong:
-            values["result/wrong"] = wrong
-        self._log(to, values, step)
+        if images:
+            values["result/misclassified"] = images
+        self._log(backend, values, step)
 
-    def _summarize(self, to: Any, summary: dict[str, Any]) -> None:
-        to.summary.update(summary)
+    def _summarize(self, backend: Any, summary: dict[str, Any]) -> None:
+        backend.summary.update(summary)
 
-    def _finish(self, to: Any) -> None:
-        to.finish()
+    def _finish(self, backend: Any) -> None:
+        backend.finish()
 
 
 @contextlib.contextmanager
 def _no_arguments() -> Iterator[None]:
-    """wandb files the command line; one may hold an address with its secrets, and the configuration is filed anyway."""
+    """Hide the command line from wandb, which would record it: it may hold an address with secrets."""
     arguments = sys.argv
     sys.argv = arguments[:1]
     try:
@@ -317,13 +329,13 @@ def _no_arguments() -> Iterator[None]:
 
 
 def check_tensorboard() -> None:
-    """Whether TensorBoard's files can be written.
+    """Check that TensorBoard's package can be imported.
 
     Raises:
-        ConfigError: its package is missing, or cannot be imported.
+        ConfigError: it is missing, or its import fails.
     """
     try:
-        import torch.utils.tensorboard  # noqa: F401 - what accelerate imports when it starts
+        import torch.utils.tensorboard  # noqa: F401 - accelerate imports it later
     except ImportError as error:
         raise ConfigError(
             f"log.tensorboard=true: {error}; pip install 'distrain[tensorboard]', or set log.tensorboard=false"
@@ -331,22 +343,25 @@ def check_tensorboard() -> None:
 
 
 class TensorBoardMirror(Tracker):
-    """TensorBoard's files in RUN/tensorboard, by accelerate's tracker. What an attempt trains again is shown once."""
+    """TensorBoard's files in RUN/tensorboard, written by accelerate's tracker.
+
+    Steps that are trained again after a resume are shown once.
+    """
 
     name = "tensorboard"
 
     def __init__(self, run: Path, config: dict[str, Any], warn: Warn, *, from_step: int = 0) -> None:
-        """Begin, or go on after `from_step`."""
+        """Start, or resume after `from_step`; metrics from before TensorBoard was turned on are copied too."""
         super().__init__(warn)
         folder = run / TENSORBOARD
         try:
             from accelerate.tracking import TensorBoardTracker
 
-            # TensorBoard drops everything from this step on; lines that metrics.jsonl has of it are written again.
+            # TensorBoard drops everything from this step on; the lines of metrics.jsonl from there are written again.
             first = from_step if folder.exists() else 0
             tracker = TensorBoardTracker(TENSORBOARD, run, purge_step=first)
             tracker.start()
-            self._to = tracker
+            self._backend = tracker
             for line in read_lines(run / METRICS):
                 if line["step"] >= first:
                     self.log({name: value for name, value in line.items() if name != "step"}, line["step"])
@@ -354,31 +369,32 @@ class TensorBoardMirror(Tracker):
         except Exception as error:
             warn(f"tensorboard is off: {error}; {METRICS} has everything")
 
-    def _log(self, to: Any, values: dict[str, Any], step: int) -> None:
-        to.log(values, step=step)
+    def _log(self, backend: Any, values: dict[str, Any], step: int) -> None:
+        backend.log(values, step=step)
 
-    def _result(self, to: Any, found: Outcome, step: int) -> None:
-        if len(found.wrong):
-            to.log_images({"pictures/wrong": found.wrong["images"]}, step=step, dataformats="NHWC")
-            captions = (" ".join(caption.split()) for _, caption in found.captioned())
-            to.log({"pictures/wrong": _block(captions)}, step=step)
-        if len(found.augmented):
-            originals, variants = found.augmented["images"], found.augmented["variants"]
+    def _result(self, backend: Any, finished: FinishedRun, step: int) -> None:
+        if len(finished.misclassified):
+            images = {"pictures/misclassified": finished.misclassified["images"]}
+            backend.log_images(images, step=step, dataformats="NHWC")
+            captions = (" ".join(caption.split()) for _, caption in finished.captioned())
+            backend.log({"pictures/misclassified": _block(captions)}, step=step)
+        if len(finished.augmented):
+            originals, variants = finished.augmented["images"], finished.augmented["variants"]
             rows = [[image, *changed] for image, changed in zip(originals, variants, strict=True)]
-            to.log_images({"pictures/augmented": _grid(rows)}, step=step, dataformats="NHWC")
+            backend.log_images({"pictures/augmented": _grid(rows)}, step=step, dataformats="NHWC")
 
-    def _summarize(self, to: Any, summary: dict[str, Any]) -> None:
-        """The last scalars say the same."""
+    def _summarize(self, backend: Any, summary: dict[str, Any]) -> None:
+        """Nothing to do: the last scalars have the same values."""
 
-    def _finish(self, to: Any) -> None:
-        to.finish()
+    def _finish(self, backend: Any) -> None:
+        backend.finish()
 
 
 def _block(lines: Iterable[str]) -> str:
-    """Lines that TensorBoard, which reads Markdown, shows as they are."""
+    """Indent lines as a Markdown code block, so that TensorBoard shows them unchanged."""
     return "\n".join(f"    {line}" for line in lines)
 
 
 def _grid(rows: list[list[NDArray[Any]]]) -> NDArray[Any]:
-    """One picture, uint8 [1, H, W, C], of rows of pictures of one size."""
+    """Join rows of images of the same size into one image uint8 [1, H, W, C]."""
     return np.concatenate([np.concatenate(row, 1) for row in rows])[None]

@@ -1,4 +1,4 @@
-"""What works on a run, or beside one: a module for each command.
+"""The commands that work on runs that exist, or check a machine: one module each.
 
-doctor, evaluate, export, predict, report, status, wandb_run; trained: a run's model, which several of them use.
+doctor, evaluate, export, predict, report, status, wandb_run; loaded_model: a run's model, which several of them use.
 """

@@ -1,6 +1,6 @@
-"""`distrain doctor`: what would end a job, or make it slow, found in seconds and before it starts.
+"""`distrain doctor`: find, in seconds, the problems that would end a job or make it slow, before it is started.
 
-Each process looks at its own node, then all meet, and look at what they share. Nothing is left on disk.
+Each process checks its own node; then all join a process group and check what they share. No file is left on disk.
 """
 
 from __future__ import annotations
@@ -43,70 +43,69 @@ from distrain.training.setup import (
 
 _PROBE_BYTES = 16 * 2**20
 _BASE_BYTES = 2**30
-"""A process with torch in it, before it has any data."""
-_SHM = Path("/dev/shm")  # noqa: S108 - only its size is asked for
+"""Memory of a process that has imported torch, without data."""
+_SHM = Path("/dev/shm")  # noqa: S108 - only its size is read
 _SHM_BYTES = 64 * 2**20
-"""Of a process that talks NCCL; a container has that much unless it is told otherwise."""
+"""Shared memory that NCCL needs in each process; a container has this much in all by default."""
 
 Level = Literal["ok", "note", "bad"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, how it is, and what to do about it."""
+    """The result of one check."""
 
     subject: str
     level: Level
-    told: str
+    message: str
     cure: str = ""
+    """What to do about it, unless `level` is ok."""
 
     @property
     def line(self) -> str:
-        """For people."""
+        """The finding as text for people."""
         cure = f"\n{'':20}→ {self.cure}" if self.cure and self.level != "ok" else ""
-        return f"  {self.level:4}  {self.subject:11} {self.told}{cure}"
+        return f"  {self.level:4}  {self.subject:11} {self.message}{cure}"
 
 
 def examine(config: Config, environment: Environment) -> None:
-    """Look at everything, under any launcher, and print it.
+    """Run all checks, under any launcher, and print the findings.
 
     Raises:
-        ConfigError: on all processes, where something would end a job.
+        ConfigError: on all processes, if there is a problem that would end a job.
     """
-    own = look_here(config, environment)
-    if environment.is_main or (environment.local_rank == 0 and _bad(own)):
-        _print(f"{socket.gethostname()}:", own)  # before the others are waited for: they may never come
+    local = check_node(config, environment)
+    has_problem = any(finding.level == "bad" for finding in local)
+    if environment.is_main or (environment.local_rank == 0 and has_problem):
+        # Printed before the process waits for the others, which may never come.
+        _print(f"{socket.gethostname()}:", local)
     with signals.recorded(), closing(start_watchdog(config, environment)) as watchdog:
         try:
             with start_runtime(config, environment, watchdog) as rt:
                 watchdog.enter("train")
-                shared = _look_together(config, rt)
-                every = rt.collectives.from_all(own)
+                shared = _check_group(config, rt)
+                by_rank = rt.collectives.from_all(local)
         except AgainError as error:
             raise ConfigError(
-                f"doctor: the processes cannot meet: {error}\n  → see that all nodes were started, reach the first"
-                " one's port, and have the same --nodes and --nproc"
+                f"doctor: the rendezvous failed: {error}\n  → check that all nodes were started, can connect to the"
+                " first node's port, and have the same --nodes and --nproc"
             ) from error
         if rt.is_main:
             _print("all processes:", shared)
-            told = set(own)
-            for rank, findings in enumerate(every):
-                _print(f"rank {rank}:", [each for each in findings if each.level != "ok" and each not in told])
-                told.update(findings)
-    wrong = len({each for findings in [*every, shared] for each in findings if each.level == "bad"})
-    if wrong:
-        raise ConfigError(f"doctor: {wrong} found wrong; see above")
+            printed = set(local)
+            for rank, findings in enumerate(by_rank):
+                _print(f"rank {rank}:", [each for each in findings if each.level != "ok" and each not in printed])
+                printed.update(findings)
+    problems = len({each for findings in [*by_rank, shared] for each in findings if each.level == "bad"})
+    if problems:
+        raise ConfigError(f"doctor: number of problems: {problems}; see above")
     if rt.is_main:
-        print("nothing was found that would end a job", flush=True)
+        print("no problem found that would end a job", flush=True)
 
 
-def look_here(config: Config, environment: Environment) -> list[Finding]:
-    """What one process sees on its node."""
-    return [finding for look in _LOCAL for finding in look(config, environment)]
-
-
-def _bad(findings: list[Finding]) -> int:
-    return sum(finding.level == "bad" for finding in findings)
+def check_node(config: Config, environment: Environment) -> list[Finding]:
+    """Run the checks of one process, which concern its node."""
+    return [finding for check in _NODE_CHECKS for finding in check(config, environment)]
 
 
 def _print(title: str, findings: list[Finding]) -> None:
@@ -118,14 +117,14 @@ def _print(title: str, findings: list[Finding]) -> None:
 
 
 def versions(config: Config, environment: Environment) -> Iterator[Finding]:
-    """What is installed."""
+    """Report the versions of Python and of the main packages."""
     names = ("torch", "torchvision", "accelerate", "webdataset")
-    found = ", ".join(f"{name} {version(name)}" for name in names)
-    yield Finding("versions", "ok", f"Python {platform.python_version()}, {found}")
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
+    yield Finding("versions", "ok", f"Python {platform.python_version()}, {packages}")
 
 
 def extras(config: Config, environment: Environment) -> Iterator[Finding]:
-    """What the configuration needs beside the package itself."""
+    """Check the optional packages that the configuration needs."""
     if config.log.tensorboard:
         try:
             check_tensorboard()
@@ -136,11 +135,11 @@ def extras(config: Config, environment: Environment) -> Iterator[Finding]:
 
 
 def device(config: Config, environment: Environment) -> Iterator[Finding]:
-    """What this process would compute on."""
+    """Check the device that this process would use."""
     processes = environment.local_world_size
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.run.device == "cuda" and not count:
-        yield Finding("device", "bad", "run.device=cuda, but no GPU is seen", "mend the driver, or give run.device=cpu")
+        yield Finding("device", "bad", "run.device=cuda, but no GPU is seen", "fix the driver, or set run.device=cpu")
     elif config.run.device == "cpu" or not count:
         yield Finding("device", "ok", "CPU")
     elif count < processes:
@@ -153,83 +152,82 @@ def device(config: Config, environment: Environment) -> Iterator[Finding]:
 
 
 def cores(config: Config, environment: Environment) -> Iterator[Finding]:
-    """Cores that this node's processes may use."""
-    own = machine.cores()
-    wanted = environment.local_world_size * config.run.cpu_threads
-    level: Level = "ok" if own >= wanted else "note"
-    yield Finding(
-        "cores", level, f"{own} for {wanted} threads", "ask for more (--cpus-per-task, requests.cpu) or use fewer"
-    )
+    """Compare the cores that this node's processes may use with their threads."""
+    available = machine.cores()
+    needed = environment.local_world_size * config.run.cpu_threads
+    level: Level = "ok" if available >= needed else "note"
+    cure = "request more cores (--cpus-per-task, requests.cpu), or use fewer threads"
+    yield Finding("cores", level, f"{available} for {needed} threads", cure)
 
 
 def open_files(config: Config, environment: Environment) -> Iterator[Finding]:
-    """Connections to all others, shards, libraries."""
+    """Check the limit of open files: connections to all other processes, shards, libraries."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 256 + 4 * environment.world.size
-    level: Level = "ok" if limit >= wanted or limit == resource.RLIM_INFINITY else "bad"
-    yield Finding("open files", level, f"{limit} allowed, {wanted} wanted", f"raise the limit: ulimit -n {wanted}")
+    needed = 256 + 4 * environment.world.size
+    level: Level = "ok" if limit >= needed or limit == resource.RLIM_INFINITY else "bad"
+    yield Finding("open files", level, f"{limit} allowed, {needed} needed", f"raise the limit: ulimit -n {needed}")
 
 
 def shared_memory(config: Config, environment: Environment) -> Iterator[Finding]:
-    """NCCL uses it; processes on CPUs do not."""
+    """Check the free shared memory, which NCCL uses; processes on CPUs do not."""
     if not _SHM.is_dir():
         return
     free = shutil.disk_usage(_SHM).free
-    wanted = _SHM_BYTES * environment.local_world_size
+    needed = _SHM_BYTES * environment.local_world_size
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
-    level: Level = "ok" if free >= wanted else "note" if on_cpu else "bad"
+    level: Level = "ok" if free >= needed else "note" if on_cpu else "bad"
     yield Finding(
         str(_SHM),
         level,
-        f"{free / 2**20:,.0f} MiB free, {wanted / 2**20:,.0f} wanted by NCCL",
+        f"{free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} needed by NCCL",
         "give the container more: --shm-size, or an emptyDir in memory",
     )
 
 
 def data(config: Config, environment: Environment) -> Iterator[Finding]:
-    """The data set as this node sees it, how fast it is read, and what reading takes."""
+    """Check the data set as this node sees it, the speed of reading, and the memory that reading needs."""
     try:
         dataset = read_data(config, "train", "test")
     except (UserError, AgainError) as error:
-        yield Finding("data", "bad", str(error), "give data.dir a folder that all nodes see")
+        yield Finding("data", "bad", str(error), "set data.dir to a folder that all nodes see")
         return
     shard = dataset.split("train").shards[0]
     start = time.monotonic()
     try:
-        found = dataset.manifest
-        for _ in shards.read(dataset.root, shard, found.image_shape, len(found.classes)):
+        manifest = dataset.manifest
+        for _ in shards.read(dataset.root, shard, manifest.image_shape, len(manifest.classes)):
             pass
     except (UserError, AgainError) as error:
         yield Finding("data", "bad", str(error), "`distrain verify` checks all shards")
         return
     rate = shard.bytes / max(time.monotonic() - start, 1e-6) / 2**20
-    yield Finding("data", "ok", f"{dataset.root}: {found.splits['train'].samples:,} samples, {rate:,.0f} MiB/s")
+    yield Finding("data", "ok", f"{dataset.root}: {manifest.splits['train'].samples:,} samples, {rate:,.0f} MiB/s")
     size, local = environment.world.size, environment.local_world_size
     try:
         order = make_order(config, dataset, size)
     except UserError as error:
         yield Finding("processes", "bad", str(error))
         return
-    cached = config.data.cache == "ram"  # auto takes what is left over
-    wanted = local * (_BASE_BYTES + memory(dataset, order, World(0, size), config.data.read_ahead, cached))
+    cached = config.data.cache == "ram"  # auto uses only memory that is free
+    needed = local * (_BASE_BYTES + memory(dataset, order, World(0, size), config.data.read_ahead, cached))
     free = machine.free_memory()
-    level: Level = "ok" if wanted <= free else "bad"
+    level: Level = "ok" if needed <= free else "bad"
     yield Finding(
         "memory",
         level,
-        f"{free / 2**30:,.1f} GiB, {wanted / 2**30:,.1f} wanted by {local} processes here",
-        "lower data.read_ahead, set data.cache=auto, prepare with more --shards, or ask for more memory",
+        f"{free / 2**30:,.1f} GiB, {needed / 2**30:,.1f} needed by {local} processes here",
+        "lower data.read_ahead, set data.cache=auto, prepare with more --shards, or request more memory",
     )
 
 
 def model_and_run_folder(config: Config, environment: Environment) -> Iterator[Finding]:
-    """The model, tried on black pictures; what a checkpoint needs; how long a save takes against the grace."""
+    """Try the model on black images, write to the run's folder, and compare the time of a checkpoint with the grace."""
     if environment.local_rank:
-        return  # one process of a run writes checkpoints: more at once would be slower
+        return  # only one process of a run writes checkpoints: more at a time would be slower
     module = None
-    with contextlib.suppress(DataError):  # it was told already
+    with contextlib.suppress(DataError):  # `data` has reported it
         try:
-            module = _tried_model(config)
+            module = _try_model(config)
         except (ConfigError, AgainError) as error:
             yield Finding("model", "bad", str(error))
         else:
@@ -240,7 +238,7 @@ def model_and_run_folder(config: Config, environment: Environment) -> Iterator[F
         yield _grace(config, module, speed)
 
 
-def _tried_model(config: Config) -> nn.Module:
+def _try_model(config: Config) -> nn.Module:
     data = read_data(config).manifest
     height, width, channels = data.image_shape
     module = build_model(config, data, torch.float32)
@@ -251,14 +249,14 @@ def _tried_model(config: Config) -> nn.Module:
 
 
 def _run_folder(config: Config) -> Generator[Finding, None, float | None]:
-    """Write, sync, rename, link; bytes a second, or None where it cannot be written."""
+    """Check writing, syncing, renaming and linking; return bytes per second, or None if writing fails."""
     folder = _nearest(Path(config.run.dir))
     start = time.monotonic()
     try:
         with _probe(folder) as path:
             files.write(path, os.urandom(_PROBE_BYTES))
             seconds = time.monotonic() - start
-            os.link(path, path.with_suffix(".link"))  # a lease is taken by a link
+            os.link(path, path.with_suffix(".link"))  # a lease is acquired by a link
             path.with_suffix(".link").unlink()
             path.rename(path.with_suffix(".renamed"))
     except OSError as error:
@@ -266,7 +264,7 @@ def _run_folder(config: Config) -> Generator[Finding, None, float | None]:
             "run folder",
             "bad",
             f"{folder}: cannot be written: {error.strerror}",
-            "choose a run.dir that this user may write, on a file system that knows rename and link",
+            "choose a run.dir that this user may write to, on a file system that supports rename and link",
         )
         return None
     speed = _PROBE_BYTES / max(seconds, 1e-6)
@@ -275,6 +273,7 @@ def _run_folder(config: Config) -> Generator[Finding, None, float | None]:
 
 
 def _grace(config: Config, module: nn.Module, speed: float) -> Finding:
+    """Compare the time that a checkpoint takes with the time that a stop request leaves for it."""
     tensors = [*module.parameters(), *module.buffers()]
     states = 1 if config.train.optimizer == "sgd" else 2
     states += config.train.ema_decay is not None
@@ -288,7 +287,7 @@ def _grace(config: Config, module: nn.Module, speed: float) -> Finding:
     )
 
 
-_LOCAL: list[Callable[[Config, Environment], Iterator[Finding]]] = [
+_NODE_CHECKS: list[Callable[[Config, Environment], Iterator[Finding]]] = [
     versions,
     extras,
     device,
@@ -301,7 +300,7 @@ _LOCAL: list[Callable[[Config, Environment], Iterator[Finding]]] = [
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there: nothing is made for a look."""
+    """Return the folder, or the nearest parent that exists: a check creates no folders."""
     folder = folder.absolute()
     while not folder.is_dir() and folder.parent != folder and not folder.exists():
         folder = folder.parent
@@ -310,84 +309,92 @@ def _nearest(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _probe(folder: Path) -> Iterator[Path]:
+    """Give a path for a test file; the file, and others whose names start with its name, are removed at the end."""
     path = folder / f".distrain-doctor-{uuid.uuid4().hex}"
     try:
         yield path
     finally:
-        for left in folder.glob(f"{path.name}*") if folder.is_dir() else ():
-            left.unlink(missing_ok=True)
+        for file in folder.glob(f"{path.name}*") if folder.is_dir() else ():
+            file.unlink(missing_ok=True)
 
 
 # --- all processes ---
 
 
-def _look_together(config: Config, rt: Runtime) -> list[Finding]:
+def _check_group(config: Config, rt: Runtime) -> list[Finding]:
     findings = [
         Finding(
             "processes", "ok", f"{rt.world.size} on {len(set(rt.collectives.from_all(socket.gethostname())))} nodes"
         ),
         _same_versions(rt),
-        *_reduce(rt),
+        *_all_reduce(rt),
         *_same_folder(config, rt),
     ]
-    with contextlib.suppress(UserError, AgainError):  # a node that cannot read it has said so
+    with contextlib.suppress(UserError, AgainError):  # the process that cannot read it has reported that
         dataset = rt.collectives.all_or_none(lambda: read_data(config, "train", "test"))
         try:
             check_same_data(rt, dataset, list(dataset.manifest.splits))
         except DataError as error:
-            findings.append(Finding("data", "bad", str(error), "let all nodes see one folder, and verify it"))
+            findings.append(Finding("data", "bad", str(error), "use one folder that all nodes see, and verify it"))
     return findings
 
 
 def _same_versions(rt: Runtime) -> Finding:
-    found = rt.collectives.from_all((version("torch"), version("distrain")))
+    by_rank = rt.collectives.from_all((version("torch"), version("distrain")))
     others = [
-        f"rank {rank} has torch {torch_}, distrain {own}"
-        for rank, (torch_, own) in enumerate(found)
-        if (torch_, own) != found[0]
+        f"rank {rank} has torch {torch_}, distrain {distrain_}"
+        for rank, (torch_, distrain_) in enumerate(by_rank)
+        if (torch_, distrain_) != by_rank[0]
     ]
     if others:
-        return Finding("versions", "bad", "; ".join(others[:4]), "install the same everywhere, or run one image")
-    return Finding("versions", "ok", "the same everywhere")
+        return Finding(
+            "versions",
+            "bad",
+            "; ".join(others[:4]),
+            "install the same versions on all nodes, or use one container image",
+        )
+    return Finding("versions", "ok", "the same on all processes")
 
 
-def _reduce(rt: Runtime) -> Iterator[Finding]:
-    """Sums over all processes: right, and how fast."""
+def _all_reduce(rt: Runtime) -> Iterator[Finding]:
+    """Check the result of an all-reduce over all processes, and measure its time."""
     size = rt.world.size
     if size == 1:
         return
-    right = torch.full((1,), float(rt.world.rank + 1), device=rt.device)
-    rt.collectives.sum(right)
-    if right.item() != size * (size + 1) / 2:
-        yield Finding("all-reduce", "bad", f"the sum over {size} ranks is {right.item()}", "look at the interconnect")
+    total = torch.full((1,), float(rt.world.rank + 1), device=rt.device)
+    rt.collectives.sum(total)
+    expected = size * (size + 1) / 2
+    if total.item() != expected:
+        message = f"the sum over {size} ranks is {total.item()}, not {expected}"
+        yield Finding("all-reduce", "bad", message, "check the interconnect")
         return
     buffer = torch.ones(_PROBE_BYTES // 4, device=rt.device)
     rt.collectives.sum(buffer)
     start = time.monotonic()
     rt.collectives.sum(buffer)
-    buffer[0].item()  # the device is done
+    buffer[0].item()  # waits for the device
     seconds = time.monotonic() - start
-    yield Finding("all-reduce", "ok", f"right; {_PROBE_BYTES / 2**20:.0f} MiB in {1000 * seconds:,.1f} ms")
+    yield Finding("all-reduce", "ok", f"correct; {_PROBE_BYTES / 2**20:.0f} MiB in {1000 * seconds:,.1f} ms")
 
 
 def _same_folder(config: Config, rt: Runtime) -> Iterator[Finding]:
-    """Whether what the main process writes is seen by all."""
+    """Check that all processes see a file that the main process writes in the run's folder."""
     folder, name = _nearest(Path(config.run.dir)), f".distrain-doctor-{uuid.uuid4().hex}"
     name = str(rt.collectives.from_main(name))
     path = folder / name
     problem = os_error_of(lambda: path.write_text("here", encoding="ascii")) if rt.is_main else None
     if rt.collectives.from_main(problem) is not None:
-        return  # told as what the main process found
+        return  # the main process has reported it in its own checks
     try:
-        blind = [str(rank) for rank, seen in enumerate(rt.collectives.from_all(_seen(path))) if not seen]
+        without = [str(rank) for rank, seen in enumerate(rt.collectives.from_all(_seen(path))) if not seen]
     finally:
         if rt.is_main:
             path.unlink(missing_ok=True)
-    if blind:
+    if without:
         yield Finding(
             "run folder",
             "bad",
-            f"{folder}: rank {', '.join(blind[:8])} does not see what rank 0 writes",
+            f"{folder}: rank {', '.join(without[:8])} does not see what rank 0 writes",
             "choose a run.dir on a file system that all nodes share: every process reads checkpoints from it",
         )
     else:
@@ -395,7 +402,7 @@ def _same_folder(config: Config, rt: Runtime) -> Iterator[Finding]:
 
 
 def _seen(path: Path) -> bool:
-    """A network file system may show a new file late."""
+    """Wait up to 3 seconds for a file: a network file system may show a new one late."""
     deadline = time.monotonic() + 3
     while not path.exists():
         if time.monotonic() > deadline:

@@ -1,6 +1,7 @@
-"""`distrain export`: a run's model as one file for use elsewhere, by torch.export or as ONNX, compared with itself.
+"""`distrain export`: write a run's model as one file for use without distrain, by torch.export or as ONNX.
 
 The exported program takes images as float32 [N, C, H, W] in 0 … 1, of any N, normalises them, and gives logits [N, K].
+Its outputs are compared with the model's before the file is put in place.
 """
 
 from __future__ import annotations
@@ -25,85 +26,91 @@ from distrain.tools import loaded_model
 from distrain.tools.loaded_model import LoadedModel
 
 KINDS = {".pt2": "torch.export", ".onnx": "ONNX"}
-_ONNX = ("onnx", "onnxscript", "onnxruntime")
-_TRIED = (1, 2, 5)
-"""Sizes of the batches that both are compared on."""
-_MOST = 1e-3
-"""Largest difference of a logit, as part of the largest logit (or of 1)."""
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_BATCH_SIZES = (1, 2, 5)
+"""Sizes of the batches on which the model and the exported program are compared."""
+_TOLERANCE = 1e-3
+"""Largest allowed difference of a logit, relative to the largest logit or to 1, whichever is larger."""
 
 
 class Program(nn.Module):
-    """The model behind its normalisation."""
+    """The normalisation followed by the model: what is exported."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, found: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
-        self.model = found.model
-        self.register_buffer("mean", found.mean.float()[:, None, None])
-        self.register_buffer("std", found.std.float()[:, None, None])
+        self.model = loaded.model
+        self.register_buffer("mean", loaded.mean.float()[:, None, None])
+        self.register_buffer("std", loaded.std.float()[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [N, K] of images float32 [N, C, H, W] in 0 … 1."""
+        """Return the logits [N, K] of images float32 [N, C, H, W] in 0 … 1."""
         logits: Tensor = self.model((images - self.mean) / self.std)
         return logits
 
 
 def export(run: Path, out: Path, which: str | None, force: bool) -> dict[str, Any]:
-    """Write the program to `out`, whose suffix says how (`KINDS`); it is read back and compared first.
+    """Export a run's model; the file is read back and compared with the model before it is put in place.
+
+    Args:
+        run: the run's folder.
+        out: the file to write; its suffix selects the format (`KINDS`).
+        which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
+        force: replace a file that exists.
 
     Returns:
-        The checkpoint's name, the kind, the classes, and the largest difference of a logit.
+        `checkpoint`: its name; `kind`; `classes`; `image_shape`; `difference`: the largest difference of a logit.
 
     Raises:
-        ConfigError: no such kind, a file that is there already, a missing package, a model that cannot be exported, or
-            one that gives something else once it is exported; nothing is written then.
+        ConfigError: the suffix is unknown, the file exists, a package is missing, the model cannot be exported, or the
+            exported program computes something else. Nothing is written then.
         DataError: the run has no checkpoint.
     """
     if out.suffix not in KINDS:
         raise ConfigError(f"--out {out}: should end with {' or '.join(KINDS)}")
     if out.exists() and not force:
-        raise ConfigError(f"--out {out}: is there already; choose another, or give --force")
-    missing = [name for name in _ONNX if out.suffix == ".onnx" and importlib.util.find_spec(name) is None]
+        raise ConfigError(f"--out {out}: exists already; choose another file, or give --force")
+    missing = [name for name in _ONNX_PACKAGES if out.suffix == ".onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install 'distrain[onnx]'")
-    found = loaded_model.load(run, which)
-    program = Program(found).eval()
-    height, width, channels = found.image_shape
-    about = {
-        "classes": json.dumps(found.classes),
+    loaded = loaded_model.load(run, which)
+    program = Program(loaded).eval()
+    height, width, channels = loaded.image_shape
+    metadata = {
+        "classes": json.dumps(loaded.classes),
         "image_shape": json.dumps([channels, height, width]),
-        "checkpoint": found.checkpoint,
+        "checkpoint": loaded.checkpoint,
     }
     work = out.with_name(f".{uuid.uuid4().hex}{out.suffix}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _quiet():
-            write, run_again = (_write_torch, _run_torch) if out.suffix == ".pt2" else (_write_onnx, _run_onnx)
-            _told(lambda: write(program, torch.rand(2, channels, height, width), about, work), out)
-            difference = _compare(program, lambda images: run_again(work, images), (channels, height, width), out)
+            write, run_file = (_write_torch, _run_torch) if out.suffix == ".pt2" else (_write_onnx, _run_onnx)
+            _with_one_line_errors(lambda: write(program, torch.rand(2, channels, height, width), metadata, work), out)
+            difference = _compare(program, lambda images: run_file(work, images), (channels, height, width), out)
         files.sync(work)
         os.replace(work, out)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     finally:
         work.unlink(missing_ok=True)
-    return {**about, "classes": found.classes, "kind": KINDS[out.suffix], "difference": difference}
+    return {**metadata, "classes": loaded.classes, "kind": KINDS[out.suffix], "difference": difference}
 
 
-def _write_torch(program: Program, images: Tensor, about: dict[str, str], path: Path) -> None:
+def _write_torch(program: Program, images: Tensor, metadata: dict[str, str], path: Path) -> None:
     exported = torch.export.export(program, (images,), dynamic_shapes=({0: torch.export.Dim("N")},))
-    torch.export.save(exported, path, extra_files=dict(about))
+    torch.export.save(exported, path, extra_files=dict(metadata))
 
 
 def _run_torch(path: Path, images: Tensor) -> Tensor:
-    # Not torch.load: torch.export reads weights without running what is pickled.
+    # Unlike torch.load, torch.export reads weights without running code from a pickle.
     logits: Tensor = torch.export.load(path).module()(images)
     return logits
 
 
-def _write_onnx(program: Program, images: Tensor, about: dict[str, str], path: Path) -> None:
+def _write_onnx(program: Program, images: Tensor, metadata: dict[str, str], path: Path) -> None:
     import onnx
 
     torch.onnx.export(
@@ -111,7 +118,7 @@ def _write_onnx(program: Program, images: Tensor, about: dict[str, str], path: P
         dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
     )  # fmt: skip
     model = onnx.load(path)
-    onnx.helper.set_model_props(model, about)
+    onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
     onnx.save(model, path)
 
@@ -123,28 +130,32 @@ def _run_onnx(path: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _compare(program: Program, again: Callable[[Tensor], Tensor], shape: tuple[int, int, int], out: Path) -> float:
-    """The largest difference of a logit, over batches of several sizes."""
+def _compare(program: Program, exported: Callable[[Tensor], Tensor], shape: tuple[int, int, int], out: Path) -> float:
+    """Return the largest difference of a logit, over batches of several sizes.
+
+    Raises:
+        ConfigError: it is too large.
+    """
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
-    for size in _TRIED:
+    for size in _BATCH_SIZES:
         images = torch.rand(size, *shape, generator=generator)
         with torch.inference_mode():
-            wanted = program(images)
-        found = _told(lambda images=images: again(images), out)  # type: ignore[misc]
-        difference = float((found - wanted).abs().max())
-        scale = max(1.0, float(wanted.abs().max()))
-        if found.shape != wanted.shape or not difference <= _MOST * scale:
+            expected = program(images)
+        actual = _with_one_line_errors(lambda images=images: exported(images), out)  # type: ignore[misc]
+        difference = float((actual - expected).abs().max())
+        scale = max(1.0, float(expected.abs().max()))
+        if actual.shape != expected.shape or not difference <= _TOLERANCE * scale:
             raise ConfigError(
-                f"{out}: the exported program gives something else: a logit differs by {difference:.3g} for {size}"
-                " images; the model cannot be exported in this way"
+                f"{out}: the exported program computes something else: a logit differs by {difference:.3g} for"
+                f" {size} images; the model cannot be exported in this format"
             )
         largest = max(largest, difference)
     return largest
 
 
-def _told(action: Callable[[], Any], out: Path) -> Any:
-    """torch's exporters raise nearly anything for a model that they do not understand."""
+def _with_one_line_errors(action: Callable[[], Any], out: Path) -> Any:
+    """Run `action`; an exporter's error becomes a ConfigError of one line: exporters raise many kinds of exceptions."""
     try:
         return action()
     except (OSError, MemoryError):
@@ -156,12 +167,12 @@ def _told(action: Callable[[], Any], out: Path) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' pages of progress and warnings."""
-    before = logging.root.manager.disable
+    """Suppress the long output of the exporters: prints, warnings and log messages."""
+    disabled_level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled_level)

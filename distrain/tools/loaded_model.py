@@ -1,8 +1,7 @@
-"""A run's model with its weights, ready to be used: without its data set, and in one process."""
+"""A run's model with its weights, ready for inference in one process; the data set is not needed."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,76 +11,87 @@ from torch import Tensor, nn
 from distrain import models
 from distrain.errors import DataError
 from distrain.runs import checkpoint, folder
-from distrain.runs.checkpoint import Saved
+from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.folder import RESULT
+from distrain.runs.json_files import read_object
 from distrain.training.augment import normalize
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """`model` in fp32, for evaluation; `image_shape` (H, W, C) of its images; `checkpoint`: its folder's name."""
+    """A model in evaluation mode, and what is needed to use it."""
 
     model: nn.Module
+    """In fp32."""
     classes: list[str]
     image_shape: tuple[int, int, int]
+    """(H, W, C)."""
     mean: Tensor
     std: Tensor
     checkpoint: str
+    """Name of the checkpoint's folder."""
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """fp32 [N, K] of images uint8 [N, H, W, C]."""
+        """Return the probabilities fp32 [N, K] of the classes for images uint8 [N, H, W, C]."""
         with torch.inference_mode():
             logits: Tensor = self.model(normalize(images.to(self.mean.device), self.mean, self.std))
             return logits.softmax(1).cpu()
 
 
 def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
-    """The model of a run's checkpoint.
+    """Load the model of a run's checkpoint.
 
     Args:
         run: the run's folder.
-        which: best, last, a folder's name; None: the one that its result is of.
+        which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
         device: cpu or cuda.
 
     Raises:
         DataError: the folder holds no run, or none of its checkpoints is readable.
-        ConfigError: its model cannot be built here.
+        ConfigError: the model cannot be built here.
     """
-    record = folder.read_begun(run)
+    record = folder.read_started(run)
     path, _ = choose(run, which)
     saved = checkpoint.load(path)
     height, width, channels = record.setup["data"]["image_shape"]
-    classes, wanted = record.classes, record.config.model
-    model = models.build(wanted.name, wanted.activation, len(classes), (channels, height, width))
-    models.load(model, saved.model, wanted.name, path)
+    classes, settings = record.classes, record.config.model
+    model = models.from_config(settings, len(classes), (height, width, channels))
+    models.load(model, saved.model, settings.name, path)
     mean, std = (torch.tensor(saved.state["identity"][f"data.{key}"], device=device) for key in ("mean", "std"))
     return LoadedModel(model.float().to(device).eval(), classes, (height, width, channels), mean, std, path.name)
 
 
 def choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
-    """The checkpoint that was asked for, and why newer ones were passed over.
+    """Choose a checkpoint of a run.
+
+    Args:
+        run: the run's folder.
+        which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
+
+    Returns:
+        Its path, and one message for each newer one that is not readable.
 
     Raises:
         DataError: there is none.
     """
-    place = run / checkpoint.FOLDER
+    checkpoints = run / checkpoint.FOLDER
     if which is not None and which not in ("best", "last"):
-        return place / which, []
-    saved, skipped = checkpoint.newest(place)
+        return checkpoints / which, []
+    saved, skipped = checkpoint.newest(checkpoints)
     if saved is None:
         raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
     best = _best(run, saved)
     if best is None and which == "best":
-        raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; take last")
+        raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; use last")
     return (best if best is not None and which != "last" else saved.path), skipped
 
 
-def _best(run: Path, last: Saved) -> Path | None:
-    """The best checkpoint on val: the result's, where it is of this checkpoint; its last evaluation may be newer."""
-    try:
-        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-    except OSError:
-        result = {}
+def _best(run: Path, last: Checkpoint) -> Path | None:
+    """Return the path of the best checkpoint on val; None without a val split.
+
+    The result takes precedence if `last` is the run's last checkpoint: the last evaluation may come after it.
+    """
+    result = read_object(run / RESULT) or {}
     if result.get("steps") == last.step and result["val_accuracy"] is not None:
         return run / checkpoint.FOLDER / str(result["checkpoint"])
     best = last.state["best"]

@@ -1,4 +1,4 @@
-"""`distrain predict`: the most probable classes of image files, read as `distrain prepare folder` reads them."""
+"""`distrain predict`: print the most probable classes of image files, which are read as `prepare folder` reads them."""
 
 from __future__ import annotations
 
@@ -16,34 +16,40 @@ from distrain.errors import ConfigError, DataError
 from distrain.text import printable, shortened
 from distrain.tools import loaded_model
 
-_BATCH = 64
-_NAMED = 10
+_BATCH_SIZE = 64
+_MAX_REPORTED = 10
 
 
 def predict(run: Path, files: Sequence[Path], which: str | None, device: str) -> Iterator[dict[str, Any]]:
-    """For each file `{"file": …, "classes": {name: probability}}`, most probable first.
+    """Yield `{"file": …, "classes": {name: probability}}` for each file, the most probable class first.
+
+    Args:
+        run: the run's folder.
+        files: image files.
+        which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
+        device: auto, cpu or cuda.
 
     Raises:
-        DataError: the run has no checkpoint, or files cannot be read: they are named before anything is predicted.
-        ConfigError: the model takes images that no file has.
+        DataError: the run has no checkpoint, or some files cannot be read; this is checked before the first prediction.
+        ConfigError: the model takes images with a number of channels that no image file has.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this process sees no GPU; use --device cpu, or mend the driver")
-    use = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    model = loaded_model.load(run, which, use)
+        raise ConfigError("--device cuda: this process sees no GPU; use --device cpu, or fix the driver")
+    chosen_device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    model = loaded_model.load(run, which, chosen_device)
     if model.image_shape[2] not in (1, 3):
         raise ConfigError(f"{run}: its images have {model.image_shape[2]} channels; image files have 1 or 3")
     _check(files, model.image_shape)
-    for start in range(0, len(files), _BATCH):
-        here = files[start : start + _BATCH]
-        images = torch.from_numpy(np.stack([read_image(file.read_bytes(), model.image_shape) for file in here]))
-        for file, row in zip(here, model.probabilities(images), strict=True):
+    for start in range(0, len(files), _BATCH_SIZE):
+        batch = files[start : start + _BATCH_SIZE]
+        images = torch.from_numpy(np.stack([read_image(file.read_bytes(), model.image_shape) for file in batch]))
+        for file, row in zip(batch, model.probabilities(images), strict=True):
             order = row.argsort(descending=True, stable=True).tolist()
             yield {"file": str(file), "classes": {model.classes[k]: float(row[k]) for k in order}}
 
 
 def _check(files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:
-    """Read all once: a bad one among thousands is told before the first is predicted."""
+    """Read all files once, so that a bad one among thousands is reported before the first prediction."""
     problems = []
     for file in files:
         problem = _problem(file, image_shape)
@@ -51,7 +57,7 @@ def _check(files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:
             problems.append(f"{printable(str(file))}: {problem}")
     if problems:
         header = f"{len(problems)} of the images cannot be read:"
-        raise DataError("\n  ".join([header, *shortened(problems, _NAMED)]))
+        raise DataError("\n  ".join([header, *shortened(problems, _MAX_REPORTED)]))
 
 
 def _problem(file: Path, image_shape: tuple[int, int, int]) -> str | None:
@@ -64,10 +70,10 @@ def _problem(file: Path, image_shape: tuple[int, int, int]) -> str | None:
     return None
 
 
-def tell(found: dict[str, Any], top: int, as_json: bool) -> str:
-    """One line for people, or for programs."""
-    classes = dict(list(found["classes"].items())[:top])
+def format_prediction(prediction: dict[str, Any], top: int, as_json: bool) -> str:
+    """Format a prediction as one line with its `top` classes: text for people, or JSON."""
+    classes = dict(list(prediction["classes"].items())[:top])
     if as_json:
-        return json.dumps({**found, "classes": classes})
-    told = ", ".join(f"{printable(name)} {probability:.1%}" for name, probability in classes.items())
-    return f"{printable(found['file'])}  {told}"
+        return json.dumps({**prediction, "classes": classes})
+    text = ", ".join(f"{printable(name)} {probability:.1%}" for name, probability in classes.items())
+    return f"{printable(prediction['file'])}  {text}"

@@ -17,7 +17,7 @@ from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
 from distrain.failures import failure_of, report_failure
 from distrain.runs import attempts, checkpoint, logs
 from distrain.runs.attempts import Lease
-from distrain.runs.checkpoint import Saved
+from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.folder import CONFIG, METRICS, RESULT
 from distrain.runs.logs import Logs
 from distrain.training import optim
@@ -129,7 +129,7 @@ class Checkpointer:
             folder.mkdir(parents=True, exist_ok=True)
             seen = checkpoint.steps(job.checkpoints)
             self._lease = attempts.acquire(folder, job.config.run.wait_seconds, log.info, signals.requested)
-            self._lease.keep(self._exit_with_lost_lease)
+            self._lease.renew_in_background(self._exit_with_lost_lease)
             if checkpoint.steps(job.checkpoints) != seen:
                 saved = _choose(job)  # another job was still writing here
             _log_start(job, saved)
@@ -165,7 +165,7 @@ class Checkpointer:
         self.saved_step = saved.step
         return saved.state
 
-    def _load(self, path: Path) -> Saved:
+    def _load(self, path: Path) -> Checkpoint:
         saved = checkpoint.load(path)
         models.load(self._job.model.eval_model, saved.model, self._job.config.model.name, path)
         return saved
@@ -208,7 +208,7 @@ def holds_run(folder: Path) -> bool:
     return logged or (folder / RESULT).exists() or bool(checkpoint.steps(folder / checkpoint.FOLDER))
 
 
-def _choose(job: Job) -> Saved | None:
+def _choose(job: Job) -> Checkpoint | None:
     """Choose the checkpoint to resume; None to start a run."""
     mode, folder = job.config.run.resume, job.folder
     if folder.exists() and not folder.is_dir():
@@ -232,7 +232,7 @@ def _choose(job: Job) -> Saved | None:
     return saved
 
 
-def _check_identity(job: Job, saved: Saved) -> None:
+def _check_identity(job: Job, saved: Checkpoint) -> None:
     lines = checkpoint.differences(saved.state["identity"], job.identity)
     if not lines:
         return
@@ -243,7 +243,7 @@ def _check_identity(job: Job, saved: Saved) -> None:
     raise ConfigError("\n  ".join([f"{saved.path}: belongs to another run, which has", *lines]) + f"\n{cure}")
 
 
-def _log_start(job: Job, saved: Saved | None) -> None:
+def _log_start(job: Job, saved: Checkpoint | None) -> None:
     if saved is not None:
         log.info("%s: resuming from %s", job.folder, saved.path.name)
     elif holds_run(job.folder):
@@ -252,7 +252,7 @@ def _log_start(job: Job, saved: Saved | None) -> None:
         log.info("%s: a new run", job.folder)
 
 
-def _set_aside_newer(job: Job, saved: Saved) -> None:
+def _set_aside_newer(job: Job, saved: Checkpoint) -> None:
     """Move newer checkpoints, all damaged, out of the way of those to come."""
     for step in checkpoint.steps(job.checkpoints):
         if step > saved.step:

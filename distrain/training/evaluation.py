@@ -20,6 +20,7 @@ from distrain.data.stream import EvaluationBatches
 from distrain.distributed.collectives import POLL_SECONDS
 from distrain.distributed.runtime import Runtime
 from distrain.errors import DataError
+from distrain.runs import results
 from distrain.training.augment import normalize
 
 Collect = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -58,14 +59,15 @@ class Scores:
 
     def as_dict(self, classes: list[str]) -> dict[str, Any]:
         """Return the scores for JSON; the accuracy of a class without samples is null."""
-        by_class = zip(classes, self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True)
+        confusion_matrix = self.confusion.tolist()
+        by_class = results.accuracy_by_class(classes, confusion_matrix)
         return {
             "accuracy": self.accuracy,
             "correct": self.correct,
             "total": self.total,
             "loss": self.loss,
-            "accuracy_by_class": {name: right / count if count else None for name, right, count in by_class},
-            "confusion_matrix": self.confusion.tolist(),
+            "accuracy_by_class": {row.name: row.accuracy for row in by_class},
+            "confusion_matrix": confusion_matrix,
         }
 
 

@@ -18,7 +18,7 @@ from distrain import files
 from distrain.data.order import augmentation_bits, mixup_weight
 from distrain.data.stream import Batch
 from distrain.distributed.runtime import Runtime
-from distrain.runs.folder import AUGMENTED, WRONG
+from distrain.runs.folder import AUGMENTED, MISCLASSIFIED
 from distrain.training.augment import augment
 from distrain.training.job import Job
 
@@ -109,7 +109,7 @@ def save_misclassified(run: Path, misclassified: Misclassified | None) -> None:
         OSError: it could not be written.
     """
     tensors = {} if misclassified is None else {k: value.numpy() for k, value in misclassified._asdict().items()}
-    _save(run / WRONG, tensors)
+    _save(run / MISCLASSIFIED, tensors)
 
 
 def save_augmented(job: Job, batch: Batch) -> None:

@@ -259,13 +259,8 @@ def build_model(config: Config, data: Manifest, dtype: torch.dtype, empty: bool 
         ConfigError: it cannot be built, or does not give one logit for each class.
     """
     torch.manual_seed(config.run.seed)  # weights are drawn on the CPU, so every device starts from the same
-    height, width, channels = data.image_shape
-    classes, name = len(data.classes), config.model.name
-    module = models.build(name, config.model.activation, classes, (channels, height, width)).to(dtype)
-    for samples in (2, 0) if empty else (2,):
-        images = torch.zeros(samples, channels, height, width, dtype=dtype)
-        models.check_output(name, module, images, classes)
-    return module
+    batch_sizes = (2, 0) if empty else (2,)
+    return models.from_config(config.model, len(data.classes), data.image_shape, dtype, batch_sizes)
 
 
 def _prepare(config: Config, module: nn.Module, runtime: Runtime) -> tuple[DistributedModel, Any]:

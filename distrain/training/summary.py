@@ -10,6 +10,7 @@ import torch
 
 from distrain import files, machine
 from distrain.data.stream import memory
+from distrain.runs import results
 from distrain.runs.folder import SETUP
 from distrain.runs.logs import clock
 from distrain.text import printable
@@ -155,9 +156,9 @@ def print_result(job: Job, scores: Scores, result: dict[str, Any]) -> None:
         print("time     " + profiling.format_fractions(fractions))
     for line in profiling.advice(fractions, cached=job.cache is not None):
         print(f"         {line}")
-    by_class = {name: value for name, value in result["accuracy_by_class"].items() if value is not None}
-    worst = sorted(by_class.items(), key=lambda item: item[1])[:_WORST_CLASSES]
-    print("lowest   " + ", ".join(f"{printable(name)} {value:.1%}" for name, value in worst))
+    by_class = results.lowest_first(results.classes_of(result))
+    lowest = [row for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
+    print("lowest   " + ", ".join(f"{printable(row.name)} {row.accuracy:.1%}" for row in lowest))
     print("Finished Training")
     print(scores.line("test"))
     print(f"Run: {job.folder}", flush=True)

@@ -87,7 +87,7 @@ class Trainer:
                 self._save_before_exit("data")
                 raise
         self.job.runtime.watchdog.enter("end")
-        error = os_error_of(lambda: self.logs.close(trackers.numbers(result))) or self.checkpointer.error
+        error = os_error_of(lambda: self.logs.close(trackers.scalars(result))) or self.checkpointer.error
         if error is not None:
             raise SaveError(f"the end of the run could not be saved: {error}")
         return result
@@ -133,7 +133,7 @@ class Trainer:
             self.checkpointer.write_result(json.dumps(result, indent=1) + "\n")
             self._try_pictures(lambda: pictures.save_misclassified(job.folder, misclassified))
             if self.logs.trackers:
-                self.logs.result(self.step, trackers.outcome(job.folder, result))
+                self.logs.result(self.step, trackers.read_finished(job.folder, result))
             print_result(job, scores, result)
         return result
 

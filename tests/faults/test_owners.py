@@ -38,7 +38,7 @@ def test_a_second_job_waits_for_the_first_to_leave(data: Path, tmp_path: Path, u
     with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "slow:0:1"}) as first:
         first.wait_for("train", 3)
         with Job(small_run(data, tmp_path / "run"), tmp_path) as second:
-            until(lambda: "waiting for another job to leave" in second.output, "it waits")
+            until(lambda: "waiting for another job to exit" in second.output, "it waits")
             first.signal("launcher")
             assert first.wait() == 75, first.output
             assert second.wait() == 0, second.output

@@ -1,8 +1,8 @@
-"""`distrain report`: one HTML page of runs, which opens from disk without any network, and its charts as PNG files.
+"""`distrain report`: write an HTML page about one or several runs, which needs no network, and its charts as PNG files.
 
-1. `distrain.runs.folder` reads what each run has written down
-2. `charts` draws them, by matplotlib, in light and in dark
-3. `page` fills page.html by Jinja, which escapes every name
+1. `distrain.runs.folder` reads the files of each run
+2. `charts` draws the charts with matplotlib, in a light and a dark theme
+3. `page` fills page.html with Jinja, which escapes every name
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
 
     Args:
         runs: folders of runs; several are compared.
-        out: folder to write to; of one run, None means RUN/report.
+        out: folder to write to; None: RUN/report, for a single run only.
 
     Returns:
         The page's path.
 
     Raises:
-        ConfigError: several runs and no `out`, a run named twice, or `out` cannot be written.
-        DataError: a folder holds no run, or its run has not begun.
+        ConfigError: several runs without `out`, a run is given twice, or `out` cannot be written.
+        DataError: a folder holds no run, or its run has not started.
     """
     if out is None and len(runs) > 1:
-        raise ConfigError("several runs have no folder of their own: say where to, with --out")
+        raise ConfigError("several runs have no common folder: give one with --out")
     if len({run.resolve() for run in runs}) < len(runs):
-        raise ConfigError("a run is named twice")
-    records = [folder.read_begun(run) for run in runs]
+        raise ConfigError("a run is given twice")
+    records = [folder.read_started(run) for run in runs]
     target = out or runs[0] / folder.REPORT
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The page of a report: what it says, as plain values, and page.html filled with them."""
+"""The page of a report: its content as plain values, which fill the template page.html."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from distrain import __version__, config, files
-from distrain.runs.folder import AUGMENTED, WRONG, Record, read_pictures
+from distrain.runs import results
+from distrain.runs.folder import AUGMENTED, MISCLASSIFIED, RunRecord, read_pictures
 from distrain.runs.logs import clock
 from distrain.tools.report import charts
 from distrain.tools.report.charts import Chart
 
 PAGE = "index.html"
 _THUMBNAIL = 128
-"""Most pixels of a picture's side on the page."""
-_MOST_CONFUSIONS = 12
-_MANY = 4
-"""Runs that have columns of their own beside each other; of more, each has a row, and opens on demand."""
+"""Largest height and width of an image on the page, in pixels."""
+_MAX_CONFUSIONS = 12
+_MAX_COLUMNS = 4
+"""Up to this number of runs, each has a column in the table of differences; more have a row each, and are collapsed."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A chart on the page: data addresses of its two forms, and its width in pixels."""
+class EmbeddedChart:
+    """A chart on the page: data URLs for the light and the dark theme, and its width in pixels."""
 
     title: str
     light: str
@@ -41,37 +42,38 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """One run's part of the page."""
+    """The part of the page about one run."""
 
     name: str
     tiles: list[tuple[str, str]]
-    trust: list[tuple[bool, str]]
+    checks: list[tuple[bool, str]]
     notice: str | None
-    classes: list[Shown] = field(default_factory=list)
+    classes: list[EmbeddedChart] = field(default_factory=list)
     confusions: list[dict[str, Any]] = field(default_factory=list)
     by_class: list[tuple[str, str, str]] = field(default_factory=list)
-    wrong: list[dict[str, str]] = field(default_factory=list)
+    misclassified: list[dict[str, str]] = field(default_factory=list)
     augmented: str | None = None
     augmentation: str = ""
     attempts: list[dict[str, Any]] = field(default_factory=list)
     facts: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
 
 
-def write(records: Sequence[Record], out: Path) -> Path:
+def write(records: Sequence[RunRecord], out: Path) -> Path:
     """Write OUT/index.html and the charts as OUT/*.png.
 
     Raises:
         OSError: they cannot be written.
     """
     names = _names(records)
-    curves = [_drawn(chart, out) for chart in charts.curves(records, names)]
+    curves = [_embed(chart, out) for chart in charts.curves(records, names)]
     sections = []
-    shown = tqdm(records, "runs", leave=False, disable=None if len(records) > 1 else True)
-    for number, (record, name) in enumerate(zip(shown, names, strict=True)):
-        own = []
+    progress = tqdm(records, "runs", leave=False, disable=None if len(records) > 1 else True)
+    for number, (record, name) in enumerate(zip(progress, names, strict=True)):
+        class_charts = []
         if record.result is not None and record.classes:
-            own = charts.of_classes(record.result, record.classes, f"-{number + 1}" if len(records) > 1 else "")
-        sections.append(_section(record, name, [_drawn(chart, out) for chart in own]))
+            suffix = f"-{number + 1}" if len(records) > 1 else ""
+            class_charts = charts.class_charts(record.result, record.classes, suffix)
+        sections.append(_section(record, name, [_embed(chart, out) for chart in class_charts]))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,41 +88,41 @@ def write(records: Sequence[Record], out: Path) -> Path:
         differences=_differences(records),
         names=names,
         colours=charts.colours(len(records)),
-        many=len(records) > _MANY,
+        many=len(records) > _MAX_COLUMNS,
         version=__version__,
     )
-    files.replace(out / PAGE, text)  # last: a page that is there is whole
+    files.replace(out / PAGE, text)  # last: if there is a page, it is complete
     return out / PAGE
 
 
-def _names(records: Sequence[Record]) -> list[str]:
-    """The folders' names; with more of the path where two are the same."""
+def _names(records: Sequence[RunRecord]) -> list[str]:
+    """Return the names of the runs' folders, with their parents' names if two are the same."""
     paths = [record.folder.resolve() for record in records]
     plain = [path.name for path in paths]
     return [name if plain.count(name) == 1 else f"{path.parent.name}/{name}" for path, name in zip(paths, plain)]  # noqa: B905
 
 
-def _drawn(chart: Chart, out: Path) -> Shown:
-    """A chart for the page; its PNG file is written."""
+def _embed(chart: Chart, out: Path) -> EmbeddedChart:
+    """Write a chart's PNG file, and return the chart for the page."""
     (out / f"{chart.name}.png").write_bytes(chart.png())
-    light, dark = (_address("image/svg+xml", chart.svg(theme)) for theme in ("light", "dark"))
-    return Shown(chart.title, light, dark, round(chart.size[0] * 96))
+    light, dark = (_data_url("image/svg+xml", chart.svg(theme)) for theme in ("light", "dark"))
+    return EmbeddedChart(chart.title, light, dark, round(chart.size[0] * 96))
 
 
-def _address(kind: str, content: bytes) -> str:
+def _data_url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _section(record: Record, name: str, classes: list[Shown]) -> Section:
+def _section(record: RunRecord, name: str, classes: list[EmbeddedChart]) -> Section:
     return Section(
         name,
         _tiles(record),
-        _trust(record),
+        _checks(record),
         _notice(record),
         classes,
         _confusions(record),
         _by_class(record),
-        _wrong(record),
+        _misclassified(record),
         _augmented(record),
         _augmentation(record),
         _attempts(record),
@@ -128,14 +130,14 @@ def _section(record: Record, name: str, classes: list[Shown]) -> Section:
     )
 
 
-def _tiles(record: Record) -> list[tuple[str, str]]:
-    """What people ask first."""
+def _tiles(record: RunRecord) -> list[tuple[str, str]]:
+    """Return the most important values of a run, each with its meaning."""
     result, setup = record.result, record.setup
     processes = setup["processes"]
     device = processes["device_name"] or processes["device"].upper()
     tiles = []
     if result is not None:
-        tiles.append((f"{result['accuracy']:.2%}", f"of {result['total']:,} test images right"))
+        tiles.append((f"{result['accuracy']:.2%}", f"accuracy on {result['total']:,} test images"))
     else:
         scores = [line for line in record.lines if "val/accuracy" in line or "test/accuracy" in line]
         if scores:
@@ -145,10 +147,10 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     rate = result["images_per_second"] if result is not None else (rates[-1] if rates else None)
     seconds = max((line.get("seconds", 0.0) for line in record.lines), default=0.0)
     done = max((line["step"] for line in record.lines), default=0)
-    tiles.append((clock(result["seconds"] if result is not None else seconds), "wall time, all attempts"))
+    tiles.append((clock(result["seconds"] if result is not None else seconds), "wall time of all attempts"))
     if rate is not None:
-        tiles.append((f"{rate:,.0f}", "images/s while training"))
-    tiles.append((f"{done:,}", f"of {setup['steps']:,} steps, {setup['steps_per_epoch']:,} an epoch"))
+        tiles.append((f"{rate:,.0f}", "images/s in training"))
+    tiles.append((f"{done:,}", f"of {setup['steps']:,} steps, {setup['steps_per_epoch']:,} per epoch"))
     tiles.append((f"{processes['number']} × {device}", f"{setup['model']['name']}, {_millions(setup)} parameters"))
     tiles.append((str(len(charts.restarts(record))), "restarts"))
     return tiles
@@ -159,87 +161,85 @@ def _millions(setup: dict[str, Any]) -> str:
     return f"{number / 1e6:.1f} M" if number >= 10**6 else f"{number:,}"
 
 
-def _notice(record: Record) -> str | None:
+def _notice(record: RunRecord) -> str | None:
     if record.result is not None:
         return None
     done = max((line["step"] for line in record.lines), default=0)
     line = f"This run is not done: step {done:,} of {record.setup['steps']:,}."
-    ended = record.ended.get("code") is not None
-    return f"{line} It ended with {record.ended['code']}: {record.ended['reason']}" if ended else line
+    code = record.exit_record.get("code")
+    return line if code is None else f"{line} It exited with code {code}: {record.exit_record['reason']}"
 
 
-def _trust(record: Record) -> list[tuple[bool, str]]:
-    """Whether the figures are what they seem."""
+def _checks(record: RunRecord) -> list[tuple[bool, str]]:
+    """Return facts that show whether the result can be trusted; False marks a warning."""
     result, setup = record.result, record.setup
-    found = []
+    checks = []
     dependent = setup["model"]["dependent"]
     if dependent:
-        found.append(
-            (False, f"What it learned depends on the number of processes: the model has {', '.join(dependent)}.")
-        )
+        layers = ", ".join(dependent)
+        checks.append((False, f"The result depends on the number of processes, because the model has {layers}."))
     else:
-        found.append((True, "What it learned depends on data, configuration and seed alone: not on the number of"
-                            " processes, not on restarts."))  # fmt: skip
+        checks.append((True, "The result depends on data, configuration and seed only, not on the number of processes"
+                             " or on restarts."))  # fmt: skip
     if result is not None:
-        promised = setup["data"]["splits"].get("test")
-        if result["total"] == promised:
-            found.append((True, f"Each of the {promised:,} test images was scored exactly once."))
+        expected = setup["data"]["splits"].get("test")
+        if result["total"] == expected:
+            checks.append((True, f"Each of the {expected:,} test images was evaluated exactly once."))
         else:
-            found.append((False, f"{result['total']:,} test images were scored; the data set now has {promised:,}."))
-        found.append((True, f"Every shard was checked against its digest; {result['dropped_per_epoch']:,} of"
-                            f" {setup['data']['splits']['train']:,} training images are left out of an epoch, others"
-                            " in each."))  # fmt: skip
+            checks.append(
+                (False, f"{result['total']:,} test images were evaluated; the data set now has {expected:,}.")
+            )
+        checks.append((True, f"Every shard was checked against its digest; {result['dropped_per_epoch']:,} of"
+                             f" {setup['data']['splits']['train']:,} training images are dropped in each epoch,"
+                             " different ones each time."))  # fmt: skip
         if result["val_accuracy"] is not None:
-            found.append((True, f"The checkpoint ({result['checkpoint']}) was chosen on val, not on test."))
-    again = charts.restarts(record)
-    if again:
-        steps = ", ".join(f"{step:,}" for step in again[:8]) + (" …" if len(again) > 8 else "")
-        found.append(
-            (True, f"It was interrupted, and went on after step {steps}: the result is as if it had not been.")
-        )
-    return found
+            checks.append((True, f"The checkpoint ({result['checkpoint']}) was selected on val, not on test."))
+    restarts = charts.restarts(record)
+    if restarts:
+        steps = ", ".join(f"{step:,}" for step in restarts[:8]) + (" …" if len(restarts) > 8 else "")
+        message = f"The run was interrupted and resumed after step {steps}; the result is the same as without that."
+        checks.append((True, message))
+    return checks
 
 
-def _confusions(record: Record) -> list[dict[str, Any]]:
-    """The most frequent ones."""
+def _confusions(record: RunRecord) -> list[dict[str, Any]]:
+    """Return the most frequent pairs of a true class and another, predicted class."""
     if record.result is None or not record.classes:
         return []
     matrix = np.asarray(record.result["confusion_matrix"])
     off = matrix - np.diag(np.diagonal(matrix))
-    order = np.argsort(-off, axis=None, kind="stable")[:_MOST_CONFUSIONS]
-    pairs = [tuple(map(int, np.unravel_index(place, off.shape))) for place in order]
+    order = np.argsort(-off, axis=None, kind="stable")[:_MAX_CONFUSIONS]
+    pairs = [tuple(map(int, np.unravel_index(index, off.shape))) for index in order]
     return [
         {
             "true": record.classes[row],
             "predicted": record.classes[column],
             "count": f"{off[row, column]:,}",
-            "part": f"{off[row, column] / matrix[row].sum():.1%}",
+            "fraction": f"{off[row, column] / matrix[row].sum():.1%}",
         }
         for row, column in pairs
         if off[row, column]
     ]
 
 
-def _by_class(record: Record) -> list[tuple[str, str, str]]:
-    """Name, images, accuracy of every class, lowest first."""
-    if record.result is None or not record.classes:
+def _by_class(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Return name, number of test images and accuracy of each class, lowest accuracy first."""
+    if record.result is None:
         return []
-    matrix = np.asarray(record.result["confusion_matrix"])
-    total, right = matrix.sum(1), np.diagonal(matrix)
-    # Classes without test images have no accuracy: they come last.
-    order = np.argsort(np.where(total > 0, right / np.maximum(total, 1), 2.0), kind="stable")
-    told = [f"{right[k] / total[k]:.1%}" if total[k] else "–" for k in order]
-    return [(record.classes[int(k)], f"{total[k]:,}", part) for k, part in zip(order, told, strict=True)]
+    return [
+        (row.name, f"{row.samples:,}", "–" if row.accuracy is None else f"{row.accuracy:.1%}")
+        for row in results.lowest_first(results.classes_of(record.result))
+    ]
 
 
-def _wrong(record: Record) -> list[dict[str, str]]:
-    arrays = read_pictures(record.folder / WRONG)
+def _misclassified(record: RunRecord) -> list[dict[str, str]]:
+    arrays = read_pictures(record.folder / MISCLASSIFIED)
     if not arrays or not record.classes:
         return []
     columns = (arrays[name] for name in ("images", "ids", "labels", "predicted", "probabilities"))
     return [
         {
-            "picture": _address("image/png", _png(image)),
+            "picture": _data_url("image/png", _png(image)),
             "true": record.classes[label],
             "predicted": record.classes[predicted],
             "probability": f"{probability:.1%}",
@@ -249,69 +249,69 @@ def _wrong(record: Record) -> list[dict[str, str]]:
     ]
 
 
-def _augmented(record: Record) -> str | None:
-    """One picture: a row for each image, itself first, then what augmentation makes of it."""
+def _augmented(record: RunRecord) -> str | None:
+    """Return one image with a row for each training image: the original, then augmented variants."""
     arrays = read_pictures(record.folder / AUGMENTED)
-    if not arrays or not len(arrays["images"]):  # the main process's share of the first step may be empty
+    if not arrays or not len(arrays["images"]):  # the main process's local batch of the first step may be empty
         return None
     images, variants = arrays["images"], arrays["variants"]
     rows = np.concatenate([images[:, None], variants], axis=1)
-    number, across, height, width, channels = rows.shape
+    count, columns, height, width, channels = rows.shape
     gap = max(1, height // 16)
-    sheet = np.full((number * (height + gap) - gap, (across + 1) * (width + gap) - gap, channels), 0, np.uint8)
+    sheet = np.full((count * (height + gap) - gap, (columns + 1) * (width + gap) - gap, channels), 0, np.uint8)
     alpha = np.zeros(sheet.shape[:2], np.uint8)
-    for row, column in np.ndindex(number, across):
+    for row, column in np.ndindex(count, columns):
         top = row * (height + gap)
-        left = (column + (column > 0)) * (width + gap)  # a gap of a whole picture behind the original
+        left = (column + (column > 0)) * (width + gap)  # a gap as wide as an image after the original
         left = left if column == 0 else left - width // 2
         sheet[top : top + height, left : left + width] = rows[row, column]
         alpha[top : top + height, left : left + width] = 255
-    return _address("image/png", _png(sheet, alpha, most=4096))
+    return _data_url("image/png", _png(sheet, alpha, max_size=4096))
 
 
-def _augmentation(record: Record) -> str:
+def _augmentation(record: RunRecord) -> str:
     settings = record.config.augment.model_dump()
-    on = [f"{name} {'on' if value is True else value}" for name, value in settings.items() if value]
-    return ", ".join(on) or "none is on: every picture is trained as it is"
+    enabled = [f"{name} {'on' if value is True else value}" for name, value in settings.items() if value]
+    return ", ".join(enabled) or "no augmentation: images are used unchanged"
 
 
-def _png(image: NDArray[Any], alpha: NDArray[Any] | None = None, most: int = _THUMBNAIL) -> bytes:
-    """uint8 [H, W, C] as a PNG file; of other channels than 1 and 3, the first ones."""
+def _png(image: NDArray[Any], alpha: NDArray[Any] | None = None, max_size: int = _THUMBNAIL) -> bytes:
+    """Encode an image uint8 [H, W, C] as PNG: its first channel as grey, or its first three channels as colours."""
     pixels = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, axis=-1)
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if alpha is not None:
         picture.putalpha(Image.fromarray(alpha))
-    picture.thumbnail((most, most))
+    picture.thumbnail((max_size, max_size))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def _attempts(record: Record) -> list[dict[str, Any]]:
+def _attempts(record: RunRecord) -> list[dict[str, Any]]:
     return [
         {
             "attempt": attempt.get("attempt"),
             "host": attempt.get("host"),
             "start": attempt.get("start"),
             "end": attempt.get("ended") or "not released",
-            "from": f"{attempt['from_step']:,}" if attempt.get("from_step") is not None else "never began",
+            "from": f"{attempt['from_step']:,}" if attempt.get("from_step") is not None else "training did not start",
             "processes": attempt.get("world_size") or "",
         }
         for attempt in record.attempts
     ]
 
 
-def _facts(record: Record) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Configuration, data, machine."""
+def _facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return tables about configuration, data and machine, each with a heading."""
     setup = record.setup
     data, processes, machine = setup["data"], setup["processes"], setup["machine"]
     defaults = config.public(config.Config())
     tree = config.public(record.config)
-    set_here: list[tuple[str, str]] = []
-    unset: list[tuple[str, str]] = []
+    changed: list[tuple[str, str]] = []
+    default_rows: list[tuple[str, str]] = []
     for section, part in tree.items():
         for key, value in part.items():
-            rows = unset if defaults[section][key] == value else set_here
+            rows = default_rows if defaults[section][key] == value else changed
             rows.append((f"{section}.{key}", _value(value)))
     source = ", ".join(f"{key}: {_value(value)}" for key, value in data["source"].items())
     data_rows = [
@@ -333,10 +333,10 @@ def _facts(record: Record) -> list[tuple[str, list[tuple[str, str]]]]:
         *((name, text) for name, text in setup["versions"].items()),
     ]
     return [
-        ("Configuration: what was set", set_here or [("all keys", "have their defaults")]),
+        ("Configuration: changed values", changed or [("all keys", "default")]),
         ("Data", data_rows),
         ("Machine and versions", machine_rows),
-        ("Configuration: defaults", unset),
+        ("Configuration: default values", default_rows),
     ]
 
 
@@ -344,8 +344,8 @@ def _value(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _differences(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
-    """What is not the same in all runs: configuration, data, machine, and what came of it."""
+def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Return the results of several runs, and all values of configuration, data and machine that differ."""
     if len(records) < 2:
         return []
     rows: list[tuple[str, list[str]]] = [
