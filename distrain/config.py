@@ -260,6 +260,9 @@ class Log(Section):
     """Progress and metrics.jsonl."""
 
     every_steps: Whole = _key(50, "steps between lines of metrics.jsonl; a log shows one in five seconds", ge=1)
+    level: Literal["debug", "info", "warning", "error"] = _key(
+        "info", "lowest level of the messages that commands show on stderr"
+    )
     report: bool = _key(True, "`distrain train` writes RUN/report/ when it is done: a page with charts and pictures")
     tensorboard: bool = _key(
         False, "copy them, the configuration and pictures to RUN/tensorboard; needs distrain[tensorboard]"
