@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from distrain import cli, console
+from distrain.errors import DataError
 from distrain.tools import status
 
 TESTS = Path(__file__).parent
@@ -200,16 +201,38 @@ def test_messages_have_their_level_in_front(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr() == ("", "a message\nwarning: a message\nerror: a message\ndebug: a message\n")
 
 
-@pytest.mark.parametrize(("size", "prefix"), [("1", ""), ("2", "[rank 1] "), ("", ""), ("many", "")])
+@pytest.mark.parametrize(("size", "prefix"), [("1", ""), ("2", "[rank 1] "), ("", "")])
 def test_messages_have_the_rank_in_front_where_there_are_several(
     size: str, prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", size)
-    monkeypatch.setenv("RANK", "1")
-    with console.logging_to_stderr():
+    def look(_: Path) -> None:
         say()
         say(level=logging.WARNING)
-    assert capsys.readouterr().err == f"{prefix}a message\n{prefix}warning: a message\n"
+        raise DataError("no run")
+
+    monkeypatch.setattr(status, "look", look)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["status", "runs/any"]) == 78
+    expected = f"{prefix}a message\n{prefix}warning: a message\ndistrain: error: no run\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_variable_that_is_no_number_is_a_mistake(paths: dict[str, str], tmp_path: Path) -> None:
+    for command in ("config", f"train {KEYS}"):
+        done = run(command, "", {"WORLD_SIZE": "many"}, {**paths, "OUT": str(tmp_path / "out")}, tmp_path)
+        assert done.returncode == 78
+        assert done.stderr.startswith(b"distrain: error: the environment variable WORLD_SIZE='many' is not")
+
+
+def test_a_level_of_the_configuration_hides_messages(
+    paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = fill_in(KEYS, {**paths, "OUT": str(tmp_path / "out")}).split()
+    assert cli.main(["train", *keys, "log.level=error", "log.report=false"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "Finished Training" in shown.out
 
 
 def test_a_progress_bar_is_not_torn(monkeypatch: pytest.MonkeyPatch) -> None:
