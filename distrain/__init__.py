@@ -13,12 +13,14 @@ __all__ = ["train"]
 def train(config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> dict[str, Any]:
     """Train a run: `distrain.train({"data": {"dir": "data/synthetic"}, "run": {"dir": "runs/first"}})`.
 
+    Messages go to `logging.getLogger("distrain")`, which has no handler of its own.
+
     Args:
         config: nested mappings of the keys that `distrain config` prints, the path of a YAML file, or a
             `distrain.config.Config`.
 
     Returns:
-        What is in RUN/result.json.
+        The content of RUN/result.json.
 
     Raises:
         distrain.errors.UserError: configuration or data cannot be used, or the loss diverged.

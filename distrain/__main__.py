@@ -1,30 +1,35 @@
-"""The command `distrain`, also as `python -m distrain` under torchrun and accelerate launch."""
+"""The command `distrain`, also run as `python -m distrain` by torchrun and accelerate launch."""
 
+import contextlib
 import os
 import signal
 import sys
 
+from distrain import console
+
 
 def main() -> int:
-    """Run a command. Stop requests are noted before anything slow is imported."""
-    command = "".join(sys.argv[1:2])  # no other word: `prepare folder train` trains nothing
+    """Run a command and return its exit code. Stop requests are noted before any slow import."""
+    console.set_up()
+    command = "".join(sys.argv[1:2])  # the first word alone: `prepare folder train` trains nothing
     if command in ("train", "evaluate", "doctor", "launch"):
-        from distrain import console, signals
+        from distrain import signals
         from distrain.environment import Environment
+        from distrain.errors import ConfigError
 
-        signals.end_with_launcher(Environment.read(os.environ))
+        with contextlib.suppress(ConfigError):  # cli reports it
+            signals.end_with_launcher(Environment.read(os.environ))
         signals.install()
-        console.keep_going()
-        # When a process is gone, torch's store prints pages of C++ frames; we say it in a line.
+        # When a process is gone, torch's store prints pages of C++ frames; our own message is one line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     else:
-        # As a container's first process it would never see a signal that it has no handler for.
+        # As a container's first process it would never receive a signal that it has no handler for.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from distrain import cli
 
     code = cli.main()
     if command in ("train", "evaluate", "doctor"):
-        # Not by way of the interpreter's end: libraries wait there for services, and for processes that are gone.
+        # Skip the interpreter's shutdown: libraries wait there for services, and for processes that are gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

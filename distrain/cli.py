@@ -1,67 +1,117 @@
-"""The command line: thin, and quick to answer; torch is imported by the commands that need it."""
+"""The command line. It is thin, and answers quickly: only the commands that need torch import it."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from distrain import __version__, address, config, failures, signals
+from distrain import __version__, address, config, console, failures, signals
 from distrain.environment import Environment
-from distrain.errors import EXIT_AGAIN, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
+from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
+
+log = logging.getLogger("distrain")
 
 _AFTER_FIRST_SECONDS = 5
-"""How long a node's other processes hold back an error that its first one will probably tell."""
+"""How long a node's other processes hold back an error that its first process probably shows as well."""
+
+_CHECKPOINT = click.option(
+    "--checkpoint", "which", help="best, last, or a folder's name.  [default: best if there is a val split, else last]"
+)
+"""The option of the commands that work on one checkpoint of a run."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 75 run it again, 78 never again unchanged, 1 a fault."""
-    environment = Environment()
+    """Run a command and return its exit code: 0 done, 75 run it again, 78 never again unchanged, 1 a fault.
+
+    Log messages are shown on stderr while it runs.
+    """
     try:
         environment = Environment.read(os.environ)
+    except ConfigError as error:
+        return _end(error, Environment())
+    with console.logging_to_stderr(environment.world.rank if environment.world.size > 1 else None):
+        return _run(arguments, environment)
+
+
+def _run(arguments: list[str] | None, environment: Environment) -> int:
+    try:
         return cli.main(arguments, prog_name="distrain", standalone_mode=False, obj=environment) or EXIT_OK
     except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
+        error.show(sys.stderr)
         return EXIT_OK
     except click.ClickException as error:
         failure = failures.failure_here(environment, "user", EXIT_NEVER_AGAIN, error.format_message())
         if not failures.report_failure(failure, environment):
-            error.show()
+            error.show(sys.stderr)
         return EXIT_NEVER_AGAIN
     except click.Abort:
         print("stopped", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
+    except _CommandError as error:
+        return _end(error.cause, environment)
     except Exception as error:
         return _end(error, environment)
 
 
+class _CommandError(Exception):
+    """An error that click would handle itself: EOFError as Ctrl-C, and EPIPE, of any socket, as a quiet exit."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
 def _end(error: Exception, environment: Environment) -> int:
-    """Tell the launcher, or else the user, why this process ends; return the exit code."""
-    why = failures.failure_of(error, environment)
-    if failures.report_failure(why, environment):
-        return why.code
-    if environment.local_rank > 0 and why.kind != "fault" and not isinstance(error, ShardError):
-        # torchrun ends the others when one process ends: the first one's message comes out once, whole.
+    """Report why this process ends, to the launcher or else to the user; return the exit code."""
+    failure = failures.failure_of(error, environment)
+    if failures.report_failure(failure, environment):
+        return failure.code
+    if environment.local_rank > 0 and failure.kind != "fault" and not isinstance(error, ShardError):
+        # torchrun ends the others when one process ends: so the message of the first one appears once, and whole.
         until = time.monotonic() + _AFTER_FIRST_SECONDS
         while time.monotonic() < until:
             if signals.requested():
-                return why.code
+                return failure.code
             time.sleep(0.05)
-    prefix = "" if why.code == EXIT_AGAIN else "error: "
-    shown = None if isinstance(error, failures.PeerFailedError) else why.traceback
-    print(shown or f"distrain: {prefix}{error}", file=sys.stderr, flush=True)
-    return why.code
+    prefix = "" if failure.code == EXIT_AGAIN else "error: "
+    trace = None if isinstance(error, failures.PeerFailedError) else failure.traceback
+    print(trace or f"distrain: {prefix}{error}", file=sys.stderr, flush=True)
+    return failure.code
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Command(click.Command):
+    """A command whose help can be shown in any encoding."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        return console.encodable(super().get_help(ctx))
+
+
+class _Group(click.Group):
+    """A group of commands whose help can be shown in any encoding."""
+
+    command_class = _Command
+
+    def get_help(self, ctx: click.Context) -> str:
+        return console.encodable(super().get_help(ctx))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (OSError, EOFError) as error:
+            raise _CommandError(error) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli() -> None:
     """Train a CNN on WebDataset shards with any number of processes, and get the same result.
@@ -76,21 +126,24 @@ def cli() -> None:
     """
 
 
-class _WithKeys(click.Command):
+class _WithKeys(_Command):
+    """A command whose help lists the keys of the configuration."""
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write(f"\nKeys, with their defaults:\n\n{config.keys_help()}\n")
 
 
 @cli.command(cls=_WithKeys)
-@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys go over the defaults.")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys replace the defaults.")
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 @click.pass_obj
 def train(environment: Environment, file: Path | None, overrides: tuple[str, ...]) -> None:
-    """Train, evaluate and save a run.
+    """Train a model, evaluate it and save it.
 
-    Under torchrun, accelerate launch or alone. Values: defaults < --config < section.key=value.
+    Works alone, under distrain launch, torchrun or accelerate launch. Later values win: defaults, then --config, then
+    section.key=value.
     """
-    resolved = config.load(file, overrides)
+    resolved = _load(file, overrides)
     from distrain.training import train as training
 
     training.train(resolved, environment)
@@ -98,8 +151,24 @@ def train(environment: Environment, file: Path | None, overrides: tuple[str, ...
         _write_report(Path(resolved.run.dir))
 
 
+def _load(file: Path | None, overrides: Sequence[str]) -> config.Config:
+    """Return the configuration of a command line; log messages follow its `log.level` from here on."""
+    resolved = config.load(file, overrides)
+    console.set_level(resolved.log.level)
+    return resolved
+
+
+def _load_run(run: Path, overrides: Sequence[str]) -> config.Config:
+    """Return the configuration of a run's folder in the same way."""
+    from distrain.runs import folder
+
+    resolved = folder.configuration(run, overrides)
+    console.set_level(resolved.log.level)
+    return resolved
+
+
 def _write_report(run: Path) -> None:
-    """Of a run that is done, and stays so whatever happens here; a stop request ends the drawing alone."""
+    """Write the report of a finished run; errors here never change the run, and a stop request ends the report only."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -117,25 +186,24 @@ def _write_report(run: Path) -> None:
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
-        again = f"`distrain report {run}` tries again"
-        print(f"warning: no report was written: {problem}; {again}", file=sys.stderr, flush=True)
+        log.warning("no report was written: %s; `distrain report %s` tries again", problem, run)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--nproc", type=click.IntRange(1), help="Processes on this node.  [default: one for each GPU, or 1]")
 @click.option("--nodes", type=click.IntRange(1), envvar="DISTRAIN_NODES", help="Nodes of the job.")
 @click.option("--node", type=click.IntRange(0), envvar="DISTRAIN_NODE", help="This node, counted from 0.")
-@click.option("--host", envvar="DISTRAIN_HOST", help="Name of the first node, where all meet.")
-@click.option("--port", type=click.IntRange(1, 65535), envvar="DISTRAIN_PORT", help="Port there, free on it.")
+@click.option("--host", envvar="DISTRAIN_HOST", help="Name of the first node, where the rendezvous is.")
+@click.option("--port", type=click.IntRange(1, 65535), envvar="DISTRAIN_PORT", help="A free port of the first node.")
 @click.option(
     "--grace",
     type=click.FloatRange(0),
-    help="Seconds to save and leave after a signal.  [default: launch.grace_seconds]",
+    help="Seconds to save and exit after a signal.  [default: launch.grace_seconds]",
 )
 @click.option(
     "--log-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for a log of each rank but 0, which writes here.  [default: all write here]",
+    help="Folder for one log file per rank; rank 0 writes here.  [default: all ranks write here]",
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
 def launch(
@@ -148,34 +216,25 @@ def launch(
     log_dir: Path | None,
     command: tuple[str, ...],
 ) -> int:
-    """Run COMMAND of distrain (train …, evaluate …, doctor …) in several processes, and tell the scheduler the truth.
+    """Run COMMAND of distrain (train …, evaluate …, doctor …) in several processes.
 
     \b
     distrain launch --nproc 4 -- train --config configs/cifar10.yaml
 
-    Nodes are worked out from SLURM's variables under srun (one task a node), from a Kubernetes Indexed Job (with
-    --nodes), or are this machine alone. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded: the run saves and
-    leaves with 75. The exit code is also in RUN/exit.json, with the reason.
+    Nodes are detected from SLURM's variables under srun (one task per node) or from a Kubernetes Indexed Job (with
+    --nodes); otherwise the job runs on this machine alone. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded:
+    the run saves a checkpoint and exits with 75. RUN/exit.json has the exit code, with the reason.
     """
     from distrain.launcher import cluster
     from distrain.launcher import launch as launching
     from distrain.launcher.verdict import format_verdict
 
     if command[0] not in ("train", "evaluate", "doctor"):
-        raise ConfigError(f"launch: {command[0]}: behind -- stands train, evaluate or doctor, with its arguments")
-    resolved = config.Config()
-    if command[0] in ("train", "doctor"):
-        context = {"train": train, "doctor": doctor}[command[0]].make_context(command[0], list(command[1:]))
-        before = _DOCTOR if command[0] == "doctor" else ()
-        resolved = config.load(context.params["file"], (*before, *context.params["overrides"]))
-    elif command[0] == "evaluate":
-        from distrain.runs import folder
-
-        context = evaluate.make_context("evaluate", list(command[1:]))
-        resolved = folder.configuration(context.params["run"], context.params["overrides"])
+        raise ConfigError(f"launch: {command[0]}: give train, evaluate or doctor after --, with its arguments")
+    resolved = _of_launched(command)
     topology = cluster.detect(os.environ, cluster.Options(nodes, node, host, port), socket.getfqdn)
     processes = nproc or launching.default_processes()
-    print(launching.describe(topology, processes), flush=True)
+    log.info("%s", launching.describe(topology, processes))
     seconds = grace if grace is not None else resolved.launch.grace_seconds
     verdict = launching.launch(command, resolved, topology, processes, seconds, log_dir)
     if verdict.code == EXIT_AGAIN and command[0] == "doctor":
@@ -185,49 +244,60 @@ def launch(
     return verdict.code
 
 
+def _of_launched(command: tuple[str, ...]) -> config.Config:
+    """Return the configuration that a command given to `launch` will have."""
+    name, arguments = command[0], list(command[1:])
+    if name == "evaluate":
+        params = evaluate.make_context(name, arguments).params
+        return _load_run(params["run"], params["overrides"])
+    params = (train if name == "train" else doctor).make_context(name, arguments).params
+    return _load(params["file"], (*(_DOCTOR if name == "doctor" else ()), *params["overrides"]))
+
+
 @cli.command(cls=_WithKeys)
-@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys go over the defaults.")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys replace the defaults.")
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 @click.pass_obj
 def doctor(environment: Environment, file: Path | None, overrides: tuple[str, ...]) -> None:
-    """Look, in seconds, for what would end a job.
+    """Check, within seconds, whether a job can run.
 
-    Put it where train stands, under any launcher, with the same configuration:
+    Replace `train` by `doctor` in your command, under any launcher, with the same configuration:
 
     \b
     distrain launch --nproc 4 -- doctor --config configs/cifar10.yaml
     srun --ntasks-per-node=1 distrain launch -- doctor --config configs/cifar10.yaml
 
-    Looks at versions, devices, cores, memory, /dev/shm and open files of every node, at the data set, at the run's
-    folder and how long a save takes, at the rendezvous, and at what the processes share. Exit code 0, or 78.
+    Checks the versions, devices, cores, memory, /dev/shm and open files of every node, the data set, the run's folder
+    and how long a checkpoint takes, the rendezvous, and whether all processes see the same. Exit code 0, or 78.
     """
-    resolved = config.load(file, (*_DOCTOR, *overrides))
-    from distrain.tools import doctor as looking
+    resolved = _load(file, (*_DOCTOR, *overrides))
+    from distrain.tools import doctor as examination
 
-    looking.examine(resolved, environment)
+    examination.examine(resolved, environment)
 
 
 _DOCTOR = ("timeouts.start_seconds=20", "timeouts.step_seconds=15")
-"""`distrain doctor` does not wait for as long as a job would, unless it is asked to."""
+"""Defaults of `distrain doctor`, which does not wait as long as a job."""
 
 
 @cli.command("config")
 def show_config() -> None:
     """Print every key with its default and meaning, as YAML."""
-    click.echo(config.commented_yaml(), nl=False)
+    print(config.commented_yaml(), end="")
 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 @click.option("--split", default="test", show_default=True, help="train, val or test.")
-@click.option("--checkpoint", "which", help="best, last or a folder's name; default: best, where there is a val split.")
+@_CHECKPOINT
 @click.pass_obj
 def evaluate(environment: Environment, run: Path, overrides: tuple[str, ...], split: str, which: str | None) -> None:
-    """Score a checkpoint of RUN, on any number of processes."""
-    from distrain.tools import evaluate as scoring
+    """Evaluate a checkpoint of RUN, on any number of processes."""
+    _load_run(run, overrides)
+    from distrain.tools import evaluate as evaluation
 
-    scoring.evaluate_run(run, split, overrides, which, environment)
+    evaluation.evaluate_run(run, split, overrides, which, environment)
 
 
 @cli.command("report")
@@ -235,47 +305,49 @@ def evaluate(environment: Environment, run: Path, overrides: tuple[str, ...], sp
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder to write.  [default: RUN/report; of several runs there is none]",
+    help="Folder to write.  [default: RUN/report; required for several runs]",
 )
 def write_report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Write a page that shows what a run did, or compares several; it opens from disk, without any network.
+    """Write a page that shows a run or compares several. It opens from disk, without a network.
 
     \b
     distrain report runs/first
     distrain report runs/first runs/second --out comparison
 
-    OUT/index.html has curves, confusions, pictures that were got wrong, what augmentation does, configuration, data
-    and machine; OUT/*.png are its charts. A run that is not done yet can be looked at as well.
+    OUT/index.html has curves, confusions, misclassified pictures, augmented pictures, configuration, data and machine;
+    OUT/*.png are its charts. A run that is not finished can be shown as well.
     """
     from distrain.tools import report
 
-    click.echo(report.write(runs, out))
+    print(report.write(runs, out))
 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(run: Path, as_json: bool) -> None:
-    """Say how far RUN is, wherever it goes on: step, rate, time left, last checkpoint, attempts."""
+    """Show the progress of RUN, on whatever machine it runs: step, rate, time left, last checkpoint, attempts."""
     from distrain.tools.status import format_status, run_status
 
     progress = run_status(run)
-    click.echo(json.dumps(progress) if as_json else format_status(progress))
+    print(json.dumps(progress) if as_json else format_status(progress))
 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
-@click.option("--checkpoint", "which", help="best, last or a folder's name; default: best, where there is a val split.")
-@click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="Most probable classes shown.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@_CHECKPOINT
+@click.option(
+    "--top", default=3, show_default=True, type=click.IntRange(1), help="Number of the most probable classes shown."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as_json: bool, device: str) -> None:
-    """Say what the model of RUN sees in image files; neither its data set nor other processes are needed."""
-    from distrain.tools import predict as predicting
+    """Classify image files with the model of RUN. Its data set is not needed."""
+    from distrain.tools import predict as prediction
 
-    for prediction in predicting.predict(run, images, which, device):
-        click.echo(predicting.format_prediction(prediction, top, as_json))
+    for one in prediction.predict(run, images, which, device):
+        print(prediction.format_prediction(one, top, as_json))
 
 
 @cli.command()
@@ -283,19 +355,19 @@ def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="File: NAME.pt2 (torch.export) or NAME.onnx."
 )
-@click.option("--checkpoint", "which", help="best, last or a folder's name; default: best, where there is a val split.")
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@_CHECKPOINT
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 def export(run: Path, out: Path, which: str | None, force: bool) -> None:
     """Write the model of RUN as one file, for use without distrain.
 
-    It takes images as float32 [N, C, H, W] in 0 … 1, of any N, and gives logits [N, K]; the names of the classes are in
-    the file. What was written is read back, and its outputs are compared with the model's. ONNX needs an extra: pip
-    install 'distrain[onnx]'.
+    It takes images as float32 [N, C, H, W] in 0 … 1, for any N, and returns logits [N, K]; the names of the classes are
+    in the file. The file is read back, and its outputs are compared with the model's. ONNX needs an extra: pip install
+    'distrain[onnx]'.
     """
-    from distrain.tools import export as exporting
+    from distrain.tools import export as exporter
 
-    found = exporting.export(run, out, which, force)
-    click.echo(f"{out}: {found['kind']} of {found['checkpoint']}; logits differ by {found['difference']:.2g} at most")
+    facts = exporter.export(run, out, which, force)
+    print(f"{out}: {facts['kind']} of {facts['checkpoint']}; logits differ by {facts['difference']:.2g} at most")
 
 
 @cli.command("wandb")
@@ -303,17 +375,17 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> None:
 @click.option("--mode", default="online", show_default=True, type=click.Choice(["online", "offline"]))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for the offline run.")
 def send_to_wandb(run: Path, mode: str, out: Path | None) -> None:
-    """Send RUN to wandb as one run, however often it was interrupted: its metrics, configuration, result and pictures.
+    """Send RUN to wandb: its metrics, configuration, result and pictures, as one run however often it was interrupted.
 
     \b
     distrain wandb runs/first                                    # with WANDB_API_KEY, or after `wandb login`
     distrain wandb runs/first --mode offline --out to-wandb      # then `wandb sync` from another machine
 
-    What a server has already is not sent again.
+    Anything that the server already has is not sent again.
     """
     from distrain.tools import wandb_run
 
-    click.echo(wandb_run.send(run, mode == "online", out))
+    print(wandb_run.send(run, mode == "online", out))
 
 
 @cli.command()
@@ -327,15 +399,17 @@ def verify(folder: str) -> None:
     wrong = list(prepare.verify(dataset))
     if wrong:
         raise DataError("\n  ".join([f"{dataset.root}: {len(wrong)} found wrong:", *wrong]))
-    click.echo(f"{dataset.root}: {_describe(dataset)}: all as written")
+    print(f"{dataset.root}: {_describe(dataset)}: all as written")
 
 
-class _Sources(click.Group):
+class _Sources(_Group):
+    """The sources that `prepare` knows."""
+
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        found = super().get_command(ctx, name)
-        if found is None and ("/" in name or Path(name).exists()):
+        command = super().get_command(ctx, name)
+        if command is None and ("/" in name or Path(name).exists()):
             raise click.UsageError(f"{name} is a path: distrain prepare folder {name} --out …", ctx)
-        return found
+        return command
 
 
 @cli.group("prepare", cls=_Sources)
@@ -345,52 +419,52 @@ def prepare_group() -> None:
 
 def _folder(_context: click.Context, _option: click.Parameter, text: str) -> Path:
     kind = address.scheme(text)
-    if kind is not None:  # a path of that name would be made, silently
+    if kind is not None:  # otherwise a folder of that name would be created silently
         raise ConfigError(f"--out: {kind}:// is an address; write to a folder and upload that")
     return Path(text)
 
 
 def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that all sources share."""
+    """Add the options that all sources share."""
     for option in (
         click.option(
             "--skip-bad",
             default=0,
             show_default=True,
             type=click.IntRange(0),
-            help="Unreadable sources that are left out, not an error.",
+            help="How many unreadable images to drop; more are an error.",
         ),
         click.option(
             "--test-fraction",
             default=0.1,
             show_default=True,
             type=click.FloatRange(0, 1, max_open=True),
-            help="Of train, where the source has no test; stratified.",
+            help="Part of train that becomes test, if the source has no test split; stratified.",
         ),
         click.option(
             "--val-fraction",
             default=0.0,
             show_default=True,
             type=click.FloatRange(0, 1, max_open=True),
-            help="Of train, to choose the best checkpoint by; stratified.",
+            help="Part of train that becomes val, which the best checkpoint is chosen on; stratified.",
         ),
-        click.option("--limit", type=click.IntRange(1), help="Most samples of each split; stratified."),
+        click.option("--limit", type=click.IntRange(1), help="Maximum number of samples of each split; stratified."),
         click.option(
             "--lanes",
             type=click.IntRange(1),
-            help="Parallel streams an epoch is dealt from: at most so many processes. [default: 64]",
+            help="Parallel streams of an epoch, and so the maximum number of processes.  [default: 64]",
         ),
         click.option(
             "--shards",
             type=click.IntRange(1),
-            help="Tar files of each split, a multiple of the lanes. [default: of at most 32 MiB]",
+            help="Tar files of each split, a multiple of the lanes.  [default: files of at most 32 MiB]",
         ),
         click.option(
             "--seed",
             default=0,
             show_default=True,
             type=click.IntRange(0, 2**63 - 1),
-            help="Draws the splits, the shuffle and the generator's pictures.",
+            help="Seed of the splits, the shuffle and the generated pictures.",
         ),
         click.option("--out", required=True, callback=_folder, metavar="PATH", help="Folder to write."),
     ):
@@ -404,11 +478,11 @@ def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
     default="data/downloads",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Where torchvision keeps, or puts, its files.",
+    help="Folder of torchvision's files; missing ones are downloaded.",
 )
 @_prepare_options
 def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
-    """CIFAR-10 as torchvision downloads and verifies it."""
+    """CIFAR-10, downloaded and verified by torchvision."""
 
     def open_source(work: Path) -> Any:
         from distrain.data.sources.cifar10 import Cifar10
@@ -425,7 +499,7 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
     default=32,
     show_default=True,
     type=click.IntRange(1),
-    help="Height and width that images are resized and centre-cropped to.",
+    help="Height and width: images are resized and centre-cropped.",
 )
 @_prepare_options
 def prepare_folder(paths: tuple[Path, ...], image_size: int, out: Path, **options: Any) -> None:
@@ -448,15 +522,15 @@ def prepare_folder(paths: tuple[Path, ...], image_size: int, out: Path, **option
 def prepare_synthetic(
     samples: int, test_samples: int, image_size: int, classes: int, out: Path, **options: Any
 ) -> None:
-    """The embedded data set: pictures drawn by a generator from a seed. No download."""
+    """Generated pictures, drawn from a seed. No download."""
 
     def open_source(work: Path) -> Any:
         from distrain.data.sources.synthetic import Synthetic
 
         return Synthetic(samples, test_samples, image_size, classes, options["seed"])
 
-    asked = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": classes}
-    _prepare(out, "synthetic", asked, open_source, options)
+    arguments = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": classes}
+    _prepare(out, "synthetic", arguments, open_source, options)
 
 
 def _pairs(_context: click.Context, _argument: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
@@ -476,11 +550,12 @@ def _pairs(_context: click.Context, _argument: click.Parameter, texts: tuple[str
 @click.argument("arguments", nargs=-1, callback=_pairs, metavar="[key=value]...")
 @_prepare_options
 def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: Any) -> None:
-    """A class of your own that gives images and labels: docs/extending.md has an example.
+    """A class of your own that yields images and labels: docs/extending.md has an example.
 
-    It is looked up in the current folder, then where Python looks, and called with the pairs as keyword arguments, all
-    of them text. The manifest records its name and the pairs, but no secrets: addresses without theirs, and nothing of
-    a pair whose key says token, secret, password or credential, or ends in key.
+    It is searched in the current folder, then on Python's path, and called with the pairs as keyword arguments; their
+    values are text. The manifest records its name and the pairs, but no secrets: user names, passwords and query
+    strings in addresses are removed, and so is the value of a pair whose key contains token, secret, password or
+    credential, or ends in key.
     """
 
     def open_source(_work: Path) -> Any:
@@ -492,21 +567,21 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
     _prepare(out, "source", {"class": name, "arguments": recorded}, open_source, options)
 
 
-def _prepare(out: Path, kind: str, asked: dict[str, Any], open_source: Callable[[Path], Any], options: Any) -> None:
+def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Callable[[Path], Any], options: Any) -> None:
+    """Prepare a data set and describe it on stdout."""
     from distrain.data import prepare
 
-    dataset, made = prepare.prepare(out, kind, asked, open_source, prepare.Options(**options))
+    dataset, made = prepare.prepare(out, kind, arguments, open_source, prepare.Options(**options))
     skipped = dataset.manifest.source.get("skipped")
-    note = f"; {skipped} unreadable left out" if skipped else ""
-    click.echo(
-        f"{out}: {_describe(dataset)}{note}" + ("" if made else ": already prepared, left alone; sources not compared")
-    )
+    dropped = f"; {skipped} unreadable dropped" if skipped else ""
+    unchanged = "" if made else ": already prepared, not changed; sources were not compared"
+    print(f"{out}: {_describe(dataset)}{dropped}{unchanged}")
 
 
 def _describe(dataset: Any) -> str:
-    found = dataset.manifest
+    manifest = dataset.manifest
     splits = ", ".join(
         f"{name} {split.samples:,} in {len(split.shards)} shards of {split.lanes} lanes"
-        for name, split in found.splits.items()
+        for name, split in manifest.splits.items()
     )
-    return f"{splits}; {len(found.classes)} classes, {'×'.join(map(str, found.image_shape))}"
+    return f"{splits}; {len(manifest.classes)} classes, {'×'.join(map(str, manifest.image_shape))}"

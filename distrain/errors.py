@@ -1,20 +1,23 @@
-"""Errors, by what is to be done about them, and the exit codes of every command.
+"""Exceptions, grouped by what the user can do about them, and the exit codes of every command.
 
-Which error ends with which code: `distrain.failures`.
+`distrain.failures` maps exceptions to exit codes.
 """
 
 EXIT_OK = 0
 EXIT_FAULT = 1
 """A fault of the program: an unexpected exception, shown with its traceback."""
 EXIT_AGAIN = 75
-"""Run it again: stopped on request, or a peer was lost (`EX_TEMPFAIL` of sysexits.h)."""
+"""Run the command again: it was stopped on request, or a peer was lost (`EX_TEMPFAIL` of sysexits.h)."""
 EXIT_NEVER_AGAIN = 78
-"""Run it again unchanged and it fails again: configuration, data or sources (`EX_CONFIG` of sysexits.h)."""
+"""The same command would fail again: wrong configuration, data or sources (`EX_CONFIG` of sysexits.h)."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C ended a command that has nothing to save."""
 
 
 class UserError(ValueError):
-    """The message names what is wrong and the cure; commands print it without a traceback and exit with 78
-    (`UnreachableError`: 75).
+    """An error that the user can correct: the message names the problem and its cure.
+
+    Commands print it without a traceback and exit with 78 (`UnreachableError`: 75).
     """
 
 
@@ -23,38 +26,39 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A source, a data set or a checkpoint is missing, damaged or of another kind than expected."""
+    """A source, data set or checkpoint is missing, damaged or not of the expected kind."""
 
 
 class ShardError(DataError):
-    """One shard is damaged: only the process that read it knows."""
+    """A shard cannot be used. Only the process that read it knows."""
 
 
 class UnreachableError(ShardError):
-    """A server did not answer, however often it was asked: another time it may, so commands exit with 75. Where shards
-    are read it is told as any other reason why one cannot be had.
+    """A server did not answer after all retries. It may answer later, so commands exit with 75.
+
+    While shards are read it is handled like any other reason why a shard cannot be used.
     """
 
 
 class DivergedError(UserError):
-    """The loss is NaN or infinite: the same run would diverge again, so it is not worth running unchanged."""
+    """The loss is NaN or infinite. The same run would diverge again, so commands exit with 78."""
 
 
 class AgainError(RuntimeError):
-    """The same command, run again, goes on where this one ended; commands exit with 75."""
+    """The same command, run again, resumes where this one ended; commands exit with 75."""
 
 
-class Stopped(AgainError):  # noqa: N818 - what was asked for, not an error
-    """A stop was requested: by a signal, to one process or to all."""
+class Stopped(AgainError):  # noqa: N818 - requested, so not an error
+    """A signal to one process, or to all, requested a stop."""
 
 
 class PeerLostError(AgainError):
-    """Another process of the run is gone, or does not answer."""
+    """Another process of the run is gone or does not answer."""
 
 
 class BusyError(AgainError):
-    """Another job is writing in the run's folder."""
+    """Another job is writing to the run's folder."""
 
 
 class SaveError(RuntimeError):
-    """The last checkpoint could not be saved: the run's last steps are lost."""
+    """The last checkpoint could not be saved, so the last steps are lost."""

@@ -71,7 +71,7 @@ def test_errors_come_once_without_traceback_of_ours(small: Dataset, tmp_path: Pa
     )  # fmt: skip
     assert strange.returncode == 78
     assert strange.stderr == (
-        "distrain: error: launch: python: behind -- stands train, evaluate or doctor, with its arguments\n"
+        "distrain: error: launch: python: give train, evaluate or doctor after --, with its arguments\n"
     )
     assert not run.exists()
 

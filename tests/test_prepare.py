@@ -113,7 +113,7 @@ def test_mean_and_std_are_those_of_the_training_images(made: Dataset) -> None:
 def test_a_finished_folder_is_left_alone(copy: Path, capsys: Capture) -> None:
     before = {path: path.stat().st_mtime_ns for path in [copy, *copy.rglob("*")]}
     assert run("prepare", "synthetic", *SMALL, "--seed", 3, "--out", copy) == 0
-    assert "already prepared, left alone" in capsys.readouterr().out
+    assert "already prepared, not changed" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in [copy, *copy.rglob("*")]} == before
 
 
@@ -590,7 +590,7 @@ def test_an_unreadable_image_is_named_or_dropped(kind: str, tmp_path: Path, caps
     assert "drop them with --skip-bad 1" in error
     assert run("prepare", "folder", top, "--skip-bad", 1, "--lanes", 1, "--out", tmp_path / "out") == 0
     out, error = capsys.readouterr()
-    assert "1 unreadable left out" in out
+    assert "1 unreadable dropped" in out
     assert f"warning: 1 unreadable dropped:\n  {top}/train/bee/33.png: " in error
     dataset = manifest.read(tmp_path / "out")
     assert dataset.manifest.source["skipped"] == 1
@@ -845,7 +845,7 @@ def test_a_class_of_the_users_own_is_a_source(user_folder: Path) -> None:
         assert (block.labels == block.ids % 2).all()
         assert (block.images == (100 * (block.ids % 2) + block.ids)[:, None, None, None]).all()
     assert run("verify", user_folder / "out") == 0
-    assert "left alone" in prepare_source("Dots", "samples=60", "--lanes", 3).stdout
+    assert "not changed" in prepare_source("Dots", "samples=60", "--lanes", 3).stdout
     other = prepare_source("Dots", "samples=80", "--lanes", 3)
     assert other.returncode == 78
     assert "arguments: {'samples': '60'}, now {'samples': '80'}" in other.stderr

@@ -1,0 +1,324 @@
+"""Outputs that cannot be written, and messages: commands as real processes, whose exit codes stay those documented."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import logging
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tqdm import tqdm
+
+from distrain import cli, console
+from distrain.errors import DataError
+from distrain.tools import status
+
+TESTS = Path(__file__).parent
+ASCII = {"PYTHONIOENCODING": "ascii"}
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+OUTPUTS: dict[str, tuple[str, dict[str, str]]] = {
+    "stdin closed": ("<&-", {}),
+    "stdout closed": (">&-", {}),
+    "stderr closed": ("2>&-", {}),
+    "all closed": ("<&- >&- 2>&-", {}),
+    "full": ("> /dev/full 2>&1", {}),
+    "full, unbuffered": ("> /dev/full", {"PYTHONUNBUFFERED": "1"}),
+    "reader gone": (">&GONE 2>&1", {}),
+    "read-only": ("1< /dev/null 2>&1", {}),
+    "ascii": ("", ASCII),
+    "C locale": ("", C_LOCALE),
+    "narrow": ("", {"COLUMNS": "20"}),
+}
+COMMANDS = {
+    "config": (0, "log:"),
+    "--help": (0, "Usage: distrain"),
+    "--version": (0, "distrain, version"),
+    "train --help": (0, "data.dir="),
+    "status RUN": (0, "step"),
+    "status RUN --json": (0, "{"),
+    "verify DATA": (0, "all as written"),
+    "prepare synthetic --samples 40 --test-samples 10 --image-size 8 --lanes 2 --shards 2 --out OUT": (0, "OUT: train"),
+    "predict RUN IMAGE": (0, "bär"),
+    "status nowhere": (78, ""),
+    "train train.lrr=1": (78, ""),
+    "no-such-command": (78, ""),
+}
+WORST = "<&- > /dev/full 2>&-"
+KEYS = "data.dir=DATA run.dir=OUT train.max_steps=3 train.global_batch_size=8 model.name=models_for_tests:Faulty"
+SLOW = {
+    f"train {KEYS}": (0, "OUT/report/index.html"),
+    "evaluate RUN": (0, "RUN/evaluations/test-step-00000004.json"),
+    "export RUN --out OUT.pt2": (0, "OUT.pt2"),
+    "report RUN --out OUT": (0, "OUT/index.html"),
+    "wandb RUN --mode offline --out OUT": (0, "OUT/wandb"),
+    f"doctor {KEYS}": (0, ""),
+    f"doctor {KEYS} data.dir=nowhere": (78, ""),
+    f"train {KEYS} data.dir=nowhere": (78, ""),
+    f"FAULT=raise:0:4 train {KEYS}": (1, ""),
+    f"FAULT=stop:0:4 train {KEYS} checkpoint.every_steps=1": (75, "OUT/checkpoints"),
+}
+LAUNCHED = {
+    f"launch --nproc 2 -- train {KEYS}": (0, "OUT/report/index.html"),
+    f"launch --nproc 2 -- train {KEYS} data.dir=nowhere": (78, ""),
+    f"FAULT=raise:1:4 launch --nproc 2 -- train {KEYS}": (1, "OUT/exit.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A run whose data has a class that ASCII cannot write, its data and one of its images."""
+    folder = tmp_path_factory.mktemp("console")
+    for split, count in (("train", 20), ("test", 4)):
+        for kind, colour in (("bär", 40), ("two", 200)):
+            (folder / "images" / split / kind).mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("RGB", (16, 16), (colour, 10 * number, 0))
+                image.save(folder / "images" / split / kind / f"{number}.png")
+    data, run, shape = folder / "data", folder / "run", ["--image-size", "16", "--lanes", "2", "--shards", "2"]
+    assert cli.main(["prepare", "folder", str(folder / "images"), *shape, "--out", str(data)]) == 0
+    keys = [f"data.dir={data}", f"run.dir={run}", "train.max_steps=4", "train.global_batch_size=8", "log.report=false"]
+    assert cli.main(["train", *keys]) == 0
+    return {"DATA": str(data), "RUN": str(run), "IMAGE": str(folder / "images/test/bär/0.png")}
+
+
+def fill_in(text: str, paths: dict[str, str]) -> str:
+    return re.sub("|".join(paths), lambda match: paths[match[0]], text)
+
+
+def run(
+    words: str, output: str, environ: dict[str, str], paths: dict[str, str], cwd: Path
+) -> subprocess.CompletedProcess[bytes]:
+    """A command with its standard streams redirected, as a shell does it; `>&GONE` is a pipe without a reader."""
+    fault, _, rest = words.rpartition("FAULT=")[2].partition(" ") if words.startswith("FAULT=") else ("", "", words)
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [fill_in(word, paths) for word in rest.split()]
+    try:
+        return subprocess.run(
+            ["bash", "-c", f'exec "$@" {output.replace("GONE", str(writer))}', "bash",
+             sys.executable, "-m", "distrain", *arguments],
+            env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1",
+                 **({"FAULT": fault} if fault else {}), **environ},
+            capture_output=True, pass_fds=[writer], cwd=cwd, timeout=200, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_output_changes_the_exit_code(command: str, output: str, paths: dict[str, str], tmp_path: Path) -> None:
+    code, text = COMMANDS[command]
+    redirection, environ = OUTPUTS[output]
+    done = run(command, redirection, environ, {**paths, "OUT": str(tmp_path / "out")}, tmp_path)
+    encoding = "ascii" if environ in (ASCII, C_LOCALE) else "utf-8"
+    stdout, stderr = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert done.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert "Exception ignored" not in stderr
+    if (
+        "1" not in redirection
+        and ">" not in redirection.replace("2>", "")
+        and not (environ == C_LOCALE and "bär" in text)
+    ):
+        shown = fill_in(text, {"OUT": str(tmp_path / "out")})
+        assert shown.encode(encoding, "backslashreplace").decode(encoding) in stdout
+        assert bool(stdout) == (code == 0)
+    if "2" not in redirection:
+        assert bool(stderr) == (code != 0)
+    if "prepare" in command:  # and nothing that was printed went into a shard
+        assert cli.main(["verify", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("command", SLOW)
+def test_commands_that_work_without_any_output(command: str, paths: dict[str, str], tmp_path: Path) -> None:
+    check_worst(command, *SLOW[command], paths, tmp_path)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_launched_commands_work_without_any_output(command: str, paths: dict[str, str], tmp_path: Path) -> None:
+    check_worst(command, *LAUNCHED[command], paths, tmp_path)
+    if (tmp_path / "out/exit.json").exists():
+        assert json.loads((tmp_path / "out/exit.json").read_text())["code"] == LAUNCHED[command][0]
+
+
+def check_worst(command: str, code: int, result: str, paths: dict[str, str], folder: Path) -> None:
+    places = {**paths, "OUT": str(folder / "out")}
+    done = run(command, WORST, {**ASCII, "COLUMNS": "20"}, places, folder)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+    assert Path(fill_in(result, places)).exists()
+
+
+@pytest.mark.parametrize("columns", [0, 20])
+@pytest.mark.parametrize("command", ["config", "--help", "train --help", "status RUN", f"train {KEYS} log.every_steps=1",
+                                     "prepare synthetic --samples 40 --test-samples 10 --lanes 1 --out OUT"])  # fmt: skip
+def test_a_narrow_terminal(command: str, columns: int, paths: dict[str, str], tmp_path: Path) -> None:
+    arguments = [fill_in(word, {**paths, "OUT": str(tmp_path / "out")}) for word in command.split()]
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environ = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distrain", *arguments], stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path,
+        env={**environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: all that had the terminal open are gone
+        while piece := os.read(master, 65536):
+            shown += piece
+    os.close(master)
+    assert process.wait(60) == 0, shown.decode()
+    assert shown
+    assert b"Traceback" not in shown
+
+
+def say(text: str = "a message", level: int = logging.INFO) -> None:
+    logging.getLogger("distrain.data.fetch").log(level, text)
+
+
+def test_messages_have_their_level_in_front(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.logging_to_stderr():
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+            say(level=level)
+        console.set_level("debug")
+        say(level=logging.DEBUG)
+        console.set_level("error")
+        say(level=logging.WARNING)
+    assert capsys.readouterr() == ("", "a message\nwarning: a message\nerror: a message\ndebug: a message\n")
+
+
+@pytest.mark.parametrize(("size", "prefix"), [("1", ""), ("2", "[rank 1] "), ("", "")])
+def test_messages_have_the_rank_in_front_where_there_are_several(
+    size: str, prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def look(_: Path) -> None:
+        say()
+        say(level=logging.WARNING)
+        raise DataError("no run")
+
+    monkeypatch.setattr(status, "look", look)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["status", "runs/any"]) == 78
+    expected = f"{prefix}a message\n{prefix}warning: a message\ndistrain: error: no run\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_variable_that_is_no_number_is_a_mistake(paths: dict[str, str], tmp_path: Path) -> None:
+    for command in ("config", f"train {KEYS}"):
+        done = run(command, "", {"WORLD_SIZE": "many"}, {**paths, "OUT": str(tmp_path / "out")}, tmp_path)
+        assert done.returncode == 78
+        assert done.stderr.startswith(b"distrain: error: the environment variable WORLD_SIZE='many' is not")
+
+
+def test_a_level_of_the_configuration_hides_messages(
+    paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = fill_in(KEYS, {**paths, "OUT": str(tmp_path / "out")}).split()
+    assert cli.main(["train", *keys, "log.level=error", "log.report=false"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "Finished Training" in shown.out
+
+
+def test_a_progress_bar_is_not_torn(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with console.logging_to_stderr(), tqdm(total=3, file=terminal, ncols=40) as bar:
+        for _ in range(3):
+            bar.update()
+            say("between")
+    lines = [line.rpartition("\r")[2] for line in terminal.getvalue().split("\n")]
+    assert lines.count("between") == 3
+
+
+def test_commands_leave_no_handler_behind(paths: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("distrain")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    for _ in range(2):
+        assert cli.main(["status", paths["RUN"]]) == 0
+        assert (logger.handlers, logger.level, logger.propagate) == before
+    capsys.readouterr()
+    with console.logging_to_stderr(), console.logging_to_stderr():
+        say()
+    assert capsys.readouterr().err == "a message\n"
+    assert (logger.handlers, logger.level, logger.propagate) == before
+
+
+def test_a_handler_of_a_library_shows_no_message_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    logging.root.addHandler(handler)
+    try:
+        with console.logging_to_stderr():
+            say()
+    finally:
+        logging.root.removeHandler(handler)
+    assert capsys.readouterr().err == "a message\n"
+
+
+def test_python_code_captures_messages(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "distrain"):
+        say()
+    assert caplog.messages == ["a message"]
+
+
+class _Broken(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stream", [None, _Broken()])
+def test_messages_that_cannot_be_written_are_dropped(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with console.logging_to_stderr():
+        say()
+
+
+def test_a_message_with_wrong_arguments_is_still_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.logging_to_stderr():
+        logging.getLogger("distrain").warning("%d images", "many")
+    assert capsys.readouterr().err == "warning: %d images ('many',)\n"
+
+
+def test_a_slow_reader_of_a_non_blocking_pipe_gets_everything(tmp_path: Path) -> None:
+    text = "×" * 200_000  # more than a pipe holds
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with (tmp_path / "read").open("wb") as file:
+        slow = subprocess.Popen(["bash", "-c", "sleep 0.2; exec cat"], stdin=reader, stdout=file)
+    os.close(reader)
+    out = console._TolerantText(io.BufferedWriter(console._TolerantFile(writer, "wb", closefd=False)), "utf-8")
+    print(text, file=out, flush=True)
+    out.close()
+    print("still open", file=out, flush=True)
+    os.close(writer)
+    assert slow.wait(60) == 0
+    assert (tmp_path / "read").read_text() == f"{text}\nstill open\n"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), EOFError("a short file")])
+def test_an_error_of_a_socket_or_file_is_a_fault(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(status, "look", fail)
+    assert cli.main(["status", "runs/any"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert type(error).__name__ in shown
