@@ -320,7 +320,7 @@ def test_a_life_that_failed_before_its_first_step_is_not_in_the_way(small: Datas
 
 
 def test_a_model_that_gives_something_else_is_told(small: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gives \[2, 3\] for 2 images, not \[2, 10\]"):
+    with pytest.raises(ConfigError, match=r"returns \[2, 3\] for 2 images, not \[2, 10\]"):
         distrain.train(tree(small, tmp_path / "run", model={"name": "models_for_tests:ThreeClasses"}))
 
 
