@@ -13,8 +13,8 @@ def main() -> int:
         from distrain.environment import Environment
 
         signals.end_with_launcher(Environment.read(os.environ))
-        signals.install()
-        console.keep_going()
+        signals.install()  # guard: early-handlers
+        console.keep_going()  # guard: tolerant-output
         # When a process is gone, torch's store prints pages of C++ frames; we say it in a line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     else:

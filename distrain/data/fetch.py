@@ -176,7 +176,7 @@ class Remote:
     def fetch(self, name: str, most: int, wrong: Wrong, stop: threading.Event | None = None) -> bytes:
         """The content of a file of at most `most` bytes, from its address. Arguments and errors as of `read`."""
         stop = stop or threading.Event()
-        retrying = tenacity.Retrying(
+        retrying = tenacity.Retrying(  # guard: fetch-retries
             retry=tenacity.retry_if_exception_type(_PassingError),
             stop=tenacity.stop_after_attempt(self._settings.retries + 1) | tenacity.stop_when_event_set(stop),
             wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_SECONDS, max=_LONGEST_WAIT_SECONDS),
@@ -197,7 +197,7 @@ class Remote:
         except Exception as error:
             problem = self._explain(error)
         else:
-            reason = f"more than the promised {most} bytes" if len(data) > most else wrong(data)
+            reason = f"more than the promised {most} bytes" if len(data) > most else wrong(data)  # guard: wrong-bytes
             if reason is None:
                 return data
             problem = _PassingError(reason)
@@ -208,7 +208,7 @@ class Remote:
         how = {"block_size": 0, "size": most} if self._http else {}
         content = io.BytesIO()
         with self._fs.open(url, "rb", **how) as file:
-            while content.tell() <= most and not given_up.is_set():
+            while content.tell() <= most and not given_up.is_set():  # guard: no-more-than-promised
                 part = file.read(min(_CHUNK_BYTES, most + 1 - content.tell()))
                 if not part:
                     break
@@ -264,7 +264,7 @@ class Cache:
             return None
         except OSError:
             data = None  # as good as damaged
-        sound = data is not None and wrong(data) is None
+        sound = data is not None and wrong(data) is None  # guard: check-cached-bytes
         with contextlib.suppress(OSError):  # evicted meanwhile, or a cache that can only be read
             if sound:
                 os.utime(path)  # used now: not the next to go
@@ -300,7 +300,7 @@ class Cache:
         excess = total - self._most
         if excess > sum(size for _, size, _ in entries):
             return False
-        self._delete(entries, excess)
+        self._delete(entries, excess)  # guard: cache-bound
         return True
 
     def _write(self, partial: Path, data: bytes) -> None:
@@ -350,7 +350,7 @@ class Cache:
         return bool(entries)
 
     def _tell(self, reason: str) -> None:
-        if self._untold.acquire(blocking=False):
+        if self._untold.acquire(blocking=False):  # guard: full-cache
             print(
                 f"warning: {self._folder}: shards cannot be kept there and are fetched at every use: {reason}",
                 file=sys.stderr,
@@ -389,12 +389,12 @@ def _bounded(get: Callable[[threading.Event], bytes], seconds: float, stop: thre
         threading.Thread(target=work, name="distrain-fetch", daemon=True).start()
     deadline = time.monotonic() + seconds
     try:
-        while not stop.is_set():
+        while not stop.is_set():  # guard: fetch-sees-stop
             left = deadline - time.monotonic()
             try:
                 answer = answers.get(timeout=max(0.0, min(left, _LOOK_SECONDS)))
             except queue.Empty:
-                if left <= 0:
+                if left <= 0:  # guard: fetch-deadline
                     raise TimeoutError from None
                 continue
             if isinstance(answer, BaseException):

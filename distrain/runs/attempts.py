@@ -50,7 +50,7 @@ class Lease:
         Raises:
             BusyError: another job has taken the folder over.
         """
-        if self._next.exists():
+        if self._next.exists():  # guard: lease-lost
             raise BusyError(f"{self._path.parent.parent}: taken over by another job ({_named(_read(self._next))})")
 
     def keep(self, lost: Callable[[BusyError], None]) -> None:
@@ -112,7 +112,7 @@ def acquire(
         current = _read(_path(run, newest)) if newest else None
         if current != seen:
             seen, seen_at = current, time.monotonic()
-        if not newest or (current and _is_gone(current)) or time.monotonic() - seen_at > STALE_SECONDS:
+        if not newest or (current and _is_gone(current)) or time.monotonic() - seen_at > STALE_SECONDS:  # guard: lease
             content = _entry(newest + 1)
             if _create(_path(run, newest + 1), content):
                 return Lease(run, newest + 1, content)

@@ -55,7 +55,7 @@ class JsonLines:
                 data = data[os.write(self._descriptor, data) :]
         except OSError:
             os.ftruncate(self._descriptor, before)
-            raise
+            raise  # guard: lines-stay-in-memory
         self._unsynced += self._kept
         self._kept.clear()
 
