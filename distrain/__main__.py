@@ -10,7 +10,7 @@ from distrain import console
 
 def main() -> int:
     """Run a command and return its exit code. Stop requests are noted before any slow import."""
-    console.set_up()
+    console.set_up()  # guard: tolerant-output
     command = "".join(sys.argv[1:2])  # the first word alone: `prepare folder train` trains nothing
     if command in ("train", "evaluate", "doctor", "launch"):
         from distrain import signals
@@ -19,7 +19,7 @@ def main() -> int:
 
         with contextlib.suppress(ConfigError):  # cli reports it
             signals.end_with_launcher(Environment.read(os.environ))
-        signals.install()
+        signals.install()  # guard: early-handlers
         # When a process is gone, torch's store prints pages of C++ frames; our own message is one line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     else:

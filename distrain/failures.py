@@ -88,7 +88,7 @@ def failure_of(error: BaseException, environment: Environment) -> Failure:
     if isinstance(error, PeerFailedError):
         return error.failure
     for type_, kind, code in _EXPECTED:
-        if isinstance(error, type_):
+        if isinstance(error, type_):  # guard: expected-errors
             return failure_here(environment, kind, code, str(error))
     trace = "".join(traceback.format_exception(error))
     return failure_here(environment, "fault", EXIT_FAULT, f"{type(error).__name__}: {error}", trace)

@@ -62,7 +62,7 @@ def end_with_launcher(environment: Environment) -> None:
     """
     if sys.platform != "linux" or not (environment.launcher or environment.torchrun):
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # guard: end-with-launcher
     if environment.launcher and os.getppid() != environment.launcher:  # it ended before the call
         os._exit(1)
 
@@ -84,4 +84,4 @@ def _set(handler: Callable[[int, FrameType | None], None]) -> None:
 
 
 def _record(number: int, frame: FrameType | None) -> None:
-    _requested.append(signal.Signals(number).name)
+    _requested.append(signal.Signals(number).name)  # guard: note-signal

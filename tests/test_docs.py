@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-import guards
 import pytest
 from datasets import make
 
@@ -218,8 +217,3 @@ def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
             [*shell, block.text], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0, f"{block}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-
-
-def test_every_guard_of_the_faults_is_in_the_code_once() -> None:
-    for one in guards.FAULTS:
-        assert (REPO / one.file).read_text().count(one.old) == 1, f"{one.name}: its guard is no longer in {one.file}"

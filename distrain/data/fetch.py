@@ -189,7 +189,7 @@ class Remote:
         The other arguments and errors are those of `read`.
         """
         stop = stop or threading.Event()
-        retrying = tenacity.Retrying(
+        retrying = tenacity.Retrying(  # guard: fetch-retries
             retry=tenacity.retry_if_exception_type(_TransientError),
             stop=tenacity.stop_after_attempt(self._options.retries + 1) | tenacity.stop_when_event_set(stop),
             wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_SECONDS, max=_LONGEST_WAIT_SECONDS),
@@ -212,7 +212,8 @@ class Remote:
         except Exception as error:
             problem = self._explain(error)
         else:
-            reason = f"more than the expected {max_bytes} bytes" if len(data) > max_bytes else check(data)
+            too_long = f"more than the expected {max_bytes} bytes"
+            reason = too_long if len(data) > max_bytes else check(data)  # guard: wrong-bytes
             if reason is None:
                 return data
             problem = _TransientError(reason)
@@ -223,7 +224,7 @@ class Remote:
         options = {"block_size": 0, "size": max_bytes} if self._http else {}
         content = io.BytesIO()
         with self._fs.open(url, "rb", **options) as file:
-            while content.tell() <= max_bytes and not abandoned.is_set():
+            while content.tell() <= max_bytes and not abandoned.is_set():  # guard: no-more-than-promised
                 chunk = file.read(min(_CHUNK_BYTES, max_bytes + 1 - content.tell()))
                 if not chunk:
                     break
@@ -281,7 +282,7 @@ class Cache:
             return None
         except OSError:
             data = None  # treated as damaged
-        intact = data is not None and check(data) is None
+        intact = data is not None and check(data) is None  # guard: check-cached-bytes
         with contextlib.suppress(OSError):  # evicted in the meantime, or a read-only cache
             if intact:
                 os.utime(path)  # now the most recently used
@@ -317,7 +318,7 @@ class Cache:
         excess = total - self._max_bytes
         if excess > sum(size for _, size, _ in entries):
             return False
-        self._delete(entries, excess)
+        self._delete(entries, excess)  # guard: cache-bound
         return True
 
     def _write(self, partial: Path, data: bytes) -> None:
@@ -367,7 +368,7 @@ class Cache:
         return bool(entries)
 
     def _warn(self, reason: str) -> None:
-        if self._first_warning.acquire(blocking=False):
+        if self._first_warning.acquire(blocking=False):  # guard: full-cache
             log.warning("%s: shards cannot be cached there and are fetched at every use: %s", self._folder, reason)
 
 
@@ -403,12 +404,12 @@ def _with_timeout(get: Callable[[threading.Event], bytes], seconds: float, stop:
         threading.Thread(target=work, name="distrain-fetch", daemon=True).start()
     deadline = time.monotonic() + seconds
     try:
-        while not stop.is_set():
+        while not stop.is_set():  # guard: fetch-sees-stop
             remaining = deadline - time.monotonic()
             try:
                 result = results.get(timeout=max(0.0, min(remaining, _STOP_POLL_SECONDS)))
             except queue.Empty:
-                if remaining <= 0:
+                if remaining <= 0:  # guard: fetch-deadline
                     raise TimeoutError from None
                 continue
             if isinstance(result, BaseException):

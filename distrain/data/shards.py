@@ -143,7 +143,7 @@ def _check(data: bytes, shard: Shard, digests: Sequence[str]) -> str | None:
     if len(data) != shard.bytes:
         return f"{len(data)} bytes instead of {shard.bytes}"
     for digest in digests:
-        if _DIGESTS[digest](data) != getattr(shard, digest):
+        if _DIGESTS[digest](data) != getattr(shard, digest):  # guard: digest-of-shard
             return f"changed since it was prepared (its {digest} differs)"
     return None
 

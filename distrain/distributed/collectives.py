@@ -105,7 +105,7 @@ class Collectives:
         sums = torch.tensor(here, dtype=torch.int64)
         with self.collective():
             if self._world.size > 1:
-                dist.all_reduce(sums, group=self._control)
+                dist.all_reduce(sums, group=self._control)  # guard: sum-of-flags
         stop, *raised, number = sums.tolist()
         return Agreement(stop > 0, tuple(raised), number)
 
@@ -134,7 +134,7 @@ class Collectives:
             value = action()
         except (UserError, AgainError) as caught:
             error = caught
-        if any(self.agree(error is not None).flags):
+        if any(self.agree(error is not None).flags):  # guard: all-or-none
             raise self.first_error(error)
         return value
 
@@ -152,9 +152,9 @@ class Collectives:
         """
         agreed = self.agree(busy, progress, error is not None)
         number_busy, number_progressing, number_failed = agreed.flags
-        if number_failed:
+        if number_failed:  # guard: data-error-for-all
             raise self.first_error(error)
-        if agreed.stop:
+        if agreed.stop:  # guard: stop-while-busy
             raise StopAgreed
         if number_progressing:
             self._watchdog.heartbeat()
@@ -204,4 +204,4 @@ class Collectives:
         """Exit without waiting for the others, who are at another step; `failure` is recorded for them."""
         self.broken = self._world.size > 1
         if self._peer_store is not None and failure is not None:
-            self._peer_store.record_failure(failure)
+            self._peer_store.record_failure(failure)  # guard: record-failure

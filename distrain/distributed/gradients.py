@@ -36,7 +36,7 @@ class DistributedModel:
 
         DDP averages the gradients of the processes, whatever the sizes of their local batches: W / G.
         """
-        return self._world_size / global_batch_size
+        return self._world_size / global_batch_size  # guard: loss-scale
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Run the passes of a micro-batch: gradients are exchanged in the last one of a step, and added up before."""

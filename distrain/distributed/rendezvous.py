@@ -134,7 +134,7 @@ def _wait_for_server(environment: Environment, deadline: float) -> None:
             socket.create_connection(address, timeout=5).close()
             return
         except OSError as error:
-            if signals.requested():
+            if signals.requested():  # guard: stop-before-first-node
                 raise Stopped(f"stopped{signals.requested_by()} while it waited for the first node") from error
             if time.monotonic() > deadline:
                 raise PeerLostError(f"the first node does not answer at {environment.rendezvous}: {error}") from error
@@ -146,7 +146,7 @@ def _wait_for_all(environment: Environment, store: Any, peer_store: PeerStore, b
     rank, size = environment.world.rank, environment.world.size
     expected_here = f"{size} processes with {backend}"
     expected = store.compare_set("distrain/size", "", expected_here).decode()
-    if expected != expected_here:
+    if expected != expected_here:  # guard: same-numbers
         raise ConfigError(
             f"nodes differ: one expects {expected}, another one {expected_here}: give every node the same --nproc and"
             " --nodes, and see that all have their GPUs (or set run.device)"
@@ -156,7 +156,7 @@ def _wait_for_all(environment: Environment, store: Any, peer_store: PeerStore, b
         store.set("distrain/all", "1")
     stop_seen_at = None
     while not store.check(["distrain/all"]):
-        failure = peer_store.first_failure()
+        failure = peer_store.first_failure()  # guard: failure-while-waiting
         if failure is not None:
             linger(environment)
             raise PeerFailedError(failure)
@@ -164,7 +164,7 @@ def _wait_for_all(environment: Environment, store: Any, peer_store: PeerStore, b
         if stop_seen_at and time.monotonic() - stop_seen_at > _STOP_SECONDS:
             by = signals.requested_by()
             raise Stopped(f"stopped{by} while it waited for other processes; nothing had to be saved")
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline:  # guard: rendezvous-deadline
             missing = [str(other) for other in range(size) if not store.check([f"distrain/here/{other}"])]
             raise PeerLostError(f"{size} processes were requested; rank {', '.join(missing)} did not arrive")
         time.sleep(0.05)
@@ -187,4 +187,4 @@ def report_loss(message: str) -> Iterator[None]:
 def _is_loss(error: BaseException) -> bool:
     """Whether an exception says that another process, or the link to it, is gone; gloo has no type of its own."""
     names = ("gloo", "nccl", "connection", "tcpstore", "broken pipe", "timed out", "socket")
-    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in names)
+    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in names)  # guard: lost-peer

@@ -92,7 +92,7 @@ class Watchdog:
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:
         """Mark a collective: inside the block this process waits for the others, outside it is busy itself."""
-        self._collectives += 1
+        self._collectives += 1  # guard: count-collectives
         yield  # not counted after an exception: then this process still waits
         self._collectives += 1
 
@@ -117,7 +117,7 @@ class Watchdog:
             if limit and idle >= limit / 2:
                 self._report_stuck()
             if limit and idle >= limit:
-                self._expire(limit)
+                self._expire(limit)  # guard: watchdog-expires
 
     def _exit_with_peer(self) -> None:
         """End this process if it waits in a collective for a peer that failed; not while it is busy itself."""

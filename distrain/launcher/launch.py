@@ -64,7 +64,7 @@ def launch(
     if record is None or verdict.is_busy:
         return verdict
     if verdict.code == EXIT_AGAIN and verdict.first is not None and topology.nodes > 1:
-        verdict = record.crash_elsewhere(topology.nodes, verdict)
+        verdict = record.crash_elsewhere(topology.nodes, verdict)  # guard: crash-elsewhere
     return record.close(verdict)
 
 
@@ -135,7 +135,7 @@ def _wait_for_name(host: str, seconds: float, stops: StopRequests) -> None:
             return
         except OSError as error:
             now = time.monotonic()
-            if now - start > seconds or stops.first:
+            if now - start > seconds or stops.first:  # guard: name-deadline
                 why = f"stopped by {stops.first}" if stops.first else f"waited {seconds:g} s"
                 raise PeerLostError(
                     f"the first node's name, {host}, cannot be resolved ({error.strerror}; {why}): has its pod or node"

@@ -79,7 +79,7 @@ class ExitRecord:
         """Record the verdict; after too many attempts without progress, `run it again` becomes a fault."""
         step = self._newest_at_end
         idle = 0 if (step or 0) > self._step or verdict.code == EXIT_OK else self._idle + 1
-        if verdict.code == EXIT_AGAIN and idle >= self._limit:
+        if verdict.code == EXIT_AGAIN and idle >= self._limit:  # guard: attempts-limit
             verdict = Verdict(EXIT_FAULT, f"{_without_progress(idle)}; {verdict.reason}", verdict.first)
         if (self._run.is_dir() or verdict.code == EXIT_AGAIN) and attempts.owner(self._run) is None:
             attempt = max(attempts.newest_attempt(self._run), self._attempt)

@@ -12,7 +12,7 @@ from distrain.failures import Failure
 from distrain.signals import STOP
 from distrain.worker_status import WorkerStatus
 
-_FROM_OUTSIDE = {signal.SIGKILL, *STOP}
+_FROM_OUTSIDE = {signal.SIGKILL, *STOP}  # guard: crash-is-a-fault
 """Signals that somebody sends; any other is a crash of the program itself."""
 
 
@@ -127,6 +127,6 @@ def _first_failure(end: WorkerExit) -> list[str]:
         lines = [f"distrain: rank {rank} failed first", f"  host   {host}", f"  phase  {phase}, step {step}"]
     elif host != socket.gethostname():
         lines = [f"distrain: on {host}:"]
-    if failure is not None and failure.traceback:
+    if failure is not None and failure.traceback:  # guard: show-traceback
         lines.append(failure.traceback.rstrip())
     return lines

@@ -124,12 +124,12 @@ class Workers:
             exits += self._collect()
             if failed_at is None and any(end.code for end in exits):
                 failed_at = now
-            if stopped_at is not None and now - stopped_at > grace:
+            if stopped_at is not None and now - stopped_at > grace:  # guard: grace
                 self._kill(self._running)
             if failed_at is not None:
                 hung = any(end.kind == "hang" for end in exits)
                 self._end_others(now - failed_at, grace, hung)
-            self._abort_hung(now)
+            self._abort_hung(now)  # guard: abort-hung-worker
             time.sleep(_POLL_SECONDS)
         return exits
 

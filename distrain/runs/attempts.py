@@ -53,7 +53,7 @@ class Lease:
         Raises:
             BusyError: another job has taken the folder over.
         """
-        if self._next.exists():
+        if self._next.exists():  # guard: lease-lost
             raise BusyError(
                 f"{self._path.parent.parent}: taken over by another job ({_describe(read_object(self._next))})"
             )
@@ -117,7 +117,8 @@ def acquire(
         current = read_object(_path(run, newest)) if newest else None
         if current != last_seen:
             last_seen, changed_at = current, time.monotonic()
-        if not newest or (current and _is_gone(current)) or time.monotonic() - changed_at > STALE_SECONDS:
+        stale = time.monotonic() - changed_at > STALE_SECONDS
+        if not newest or (current and _is_gone(current)) or stale:  # guard: lease
             content = _entry(newest + 1)
             if _create(_path(run, newest + 1), content):
                 return Lease(run, newest + 1, content)

@@ -127,10 +127,11 @@ def _read_verified(path: Path) -> dict[str, bytes]:
         digests = json.loads((path / _DIGESTS).read_bytes())
         for name in (MODEL, _OPTIMIZER, _STATE):
             files[name] = (path / name).read_bytes()
-            if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:
+            if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:  # guard: digest-of-checkpoint
                 raise DataError(f"{path / name}: damaged (its digest differs)")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise DataError(f"{path}: not a complete checkpoint ({error.filename}: {error.strerror})") from error
+        missing = f"{error.filename}: {error.strerror}"
+        raise DataError(f"{path}: not a complete checkpoint ({missing})") from error  # guard: halved
     except OSError as error:  # the disk or server fails now: the checkpoint itself may be good
         raise AgainError(f"{error.filename or path}: cannot be read now: {error.strerror}") from error
     except (DataError, MemoryError):
@@ -164,7 +165,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return load(path_of(folder, step)), skipped
         except DataError as error:
-            skipped.append(str(error))
+            skipped.append(str(error))  # guard: skip-damaged-checkpoint
     return None, skipped
 
 

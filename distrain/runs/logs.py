@@ -58,7 +58,7 @@ class JsonLines:
                 data = data[os.write(self._descriptor, data) :]
         except OSError:
             os.ftruncate(self._descriptor, before)
-            raise
+            raise  # guard: lines-stay-in-memory
         self._unsynced += self._pending
         self._pending.clear()
 

@@ -86,7 +86,7 @@ class Checkpointer:
             collectives.agree()  # not before rank 0 has seen that the folder is still this job's
             error = os_error_of(logs.sync)
             if not any(collectives.agree(error is not None).flags) and self._job.runtime.is_main:
-                error = os_error_of(lambda: self._write(step, state, best_step, why))
+                error = os_error_of(lambda: self._write(step, state, best_step, why))  # guard: failed-save
             errors = [each for each in collectives.from_all(error) if each]
         self.error = errors[0] if errors else None
         if not errors:
@@ -130,14 +130,14 @@ class Checkpointer:
             seen = checkpoint.steps(job.checkpoints)
             self._lease = attempts.acquire(folder, job.config.run.wait_seconds, log.info, signals.requested)
             self._lease.renew_in_background(self._exit_with_lost_lease)
-            if checkpoint.steps(job.checkpoints) != seen:
+            if checkpoint.steps(job.checkpoints) != seen:  # guard: choose-again
                 saved = _choose(job)  # another job was still writing here
             _log_start(job, saved)
             if saved is not None:
                 _set_aside_newer(job, saved)
             step, lines = (saved.step, saved.state["lines"]) if saved is not None else (0, 0)
-            checkpoint.sweep(job.checkpoints)
-            logs.cut_back(folder, step, lines)
+            checkpoint.sweep(job.checkpoints)  # guard: sweep-partial-saves
+            logs.cut_back(folder, step, lines)  # guard: cut-back-logs
             files.replace(folder / CONFIG, yaml.safe_dump(public(job.config), sort_keys=False))
         except OSError as error:
             raise ConfigError(
@@ -223,7 +223,7 @@ def _choose(job: Job) -> Checkpoint | None:
     for line in skipped:
         log.warning("skipped %s", line)
     if saved is None:
-        if skipped or mode == "must":
+        if skipped or mode == "must":  # guard: no-silent-restart
             raise DataError(f"{folder}: has no readable checkpoint to resume from; choose another run.dir")
         if (folder / RESULT).exists() or any(entry.get("from_step") for entry in attempts.history(folder)):
             raise DataError(f"{folder}: its checkpoints are gone; bring them back, or choose another run.dir")

@@ -40,7 +40,7 @@ log = logging.getLogger("distrain")
 
 def start_watchdog(config: Config, environment: Environment) -> Watchdog:
     """Start the watchdog with the time-outs of a run."""
-    limits = config.timeouts
+    limits = config.timeouts  # guard: time-outs
     return Watchdog(
         {
             "start": limits.start_seconds + config.run.wait_seconds,  # all wait while rank 0 waits for the folder

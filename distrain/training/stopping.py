@@ -26,7 +26,7 @@ class StopPoll:
 
     def __init__(self, collectives: Collectives, step: int) -> None:
         self._collectives = collectives
-        self._next = self._last_step = step
+        self._next = self._last_step = step  # guard: early-agreement
         self._last_time = time.monotonic()
 
     def is_due(self, step: int) -> bool:
@@ -68,6 +68,6 @@ def wait_for_data(runtime: Runtime, batches: TrainingBatches, step: int) -> None
             ready = batches.ready(step, POLL_SECONDS)
         except DataError as caught:
             error = caught
-        runtime.watchdog.waiting_for(None if ready else "its data")
+        runtime.watchdog.waiting_for(None if ready else "its data")  # guard: waits-for-data
         if not runtime.collectives.any_busy(not ready, batches.shards_read > shards_read, error):
             return

@@ -84,11 +84,11 @@ class Trainer:
                 self._stop(stop)
             except DataError:
                 # All processes are here, between two steps: the steps since the last checkpoint are not lost.
-                self._save_before_exit("data")
+                self._save_before_exit("data")  # guard: save-on-data-error
                 raise
         self.job.runtime.watchdog.enter("end")
         error = os_error_of(lambda: self.logs.close(trackers.scalars(result))) or self.checkpointer.error
-        if error is not None:
+        if error is not None:  # guard: save-error-at-end
             raise SaveError(f"the end of the run could not be saved: {error}")
         return result
 
@@ -179,7 +179,7 @@ class Trainer:
         if evaluate or save or by_clock:
             check_weights(self.job, step)
         best_before = self.best
-        if evaluate and self.evaluated_step < step and self._evaluate():
+        if evaluate and self.evaluated_step < step and self._evaluate():  # guard: evaluation-due
             save = True
         if save or by_clock:
             self._save("last" if last else "interval")

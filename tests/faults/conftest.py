@@ -1,4 +1,4 @@
-"""What the fault tests share: going on, a copy to harm, and which tests have passed already."""
+"""Shared by the fault tests: a way to finish a run, a copy of a data set to damage, the list of tests that passed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ REPO = Path(__file__).parent.parent.parent
 
 @pytest.fixture(autouse=True, scope="session")
 def _hangups_count() -> None:
-    """Under nohup (an hour of tests) jobs would inherit that SIGHUP is ignored, as they should of a user's nohup."""
+    """Restore SIGHUP's default: under nohup, jobs would inherit that it is ignored, as a user's nohup requires."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _passed() -> Path | None:
-    """With DISTRAIN_FAULTS: where tests that have passed with this code are noted."""
+    """Return the file that lists the tests passed with this code, in the folder DISTRAIN_FAULTS; None without it."""
     folder = os.environ.get("DISTRAIN_FAULTS")
     if not folder:
         return None
@@ -32,25 +32,25 @@ def _passed() -> Path | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What has passed with this code is not run again."""
-    noted = _passed()
-    done = set(noted.read_text().splitlines()) if noted is not None and noted.exists() else set()
+    """Do not run tests again that have passed with this code."""
+    record = _passed()
+    done = set(record.read_text().splitlines()) if record is not None and record.exists() else set()
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
     items[:] = [item for item in items if item.nodeid not in done]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note what has passed."""
-    noted = _passed()
-    if noted is not None and report.when == "call" and report.passed:
-        noted.parent.mkdir(parents=True, exist_ok=True)
-        with noted.open("a") as file:
+    """Record a test that has passed."""
+    record = _passed()
+    if record is not None and report.when == "call" and report.passed:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with record.open("a") as file:
             file.write(report.nodeid + "\n")
 
 
 @pytest.fixture
 def finish(data: Path, tmp_path: Path) -> Callable[..., Trained]:
-    """`finish(run)`: the same command again, until the run is done; what it trained."""
+    """`finish(run)` starts the same command again, to the end of the run, and returns what it trained."""
 
     def again(run: Path, processes: int = 2, /, **sections: dict[str, Any]) -> Trained:
         with Job(small_run(data, run, **sections), tmp_path, processes) as job:
@@ -62,7 +62,7 @@ def finish(data: Path, tmp_path: Path) -> Callable[..., Trained]:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[Path], Path]:
-    """A copy of a data set, to be harmed."""
+    """`copied(dataset)` returns a copy of a data set, to be damaged."""
 
     def copy(dataset: Path) -> Path:
         shutil.copytree(dataset, tmp_path / "data")

@@ -1,6 +1,6 @@
-"""A real job under `distrain launch`, watched from outside: wait for an event, do harm, see how it ends.
+"""A real job under `distrain launch`, observed from outside: wait for an event, inject a fault, check how the job ends.
 
-Events are read from the processes' own beacons (`distrain.worker_status`), so nothing sleeps and hopes.
+Events are read from the status of the worker processes (`distrain.worker_status`), so no test relies on sleeping.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SECONDS = 120
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
-    """Wait until a condition holds, looking a thousand times a second; its value."""
+    """Wait until a condition holds, checked a thousand times a second; return its value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
@@ -40,15 +40,15 @@ def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> 
 
 
 def arguments(tree: dict[str, dict[str, Any]]) -> list[str]:
-    """Nested keys as overrides."""
+    """Return nested keys as overrides of the command line."""
     flat = {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
     return [f"{name}={'null' if value is None else value}" for name, value in flat.items()]
 
 
 def small_run(data: Path, run: Path, /, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A run of 60 steps with checkpoints, evaluations and log lines that do not fall together."""
+    """Return a run of 60 steps whose checkpoints, evaluations and log lines fall on different steps."""
     tree: dict[str, dict[str, Any]] = {
-        # Without a cache every epoch reads its shards: what happens to them is met.
+        # Without a cache every epoch reads its shards, and so meets what happened to them.
         "data": {"dir": str(data), "audit": "true", "cache": "off"},
         "run": {"dir": str(run), "seed": 7},
         "model": {"name": "models_for_tests:Faulty"},
@@ -91,44 +91,44 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What it printed so far."""
+        """The output so far."""
         return self.log.read_text(errors="replace")
 
     def workers(self) -> list[psutil.Process]:
-        """Its processes, by rank; fewer while they start or when some have ended."""
-        found = {}
+        """Return the worker processes by rank; fewer while they start, or after some have ended."""
+        by_rank = {}
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process(self.launcher.pid).children():
                 with contextlib.suppress(psutil.Error, KeyError):
                     if process.status() != psutil.STATUS_ZOMBIE:
-                        found[int(process.environ().get("RANK", "0"))] = process
-        return [found[rank] for rank in sorted(found)]
+                        by_rank[int(process.environ().get("RANK", "0"))] = process
+        return [by_rank[rank] for rank in sorted(by_rank)]
 
-    def place(self, rank: int = 0) -> WorkerStatus:
-        """Where a rank is."""
+    def status(self, rank: int = 0) -> WorkerStatus:
+        """Return the status of a rank."""
         folder = next(self._folder.glob("distrain-launch-*"), None)
         return read_status(folder, rank) if folder is not None else WorkerStatus(step=-1)
 
     def wait_for(self, phase: str, step: int = 0, rank: int = 0) -> WorkerStatus:
-        """Until a rank is in a phase, at a step or later."""
+        """Wait until a rank is in a phase, at a step or later."""
 
-        def there() -> WorkerStatus | None:
+        def reached() -> WorkerStatus | None:
             assert self.launcher.poll() is None, f"it ended before {phase}, step {step}:\n{self.output}"
-            place = self.place(rank)
-            return place if place.phase == phase and place.step >= step else None
+            status = self.status(rank)
+            return status if status.phase == phase and status.step >= step else None
 
-        place: WorkerStatus = until(there, f"{phase}, step {step}")
-        return place
+        status: WorkerStatus = until(reached, f"{phase}, step {step}")
+        return status
 
     def wait_until_stuck(self, seconds: float = 1.0) -> None:
-        """Until rank 0 has made no progress for a while; a step of these runs takes milliseconds."""
-        seen, since = self.place(), time.monotonic()
+        """Wait until rank 0 has made no progress for a while; a step of these runs takes milliseconds."""
+        last, since = self.status(), time.monotonic()
 
         def stuck() -> bool:
-            nonlocal seen, since
+            nonlocal last, since
             assert self.launcher.poll() is None, f"it ended:\n{self.output}"
-            if self.place() != seen:
-                seen, since = self.place(), time.monotonic()
+            if self.status() != last:
+                last, since = self.status(), time.monotonic()
             return time.monotonic() - since > seconds
 
         until(stuck, "no progress")
@@ -149,17 +149,17 @@ class Job:
                     process.send_signal(number)
 
     def wait(self, seconds: float = SECONDS) -> int:
-        """Its exit code; nobody is left behind."""
+        """Wait for the end, and for the end of all processes; return the exit code."""
         code = self.launcher.wait(seconds)
         self.all_gone(10)
         return code
 
     def all_gone(self, seconds: float) -> None:
-        """Until no process of the launcher's session is left."""
+        """Wait until no process of the launcher's session is left."""
         until(lambda: not session(self.launcher.pid), f"processes left: {session(self.launcher.pid)}", seconds)
 
     def close(self) -> None:
-        """End whatever is left, and remove what it left in its folder."""
+        """Kill all processes that are left, and remove the launcher's temporary files."""
         for process in session(self.launcher.pid):
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
@@ -178,32 +178,32 @@ class Job:
 
 
 def clean_environ() -> dict[str, str]:
-    """The environment for a job: one thread a process, this repository's code and models."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "SLURM_"))}
+    """Return the environment of a job: one thread per process, this repository's code and models."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "SLURM_"))}
     paths = [str(REPO), str(REPO / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)}
 
 
 def session(leader: int) -> list[psutil.Process]:
-    """Running processes of a session."""
-    found = []
+    """Return the running processes of a session."""
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What is compared: the last weights, the ids of every step, the metrics but for times."""
+    """What a run trained: the last weights, the ids of every step, the metrics without times."""
 
     weights: dict[str, torch.Tensor]
     ids: dict[int, list[int]]
     metrics: list[dict[str, Any]]
 
     def same_as(self, other: Trained) -> None:
-        """Every bit, every id, every line."""
+        """Check that every bit, every id and every line is the same."""
         assert self.ids == other.ids
         assert self.metrics == other.metrics
         assert self.weights.keys() == other.weights.keys()
@@ -212,23 +212,23 @@ class Trained:
 
 
 def trained(run: Path) -> Trained:
-    """What a finished run trained."""
+    """Read what a finished run trained."""
     assert (run / "result.json").exists()
     newest = max((run / "checkpoints").glob("step-*"))
     return Trained(load_file(newest / "model.safetensors"), ids_by_step(run), metrics_but_times(run))
 
 
 def ip(*arguments: str) -> None:
-    """One command of iproute2."""
+    """Run a command of iproute2."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
 
 
 def exit_file(run: Path) -> dict[str, Any]:
-    """RUN/exit.json."""
-    found: dict[str, Any] = json.loads((run / "exit.json").read_text())
-    return found
+    """Read RUN/exit.json."""
+    content: dict[str, Any] = json.loads((run / "exit.json").read_text())
+    return content
 
 
 def newest_step(run: Path) -> int:
-    """Steps of the newest checkpoint."""
+    """Return the step of the newest checkpoint; 0 without one."""
     return max((int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")), default=0)

@@ -1,4 +1,4 @@
-"""What the scheduler is told: 0, 75, 78 or 1, and which process failed first."""
+"""Exit codes for the scheduler (0, 75, 78 or 1), and which process failed first."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_fault_of_the_program_is_shown_once_with_its_traceback(data: Path, tmp
 
 @pytest.fixture
 def two_nodes(data: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[Job, Job]]]:
-    """Two launchers on this machine, as two nodes of one process; what the second one is given beside."""
+    """Two launchers on this machine, as two nodes of one process each; keys and variables of the second one."""
     started: list[Job] = []
 
     def start(second: dict[str, dict[str, Any]] | None = None, **environ: str) -> tuple[Job, Job]:
@@ -44,7 +44,7 @@ def two_nodes(data: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[Job, J
         job.close()
 
 
-def test_a_fault_on_another_node_is_told_on_the_first(two_nodes: Callable[..., tuple[Job, Job]]) -> None:
+def test_a_fault_on_another_node_is_reported_by_the_first(two_nodes: Callable[..., tuple[Job, Job]]) -> None:
     first, second = two_nodes(FAULT="raise:1:30")
     assert (first.wait(), second.wait()) == (1, 1), first.output + second.output
     assert exit_file(first.run)["code"] == 1
@@ -52,7 +52,7 @@ def test_a_fault_on_another_node_is_told_on_the_first(two_nodes: Callable[..., t
     assert "rank 1 failed first" in first.output
 
 
-def test_a_crash_on_another_node_is_told_on_the_first(two_nodes: Callable[..., tuple[Job, Job]]) -> None:
+def test_a_crash_on_another_node_is_reported_by_the_first(two_nodes: Callable[..., tuple[Job, Job]]) -> None:
     first, second = two_nodes(FAULT="crash:1:30")
     assert (first.wait(), second.wait()) == (1, 1), first.output + second.output
     assert "rank 1 was ended by SIGSEGV" in exit_file(first.run)["reason"]
@@ -67,15 +67,15 @@ def test_one_node_that_cannot_start_ends_all(
     else:
         first, second = two_nodes(ACCELERATE_DYNAMO_BACKEND="inductor")
     assert (first.wait(40), second.wait(40)) == (78, 78), first.output + second.output
-    told = "nothing" if what == "data" else "ACCELERATE_DYNAMO_BACKEND"
-    assert told in first.output
-    assert told in second.output
+    named = "nothing" if what == "data" else "ACCELERATE_DYNAMO_BACKEND"
+    assert named in first.output
+    assert named in second.output
 
 
-def test_what_one_node_alone_finds_impossible_is_told_by_both(
+def test_what_only_one_node_finds_impossible_is_reported_by_both(
     two_nodes: Callable[..., tuple[Job, Job]],
 ) -> None:
-    first, second = two_nodes(FAULT="cannot:1:2")  # its second pass is the first one that is trained
+    first, second = two_nodes(FAULT="cannot:1:2")  # pass 1 tries the model, pass 2 is the first with all ranks
     assert (first.wait(40), second.wait(40)) == (78, 78), first.output + second.output
     for job in (first, second):
         assert "train.deterministic: this operation has no deterministic form" in job.output
@@ -94,7 +94,7 @@ def test_a_wrong_configuration_starts_nothing(data: Path, tmp_path: Path) -> Non
     assert not job.run.exists()
 
 
-def test_data_that_is_not_there(tmp_path: Path) -> None:
+def test_data_that_does_not_exist(tmp_path: Path) -> None:
     with Job(small_run(tmp_path / "nothing", tmp_path / "run"), tmp_path) as job:
         assert job.wait(60) == 78, job.output
     assert job.output.count("make one with `distrain prepare`") == 1
@@ -110,15 +110,15 @@ def test_attempts_without_progress_are_bounded(data: Path, tmp_path: Path, undis
             job.wait_for("first step")
             job.signal("rank1", number=signal.SIGKILL)
             codes.append(job.wait())
-    assert codes == [75, 75, 1, 75]  # after the 1 a person has looked: counted anew
+    assert codes == [75, 75, 1, 75]  # after the 1 the count restarts: somebody has looked at the fault
     assert exit_file(job.run)["attempts_without_progress"] == 1
     finish(job.run).same_as(expected)
     assert exit_file(job.run)["attempts_without_progress"] == 0
 
 
-def test_launchers_that_are_killed_without_a_word_are_counted(data: Path, tmp_path: Path) -> None:
+def test_killed_launchers_are_counted(data: Path, tmp_path: Path) -> None:
     tree = small_run(data, tmp_path / "run", launch={"max_attempts_without_progress": 2})
-    for _ in range(3):  # the first one finds no folder to count in
+    for _ in range(3):  # the first one has no folder yet, and is not counted
         with Job(tree, tmp_path, 1) as job:
             job.wait_for("first step")
             job.signal("launcher", number=signal.SIGKILL)
@@ -129,17 +129,17 @@ def test_launchers_that_are_killed_without_a_word_are_counted(data: Path, tmp_pa
     assert "2 attempts in a row without progress" in exit_file(job.run)["reason"]
 
 
-def test_any_number_of_processes_goes_on(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+def test_any_number_of_processes_resumes(data: Path, tmp_path: Path, undisturbed: Any) -> None:
     exact = {"train": {"precision": "fp64"}}
     expected = undisturbed(1, **exact)
     for size, step in ((1, 9), (2, 21), (3, 33), (1, 45), (4, 60)):
-        slow = {"FAULT": "unhurried:0:1"}  # so that a stop finds it before its end
+        slow = {"FAULT": "unhurried:0:1"}  # so that the stop comes before the end
         with Job(small_run(data, tmp_path / "run", **exact), tmp_path, size, environ=slow) as job:
             if step < 60:
                 job.wait_for("train", step)
                 job.signal("launcher")
             assert job.wait() == (0 if step == 60 else 75), job.output
-    found = trained(job.run)
-    assert found.ids == expected.ids
-    for name, value in found.weights.items():
+    actual = trained(job.run)
+    assert actual.ids == expected.ids
+    for name, value in actual.weights.items():
         assert float((value - expected.weights[name]).abs().max()) < 1e-10

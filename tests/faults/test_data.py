@@ -1,4 +1,4 @@
-"""Shards that vanish, shrink or change while a run reads them: named, and nothing that was trained is lost."""
+"""Shards that vanish, shrink or change while a run reads them: they are named, and no trained step is lost."""
 
 from __future__ import annotations
 
@@ -49,14 +49,13 @@ def test_a_shard_is_harmed(
         job.wait_for("train", 1)
         harm(victim)
         assert job.wait() == 78, job.output
-    told = exit_file(job.run)["reason"]
-    assert str(victim) in told
+    assert str(victim) in exit_file(job.run)["reason"]
     assert "Traceback" not in job.output
-    kept = newest_step(job.run)
-    state = json.loads((job.run / f"checkpoints/step-{kept:08d}/state.json").read_text())
-    assert state["why"] == "data"  # saved where it ended: what was trained is not lost
+    saved = newest_step(job.run)
+    state = json.loads((job.run / f"checkpoints/step-{saved:08d}/state.json").read_text())
+    assert state["why"] == "data"  # saved at the step where it ended
     victim.write_bytes(whole)
     with Job(small_run(dataset, tmp_path / "run"), tmp_path) as job:
         assert job.wait() == 0, job.output
-        assert f"resuming from step-{kept:08d}" in job.output
+        assert f"resuming from step-{saved:08d}" in job.output
     trained(job.run).same_as(expected)

@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged, and disks that are full or cannot be written."""
+"""Damaged checkpoints, and disks that are full or cannot be written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.faults
 
 
 def exit_output(job: Job) -> str:
-    """What the launcher said at the end."""
+    """Return what the launcher printed at the end."""
     return job.output[job.output.rindex("failed first") :]
 
 
@@ -37,7 +37,7 @@ def flip(checkpoint: Path) -> None:
 
 
 def halve(checkpoint: Path) -> None:
-    """As a file system that lost the newest writes leaves it."""
+    """Damage it like a file system that lost the newest writes."""
     (checkpoint / "digests.json").unlink()
     (checkpoint / "optimizer.safetensors").write_bytes(b"")
 
@@ -70,7 +70,7 @@ def test_nothing_but_damaged_checkpoints(data: Path, tmp_path: Path) -> None:
     assert "no readable checkpoint" in exit_file(job.run)["reason"]
 
 
-def test_what_a_save_that_was_cut_short_left_is_swept(data: Path, tmp_path: Path, finish: Any) -> None:
+def test_leftovers_of_an_interrupted_save_are_removed(data: Path, tmp_path: Path, finish: Any) -> None:
     leftover = tmp_path / "run/checkpoints/.partial-step-00000013"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
@@ -80,7 +80,7 @@ def test_what_a_save_that_was_cut_short_left_is_swept(data: Path, tmp_path: Path
 
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A small disk of its own."""
+    """A small disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], check=False)
@@ -101,34 +101,34 @@ def fill(disk: Path) -> Path:
 
 @pytest.mark.short
 def test_no_space_for_a_while(data: Path, tmp_path: Path, tmpfs: Path, undisturbed: Any) -> None:
-    slow = {"environ": {"FAULT": "slow:0:24"}}  # so that there is time to fill and to clear the disk
+    slow = {"environ": {"FAULT": "slow:0:24"}}  # so that there is time to fill the disk, and to clear it
     expected = undisturbed()
     with Job(small_run(data, tmpfs / "run"), tmp_path, **slow) as job:  # type: ignore[arg-type]
         until(lambda: newest_step(job.run) == 20, "step 20")
         filler = fill(tmpfs)
         until(lambda: "no checkpoint could be saved" in job.output, "a failed save")
-        assert newest_step(job.run) == 20  # nothing verified was given up for it
+        assert newest_step(job.run) == 20  # no good checkpoint was deleted for it
         filler.unlink()
         assert job.wait() == 0, job.output
-    assert "No space left on device; training goes on" in job.output
+    assert "No space left on device; training continues" in job.output
     trained(job.run).same_as(expected)
 
 
-def test_lines_that_find_no_room_are_written_later(tmpfs: Path) -> None:
+def test_lines_without_space_are_written_later(tmpfs: Path) -> None:
     lines = JsonLines(tmpfs / "metrics.jsonl")
     lines.write({"step": 0})
     lines.sync()
     filler = fill(tmpfs)
     for step in (1, 2, 3):
-        lines.write({"step": step, "long": "x" * 5000})  # more than is left of a page
+        lines.write({"step": step, "long": "x" * 5000})  # more than is left of a memory page
         with pytest.raises(OSError, match="No space"):
             lines.flush()
     assert (tmpfs / "metrics.jsonl").read_text() == '{"step":0}\n'  # and not half a line
     filler.unlink()
     lines.sync()
     lines.close()
-    found = [json.loads(line)["step"] for line in (tmpfs / "metrics.jsonl").read_text().splitlines()]
-    assert found == [0, 1, 2, 3]
+    steps = [json.loads(line)["step"] for line in (tmpfs / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
 
 
 def test_no_space_to_the_end(data: Path, tmp_path: Path, tmpfs: Path, undisturbed: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_checkpoint_folder_that_cannot_be_written(data: Path, tmp_path: Path, 
     with Job(small_run(data, run), tmp_path, environ={"FAULT": "slow:0:24"}) as job:
         until(lambda: newest_step(job.run) == 20, "step 20")
         (run / "checkpoints").rename(run / "elsewhere")
-        (run / "checkpoints").write_text("not a folder: as good as no permission")
+        (run / "checkpoints").write_text("not a folder, which has the effect of a missing permission")
         assert job.wait() == 1, job.output
         assert "no checkpoint could be saved" in job.output
     (run / "checkpoints").unlink()

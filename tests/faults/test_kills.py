@@ -1,4 +1,4 @@
-"""SIGKILL, at any time, to any of a job's processes: the next attempt ends as if nothing had happened."""
+"""SIGKILL at any time, to any process of a job: the next attempt ends like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_a_killed_worker(target: str, data: Path, tmp_path: Path, undisturbed: A
         job.signal(target, number=signal.SIGKILL)
         assert job.wait(30) == 75, job.output
         assert f"{target.replace('rank', 'rank ')} was ended by SIGKILL" in exit_file(job.run)["reason"]
-        assert "Traceback" not in job.output  # of the others, which only lost a peer
+        assert "Traceback" not in job.output  # nor of the others, which only lost a peer
     finish(job.run).same_as(expected)
 
 
 @pytest.mark.short
 def test_a_killed_launcher_takes_its_workers_with_it(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
     expected: Trained = undisturbed()
-    slow = {"FAULT": "slow:0:30"}  # workers that trained on would not be through within 5 seconds
+    slow = {"FAULT": "slow:0:30"}  # workers that continued would need longer than 5 seconds
     with Job(small_run(data, tmp_path / "run"), tmp_path, environ=slow) as job:
         job.wait_for("train", 23)
         job.signal("launcher", number=signal.SIGKILL)
@@ -46,14 +46,14 @@ def test_a_killed_launcher_takes_its_workers_with_it(data: Path, tmp_path: Path,
 
 @pytest.mark.timeout(3600)
 def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
-    """Kept in .faults/kills, so that it goes on where it was interrupted."""
+    """Kill one run a hundred times. Its state is in DISTRAIN_FAULTS/kills: an interrupted test resumes there."""
     folder = Path(os.environ.get("DISTRAIN_FAULTS", tmp_path)) / "kills"
-    diary = folder / "diary.json"
-    if not diary.exists():
+    history = folder / "history.json"
+    if not history.exists():
         shutil.rmtree(folder, ignore_errors=True)
         make(folder / "data", 403, 100, image_size=8, shards=12, lanes=6)
-        diary.write_text("[]")
-    kills: list[list[str]] = json.loads(diary.read_text())
+        history.write_text("[]")
+    kills: list[list[str]] = json.loads(history.read_text())
     changes: dict[str, Any] = {
         "launch": {"max_attempts_without_progress": 1000},  # a first step may be hit several times in a row
         "train": {"max_steps": 900}, "checkpoint": {"every_steps": 3, "keep": 2}, "eval": {"every_steps": 4},
@@ -63,35 +63,35 @@ def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
         target = TARGETS[len(kills) % len(TARGETS)]
         event = draw.choice(EVENTS)
         kills.append([target, *kill_once(folder, changes, target, event, draw)])
-        diary.write_text(json.dumps(kills))
+        history.write_text(json.dumps(kills))
     for run in ("killed", "whole"):
         with Job(small_run(folder / "data", folder / run, **changes), folder) as job:
             assert job.wait(600) == 0, job.output
     phases, targets = (dict(Counter(kill[part] for kill in kills).most_common()) for part in (1, 0))
-    told = f"Phases that were hit: {phases}. Targets: {targets}. Same bits as the run that nothing happened to."
+    summary = f"Phases that were hit: {phases}. Targets: {targets}. The result has the same bits as that of an undisturbed run."
     trained(folder / "killed").same_as(trained(folder / "whole"))
     ids = trained(folder / "killed").ids
     for epoch in range(900 // 24):  # every sample of an epoch at most once; 403 - 24 · 16 are dropped
-        seen = [i for step in range(epoch * 24, (epoch + 1) * 24) for i in ids[step]]
-        assert len(seen) == len(set(seen)) == 24 * 16
-    print(f"\n{told}")
+        epoch_ids = [i for step in range(epoch * 24, (epoch + 1) * 24) for i in ids[step]]
+        assert len(epoch_ids) == len(set(epoch_ids)) == 24 * 16
+    print(f"\n{summary}")
     if "DISTRAIN_FAULTS" in os.environ:
-        Path(__file__).with_name("kills.txt").write_text(told + "\n")
+        Path(__file__).with_name("kills.txt").write_text(summary + "\n")
     shutil.rmtree(folder)
 
 
 def kill_once(folder: Path, changes: dict[str, Any], target: str, event: str, draw: random.Random) -> tuple[str, str]:
-    """One attempt: at least one new step, then a kill at an event; the phase that was hit, and the step."""
+    """Start an attempt, wait for a new step, and kill at an event; return phase and step of rank 0 at that moment."""
     run = folder / "killed"
     before = newest_step(run)
     with Job(small_run(folder / "data", run, **changes), folder) as job:
-        if event == "first step":  # of an attempt; the new step was another attempt's
+        if event == "first step":  # of this attempt; the new step belongs to an earlier one
             job.wait_for("first step", before)
         else:
             job.wait_for("train", before + draw.randint(1, 8))
             if event != "train":
                 job.wait_for(event)
-        hit = job.place()
+        hit = job.status()
         job.signal(target, number=signal.SIGKILL)
         if target == "launcher":
             job.all_gone(5)

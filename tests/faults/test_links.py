@@ -1,4 +1,4 @@
-"""Two nodes (see `nodes` in tests/conftest.py); one's link is cut in mid-step."""
+"""Two nodes (see `nodes` in tests/conftest.py); the link of one is cut during a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One writer: a second job on the same run waits, refuses, or takes over from one that is gone."""
+"""One writer per run: a second job waits, refuses, or takes over from a job that is gone."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_a_second_job_refuses_naming_the_owner(data: Path, tmp_path: Path, undis
         assert f"process {owner}" in second.output
         assert first.wait() == 0, first.output
     assert attempts.newest_attempt(first.run) == 1
-    assert json.loads((first.run / "exit.json").read_text())["code"] == 0  # the second one's 75 is not in it
+    assert json.loads((first.run / "exit.json").read_text())["code"] == 0  # not the second job's 75
     trained(first.run).same_as(expected)
 
 
-def test_a_second_job_waits_for_the_first_to_leave(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+def test_a_second_job_waits_for_the_first_to_exit(data: Path, tmp_path: Path, undisturbed: Any) -> None:
     expected = undisturbed()
     with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "slow:0:1"}) as first:
         first.wait_for("train", 3)
@@ -47,7 +47,7 @@ def test_a_second_job_waits_for_the_first_to_leave(data: Path, tmp_path: Path, u
     trained(first.run).same_as(expected)
 
 
-def test_an_owner_that_was_frozen_loses_the_run_and_leaves(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+def test_a_suspended_owner_loses_the_run_and_exits(data: Path, tmp_path: Path, undisturbed: Any) -> None:
     expected = undisturbed()
     with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"FAULT": "slow:0:25"}) as first:
         first.wait_for("train", 23)

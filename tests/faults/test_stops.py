@@ -1,4 +1,4 @@
-"""Stop requests in every phase: saved, left together, and the scheduler is told to run it again."""
+"""Stop requests in every phase: the processes save, exit together, and the exit code is 75, run it again."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ PHASES: dict[str, tuple[str, int]] = {
 }
 
 
-def notes_stops(process: psutil.Process) -> bool:
-    """Whether a process has its handlers: long before it has imported torch."""
+def has_handlers(process: psutil.Process) -> bool:
+    """Return whether a process has installed its signal handlers: long before it has imported torch."""
     caught = Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0]
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def has_torch(process: psutil.Process) -> bool:
-    """Whether a process has begun to import torch."""
+    """Return whether a process has begun to import torch."""
     return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
 
 
 def state_of(run: Path) -> dict[str, Any]:
-    """state.json of the newest checkpoint."""
-    found: dict[str, Any] = json.loads((run / f"checkpoints/step-{newest_step(run):08d}/state.json").read_text())
-    return found
+    """Read state.json of the newest checkpoint."""
+    state: dict[str, Any] = json.loads((run / f"checkpoints/step-{newest_step(run):08d}/state.json").read_text())
+    return state
 
 
 def check_stopped(job: Job, finish: Callable[..., Trained], expected: Trained) -> None:
-    """75, told, saved to the step where it stopped, and the next attempt ends as if nothing had happened."""
+    """Check that the job has stopped properly, and that the next attempt ends like an undisturbed run."""
     check_code(job)
     finish(job.run).same_as(expected)
 
 
 def check_code(job: Job) -> None:
-    """75, and told truly."""
+    """Check that the job ends with 75, and that its reason names the step that is saved."""
     assert job.wait() == 75, job.output
-    told = exit_file(job.run)
-    assert told["code"] == 75
-    assert "stopped" in told["reason"]
+    record = exit_file(job.run)
+    assert record["code"] == 75
+    assert "stopped" in record["reason"]
     step = newest_step(job.run)
-    assert (told["step"] or 0) == step
-    assert (f"step {step} is saved" if step else "nothing had to be saved") in told["reason"]
+    assert (record["step"] or 0) == step
+    assert (f"step {step} is saved" if step else "nothing had to be saved") in record["reason"]
 
 
 @pytest.mark.parametrize("target", ["rank1", "launcher", "group"])
@@ -71,17 +71,19 @@ def test_stop(
     number: signal.Signals, phase: str, target: str, data: Path, tmp_path: Path, undisturbed: Any, finish: Any
 ) -> None:
     expected = undisturbed()
-    slow = {"FAULT": "unhurried:0:1"}  # so that a stop finds it before its end
+    slow = {"FAULT": "unhurried:0:1"}  # so that the stop comes before the end
     with Job(small_run(data, tmp_path / "run"), tmp_path, environ=slow) as job:
         name, step = PHASES[phase]
         if phase == "start":
-            until(lambda: sum(map(notes_stops, job.workers())) == 2, "two processes with handlers")
+            until(lambda: sum(map(has_handlers, job.workers())) == 2, "two processes with handlers")
             assert not any(has_torch(process) for process in job.workers())
         job.wait_for(name, step)
         job.signal(target, number=number)
         check_code(job)
         if phase == "first step":
-            assert newest_step(job.run) <= 4  # soon after it, and not when something else makes ranks meet, at 7
+            assert (
+                newest_step(job.run) <= 4
+            )  # soon after it, and not only at step 7, when an evaluation has a collective
         finish(job.run).same_as(expected)
 
 
@@ -90,17 +92,17 @@ def test_stop_in_a_long_evaluation(data: Path, tmp_path: Path, undisturbed: Any,
     one_by_one = {"eval": {"batch_size": 1}}
     expected = undisturbed(**one_by_one)
     with Job(small_run(data, tmp_path / "run", **one_by_one), tmp_path, environ={"FAULT": "slow:0:15"}) as job:
-        job.wait_for("evaluate", 14)  # 50 pictures a rank, five a second
+        job.wait_for("evaluate", 14)  # 50 images a rank, five a second
         job.signal("rank1")
         start = time.monotonic()
         check_code(job)
         assert time.monotonic() - start < 8
         assert newest_step(job.run) == 14
-        assert state_of(job.run)["evaluated_step"] == 7  # it is made up for in the next attempt
+        assert state_of(job.run)["evaluated_step"] == 7  # the next attempt evaluates step 14
     finish(job.run, **one_by_one).same_as(expected)
 
 
-def test_stop_while_data_does_not_come(data: Path, tmp_path: Path, copied: Any, undisturbed: Any) -> None:
+def test_stop_while_data_does_not_arrive(data: Path, tmp_path: Path, copied: Any, undisturbed: Any) -> None:
     expected = undisturbed()
     dataset = copied(data)
     victim = dataset / manifest.read(dataset).split("train").shards[1].name
