@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from distrain import __version__, address, config, console, failures, signals
+from distrain import __version__, address, config, console, failure_report, signals
 from distrain.environment import Environment
 from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
 
@@ -50,8 +50,8 @@ def _run(arguments: list[str] | None, environment: Environment) -> int:
         error.show(sys.stderr)
         return EXIT_OK
     except click.ClickException as error:
-        failure = failures.failure_here(environment, "user", EXIT_NEVER_AGAIN, error.format_message())
-        if not failures.report_failure(failure, environment):
+        failure = failure_report.failure_here(environment, "user", EXIT_NEVER_AGAIN, error.format_message())
+        if not failure_report.report_failure(failure, environment):
             error.show(sys.stderr)
         return EXIT_NEVER_AGAIN
     except click.Abort:
@@ -73,8 +73,8 @@ class _CommandError(Exception):
 
 def _end(error: Exception, environment: Environment) -> int:
     """Report why this process ends, to the launcher or else to the user; return the exit code."""
-    failure = failures.failure_of(error, environment)
-    if failures.report_failure(failure, environment):
+    failure = failure_report.failure_of(error, environment)
+    if failure_report.report_failure(failure, environment):
         return failure.code
     if environment.local_rank > 0 and failure.kind != "fault" and not isinstance(error, ShardError):
         # torchrun ends the others when one process ends: so the message of the first one appears once, and whole.
@@ -84,7 +84,7 @@ def _end(error: Exception, environment: Environment) -> int:
                 return failure.code
             time.sleep(0.05)
     prefix = "" if failure.code == EXIT_AGAIN else "error: "
-    trace = None if isinstance(error, failures.PeerFailedError) else failure.traceback
+    trace = None if isinstance(error, failure_report.PeerFailedError) else failure.traceback
     print(trace or f"distrain: {prefix}{error}", file=sys.stderr, flush=True)
     return failure.code
 

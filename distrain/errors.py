@@ -1,7 +1,9 @@
-"""Exceptions, grouped by what the user can do about them, and the exit codes of every command.
+"""Exceptions, grouped by what the user can do about them, and the exit codes of every command."""
 
-`distrain.failures` maps exceptions to exit codes.
-"""
+from typing import Literal
+
+Kind = Literal["fault", "user", "again", "busy", "peer", "hang", "save"]
+"""Class of the cause for which a process ends; "fault" is an unexpected exception."""
 
 EXIT_OK = 0
 EXIT_FAULT = 1
@@ -19,6 +21,9 @@ class UserError(ValueError):
 
     Commands print it without a traceback and exit with 78 (`UnreachableError`: 75).
     """
+
+    kind: Kind = "user"
+    exit_code = EXIT_NEVER_AGAIN
 
 
 class ConfigError(UserError):
@@ -39,6 +44,9 @@ class UnreachableError(ShardError):
     While shards are read it is handled like any other reason why a shard cannot be used.
     """
 
+    kind: Kind = "peer"
+    exit_code = EXIT_AGAIN  # guard: unreachable
+
 
 class DivergedError(UserError):
     """The loss is NaN or infinite. The same run would diverge again, so commands exit with 78."""
@@ -46,6 +54,9 @@ class DivergedError(UserError):
 
 class AgainError(RuntimeError):
     """The same command, run again, resumes where this one ended; commands exit with 75."""
+
+    kind: Kind = "again"
+    exit_code = EXIT_AGAIN
 
 
 class Stopped(AgainError):  # noqa: N818 - requested, so not an error
@@ -55,10 +66,17 @@ class Stopped(AgainError):  # noqa: N818 - requested, so not an error
 class PeerLostError(AgainError):
     """Another process of the run is gone or does not answer."""
 
+    kind: Kind = "peer"
+
 
 class BusyError(AgainError):
     """Another job is writing to the run's folder."""
 
+    kind: Kind = "busy"
+
 
 class SaveError(RuntimeError):
-    """The last checkpoint could not be saved, so the last steps are lost."""
+    """The last checkpoint could not be saved, so the last steps are lost; commands exit with 1."""
+
+    kind: Kind = "save"
+    exit_code = EXIT_FAULT

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from distrain.distributed.watchdog import straggler
-from distrain.failures import Failure
+from distrain.failure_report import Failure
 from distrain.launcher.verdict import WorkerExit, decide, format_verdict
 from distrain.worker_status import WorkerStatus
 

@@ -19,7 +19,7 @@ from distrain.distributed.rendezvous import report_loss
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import World
 from distrain.errors import AgainError, PeerLostError, SaveError, Stopped, UserError
-from distrain.failures import Failure, PeerFailedError
+from distrain.failure_report import Failure, PeerFailedError
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distrain.failures import Failure
+from distrain.failure_report import Failure
 
 _TIMEOUT_SECONDS = 5.0
 _FAILED = "distrain/failed"

@@ -22,7 +22,7 @@ from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
 from distrain.errors import AgainError, ConfigError, PeerLostError, Stopped
-from distrain.failures import PeerFailedError
+from distrain.failure_report import PeerFailedError
 
 NO_TIMEOUT = timedelta(hours=24)
 """Time-out of the collectives: the watchdog, which knows the phase and who is behind, ends a wait earlier."""

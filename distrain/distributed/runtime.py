@@ -27,7 +27,7 @@ from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment, World
 from distrain.errors import ConfigError, PeerLostError
-from distrain.failures import PeerFailedError, failure_of
+from distrain.failure_report import PeerFailedError, failure_of
 from distrain.models.batch_norm import sync_batch_norm
 
 

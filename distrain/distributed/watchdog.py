@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from distrain.distributed.peer_store import PeerStore
 from distrain.environment import Environment
 from distrain.errors import EXIT_AGAIN
-from distrain.failures import Failure, failure_here, report_failure
+from distrain.failure_report import Failure, failure_here, report_failure
 from distrain.worker_status import StatusWriter, WorkerStatus
 
 _TICK_SECONDS = 0.5

@@ -21,8 +21,8 @@ from pathlib import Path
 from distrain import signals
 from distrain.config import Config
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK, PeerLostError
+from distrain.launcher.attempt import AttemptRecord, is_done, record_node
 from distrain.launcher.cluster import LOCAL, Topology
-from distrain.launcher.record import ExitRecord, is_done, record_node
 from distrain.launcher.verdict import Verdict, decide
 from distrain.launcher.workers import StopRequests, Workers
 
@@ -55,7 +55,7 @@ def launch(
         # A pod that was lost at the very end is restarted, and the others never come back.
         log.info("%s: the run is done", config.run.dir)
         return Verdict(EXIT_OK, "the run is done")
-    record = ExitRecord(config) if trains and topology.node == 0 else None
+    record = AttemptRecord(config) if trains and topology.node == 0 else None
     if record is not None and record.exhausted is not None:
         return record.close(record.exhausted)
     verdict = _run_workers(arguments, config, topology, processes, grace, logs, record)
@@ -75,7 +75,7 @@ def _run_workers(
     processes: int,
     grace: float,
     logs: Path | None,
-    record: ExitRecord | None,
+    record: AttemptRecord | None,
 ) -> Verdict:
     stops = StopRequests()
     with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder, signals.handled_by(stops.record):

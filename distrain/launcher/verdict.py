@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK
-from distrain.failures import Failure
+from distrain.failure_report import Failure
 from distrain.signals import STOP
 from distrain.worker_status import WorkerStatus
 

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import IO
 
 from distrain.environment import LAUNCHER, STATUS_FOLDER, STORE_SOCKET
-from distrain.failures import read_failure
+from distrain.failure_report import read_failure
 from distrain.launcher.cluster import Topology
 from distrain.launcher.verdict import WorkerExit
 from distrain.worker_status import WorkerStatus, read_status

@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from distrain.runs import attempts, checkpoint, folder
+from distrain.runs import checkpoint, folder, lease
 from distrain.runs.folder import RunRecord
 from distrain.runs.logs import clock
 
@@ -75,9 +75,9 @@ def _describe_attempt(attempt: dict[str, Any]) -> str:
 def _state(record: RunRecord) -> str:
     if record.result is not None and record.result.get("steps") == record.setup.get("steps"):
         return "done"
-    if attempts.owner(record.folder) is not None:
+    if lease.owner(record.folder) is not None:
         age = _age(record.attempts[-1].get("renewed")) if record.attempts else None
-        if age is not None and age > attempts.STALE_SECONDS:
+        if age is not None and age > lease.STALE_SECONDS:
             return f"lease not renewed for {clock(age)}; run the same command to resume"
         return "running"
     if record.exit_record.get("code"):

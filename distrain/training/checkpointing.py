@@ -14,11 +14,11 @@ import yaml
 from distrain import files, models, signals
 from distrain.config import public
 from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
-from distrain.failures import failure_of, report_failure
-from distrain.runs import attempts, checkpoint, logs
-from distrain.runs.attempts import Lease
+from distrain.failure_report import failure_of, report_failure
+from distrain.runs import attempts, checkpoint, lease, logs
 from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.folder import CONFIG, METRICS, RESULT
+from distrain.runs.lease import Lease
 from distrain.runs.logs import Logs
 from distrain.training import optim
 from distrain.training.job import Job
@@ -128,7 +128,7 @@ class Checkpointer:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             seen = checkpoint.steps(job.checkpoints)
-            self._lease = attempts.acquire(folder, job.config.run.wait_seconds, log.info, signals.requested)
+            self._lease = lease.acquire(folder, job.config.run.wait_seconds, log.info, signals.requested)
             self._lease.renew_in_background(self._exit_with_lost_lease)
             if checkpoint.steps(job.checkpoints) != seen:  # guard: choose-again
                 saved = _choose(job)  # another job was still writing here

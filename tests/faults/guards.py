@@ -215,7 +215,7 @@ FAULTS = [
           "every try runs in a thread, with a deadline", "fetch-deadline", NEVER,
           f"{FETCH}::test_a_file_system_that_hangs_and_knows_no_time_out_is_given_up"),
     Fault("a server that is gone", "data", "75: it may answer later", "it is distinguished from data that is wrong",
-          "expected-errors", condition("isinstance(error, type_) and type_ is not UnreachableError"),
+          "unreachable", DROP,
           f"{FETCH}::test_a_server_that_dies_ends_the_run_with_one_message"),
     Fault("a stop while a fetch hangs", "data", "abandoned at once", "waits and fetches end when reading is stopped",
           "fetch-sees-stop", ALWAYS, f"{FETCH}::test_closing_does_not_wait_for_the_network"),

@@ -18,7 +18,7 @@ from distrain.config import Config, public
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK
 from distrain.launcher.verdict import Verdict
 from distrain.launcher.workers import EXIT_SECONDS
-from distrain.runs import attempts, checkpoint, exit_record
+from distrain.runs import attempts, checkpoint, exit_record, lease
 from distrain.runs.folder import CONFIG, EXIT
 
 NODES = "nodes"
@@ -28,7 +28,7 @@ _NODES_SECONDS = 2 * EXIT_SECONDS
 log = logging.getLogger("distrain")
 
 
-class ExitRecord:
+class AttemptRecord:
     """RUN/exit.json, written by the launcher of the first node: when the attempt starts, and when it ends."""
 
     def __init__(self, config: Config) -> None:
@@ -42,7 +42,7 @@ class ExitRecord:
         self._nodes_before = [exit_record.read(path) for path in (self._run / NODES).glob("*.json")]
         self._step = before.get("step") or 0
         self._idle = int(before.get("attempts_without_progress", 0))
-        if self._run.is_dir() and attempts.owner(self._run) is None:
+        if self._run.is_dir() and lease.owner(self._run) is None:
             step = checkpoint.newest_verified(self._checkpoints)
             if before.get("code", 0) is None:  # that launcher was killed before it could record its end
                 self._idle = 0 if (step or 0) > self._step else self._idle + 1
@@ -81,7 +81,7 @@ class ExitRecord:
         idle = 0 if (step or 0) > self._step or verdict.code == EXIT_OK else self._idle + 1
         if verdict.code == EXIT_AGAIN and idle >= self._limit:  # guard: attempts-limit
             verdict = Verdict(EXIT_FAULT, f"{_without_progress(idle)}; {verdict.reason}", verdict.first)
-        if (self._run.is_dir() or verdict.code == EXIT_AGAIN) and attempts.owner(self._run) is None:
+        if (self._run.is_dir() or verdict.code == EXIT_AGAIN) and lease.owner(self._run) is None:
             attempt = max(attempts.newest_attempt(self._run), self._attempt)
             idle = idle if verdict.code == EXIT_AGAIN else 0  # after a fault a person looks, and the count restarts
             self._write(verdict.code, verdict.reason, step, attempt, idle)

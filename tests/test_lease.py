@@ -14,76 +14,77 @@ import pytest
 
 from distrain.errors import BusyError, Stopped
 from distrain.runs import attempts
+from distrain.runs import lease as leasing
 
 
 def test_attempts_are_counted_and_a_released_lease_is_free(tmp_path: Path) -> None:
     for attempt in (1, 2, 3):
-        lease = attempts.acquire(tmp_path, 0)
+        lease = leasing.acquire(tmp_path, 0)
         assert lease.attempt == attempt
-        assert str(os.getpid()) in (attempts.owner(tmp_path) or "")
+        assert str(os.getpid()) in (leasing.owner(tmp_path) or "")
         lease.note(from_step=10 * attempt)
         lease.release()
-        assert attempts.owner(tmp_path) is None
+        assert leasing.owner(tmp_path) is None
     assert [entry["from_step"] for entry in attempts.history(tmp_path)] == [10, 20, 30]
 
 
 def test_a_running_owner_is_named(tmp_path: Path) -> None:
-    attempts.acquire(tmp_path, 0)
+    leasing.acquire(tmp_path, 0)
     messages: list[str] = []
     with pytest.raises(BusyError, match=f"attempt 1, host .*, process {os.getpid()}"):
-        attempts.acquire(tmp_path, 0.5, messages.append)
+        leasing.acquire(tmp_path, 0.5, messages.append)
     assert len(messages) == 1
 
 
 def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
-    attempts.acquire(tmp_path, 0)
+    leasing.acquire(tmp_path, 0)
     with pytest.raises(Stopped):
-        attempts.acquire(tmp_path, 1000, stop_requested=lambda: "SIGTERM")
+        leasing.acquire(tmp_path, 1000, stop_requested=lambda: "SIGTERM")
 
 
 def test_an_owner_whose_process_is_gone_does_not_count(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from distrain.runs import attempts;"
-    code += " attempts.acquire(Path(sys.argv[1]), 0)"
+    code = "import sys; from pathlib import Path; from distrain.runs import lease as leasing;"
+    code += " leasing.acquire(Path(sys.argv[1]), 0)"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60)
-    assert attempts.acquire(tmp_path, 0).attempt == 2
+    assert leasing.acquire(tmp_path, 0).attempt == 2
 
 
 def test_an_owner_whose_process_number_is_reused_does_not_count(tmp_path: Path) -> None:
-    attempts.acquire(tmp_path, 0)
+    leasing.acquire(tmp_path, 0)
     path = tmp_path / "attempts/000001.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "process_start": "1"}))
-    assert attempts.acquire(tmp_path, 0).attempt == 2
+    assert leasing.acquire(tmp_path, 0).attempt == 2
 
 
 def test_an_owner_elsewhere_counts_until_it_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attempts.acquire(tmp_path, 0)
+    leasing.acquire(tmp_path, 0)
     path = tmp_path / "attempts/000001.json"
     elsewhere = {**json.loads(path.read_text()), "machine": "another", "process": 1}
     path.write_text(json.dumps(elsewhere))
     with pytest.raises(BusyError):
-        attempts.acquire(tmp_path, 0.3)
-    monkeypatch.setattr(attempts, "STALE_SECONDS", 0.5)
+        leasing.acquire(tmp_path, 0.3)
+    monkeypatch.setattr(leasing, "STALE_SECONDS", 0.5)
     renewals = iter(range(1000))
     stop = threading.Event()
 
     def renew() -> None:
         while not stop.wait(0.1):
-            attempts._replace(path, {**elsewhere, "beat": next(renewals)})
+            attempts.replace(path, {**elsewhere, "beat": next(renewals)})
 
     renewing = threading.Thread(target=renew)
     renewing.start()
     with pytest.raises(BusyError):
-        attempts.acquire(tmp_path, 1.5)
+        leasing.acquire(tmp_path, 1.5)
     stop.set()
     renewing.join()
-    assert attempts.acquire(tmp_path, 10).attempt == 2
+    assert leasing.acquire(tmp_path, 10).attempt == 2
 
 
 def test_an_owner_that_lost_the_lease_is_notified_and_may_not_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "RENEW_SECONDS", 0.05)
-    lease = attempts.acquire(tmp_path, 0)
+    monkeypatch.setattr(leasing, "RENEW_SECONDS", 0.05)
+    lease = leasing.acquire(tmp_path, 0)
     lost = threading.Event()
     lease.renew_in_background(lambda error: lost.set())
     lease.check()
@@ -97,7 +98,7 @@ def test_an_owner_that_lost_the_lease_is_notified_and_may_not_write(
 def _take(run: str, ready: object, owners: object) -> None:
     ready.wait()  # type: ignore[attr-defined]
     try:
-        attempts.acquire(Path(run), 0)
+        leasing.acquire(Path(run), 0)
         owners.put(os.getpid())  # type: ignore[attr-defined]
         ready.wait()  # type: ignore[attr-defined]
     except BusyError:

@@ -8,23 +8,11 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from distrain.environment import Environment
-from distrain.errors import (
-    EXIT_AGAIN,
-    EXIT_FAULT,
-    EXIT_NEVER_AGAIN,
-    AgainError,
-    BusyError,
-    PeerLostError,
-    SaveError,
-    UnreachableError,
-    UserError,
-)
+from distrain.errors import EXIT_FAULT, AgainError, Kind, SaveError, UserError
 from distrain.worker_status import WorkerStatus, read_status
-
-Kind = Literal["fault", "user", "again", "busy", "peer", "hang", "save"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +20,7 @@ class Failure:
     """The reason why a process ended without success.
 
     Attributes:
-        kind: the class of the cause; "fault" is an unexpected exception.
+        kind: class of the cause.
         code: exit code of the process.
         rank: rank of the process.
         host: name of its host.
@@ -72,24 +60,12 @@ class PeerFailedError(RuntimeError):
         self.failure = failure
 
 
-_EXPECTED: list[tuple[type[Exception], Kind, int]] = [
-    (UnreachableError, "peer", EXIT_AGAIN),
-    (UserError, "user", EXIT_NEVER_AGAIN),
-    (PeerLostError, "peer", EXIT_AGAIN),
-    (BusyError, "busy", EXIT_AGAIN),
-    (AgainError, "again", EXIT_AGAIN),
-    (SaveError, "save", EXIT_FAULT),
-]
-"""Errors with their kind and exit code, the first match counts; any other is a fault, with its traceback."""
-
-
 def failure_of(error: BaseException, environment: Environment) -> Failure:
     """Describe the error that ends this process; of a `PeerFailedError`, the failure of the peer."""
     if isinstance(error, PeerFailedError):
         return error.failure
-    for type_, kind, code in _EXPECTED:
-        if isinstance(error, type_):  # guard: expected-errors
-            return failure_here(environment, kind, code, str(error))
+    if isinstance(error, (UserError, AgainError, SaveError)):
+        return failure_here(environment, error.kind, error.exit_code, str(error))
     trace = "".join(traceback.format_exception(error))
     return failure_here(environment, "fault", EXIT_FAULT, f"{type(error).__name__}: {error}", trace)
 
