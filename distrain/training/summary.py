@@ -35,7 +35,8 @@ def announce(job: Job, from_step: int) -> None:
     if error is not None:  # a full disk: training does not depend on this file
         log.warning("%s could not be written: %s", SETUP, error)
     _log_warnings(job, setup)
-    log.info("%s", _format_setup(job, setup))
+    for line in _format_setup(job, setup):
+        log.info("%s", line)
 
 
 def describe(job: Job, from_step: int) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
         "processes": {
             "number": world.size,
             "nodes": -(-world.size // environment.local_world_size),
-            "requested": f"{world.size} × {job.config.run.device}",
+            "requested_device": job.config.run.device,
             "device": runtime.device.type,
             "device_name": torch.cuda.get_device_name(runtime.device) if cuda else None,
         },
@@ -98,8 +99,8 @@ def _log_warnings(job: Job, setup: dict[str, Any]) -> None:
         )
 
 
-def _format_setup(job: Job, setup: dict[str, Any]) -> str:
-    """Format what is about to run: a screen at most."""
+def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
+    """Return the lines that describe what is about to run: a screen at most."""
     config = job.config
     data, model, processes, memory_use = (setup[name] for name in ("data", "model", "processes", "memory"))
     splits = ", ".join(f"{name} {samples:,}" for name, samples in data["splits"].items())
@@ -112,14 +113,14 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> str:
         ("model", f"{model['name']}, {model['parameters']:,} parameters; {config.train.optimizer},"
                   f" {config.train.precision}"),
         ("devices", f"{processes['number']} × {processes['device']}{named}{on_nodes}"
-                    f" (requested: {processes['requested']})"),
+                    f" (run.device={processes['requested_device']})"),
         ("batch", _format_batch(processes["number"], setup["batch"])),
         ("memory", f"{memory_use['bytes'] / 2**20:,.0f} MiB of each process for reading{cached}"),
         ("steps", _format_steps(setup)),
         ("saves", _format_saves(job)),
         ("run", str(job.folder)),
     )  # fmt: skip
-    return "\n".join(f"{name:<9}{line}" for name, line in lines)
+    return [f"{name:<9}{line}" for name, line in lines]
 
 
 def _format_batch(processes: int, batch: dict[str, Any]) -> str:
