@@ -284,8 +284,8 @@ class Launch(Section):
     grace_seconds: Whole = _key(120, "longest wait for the processes to save and exit after a stop request", ge=1)
     max_attempts_without_progress: Whole = _key(
         3,
-        "after this many attempts in a row without a newer checkpoint, exit with 1 instead of 75, so that nothing starts"
-        " the run again",
+        "after this many attempts in a row without a newer checkpoint, exit with 1 instead of 75, so that the run"
+        " is not started again",
         ge=1,
     )
 
@@ -383,7 +383,7 @@ def every_key() -> list[tuple[str, str, Any, str, bool]]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Return the keys that determine what is trained: `section.key` → value. Paths, intervals and logging do not."""
+    """Return the keys that determine what is trained, as `section.key` → value: no paths, intervals or logging."""
     return {
         f"{section}.{name}": getattr(getattr(config, section), name)
         for section, name, _, _, is_identity in every_key()

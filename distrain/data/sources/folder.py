@@ -166,7 +166,7 @@ def _check(images: dict[tuple[str, str], list[_File]], paths: Sequence[Path]) ->
 
 
 def _check_names(classes: Sequence[str]) -> None:
-    """Check that class names are printable. Other names could not be written to the manifest, or would break a terminal."""
+    """Check that class names are printable: others could break a terminal, or could not be written to the manifest."""
     for name in classes:
         if not name.isprintable():
             raise DataError(f"class {name!r}: its folder's name has characters that cannot be printed; rename it")
