@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -751,13 +752,13 @@ def local_weights(small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> b
 
 
 def test_a_run_from_a_server_is_the_local_run(
-    server: Server, tmp_path: Path, local_weights: bytes, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, local_weights: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "distrain")
     distrain.train(run_of(server.address, tmp_path / "run"))
     assert weights(tmp_path / "run") == local_weights
-    captured = capsys.readouterr()
-    assert f"data     {server.address}: train 1,003" in captured.out
-    assert "warning" not in captured.err
+    assert f"data     {server.address}: train 1,003" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(server.requested) == len(set(server.requested))  # the second epoch is read from the cache
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
     assert server.requested.count("manifest.json") == 2
