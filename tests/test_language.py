@@ -81,14 +81,14 @@ PHRASES = {
 }
 """Phrases of prose that were replaced (regular expressions; a space is any white space), and what to say instead."""
 
-NO_SENTENCE = set(
-    "What How Of By As Where When While Who Whom Whose Which That So Or And But Nor From For With Without To In Into At "
-    "On If Until Because Than Then Whatever Whoever Whichever Wherever Beside Besides Between Through Under Over Per Via "
-    "After Before Since Those These Them Their Its It They Such Only Not Also Else".split()
+FRAGMENT = re.compile(
+    r"(?:What|How|Of|By|As|Where|When|While|Who|Whom|Whose|Which|That|So|Or|And|But|Nor|From|For|With|Without|To|In|Into"
+    r"|At|On|If|Until|Because|Than|Then|Whatever|Whoever|Whichever|Wherever|Besides?|Between|Through|Under|Over|Per|Via"
+    r"|After|Before|Since|Those|These|Them|Their|Its|It|They|Such|Only|Not|Also|Else)\b"
 )
 """Words with which the first line of a docstring does not begin: what follows is a fragment."""
 
-LOWER_CASE = ("accelerate", "distrain", "torch", "torchrun", "torchvision", "wandb")
+PRODUCT = re.compile(r"(?:accelerate|distrain|torch|torchrun|torchvision|wandb)\b")
 """Products whose names begin with a small letter."""
 
 ALLOWED: dict[tuple[str, str], str] = {}
@@ -183,16 +183,12 @@ def in_docstrings(file: str, tree: ast.AST) -> Iterator[Violation]:
     """Docstrings whose first line is neither a sentence nor a noun phrase."""
     for line, text in docstrings(tree):
         first = text.strip().partition("\n")[0].strip()
-        start = first.split()
-        product = re.match(rf"({'|'.join(LOWER_CASE)})\b", first)
+        initial = re.match(r"[A-Z0-9`'\"(\[{<*$]|\S*\w[/.=_]\w", first) or PRODUCT.match(first)
         for problem, applies in (
             ("the first sentence does not end in this line", not re.search(r"[.:…?!][)”\"'`]*$", first)),
-            (
-                "begins with a small letter",
-                not re.match(r"[A-Z0-9`'\"(\[{<*$]|\S*\w[/.=_]\w", first) and product is None,
-            ),
-            (f"begins with {start[0] if start else ''}", bool(start) and start[0].strip(",:;") in NO_SENTENCE),
-            ("one word", len(start) < 2),
+            ("begins with a small letter", not initial),
+            (f"begins with {first.partition(' ')[0]}", FRAGMENT.match(first)),
+            ("one word", " " not in first),
         ):
             if applies:
                 yield Violation(file, line, "docstring", f"[{problem}] {first[:100]}")
