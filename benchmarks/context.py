@@ -1,4 +1,4 @@
-"""What every part uses: its settings, samples taken in turns, and the data set in memory."""
+"""The context of every part: its settings, samples taken in turns, and the data set in memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Context:
     repeats: int
     quick: bool
     device: str
-    """cpu or cuda."""
+    """The device: cpu or cuda."""
     models: tuple[str, ...]
     recipe: Path
     """Configuration that the part accuracy trains."""

@@ -15,7 +15,7 @@ from benchmarks.context import load
 from distrain.data.manifest import Dataset
 
 IMAGES_PER_TAR = 1000
-"""As in webdataset's examples."""
+"""Number of samples, as in webdataset's examples."""
 
 
 def encode(image: NDArray[np.uint8], kind: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What reading costs as the data grows: memory, time per image, and time to plan a step.
+"""The cost of reading as the data grows: memory, time per image, and time to plan a step.
 
 - memory: growth of the peak resident memory of a new process that reads one epoch without a cache; compared with the
   size of its buffers, lanes / processes × samples of a shard × bytes of a sample × (1 + read_ahead). The rest is one

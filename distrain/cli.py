@@ -22,7 +22,7 @@ from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT
 log = logging.getLogger("distrain")
 
 _AFTER_FIRST_SECONDS = 5
-"""How long a node's other processes hold back an error that its first process probably shows as well."""
+"""Delay of an error in a node's other processes, as its first process probably shows it as well."""
 
 _CHECKPOINT = click.option(
     "--checkpoint", "which", help="best, last, or a folder's name.  [default: best if there is a val split, else last]"

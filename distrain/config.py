@@ -257,7 +257,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    """How often checkpoints are saved, and which are kept."""
+    """Checkpoints: when they are saved, and which are kept."""
 
     every_steps: Whole = _key(1000, "steps between checkpoints; 0: do not save by steps", ge=0)
     every_minutes: float = _key(10.0, "minutes between checkpoints; 0: do not save by time", ge=0)
@@ -279,7 +279,7 @@ class Timeouts(Section):
 
 
 class Launch(Section):
-    """How `distrain launch` ends a run."""
+    """The end of a run under `distrain launch`."""
 
     grace_seconds: Whole = _key(120, "longest wait for the processes to save and exit after a stop request", ge=1)
     max_attempts_without_progress: Whole = _key(

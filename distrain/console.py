@@ -1,4 +1,4 @@
-"""What commands write for people: standard streams that never end a command, and log messages on stderr.
+"""Output of commands for people: standard streams that never end a command, and log messages on stderr.
 
 Text that cannot be written (the stream is closed, the disk is full, the reader has exited) is dropped. The files of
 a run hold everything that counts.

@@ -1,4 +1,4 @@
-"""Failures of a process: their cause, as the launcher and the peers are told, and their exit code."""
+"""Failures of a process: cause and exit code, as reported to the launcher and to the peers."""
 
 from __future__ import annotations
 

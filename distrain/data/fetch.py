@@ -47,7 +47,7 @@ _FIRST_WAIT_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 30.0
 _CHUNK_BYTES = 2**20
 _STOP_POLL_SECONDS = 0.1
-"""How often a fetch checks whether reading was stopped."""
+"""Interval at which a fetch checks whether reading was stopped."""
 _LEFTOVER_SECONDS = 3600
 """Age at which a temporary file is deleted: its process must be dead, since writing takes seconds."""
 
@@ -90,7 +90,7 @@ class _TransientError(FetchError):
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """How files are fetched, as in section `data` of the configuration. Without a cache folder nothing is kept."""
+    """Settings for fetching files, as in section `data` of the configuration. Without a cache folder nothing is kept."""
 
     cache_dir: Path | None
     cache_bytes: int

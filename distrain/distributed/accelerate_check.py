@@ -54,8 +54,9 @@ def conflicts(environ: Mapping[str, str], precision: str, on_cpu: bool) -> list[
 
 
 def requested_processes(command: Sequence[str]) -> int | None:
-    """Return the number of processes in an `accelerate launch` command line, or in the configuration file that it uses;
-    None for any other command.
+    """Return the number of processes that an `accelerate launch` command asks for; None for any other command.
+
+    The number comes from the command line, or from the configuration file that it uses.
     """
     rest = list(command[1:])  # without the interpreter
     if rest[:1] == ["-m"]:

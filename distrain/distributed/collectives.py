@@ -189,7 +189,7 @@ class Collectives:
 
     @contextlib.contextmanager
     def fail_alone(self) -> Iterator[None]:
-        """Run what this process may find impossible while the others already wait for it: they are told why."""
+        """Run what this process may find impossible while the others already wait for it; they read why in the store."""
         try:
             yield
         except UserError:
@@ -197,7 +197,7 @@ class Collectives:
             raise
 
     def needs_record(self, error: BaseException) -> bool:
-        """Whether the other processes do not raise this error too, and must be told."""
+        """Whether the other processes do not raise this error too, so that it must be recorded for them."""
         return self._failed_alone or not isinstance(error, _RAISED_BY_ALL)
 
     def abandon(self, failure: Failure | None) -> None:

@@ -30,7 +30,7 @@ NO_TIMEOUT = timedelta(hours=24)
 _STARTS = itertools.count()
 
 _STOP_SECONDS = 5.0
-"""After a stop request, how long to wait for processes that have not arrived: with them, all stop together."""
+"""Longest wait, after a stop request, for processes that have not arrived: with them, all stop together."""
 
 _LINGER_SECONDS = 2.0
 

@@ -28,7 +28,7 @@ from distrain.worker_status import StatusWriter, WorkerStatus
 
 _TICK_SECONDS = 0.5
 _CHECK_SECONDS = 5.0
-"""How often a stuck process looks for a failed peer, and how long it waits for the reports of the others."""
+"""Interval at which a stuck process looks for a failed peer; also its wait for the reports of the others."""
 
 log = logging.getLogger("distrain")
 

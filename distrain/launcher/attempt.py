@@ -23,7 +23,7 @@ from distrain.runs.folder import CONFIG, EXIT
 
 NODES = "nodes"
 _NODES_SECONDS = 2 * EXIT_SECONDS
-"""How long to wait for the records of other nodes."""
+"""Longest wait for the records of other nodes."""
 
 log = logging.getLogger("distrain")
 

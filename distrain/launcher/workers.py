@@ -21,9 +21,9 @@ from distrain.launcher.verdict import WorkerExit
 from distrain.worker_status import WorkerStatus, read_status
 
 EXIT_SECONDS = 5.0
-"""How long workers that are not saving may take to exit after another one failed."""
+"""Time for workers that are not saving to exit after another one failed."""
 _HANG_SECONDS = 30.0
-"""How long after a worker's own time-out the launcher steps in."""
+"""Time after a worker's own time-out until the launcher aborts it."""
 _POLL_SECONDS = 0.05
 
 

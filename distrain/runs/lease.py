@@ -23,8 +23,9 @@ from distrain.runs.json_files import read_object
 
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
-"""An owner that does not renew its lease for this long counts as gone. The waiting job measures the time itself, so the
-clocks of two hosts are never compared.
+"""Time without a renewal after which an owner counts as gone.
+
+The waiting job measures it, so the clocks of two hosts are never compared.
 """
 
 

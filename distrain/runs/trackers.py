@@ -36,7 +36,7 @@ class FinishedRun:
     """The result of a run that is done, and its images, for a tracker to show."""
 
     result: dict[str, Any]
-    """RUN/result.json."""
+    """The content of RUN/result.json."""
     misclassified: dict[str, NDArray[Any]]
     """The arrays of RUN/pictures/misclassified.safetensors; empty if there are none."""
     augmented: dict[str, NDArray[Any]]
@@ -83,7 +83,7 @@ class Tracker(abc.ABC):
     def __init__(self, warn: Warn) -> None:
         self._warn = warn
         self._backend: Any = None
-        """What the tracker writes to; None: it is off."""
+        """The tracker's backend; None: it is off."""
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Copy one line of metrics.jsonl."""

@@ -59,7 +59,7 @@ class Finding:
     level: Level
     message: str
     cure: str = ""
-    """What to do about it, unless `level` is ok."""
+    """The cure, unless `level` is ok."""
 
     @property
     def line(self) -> str:

@@ -22,7 +22,7 @@ class LoadedModel:
     """A model in evaluation mode, and what is needed to use it."""
 
     model: nn.Module
-    """In fp32."""
+    """The model, in fp32."""
     classes: list[str]
     image_shape: tuple[int, int, int]
     """(H, W, C)."""

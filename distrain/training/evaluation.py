@@ -1,5 +1,6 @@
-"""Exact evaluation: each process scores its own part of the samples, the counts are summed once, and the total must be
-that of the manifest.
+"""Exact evaluation: each process scores its part of the samples, and the counts are summed once.
+
+The total must be that of the manifest.
 """
 
 from __future__ import annotations
@@ -130,8 +131,9 @@ def evaluate(
 def _for_each(
     batches: EvaluationBatches, score: Callable[[Tensor, Tensor, Tensor], None], runtime: Runtime, bar: Any
 ) -> None:
-    """Score this process's batches, and agree with the others a few times a second until all have finished: so none
-    waits for one that was asked to stop, or cannot read a shard.
+    """Score this process's batches, and agree with the others a few times a second until all have finished.
+
+    So none waits for one that was asked to stop, or cannot read a shard.
     """
     busy, batches_done, error, agree_at = True, 0, None, time.monotonic() + POLL_SECONDS
     while True:

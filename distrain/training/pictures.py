@@ -113,8 +113,9 @@ def save_misclassified(run: Path, misclassified: Misclassified | None) -> None:
 
 
 def save_augmented(job: Job, batch: Batch) -> None:
-    """Write RUN/pictures/augmented.safetensors: rank 0's first pictures, uint8 [n, H, W, C], and each of them
-    augmented as in the first steps: uint8 [n, variants, H, W, C].
+    """Write RUN/pictures/augmented.safetensors: rank 0's first pictures, and each of them as augmented.
+
+    The pictures are uint8 [n, H, W, C], the augmentations of the first steps uint8 [n, variants, H, W, C].
 
     Raises:
         OSError: it could not be written.

@@ -73,8 +73,9 @@ class TrainingStep:
         return _LocalBatch(images, batch.labels, partners.to(job.runtime.device, non_blocking=True), weight)
 
     def _forward_backward(self, local: _LocalBatch) -> list[Tensor]:
-        """Run forward and backward over the micro-batches; as many on every process, as BatchNorm's statistics are
-        collectives.
+        """Run forward and backward over the micro-batches.
+
+        Their number is the same on every process, as BatchNorm's statistics are collectives.
         """
         job, distributed = self._job, self._job.model.distributed
         scale = distributed.loss_scale(job.order.global_batch_size)

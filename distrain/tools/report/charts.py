@@ -28,11 +28,11 @@ from distrain.text import printable
 WIDTH, HEIGHT = 4.4, 3.1
 """Size in inches of a chart that fits the screen of a telephone."""
 MAX_CLASSES = 30
-"""With more classes the confusion matrix has no names, and only the lowest accuracies are shown."""
+"""Number of classes above which the confusion matrix has no names, and only the lowest accuracies are shown."""
 _MAX_POINTS = 500
 """Points of a curve. With more values, each point is the mean of several; their extremes are shown as a band."""
 _MAX_CLASSES_WITH_NUMBERS = 12
-"""With more classes the cells of a confusion matrix have no numbers."""
+"""Number of classes above which the cells of a confusion matrix have no numbers."""
 _MAX_NAME_LENGTH = 22
 
 _INK = {"light": "#24292f", "dark": "#e6edf3"}
@@ -129,7 +129,7 @@ def _fonts() -> list[str]:
 
 
 def short(name: str, length: int = _MAX_NAME_LENGTH) -> str:
-    """Shorten a name to one line of at most `length` letters, by leaving out its middle."""
+    """Shorten a name to one line of at most `length` letters, by removing its middle."""
     clean = printable(name)
     return clean if len(clean) <= length else f"{clean[: length // 2]}…{clean[len(clean) - length // 2 + 1 :]}"
 

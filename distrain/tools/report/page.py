@@ -47,7 +47,7 @@ class Section:
     name: str
     tiles: list[tuple[str, str]]
     checks: list[tuple[bool, str]]
-    notice: str | None
+    warning: str | None
     classes: list[EmbeddedChart] = field(default_factory=list)
     confusions: list[dict[str, Any]] = field(default_factory=list)
     by_class: list[tuple[str, str, str]] = field(default_factory=list)
@@ -118,7 +118,7 @@ def _section(record: RunRecord, name: str, classes: list[EmbeddedChart]) -> Sect
         name,
         _tiles(record),
         _checks(record),
-        _notice(record),
+        _warning_text(record),
         classes,
         _confusions(record),
         _by_class(record),
@@ -161,7 +161,7 @@ def _millions(setup: dict[str, Any]) -> str:
     return f"{number / 1e6:.1f} M" if number >= 10**6 else f"{number:,}"
 
 
-def _notice(record: RunRecord) -> str | None:
+def _warning_text(record: RunRecord) -> str | None:
     if record.result is not None:
         return None
     done = max((line["step"] for line in record.lines), default=0)
