@@ -1,5 +1,7 @@
-"""Accuracy, and the time to reach it: two epochs of the plain script (`benchmarks.plain_script`), then a recipe that is
-evaluated four times per epoch until it ends. Repeat k uses seed k. With `--target`, the script is not run.
+"""Accuracy, and the time to reach it.
+
+Two epochs of the plain script (`benchmarks.plain_script`), then a recipe that is evaluated four times per epoch until
+it ends. Repeat k uses seed k. With `--target`, the script is not run.
 
 "seconds" are those of training: reading and decoding included, start-up and evaluation not. "clock" is the time since
 `distrain train` began in its process, with set-up and earlier evaluations.

@@ -92,8 +92,9 @@ def call_all(commands: Sequence[Sequence[str]], gpus: bool) -> None:
 
 
 def train_command(context: Context, run: Path, keys: Mapping[str, object], processes: int = 1) -> list[str]:
-    """Return a `distrain train` command without periodic checkpoints and evaluations, under `distrain launch` if there
-    are several processes.
+    """Return a `distrain train` command without periodic checkpoints and evaluations.
+
+    If there are several processes, it runs under `distrain launch`.
     """
     defaults = {
         "data.dir": context.dataset.root,
@@ -120,8 +121,9 @@ def timed_steps(context: Context, batch: int) -> int:
 
 
 def timed_keys(context: Context, model: str, batch: int, processes: int = 1) -> dict[str, object]:
-    """Return the keys of a timed run with `batch` samples per process: the recipe of configs/cifar10.yaml, without the
-    cache, with one line of metrics for each fifth of the steps.
+    """Return the keys of a timed run with `batch` samples per process.
+
+    It is the recipe of configs/cifar10.yaml, without the cache, with a line of metrics for each fifth of the steps.
     """
     steps = timed_steps(context, batch)
     return {

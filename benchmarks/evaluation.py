@@ -1,5 +1,6 @@
-"""Evaluation: images/s of `distrain.training.evaluation` on test, read from the shards. The comparison is a bare loop
-over a tensor on the device, with the same model and the same metrics.
+"""Evaluation: images/s of `distrain.training.evaluation` on test, read from the shards.
+
+The comparison is a bare loop over a tensor on the device, with the same model and the same metrics.
 """
 
 from __future__ import annotations
