@@ -1,19 +1,19 @@
-# The package and what it needs, at locked versions; the job's own arguments follow the image's name:
+# The package and its dependencies, at locked versions. Arguments of distrain follow the image's name:
 #
 #   docker build -t distrain .
 #   docker run --rm --user "$(id -u):$(id -g)" -v ./data:/work/data -v ./runs:/work/runs distrain train data.dir=data/mine
 #
-# It runs under any user id, with a read-only root (give it a writable /tmp), no capabilities and no network.
+# The image runs under any user id, with a read-only root (it needs a writable /tmp), no capabilities and no network.
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim
 
-# What changes seldom: a change of the code leaves this layer, which holds torch, as it is.
+# The dependencies, torch included, change seldom: this layer is not rebuilt when the code changes.
 FROM ${BASE_IMAGE} AS dependencies
 COPY requirements.lock /build/
-# Without pip, and what pip keeps is not in the image: nothing here has to be left behind.
+# Neither pip nor its cache is in the image.
 RUN python -m venv --without-pip /opt/venv
 RUN --mount=type=cache,target=/root/.cache/pip python -m pip --python /opt/venv/bin/python \
     install --no-deps --require-hashes -r /build/requirements.lock
-# The code lies in a folder of its own, which this environment looks into.
+# The code is in its own folder, /opt/app, which is added to the environment's path.
 RUN echo /opt/app > "$(/opt/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/app.pth"
 
 FROM dependencies AS code
@@ -27,12 +27,12 @@ LABEL org.opencontainers.image.title="distrain" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=code /opt/app /opt/app
 COPY configs /work/configs
-# A user id without an entry in /etc/passwd has neither name nor home: what looks for them finds them here.
+# A user id without an entry in /etc/passwd has no name and no home: these variables define them.
 ENV PATH=/opt/app/bin:/opt/venv/bin:$PATH \
     HOME=/tmp USER=distrain LOGNAME=distrain XDG_CACHE_HOME=/tmp/cache \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /work
 USER 1000:1000
-# The program is process 1: signals reach it, and it saves.
+# The program is process 1, so it gets the signals, and saves a checkpoint.
 ENTRYPOINT ["distrain"]
 CMD ["--help"]

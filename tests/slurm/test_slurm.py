@@ -174,7 +174,7 @@ def test_the_time_limit(submitted: dict[str, Submitted], undisturbed: Callable[.
     assert job.wait(400) == "COMPLETED 0"
     assert job.restarts >= 1, job.output
     assert "the time limit is near" in job.output
-    assert "comes back" in job.output
+    assert "requeueing" in job.output
     run = job.runs / "small"
     assert exit_file(run)["code"] == 0
     assert 2 <= exit_file(run)["launch"] <= job.restarts + 1
