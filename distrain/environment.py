@@ -17,6 +17,7 @@ STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
 """Environment variable: descriptor of the socket that the launcher opened, on which rank 0 serves the store."""
 LAUNCHER = "DISTRAIN_LAUNCHER"
 """Environment variable: process ID of the launcher."""
+_OF_A_GROUP = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Environment:
         store_socket: descriptor of the open socket for the store; None where rank 0 opens one itself.
         launcher: process ID of `distrain launch`; None under other launchers.
         torchrun: whether torchrun's agent is the parent.
+        missing: variables that a group of several processes needs, and that are not set.
     """
 
     world: World = World()
@@ -54,6 +56,7 @@ class Environment:
     store_socket: int | None = None
     launcher: int | None = None
     torchrun: bool = False
+    missing: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, variables: Mapping[str, str]) -> Environment:
@@ -65,17 +68,20 @@ class Environment:
         world = World(_integer(variables, "RANK", 0), _integer(variables, "WORLD_SIZE", 1))
         local_size = max(_integer(variables, "LOCAL_WORLD_SIZE", 1), 1)
         folder = variables.get(STATUS_FOLDER)
+        # A single process may find something else there: in Kubernetes, a Service `master` sets MASTER_PORT=tcp://…
+        group = variables if world.size > 1 else {}
         return cls(
             world=world,
             local_rank=_integer(variables, "LOCAL_RANK", world.rank % local_size),
             local_world_size=local_size,
             node=_integer(variables, "GROUP_RANK", world.rank // local_size),
-            master_address=variables.get("MASTER_ADDR"),
-            master_port=_optional_integer(variables, "MASTER_PORT"),
+            master_address=group.get("MASTER_ADDR"),
+            master_port=_optional_integer(group, "MASTER_PORT"),
             status_folder=Path(folder) if folder else None,
             store_socket=_optional_integer(variables, STORE_SOCKET),
             launcher=_optional_integer(variables, LAUNCHER),
             torchrun="TORCHELASTIC_RUN_ID" in variables,
+            missing=tuple(name for name in _OF_A_GROUP if world.size > 1 and not variables.get(name)),
         )
 
     @property

@@ -46,6 +46,19 @@ class Normed(nn.Sequential):
         )
 
 
+class Projected(nn.Module):
+    """Draws a tensor that no checkpoint has."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.register_buffer("projection", torch.randn(prod(image_shape), 32) / prod(image_shape) ** 0.5, False)
+        self.head = nn.Linear(32, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        return self.head(images.flatten(1) @ self.projection)
+
+
 class Broken(nn.Module):
     """Cannot be built."""
 

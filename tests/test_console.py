@@ -205,12 +205,12 @@ def test_messages_have_their_level_in_front(capsys: pytest.CaptureFixture[str]) 
 def test_messages_have_the_rank_in_front_where_there_are_several(
     size: str, prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def look(_: Path) -> None:
+    def run_status(_: Path) -> None:
         say()
         say(level=logging.WARNING)
         raise DataError("no run")
 
-    monkeypatch.setattr(status, "look", look)
+    monkeypatch.setattr(status, "run_status", run_status)
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["status", "runs/any"]) == 78

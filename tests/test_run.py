@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from datasets import make
+from models_for_tests import Projected
 from runs import metrics_but_times
 from safetensors.torch import load_file
 
@@ -22,6 +23,7 @@ from distrain import cli, config, signals
 from distrain.data import manifest
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, DataError, DivergedError, Stopped
+from distrain.tools import loaded_model
 from distrain.training import checkpointing
 
 
@@ -233,6 +235,19 @@ def test_evaluate_scores_any_split_and_checkpoint(
     for wrong in (["--split", "val"], ["--checkpoint", "best"], ["--checkpoint", "step-99"]):
         assert cli.main(["evaluate", str(run), *wrong]) == 78
     assert cli.main(["evaluate", str(tmp_path / "nowhere")]) == 78
+
+
+def test_evaluate_and_predict_draw_what_a_model_does_not_save_as_training_did(small: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = distrain.train(tree(small, run, model={"name": "models_for_tests:Projected"}, run={"seed": 7}))
+    torch.manual_seed(1)
+    assert cli.main(["evaluate", str(run)]) == 0
+    scored = json.loads(next((run / "evaluations").iterdir()).read_text())
+    assert scored["confusion_matrix"] == result["confusion_matrix"]
+    torch.manual_seed(2)
+    loaded = loaded_model.load(run, None).model
+    torch.manual_seed(7)
+    assert torch.equal(loaded.projection, Projected(10, (3, 16, 16)).projection)
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,15 @@ def connect(environment: Environment, seconds: float, watchdog: Watchdog) -> Any
     """Connect to the store that the launcher's environment names, and return this run's part of it.
 
     Raises:
+        ConfigError: the environment lacks a variable.
         PeerLostError: no answer within `seconds`.
         Stopped: a stop was requested before.
     """
+    if environment.missing:
+        raise ConfigError(
+            f"WORLD_SIZE={environment.world.size} is set, but not {', '.join(environment.missing)}: start with distrain"
+            " launch, torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
     watchdog.heartbeat()  # the deadline here, which can name who is missing, comes before the watchdog's
     with report_loss(f"the processes could not meet at {environment.rendezvous}"):
         return run_part(_store(environment, seconds))

@@ -63,6 +63,7 @@ def from_config(
     settings: config.Model,
     num_classes: int,
     image_shape: Sequence[int],
+    seed: int,
     dtype: torch.dtype = torch.float32,
     batch_sizes: Sequence[int] = (2,),
 ) -> nn.Module:
@@ -72,6 +73,7 @@ def from_config(
         settings: section `model` of the configuration.
         num_classes: length of the model's output.
         image_shape: (H, W, C) of the images, as in a manifest.
+        seed: `run.seed`; also where weights are loaded later, as a model may draw tensors that no checkpoint has.
         dtype: of the weights.
         batch_sizes: numbers of images to try the model on.
 
@@ -79,6 +81,7 @@ def from_config(
         ConfigError: it cannot be built, or does not give one logit for each class.
     """
     height, width, channels = image_shape
+    torch.manual_seed(seed)  # weights are drawn on the CPU, so every device starts from the same
     model = build(settings.name, settings.activation, num_classes, (channels, height, width)).to(dtype)
     for samples in batch_sizes:
         check_output(settings.name, model, torch.zeros(samples, channels, height, width, dtype=dtype), num_classes)

@@ -24,7 +24,7 @@ from distrain.runs.checkpoint import Checkpoint
 from distrain.tools.loaded_model import choose
 from distrain.training import evaluation
 from distrain.training.evaluation import Scores
-from distrain.training.setup import check_same_data, read_data, start_runtime, start_watchdog
+from distrain.training.setup import build_model, check_same_data, read_data, start_runtime, start_watchdog
 
 log = logging.getLogger("distrain")
 
@@ -95,8 +95,7 @@ def _evaluate(config: Config, dataset: Dataset, split: str, saved: Checkpoint, r
 
 
 def _load_model(config: Config, dataset: Dataset, saved: Checkpoint, rt: Runtime) -> nn.Module:
-    data = dataset.manifest
-    module = models.from_config(config.model, len(data.classes), data.image_shape, rt.dtype)
+    module = build_model(config, dataset.manifest, rt.dtype)
     models.load(module, saved.model, config.model.name, saved.path)
     return module
 

@@ -55,7 +55,7 @@ def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
     saved = checkpoint.load(path)
     height, width, channels = record.setup["data"]["image_shape"]
     classes, settings = record.classes, record.config.model
-    model = models.from_config(settings, len(classes), (height, width, channels))
+    model = models.from_config(settings, len(classes), (height, width, channels), record.config.run.seed)
     models.load(model, saved.model, settings.name, path)
     mean, std = (torch.tensor(saved.state["identity"][f"data.{key}"], device=device) for key in ("mean", "std"))
     return LoadedModel(model.float().to(device).eval(), classes, (height, width, channels), mean, std, path.name)

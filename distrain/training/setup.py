@@ -258,9 +258,8 @@ def build_model(config: Config, data: Manifest, dtype: torch.dtype, empty: bool 
     Raises:
         ConfigError: it cannot be built, or does not give one logit for each class.
     """
-    torch.manual_seed(config.run.seed)  # weights are drawn on the CPU, so every device starts from the same
     batch_sizes = (2, 0) if empty else (2,)
-    return models.from_config(config.model, len(data.classes), data.image_shape, dtype, batch_sizes)
+    return models.from_config(config.model, len(data.classes), data.image_shape, config.run.seed, dtype, batch_sizes)
 
 
 def _prepare(config: Config, module: nn.Module, runtime: Runtime) -> tuple[DistributedModel, Any]:
