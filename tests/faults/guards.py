@@ -287,8 +287,12 @@ def digest(fault: Fault, marked: Marked) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def try_one(fault: Fault, marked: Marked) -> bool | None:
-    """Return whether the fault's test fails without the guard; None if it ran out of time, which tells nothing."""
+def try_one(fault: Fault, marked: Marked) -> tuple[bool | None, str]:
+    """Run the fault's test without the guard.
+
+    Returns:
+        Whether it fails, or None if it ran out of time, which tells nothing; and the failed assertion, or the output.
+    """
     with tempfile.TemporaryDirectory(prefix="distrain-guards-") as folder:
         copy = Path(folder)
         for name in ("distrain", "tests", "configs"):
@@ -299,9 +303,10 @@ def try_one(fault: Fault, marked: Marked) -> bool | None:
         environ = {**os.environ, "PYTHONPATH": folder}
         done = subprocess.run(command, cwd=copy, env=environ, capture_output=True, text=True, check=False)
     if done.returncode == 1 and " failed" in done.stdout and "from pytest-timeout" not in done.stdout:
-        return True
-    print(done.stdout[-1500:], done.stderr[-500:])
-    return False if done.returncode == 0 and " passed" in done.stdout else None
+        lines = [line.strip() for line in done.stdout.splitlines() if line.startswith((">  ", "E  "))]
+        return True, " ".join(line[:150] for line in lines[:2])
+    passed = done.returncode == 0 and " passed" in done.stdout
+    return False if passed else None, (done.stdout + done.stderr)[-2000:]
 
 
 def try_all(names: list[str]) -> int:
@@ -317,11 +322,9 @@ def try_all(names: list[str]) -> int:
         unchanged = tried.get(fault.key) == digest(fault, marked)
         if unchanged if not names else not any(name in f"{fault.key} {fault.name} {fault.marker}" for name in names):
             continue
-        fails = try_one(fault, marked)
-        print(
-            f"{ {True: 'fails without it', False: 'PASSES WITHOUT IT', None: 'NO RESULT'}[fails] }: {fault.key}",
-            flush=True,
-        )
+        fails, details = try_one(fault, marked)
+        result = {True: "fails without it", False: "PASSES WITHOUT IT", None: "NO RESULT"}[fails]
+        print(f"{result}: {fault.key}\n  {details}", flush=True)
         missed += not fails
         tried.pop(fault.key, None)
         if fails:
