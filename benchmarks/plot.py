@@ -1,4 +1,4 @@
-"""A picture of all parts: a panel for each part and unit, bars for medians, error bars for lowest and highest samples."""
+"""A picture of all parts: a panel for each part and unit, with bars for medians and error bars for the extremes."""
 
 from __future__ import annotations
 

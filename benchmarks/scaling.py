@@ -1,6 +1,7 @@
 """Scaling: images/s of W processes under `distrain launch`.
 
-Each has one thread or GPU and the same batch. The comparison is the sum of W independent runs of one process, started at once, which is the limit of the machine.
+Each has one thread or GPU and the same batch. The comparison is the sum of W independent runs of one process, started
+at once, which is the limit of the machine.
 
 The first fifth of the steps is not counted. Shards are read in every epoch (data.cache=off).
 """

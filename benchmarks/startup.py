@@ -1,7 +1,7 @@
 """Start-up: seconds from the start of the command to the first step, of a new run and of a resumed one.
 
-The end is when another process can read the first step's line in RUN/metrics.jsonl. This includes the interpreter, all imports,
-the set-up, the first read and the first step. The file is checked every 5 ms.
+The end is when another process can read the first step's line in RUN/metrics.jsonl. This includes the
+interpreter, all imports, the set-up, the first read and the first step. The file is checked every 5 ms.
 
 Compared with the imports that both need: the whole of `python -c 'import torch, accelerate'`.
 """

@@ -90,7 +90,7 @@ class _TransientError(FetchError):
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """Settings for fetching files, as in section `data` of the configuration. Without a cache folder nothing is kept."""
+    """Settings for fetching files, as in section `data`. Without a cache folder nothing is stored."""
 
     cache_dir: Path | None
     cache_bytes: int

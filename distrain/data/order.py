@@ -113,7 +113,7 @@ class Order:
         return smallest, largest
 
     def partners(self, step: int, world: World) -> Ints:
-        """Return, for each sample of a rank's local batch, the sample that mixup mixes it with: indices into it, int64 [n].
+        """Return, for each sample of a rank's local batch, the index of its partner in mixup: int64 [n].
 
         It is the next sample of the same lane, which the same rank owns, or the sample itself if the lane has only one.
         """

@@ -24,8 +24,8 @@ class Profile:
     """Seconds spent in each phase of the steps.
 
     start: until the first data of an attempt arrives; data: waiting for data; copy: host-to-device copy and
-    augmentation (on a GPU, the host's part of it); log: audit; reduce: all-reduce of gradients that no computation hides, as DDP
-    samples it; compute: the rest.
+    augmentation (on a GPU, the host's part of it); log: audit; reduce: all-reduce of gradients that no
+    computation hides, as DDP samples it; compute: the rest.
     """
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ class Marked:
 
 @dataclass(frozen=True)
 class Removal:
-    """A way to remove a guard: the marked statement becomes `text`, or only the condition of its `if` or `while` does."""
+    """A way to remove a guard: the marked statement, or the condition of its `if` or `while`, becomes `text`."""
 
     text: str
     of_condition: bool = False

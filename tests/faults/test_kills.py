@@ -68,7 +68,8 @@ def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
         with Job(small_run(folder / "data", folder / run, **changes), folder) as job:
             assert job.wait(600) == 0, job.output
     phases, targets = (dict(Counter(kill[part] for kill in kills).most_common()) for part in (1, 0))
-    summary = f"Phases that were hit: {phases}. Targets: {targets}. The result has the same bits as that of an undisturbed run."
+    summary = f"Phases that were hit: {phases}. Targets: {targets}."
+    summary += " The result has the same bits as that of an undisturbed run."
     trained(folder / "killed").same_as(trained(folder / "whole"))
     ids = trained(folder / "killed").ids
     for epoch in range(900 // 24):  # every sample of an epoch at most once; 403 - 24 · 16 are dropped
