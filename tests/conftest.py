@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from datasets import make
 from group import Group
-from harness import Job, Trained, ip, small_run, trained
+from harness import Trained, arguments, ip, small_run, trained
 
+from distrain import config
 from distrain.data.manifest import Dataset
 
 CIFAR10 = Path(os.environ.get("DISTRAIN_CIFAR10_JPEG", Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -60,18 +61,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
-    """`undisturbed(processes)`: what the small run trains when nothing happens to it."""
-    found: dict[Any, Trained] = {}
+def undisturbed(
+    data: Path, group: Callable[[int], Group], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Trained]:
+    """`undisturbed(processes)`: what the small run trains when nothing happens to it, and under no launcher."""
+    runs: dict[Any, Trained] = {}
 
     def get(processes: int = 2, /, **sections: dict[str, Any]) -> Trained:
         key = (processes, repr(sections))
-        if key not in found:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            with Job(small_run(data, folder / "run", **sections), folder, processes) as job:
-                assert job.wait() == 0, job.output
-            found[key] = trained(folder / "run")
-        return found[key]
+        if key not in runs:
+            run = tmp_path_factory.mktemp("undisturbed") / "run"
+            tree = small_run(data, run, **sections)
+            group(processes).train(config.load(None, arguments(tree)).model_dump())
+            runs[key] = trained(run)
+        return runs[key]
 
     return get
 
