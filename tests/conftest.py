@@ -54,7 +54,7 @@ def cifar10_archives() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 samples in 12 shards of 6 lanes: an epoch of 25 steps of 16 begins a round every 12 or 13 steps."""
+    """403 samples in 12 shards of 6 lanes: an epoch of 24 steps of 16 begins a round every 12 or 13 steps."""
     folder = tmp_path_factory.mktemp("faults") / "data"
     make(folder, 403, 100, image_size=8, shards=12, lanes=6)
     return folder
@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(
     data: Path, group: Callable[[int], Group], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Trained]:
-    """`undisturbed(processes)`: what the small run trains when nothing happens to it, and under no launcher."""
+    """`undisturbed(processes)`: the result of the small run without faults, trained by a group without a launcher."""
     runs: dict[Any, Trained] = {}
 
     def get(processes: int = 2, /, **sections: dict[str, Any]) -> Trained:
@@ -81,7 +81,7 @@ def undisturbed(
 
 @pytest.fixture
 def nodes() -> Iterator[tuple[list[str], str]]:
-    """Two hosts on one bridge: the commands' prefixes that run there, and the name to cut the second one's link by."""
+    """Two network name spaces on one bridge: their names, and the name of the second one's link on the bridge."""
     if shutil.which("ip") is None:
         pytest.skip("needs iproute2")
     mark = uuid.uuid4().hex[:6]
