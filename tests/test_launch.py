@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,13 +43,30 @@ def launch(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_launcher_trains_the_same(small: Dataset, tmp_path: Path) -> None:
-    ends = {}
-    for name, (size, _) in LAUNCHERS.items():
-        run = tmp_path / name
-        done = launch(name, f"data.dir={small.root}", f"run.dir={run}", "train.max_steps=30", "train.precision=fp64")
+def keys(dataset: Dataset, run: Path) -> list[str]:
+    return [f"data.dir={dataset.root}", f"run.dir={run}", "train.max_steps=30", "train.precision=fp64",
+            "log.report=false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_under(small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`run_under(launcher)`: a run on this machine, trained once for all tests."""
+
+    @functools.cache
+    def train(name: str) -> Path:
+        run = tmp_path_factory.mktemp("launched") / name
+        done = launch(name, *keys(small, run))
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("Finished Training") == 1
+        return run
+
+    return train
+
+
+def test_every_launcher_trains_the_same(run_under: Callable[[str], Path]) -> None:
+    ends = {}
+    for name, (size, _) in LAUNCHERS.items():
+        run = run_under(name)
         assert json.loads((run / "result.json").read_text())["world_size"] == size
         ends[name] = load_file(run / "checkpoints/step-00000030/model.safetensors")
     for name, other in (("python", "distrain"), ("accelerate", "torchrun"), ("distrain launch", "torchrun")):
@@ -88,12 +107,13 @@ def test_fewer_processes_than_accelerate_was_asked_for_are_an_error(small: Datas
     assert not run.exists()
 
 
-def test_torchrun_on_two_nodes(nodes: tuple[list[str], str], small: Dataset, tmp_path: Path) -> None:
+def test_torchrun_on_two_nodes(
+    nodes: tuple[list[str], str], small: Dataset, run_under: Callable[[str], Path], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     processes = [
         subprocess.Popen(
-            ["ip", "netns", "exec", name, str(FILES / "torchrun.sh"), f"data.dir={small.root}", f"run.dir={run}",
-             "train.max_steps=30"],
+            ["ip", "netns", "exec", name, str(FILES / "torchrun.sh"), *keys(small, run)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env=environ(NODES="2", NODE=str(number), HOST="10.99.7.10", PROCESSES="1"),
         )
@@ -106,9 +126,8 @@ def test_torchrun_on_two_nodes(nodes: tuple[list[str], str], small: Dataset, tmp
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert json.loads((run / "result.json").read_text())["world_size"] == 2
-    alone = launch("torchrun", f"data.dir={small.root}", f"run.dir={tmp_path / 'alone'}", "train.max_steps=30")
-    assert alone.returncode == 0, alone.stderr
-    ends = [load_file(folder / "checkpoints/step-00000030/model.safetensors") for folder in (run, tmp_path / "alone")]
+    one_node = run_under("torchrun")
+    ends = [load_file(folder / "checkpoints/step-00000030/model.safetensors") for folder in (run, one_node)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 

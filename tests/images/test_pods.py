@@ -14,7 +14,7 @@ from engine import REPO, RESTRICTED, Engine
 from harness import newest_step, trained, until
 
 pytestmark = pytest.mark.images
-SHORT = ["train.epochs=2", "checkpoint.every_steps=50", "data.audit=true"]
+SHORT = ["train.epochs=2", "checkpoint.every_steps=50", "data.audit=true", "log.report=false"]
 
 
 class Pods:
