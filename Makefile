@@ -29,7 +29,8 @@ train: $(VENV)/installed ## Train on the embedded data set, on all local GPUs or
 	$(BIN)/distrain launch --nproc $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)') \
 		-- train --config configs/synthetic.yaml data.dir=$(DATA) run.dir=$(RUN)
 
-test: test-fast test-browser test-ranks test-faults test-slurm test-images ## Run all tests, with the short form of the fault tests
+# In an order that suits two at a time (make -j2 --output-sync test).
+test: test-ranks test-fast test-slurm test-browser test-faults test-images ## Run all tests, with the short form of the fault tests
 
 test-fast: $(VENV)/installed-dev ## Run the tests that need one process
 	$(BIN)/pytest -m "not ranks and not faults and not slurm and not images and not browser" --durations=5

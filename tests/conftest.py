@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from datasets import make
 from group import Group
-from harness import Job, Trained, ip, small_run, trained
+from harness import Trained, arguments, ip, small_run, trained
 
+from distrain import config
 from distrain.data.manifest import Dataset
 
 CIFAR10 = Path(os.environ.get("DISTRAIN_CIFAR10_JPEG", Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -53,32 +54,34 @@ def cifar10_archives() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 samples in 12 shards of 6 lanes: an epoch of 25 steps of 16 begins a round every 12 or 13 steps."""
+    """403 samples in 12 shards of 6 lanes: an epoch of 24 steps of 16 begins a round every 12 or 13 steps."""
     folder = tmp_path_factory.mktemp("faults") / "data"
     make(folder, 403, 100, image_size=8, shards=12, lanes=6)
     return folder
 
 
 @pytest.fixture(scope="session")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
-    """`undisturbed(processes)`: what the small run trains when nothing happens to it."""
-    found: dict[Any, Trained] = {}
+def undisturbed(
+    data: Path, group: Callable[[int], Group], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Trained]:
+    """`undisturbed(processes)`: the result of the small run without faults, trained by a group without a launcher."""
+    runs: dict[Any, Trained] = {}
 
     def get(processes: int = 2, /, **sections: dict[str, Any]) -> Trained:
         key = (processes, repr(sections))
-        if key not in found:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            with Job(small_run(data, folder / "run", **sections), folder, processes) as job:
-                assert job.wait() == 0, job.output
-            found[key] = trained(folder / "run")
-        return found[key]
+        if key not in runs:
+            run = tmp_path_factory.mktemp("undisturbed") / "run"
+            tree = small_run(data, run, **sections)
+            group(processes).train(config.load(None, arguments(tree)).model_dump())
+            runs[key] = trained(run)
+        return runs[key]
 
     return get
 
 
 @pytest.fixture
 def nodes() -> Iterator[tuple[list[str], str]]:
-    """Two hosts on one bridge: the commands' prefixes that run there, and the name to cut the second one's link by."""
+    """Two network name spaces on one bridge: their names, and the name of the second one's link on the bridge."""
     if shutil.which("ip") is None:
         pytest.skip("needs iproute2")
     mark = uuid.uuid4().hex[:6]

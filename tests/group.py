@@ -1,26 +1,28 @@
 """Real processes for tests: a group of W ranks (gloo, over a file store: no ports) that trains one run after another.
 
-Starting a process with torch costs seconds, so a group is kept for the whole session and is only ended by a test that
-kills it. The parent sends one JSON line per call to every rank and reads one JSON line back from each.
+A process that imports torch takes seconds to start. One process, the fork server, imports it once; the ranks are forked
+from there. A group is kept for the whole session, unless a test kills it. The parent sends each rank a call
+through a pipe, and receives one answer from each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-REPO = Path(__file__).parent.parent
-ANSWER = "<answer> "
 SECONDS = 300
+"""Longest wait for an answer."""
+_IMPORTED = ["torch", "torch._dynamo", "accelerate", "distrain.training.train", "distrain.tools.evaluate", "pytest"]
+"""Modules of the fork server; none of them starts a thread or looks for GPUs."""
 
 
 class GroupError(Exception):
@@ -38,43 +40,32 @@ class Group:
     def __init__(self, size: int) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="distrain-group-")
-        store = Path(self._folder.name, "store")
-        self._ranks = [
-            subprocess.Popen(
-                [sys.executable, "-u", __file__, str(store)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=REPO,
-                env={
-                    **os.environ,
-                    **_place(rank, size),
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
-                },
-            )
-            for rank in range(size)
-        ]
+        self._pipes: list[Connection] = []
+        self._ranks: list[multiprocessing.process.BaseProcess] = []
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTED)
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, rank, size, str(Path(self._folder.name, "store")))
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # the first of them starts the fork server
+                process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._ranks.append(process)
 
     def start(self, name: str, *arguments: Any) -> None:
         """Send a call (see `_CALLS`) to all ranks."""
-        for process in self._ranks:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([name, *arguments]) + "\n")
-            process.stdin.flush()
+        for pipe in self._pipes:
+            pipe.send((name, arguments))
 
     def answers(self) -> list[Any]:
-        """What each rank answers to the last call, bounded in time; the output before it goes to ours."""
-        alarm = threading.Timer(SECONDS, self.kill)
-        alarm.start()
-        try:
-            found = [self._answer(rank) for rank in range(self.size)]
-        finally:
-            alarm.cancel()
-        if any("error" in answer for answer in found):
-            raise GroupError(found)
-        return [answer["value"] for answer in found]
+        """Wait for each rank's answer to the last call, for a limited time."""
+        deadline = time.monotonic() + SECONDS
+        answers = [self._answer(rank, deadline) for rank in range(self.size)]
+        if any("error" in answer for answer in answers):
+            raise GroupError(answers)
+        return [answer["value"] for answer in answers]
 
     def call(self, name: str, *arguments: Any) -> list[Any]:
         """Send a call and wait for the answers."""
@@ -86,38 +77,34 @@ class Group:
         return self.call("train", config)[0]
 
     def kill(self) -> None:
-        """SIGKILL to all ranks, and wait for them."""
+        """Send SIGKILL to all ranks, and wait for them."""
         for process in self._ranks:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
+            process.kill()
         for process in self._ranks:
-            process.wait(60)
+            process.join(60)
 
     def close(self) -> None:
-        """End of input ends the ranks."""
+        """Close the pipes, which ends the ranks."""
+        for pipe in self._pipes:
+            pipe.close()
         for process in self._ranks:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-        for process in self._ranks:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(30)
-            process.stdout.close()
+            process.join(30)
+        self.kill()
         self._folder.cleanup()
 
-    def _answer(self, rank: int) -> dict[str, Any]:
-        process = self._ranks[rank]
-        for line in process.stdout:
-            if line.startswith(ANSWER):
-                return json.loads(line.removeprefix(ANSWER))
-            print(f"[{rank}/{self.size}] {line}", end="")
-        raise AssertionError(f"rank {rank} of {self.size} ended with {process.wait(60)}")
+    def _answer(self, rank: int, deadline: float) -> dict[str, Any]:
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            if self._pipes[rank].poll(max(0.0, deadline - time.monotonic())):
+                answer: dict[str, Any] = self._pipes[rank].recv()
+                return answer
+            self.kill()
+            raise AssertionError(f"rank {rank} of {self.size}: no answer within {SECONDS} s")
+        self._ranks[rank].join(60)
+        raise AssertionError(f"rank {rank} of {self.size} ended with {self._ranks[rank].exitcode}")
 
 
-def _place(rank: int, size: int) -> dict[str, str]:
-    """What a launcher tells a rank; one process alone is told nothing."""
+def _launcher_environ(rank: int, size: int) -> dict[str, str]:
+    """The variables that a launcher sets for a rank; none for a single process."""
     if size == 1:
         return {}
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -154,20 +141,20 @@ def _train_each(configs: list[dict[str, Any]]) -> Any:
 _CALLS = {"train": _train, "train_each": _train_each, "evaluate": _evaluate}
 
 
-def _serve(store: str) -> None:
+def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     import torch.distributed as dist
 
-    if "RANK" in os.environ:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.update(_launcher_environ(rank, size))
+    if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    for line in sys.stdin:
-        name, *arguments = json.loads(line)
+    while True:
+        try:
+            name, arguments = pipe.recv()
+        except EOFError:  # the parent has closed its end, or is gone
+            return
         try:
             answer = {"value": _CALLS[name](*arguments)}
         except Exception as error:
             answer = {"error": type(error).__name__, "message": str(error)}
-        print(ANSWER + json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1])
+        pipe.send(answer)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class ThreeClasses(nn.Sequential):
-    """Gives three logits, whatever it is asked for."""
+    """Has three outputs for any number of classes."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(nn.Flatten(), nn.Linear(prod(image_shape), 3))
 
 
 class Coupled(nn.Sequential):
-    """Couples the samples of a share, and draws random numbers."""
+    """Has BatchNorm, which depends on the other samples of the batch, and Dropout, which draws random numbers."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         hidden = nn.Linear(prod(image_shape), 20)
@@ -30,7 +30,7 @@ class Coupled(nn.Sequential):
 
 
 class Normed(nn.Sequential):
-    """BatchNorm of both kinds."""
+    """Has BatchNorm of one and of two dimensions."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(
@@ -60,7 +60,7 @@ class Projected(nn.Module):
 
 
 class Broken(nn.Module):
-    """Cannot be built."""
+    """Raises an exception when it is built."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Broken(nn.Module):
 
 
 class Heavy(nn.Sequential):
-    """Takes a while to save."""
+    """Has 2 GB of weights, which take long to save."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(nn.Flatten(), nn.Linear(prod(image_shape), num_classes))
@@ -76,7 +76,7 @@ class Heavy(nn.Sequential):
 
 
 class Picky(nn.Sequential):
-    """Takes images of another size."""
+    """Fails on images of the size of the data set."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(nn.Flatten(), nn.Linear(7, num_classes))
@@ -86,26 +86,26 @@ _SLOW = {"slow": 0.2, "unhurried": 0.04}
 
 
 class Faulty(nn.Sequential):
-    """Does in its n-th pass of this process what FAULT=KIND:RANK:N asks for; without it, a small honest net."""
+    """A linear model; FAULT=KIND:RANK:N in the environment makes the N-th forward pass of a rank fail."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(nn.Flatten(), nn.Linear(prod(image_shape), num_classes))
-        # A checkpoint that takes a while to write, and does not change what is trained.
+        # Makes writing a checkpoint slower; does not change the result of training.
         self.register_buffer("ballast", torch.zeros(1_000_000))
         kind, rank, number = os.environ.get("FAULT", "none:0:0").split(":")
         self.kind = kind if os.environ.get("RANK", "0") == rank else "none"
-        self.number, self.passes = int(number), 0
+        self.fault_pass, self.pass_count = int(number), 0
 
     def forward(self, images: Tensor) -> Tensor:
-        self.passes += 1
-        if self.passes == self.number:
+        self.pass_count += 1
+        if self.pass_count == self.fault_pass:
             if self.kind == "raise":
                 raise RuntimeError("a fault of the model")
             if self.kind == "cannot":
                 raise RuntimeError("this operation has no deterministic form")
             if self.kind == "hang":
                 time.sleep(1000)
-            if self.kind == "hold":  # never lets go of the interpreter: no other thread of the process runs
+            if self.kind == "hold":  # holds the interpreter's lock: no other thread of the process runs
                 ctypes.PyDLL(None).sleep(1000)
             if self.kind == "stop":
                 os.kill(os.getpid(), signal.SIGUSR1)
@@ -113,21 +113,21 @@ class Faulty(nn.Sequential):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.kind == "crash":
                 os.kill(os.getpid(), signal.SIGSEGV)
-        if self.kind in _SLOW and self.passes >= self.number:
+        if self.kind in _SLOW and self.pass_count >= self.fault_pass:
             time.sleep(_SLOW[self.kind])
         logits: Tensor = super().forward(images)
         return logits
 
 
 class Linear(nn.Sequential):
-    """Takes images of any shape."""
+    """A linear model for images of any shape."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(nn.Flatten(), nn.Linear(prod(image_shape), num_classes))
 
 
 class Branching(Linear):
-    """What it computes hangs on a number that only a run knows: no exporter follows it."""
+    """Branches on the value of a tensor, which no exporter supports."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
@@ -135,7 +135,7 @@ class Branching(Linear):
 
 
 class Idle(Linear):
-    """Has a layer that its output does not depend on."""
+    """Has a layer that is not used."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(num_classes, image_shape)
@@ -147,7 +147,7 @@ class Idle(Linear):
 
 
 class OnlyOnRank0(Linear):
-    """Cannot be built elsewhere."""
+    """Raises an exception when it is built on another rank than 0."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         if os.environ.get("RANK", "0") != "0":

@@ -1,4 +1,4 @@
-"""What a run wrote down, as tests compare it."""
+"""Reads from a run's files what tests compare."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def ids_by_step(run: Path) -> dict[int, list[int]]:
-    """step → the ids that all ranks together trained on, sorted; no rank names a step twice."""
+    """Read the audit: for each step the ids that all ranks together trained on, sorted; each rank has a step once."""
     steps: dict[int, list[int]] = {}
     for path in sorted((run / "audit").glob("rank-*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -19,7 +19,7 @@ def ids_by_step(run: Path) -> dict[int, list[int]]:
 
 
 def metrics_but_times(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what the clock decides."""
+    """Read the lines of metrics.jsonl without values that depend on the time."""
     timed = ("seconds", "train/images_per_second")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [

@@ -1,4 +1,4 @@
-"""What `accelerate launch` is asked for: nothing is passed over in silence."""
+"""Options of `accelerate launch`: none is ignored without an error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAUNCH = Path(__file__).parent.parent / "launch"
         "ACCELERATE_DYNAMO_BACKEND=INDUCTOR",
     ],
 )
-def test_what_accelerate_is_asked_for_and_we_are_not_is_an_error(variable: str) -> None:
+def test_an_option_that_contradicts_the_configuration_is_an_error(variable: str) -> None:
     name, _, value = variable.partition("=")
     (line,) = conflicts({name: value}, "fp32", True)
     assert variable in line
@@ -31,7 +31,7 @@ def test_what_accelerate_is_asked_for_and_we_are_not_is_an_error(variable: str) 
 
 
 @pytest.mark.parametrize(
-    ("command", "asked"),
+    ("command", "processes"),
     [
         ("python /bin/accelerate launch --cpu --num_processes 2 -m distrain train", 2),
         ("python /bin/accelerate-launch --num_processes=4 -m distrain train", 4),
@@ -45,5 +45,5 @@ def test_what_accelerate_is_asked_for_and_we_are_not_is_an_error(variable: str) 
         ("", None),
     ],
 )
-def test_the_number_of_requested_processes(command: str, asked: int | None) -> None:
-    assert requested_processes(command.split()) == asked
+def test_the_number_of_requested_processes(command: str, processes: int | None) -> None:
+    assert requested_processes(command.split()) == processes

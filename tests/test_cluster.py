@@ -1,4 +1,4 @@
-"""Which node this is, from the environment alone."""
+"""The nodes of a job, from the environment alone."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ SLURM = {
 }  # fmt: skip
 
 
-def found(environ: dict[str, str], name: str = "host", **asked: object) -> Topology:
-    return detect(environ, Options(**asked), lambda: name)  # type: ignore[arg-type]
+def topology(environ: dict[str, str], name: str = "host", **options: object) -> Topology:
+    return detect(environ, Options(**options), lambda: name)  # type: ignore[arg-type]
 
 
 def test_one_machine() -> None:
-    assert found({}) == Topology(1, 0, "127.0.0.1", 0, "this machine")
+    assert topology({}) == Topology(1, 0, "127.0.0.1", 0, "this machine")
 
 
 def test_an_sbatch_script_without_srun_is_one_machine() -> None:
     batch = {key: value for key, value in SLURM.items() if "STEP" not in key}
-    assert found(batch).nodes == 1
+    assert topology(batch).nodes == 1
     with pytest.raises(ConfigError, match="2 nodes, and this is one of them"):
-        found({**batch, "SLURM_NNODES": "2"})
-    assert found({**batch, "SLURM_NNODES": "2"}, nodes=1).nodes == 1
+        topology({**batch, "SLURM_NNODES": "2"})
+    assert topology({**batch, "SLURM_NNODES": "2"}, nodes=1).nodes == 1
 
 
 def test_srun() -> None:
-    assert found(SLURM) == Topology(2, 1, "n3", 24711, "SLURM job 4711")
+    assert topology(SLURM) == Topology(2, 1, "n3", 24711, "SLURM job 4711")
     alone = {**SLURM, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"}
-    assert found(alone) == Topology(1, 0, "127.0.0.1", 0, "SLURM job 4711")
+    assert topology(alone) == Topology(1, 0, "127.0.0.1", 0, "SLURM job 4711")
 
 
 @pytest.mark.parametrize(
@@ -45,33 +45,33 @@ def test_the_first_name_of_a_node_list(nodes: str, first: str) -> None:
 
 
 def test_jobs_of_one_node_do_not_share_a_port() -> None:
-    ports = {found({**SLURM, "SLURM_JOB_ID": str(job)}).port for job in range(100, 200)}
+    ports = {topology({**SLURM, "SLURM_JOB_ID": str(job)}).port for job in range(100, 200)}
     assert len(ports) == 100
     assert all(1024 < port < 65536 for port in ports)
 
 
 def test_srun_with_a_task_for_each_process_is_refused() -> None:
     with pytest.raises(ConfigError, match="one task a node"):
-        found({**SLURM, "SLURM_STEP_NUM_TASKS": "8"})
+        topology({**SLURM, "SLURM_STEP_NUM_TASKS": "8"})
 
 
 def test_an_indexed_job() -> None:
     pod = {"JOB_COMPLETION_INDEX": "2"}
     name = "train-2.train.lab.svc.cluster.local"
-    assert found(pod, name, nodes=4) == Topology(
+    assert topology(pod, name, nodes=4) == Topology(
         4, 2, "train-0.train.lab.svc.cluster.local", 29400, "a Kubernetes Indexed Job"
     )
-    assert found(pod, "train-2", nodes=4, host="elsewhere").host == "elsewhere"
+    assert topology(pod, "train-2", nodes=4, host="elsewhere").host == "elsewhere"
     with pytest.raises(ConfigError, match="subdomain"):
-        found(pod, "train-2", nodes=4)
+        topology(pod, "train-2", nodes=4)
     with pytest.raises(ConfigError, match="--nodes"):
-        found(pod, name)
+        topology(pod, name)
     with pytest.raises(ConfigError, match="node 2 of 2"):
-        found(pod, name, nodes=2)
+        topology(pod, name, nodes=2)
 
 
 def test_by_hand() -> None:
-    assert found({}, nodes=3, node=2, host="a", port=5) == Topology(3, 2, "a", 5, "this machine")
-    for asked in ({"nodes": 3}, {"nodes": 2, "host": "a"}, {"nodes": 2, "port": 5}):
+    assert topology({}, nodes=3, node=2, host="a", port=5) == Topology(3, 2, "a", 5, "this machine")
+    for options in ({"nodes": 3}, {"nodes": 2, "host": "a"}, {"nodes": 2, "port": 5}):
         with pytest.raises(ConfigError, match="give --host"):
-            found({}, **asked)
+            topology({}, **options)

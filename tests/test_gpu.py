@@ -1,4 +1,4 @@
-"""On a GPU: the same samples, the same bits again, and what only a GPU has. Skipped where there is none."""
+"""On a GPU: the same samples and the same bits as before, and features of GPUs. Skipped without one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def same_bits(a: Weights, b: Weights) -> bool:
 
 
 @pytest.mark.parametrize("model", ["net", "resnet9"])
-def test_wherever_train_is_kept_the_bits_are_the_same(model: str, small: Dataset, tmp_path: Path) -> None:
+def test_the_kind_of_cache_does_not_change_the_bits(model: str, small: Dataset, tmp_path: Path) -> None:
     ends = [
         train(small, tmp_path / cache, data={"cache": cache}, model={"name": model})
         for cache in ("off", "ram", "device")
@@ -61,7 +61,7 @@ def test_a_deterministic_run_resumes_to_the_same_bits(precision: str, small: Dat
     assert same_bits(train(small, tmp_path / "cut", **sections), whole)
 
 
-def test_the_gpu_trains_what_the_cpu_trains(small: Dataset, tmp_path: Path) -> None:
+def test_the_gpu_and_the_cpu_train_the_same(small: Dataset, tmp_path: Path) -> None:
     ends = [
         train(small, tmp_path / device, run={"device": device}, train={"precision": "fp64"})
         for device in ("cpu", "cuda")

@@ -1,4 +1,4 @@
-"""k8s/: every overlay renders, fits the schemas, and keeps the rules that no schema knows."""
+"""k8s/: every overlay renders, fits the schemas, and follows rules that no schema has."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def rendered(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 def one(rendered: list[dict[str, Any]], kind: str, containing: str = "") -> dict[str, Any]:
-    (found,) = (each for each in rendered if each["kind"] == kind and containing in each["metadata"]["name"])
-    return found
+    (each,) = (each for each in rendered if each["kind"] == kind and containing in each["metadata"]["name"])
+    return each
 
 
 def training(rendered: list[dict[str, Any]]) -> dict[str, Any]:
-    (found,) = (each for each in rendered if each["kind"] == "Job" and "prepare" not in each["metadata"]["name"])
-    return found
+    (job,) = (each for each in rendered if each["kind"] == "Job" and "prepare" not in each["metadata"]["name"])
+    return job
 
 
 def pods(rendered: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -39,8 +39,8 @@ def pods(rendered: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def trainer(rendered: list[dict[str, Any]]) -> dict[str, Any]:
-    (found,) = training(rendered)["spec"]["template"]["spec"]["containers"]
-    return found
+    (container,) = training(rendered)["spec"]["template"]["spec"]["containers"]
+    return container
 
 
 def size(quantity: str) -> int:
@@ -50,7 +50,7 @@ def size(quantity: str) -> int:
 def test_fits_the_schemas(rendered: list[dict[str, Any]]) -> None:
     assert {each["kind"] for each in rendered} >= {"Job", "Service", "ConfigMap", "NetworkPolicy"}
     for each in rendered:
-        kubernetes_validate.validate(each, "1.36", strict=True)  # raises for what it has no schema of
+        kubernetes_validate.validate(each, "1.36", strict=True)  # raises an error for a kind without a schema
 
 
 def test_pods_are_restricted(rendered: list[dict[str, Any]]) -> None:
@@ -62,10 +62,10 @@ def test_pods_are_restricted(rendered: list[dict[str, Any]]) -> None:
         assert context["runAsUser"] > 0
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in pod["containers"] + pod.get("initContainers", []):
-            own = container["securityContext"]
-            assert own["allowPrivilegeEscalation"] is False
-            assert own["readOnlyRootFilesystem"] is True
-            assert own["capabilities"] == {"drop": ["ALL"]}
+            restrictions = container["securityContext"]
+            assert restrictions["allowPrivilegeEscalation"] is False
+            assert restrictions["readOnlyRootFilesystem"] is True
+            assert restrictions["capabilities"] == {"drop": ["ALL"]}
             assert container["resources"]["limits"]["memory"]
             assert container["image"] == "distrain:latest"
 
@@ -87,7 +87,7 @@ def test_every_mount_has_its_volume_and_every_volume_its_claim(rendered: list[di
                 assert volume[kind]["name"] in maps
 
 
-def test_what_must_be_writable_is(rendered: list[dict[str, Any]]) -> None:
+def test_only_the_necessary_folders_are_writable(rendered: list[dict[str, Any]]) -> None:
     mounts = {mount["mountPath"]: mount for mount in trainer(rendered)["volumeMounts"]}
     assert {path for path, mount in mounts.items() if not mount.get("readOnly")} == {"/runs", "/tmp", "/dev/shm"}
     (shm,) = (each for each in training(rendered)["spec"]["template"]["spec"]["volumes"] if each["name"] == "shm")
@@ -95,7 +95,7 @@ def test_what_must_be_writable_is(rendered: list[dict[str, Any]]) -> None:
     assert 2 * size(shm["emptyDir"]["sizeLimit"]) <= size(trainer(rendered)["resources"]["limits"]["memory"])
 
 
-def test_the_job_comes_back_when_it_should(rendered: list[dict[str, Any]]) -> None:
+def test_exit_codes_decide_whether_the_job_is_retried(rendered: list[dict[str, Any]]) -> None:
     spec = training(rendered)["spec"]
     assert spec["completionMode"] == "Indexed"
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
@@ -123,20 +123,20 @@ def test_the_number_of_nodes_is_the_same_everywhere(rendered: list[dict[str, Any
     assert spec["completions"] == spec["parallelism"] == int(environ["DISTRAIN_NODES"])
 
 
-def test_pods_find_each_other_and_nobody_else_does(rendered: list[dict[str, Any]]) -> None:
+def test_pods_reach_each_other_and_nobody_else_reaches_them(rendered: list[dict[str, Any]]) -> None:
     template = training(rendered)["spec"]["template"]
-    own = {"batch.kubernetes.io/job-name": training(rendered)["metadata"]["name"]}  # a label that the Job's pods get
+    labels = {"batch.kubernetes.io/job-name": training(rendered)["metadata"]["name"]}  # a label that the Job's pods get
     service, policy = one(rendered, "Service"), one(rendered, "NetworkPolicy")
     assert template["spec"]["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["publishNotReadyAddresses"] is True
-    assert service["spec"]["selector"] == own
-    assert policy["spec"]["podSelector"]["matchLabels"] == own
+    assert service["spec"]["selector"] == labels
+    assert policy["spec"]["podSelector"]["matchLabels"] == labels
     ((sources,),) = (rule["from"] for rule in policy["spec"]["ingress"])
-    assert sources["podSelector"]["matchLabels"] == own
+    assert sources["podSelector"]["matchLabels"] == labels
     for kind in ("podAffinity", "podAntiAffinity"):
         for term in template["spec"].get("affinity", {}).get(kind, {}).values():
-            assert term[0]["labelSelector"]["matchLabels"] == own
+            assert term[0]["labelSelector"]["matchLabels"] == labels
     assert policy["spec"]["policyTypes"] == ["Ingress"]
 
 
@@ -145,7 +145,7 @@ def test_the_grace_is_longer_than_the_launchers(rendered: list[dict[str, Any]], 
     (text,) = one(rendered, "ConfigMap")["data"].values()
     config.write_text(text)
     container = trainer(rendered)
-    keys = [word for word in container["args"] if "=" in word and not word.startswith("--")]
+    keys = [each for each in container["args"] if "=" in each and not each.startswith("--")]
     resolved = load(config, keys)  # raises for a key that does not exist
     assert resolved.data.dir == "/data/train"
     assert resolved.run.dir.startswith("/runs/")
@@ -154,7 +154,7 @@ def test_the_grace_is_longer_than_the_launchers(rendered: list[dict[str, Any]], 
     assert grace > resolved.launch.grace_seconds
 
 
-def test_no_secret_is_needed_or_written_down(rendered: list[dict[str, Any]]) -> None:
+def test_no_secret_is_required_or_in_a_manifest(rendered: list[dict[str, Any]]) -> None:
     (key,) = (each for each in trainer(rendered)["env"] if each["name"] == "WANDB_API_KEY")
     assert key["valueFrom"]["secretKeyRef"]["optional"] is True
     assert not any(each["kind"] == "Secret" for each in rendered)
@@ -175,11 +175,12 @@ def test_kueue_admits_it() -> None:
     assert "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]
 
 
-def test_a_second_job_under_another_name_is_on_its_own(tmp_path: Path) -> None:
+def test_a_second_job_under_another_name_is_independent(tmp_path: Path) -> None:
     shutil.copytree(K8S, tmp_path / "k8s")
     mine = tmp_path / "k8s/overlays/mine"
     mine.mkdir()
     (mine / "kustomization.yaml").write_text("nameSuffix: -second\nresources:\n  - ../gpu-multi-node\n")
-    test_pods_find_each_other_and_nobody_else_does(found := render(mine))
-    test_every_mount_has_its_volume_and_every_volume_its_claim(found)
-    assert all("-second" in each["metadata"]["name"] for each in found)
+    rendered = render(mine)
+    test_pods_reach_each_other_and_nobody_else_reaches_them(rendered)
+    test_every_mount_has_its_volume_and_every_volume_its_claim(rendered)
+    assert all("-second" in each["metadata"]["name"] for each in rendered)

@@ -1,11 +1,13 @@
-"""The same run under every way to start it, as commands."""
+"""The same run under every launcher, by its command."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,8 +33,8 @@ LAUNCHERS = {
 
 
 def environ(**more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    return {**kept, "PATH": f"{BIN}:{kept['PATH']}", "PROCESSES": "2", "OMP_NUM_THREADS": "1", **more}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    return {**inherited, "PATH": f"{BIN}:{inherited['PATH']}", "PROCESSES": "2", "OMP_NUM_THREADS": "1", **more}
 
 
 def launch(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,13 +43,30 @@ def launch(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_launcher_trains_the_same(small: Dataset, tmp_path: Path) -> None:
-    ends = {}
-    for name, (size, _) in LAUNCHERS.items():
-        run = tmp_path / name
-        done = launch(name, f"data.dir={small.root}", f"run.dir={run}", "train.max_steps=30", "train.precision=fp64")
+def keys(dataset: Dataset, run: Path) -> list[str]:
+    return [f"data.dir={dataset.root}", f"run.dir={run}", "train.max_steps=30", "train.precision=fp64",
+            "log.report=false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_under(small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`run_under(launcher)`: a run on this machine, trained once for all tests."""
+
+    @functools.cache
+    def train(name: str) -> Path:
+        run = tmp_path_factory.mktemp("launched") / name
+        done = launch(name, *keys(small, run))
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("Finished Training") == 1
+        return run
+
+    return train
+
+
+def test_every_launcher_trains_the_same(run_under: Callable[[str], Path]) -> None:
+    ends = {}
+    for name, (size, _) in LAUNCHERS.items():
+        run = run_under(name)
         assert json.loads((run / "result.json").read_text())["world_size"] == size
         ends[name] = load_file(run / "checkpoints/step-00000030/model.safetensors")
     for name, other in (("python", "distrain"), ("accelerate", "torchrun"), ("distrain launch", "torchrun")):
@@ -55,7 +74,7 @@ def test_every_launcher_trains_the_same(small: Dataset, tmp_path: Path) -> None:
     assert all(float((ends["torchrun"][k] - ends["python"][k]).abs().max()) < 1e-12 for k in ends["python"])
 
 
-def test_errors_come_once_without_traceback_of_ours(small: Dataset, tmp_path: Path) -> None:
+def test_errors_are_printed_once_without_our_traceback(small: Dataset, tmp_path: Path) -> None:
     run = tmp_path / "run"
     alone = launch("python", "train.lrr=1", f"run.dir={run}")
     assert alone.returncode == 78
@@ -65,18 +84,18 @@ def test_errors_come_once_without_traceback_of_ours(small: Dataset, tmp_path: Pa
     assert together.returncode != 0
     assert together.stderr.count("distrain: error:") == 1
     assert "smaller than the number of processes" in together.stderr
-    strange = subprocess.run(
+    wrong_command = subprocess.run(
         [BIN / "distrain", "launch", "--", "python", "train.py"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert strange.returncode == 78
-    assert strange.stderr == (
+    assert wrong_command.returncode == 78
+    assert wrong_command.stderr == (
         "distrain: error: launch: python: give train, evaluate or doctor after --, with its arguments\n"
     )
     assert not run.exists()
 
 
-def test_accelerate_that_starts_fewer_than_asked_is_an_error(small: Dataset, tmp_path: Path) -> None:
+def test_fewer_processes_than_accelerate_was_asked_for_are_an_error(small: Dataset, tmp_path: Path) -> None:
     command = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2", "-m", "distrain"]
     run = tmp_path / "run"
     done = subprocess.run(
@@ -88,34 +107,34 @@ def test_accelerate_that_starts_fewer_than_asked_is_an_error(small: Dataset, tmp
     assert not run.exists()
 
 
-def test_torchrun_on_two_nodes(nodes: tuple[list[str], str], small: Dataset, tmp_path: Path) -> None:
+def test_torchrun_on_two_nodes(
+    nodes: tuple[list[str], str], small: Dataset, run_under: Callable[[str], Path], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     processes = [
         subprocess.Popen(
-            ["ip", "netns", "exec", name, str(FILES / "torchrun.sh"), f"data.dir={small.root}", f"run.dir={run}",
-             "train.max_steps=30"],
+            ["ip", "netns", "exec", name, str(FILES / "torchrun.sh"), *keys(small, run)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env=environ(NODES="2", NODE=str(number), HOST="10.99.7.10", PROCESSES="1"),
         )
         for number, name in enumerate(nodes[0])
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert json.loads((run / "result.json").read_text())["world_size"] == 2
-    alone = launch("torchrun", f"data.dir={small.root}", f"run.dir={tmp_path / 'alone'}", "train.max_steps=30")
-    assert alone.returncode == 0, alone.stderr
-    ends = [load_file(folder / "checkpoints/step-00000030/model.safetensors") for folder in (run, tmp_path / "alone")]
+    one_node = run_under("torchrun")
+    ends = [load_file(folder / "checkpoints/step-00000030/model.safetensors") for folder in (run, one_node)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 @pytest.mark.parametrize("name", ["torchrun", "accelerate"])
 def test_doctor_under_other_launchers(name: str, small: Dataset, tmp_path: Path) -> None:
-    words = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "distrain", "train"]
-    command = words if name == "torchrun" else LAUNCHERS[name][1]
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "distrain", "train"]
+    command = torchrun if name == "torchrun" else LAUNCHERS[name][1]
     done = subprocess.run(
         [*command[:-1], "doctor", f"data.dir={small.root}", f"run.dir={tmp_path / 'run'}"],
         capture_output=True, text=True, timeout=120, env=environ(), check=False,

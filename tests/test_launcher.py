@@ -1,4 +1,4 @@
-"""The verdict on how processes ended, and who is said to be behind: pure functions."""
+"""The verdict on how processes ended, and which rank is named as behind: pure functions."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_verdict(name: str) -> None:
     assert decide(exits[::-1], stop_signal, can_resume).code == code
 
 
-def test_the_screen_names_host_phase_step_and_message() -> None:
+def test_the_verdict_names_host_phase_step_and_message() -> None:
     failure = Failure("fault", 1, 3, "node7", "evaluate", 12, "ValueError: no", "Traceback …\nValueError: no", 0.0)
     text = format_verdict(decide([WorkerExit(3, 1, failure, WorkerStatus("end", 20), 0.0, False)], None, True))
     for part in ("rank 3 failed first", "node7", "evaluate, step 12", "Traceback", "exit 1"):
         assert part in text
 
 
-def test_a_mistake_of_the_users_is_text_without_a_place() -> None:
+def test_a_user_error_is_printed_without_rank_and_phase() -> None:
     failure = Failure("user", 78, 1, socket.gethostname(), "start", 0, "train.lr: no", "", 0.0)
     verdict = decide([WorkerExit(1, 78, failure, WorkerStatus("start", 0), 0.0, False)], None, True)
     assert format_verdict(verdict) == "distrain: error: train.lr: no\ndistrain: exit 78: not again unchanged"
@@ -67,11 +67,11 @@ def test_a_mistake_of_the_users_is_text_without_a_place() -> None:
     assert format_verdict(elsewhere).startswith("distrain: on node7:\ndistrain: error: train.lr: no\n")
 
 
-def entry(meetings: int, waits_for: str | None = None) -> dict[str, object]:
-    return {"collectives": meetings, "host": "h", "pid": 5, "waiting_for": waits_for}
+def entry(collectives: int, waits_for: str | None = None) -> dict[str, object]:
+    return {"collectives": collectives, "host": "h", "pid": 5, "waiting_for": waits_for}
 
 
-def test_who_is_behind() -> None:
+def test_the_rank_that_is_behind_is_named() -> None:
     assert straggler({0: entry(7), 1: entry(7), 2: entry(6)}, 3).startswith("rank 2 (host h, process 5) is behind")
     assert straggler({0: entry(7), 2: entry(7)}, 3).startswith("rank 1 is behind: it does not answer")
     assert straggler({0: entry(7), 1: entry(7, "its data")}, 2) == "rank 1 waits for its data"

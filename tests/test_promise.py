@@ -1,4 +1,4 @@
-"""The promise, on real processes: what is trained depends on data, configuration and seed alone."""
+"""The promise, on real processes: the result of training depends on data, configuration and seed alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def weights(run: Path, step: int | None = None) -> Weights:
 
 
 def train_and_kill(w: int, config: dict[str, Any], step: int) -> None:
-    """Train on a group of its own, and SIGKILL all its ranks once the checkpoint of a step is there."""
+    """Train on a new group, and SIGKILL all its ranks as soon as the checkpoint of a step exists."""
     victims = Group(w)
     try:
         victims.start("train", config)
@@ -68,22 +68,33 @@ def same_bits(a: Weights, b: Weights) -> bool:
 
 @pytest.fixture(scope="module")
 def epoch500(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """An epoch of 501 steps of 16; one sample and some are left over."""
+    """An epoch of 501 steps of 16; it drops some samples."""
     return make(tmp_path_factory.mktemp("epoch") / "data", 8035, 203, shards=24, lanes=12)
 
 
-def test_epoch_in_fp64_is_the_same_on_1_to_4_processes(epoch500: Dataset, group: Groups, tmp_path: Path) -> None:
-    results = {w: group(w).train(configuration(epoch500, tmp_path / str(w))) for w in (1, 2, 3, 4)}
+@pytest.fixture(scope="module")
+def epoch_on_one_process(epoch500: Dataset, group: Groups, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of that epoch on one process."""
+    run = tmp_path_factory.mktemp("epoch") / "run"
+    group(1).train(configuration(epoch500, run))
+    return run
+
+
+def test_epoch_in_fp64_is_the_same_on_1_to_4_processes(
+    epoch500: Dataset, epoch_on_one_process: Path, group: Groups, tmp_path: Path
+) -> None:
+    results = {1: json.loads((epoch_on_one_process / "result.json").read_text())}
+    results |= {w: group(w).train(configuration(epoch500, tmp_path / str(w))) for w in (2, 3, 4)}
     steps = results[1]["steps"]
     assert steps >= 500
-    ids = ids_by_step(tmp_path / "1")
+    ids = ids_by_step(epoch_on_one_process)
     assert list(ids) == list(range(steps))
     seen = Counter(i for step in ids.values() for i in step)
     assert max(seen.values()) == 1
     assert len(seen) + results[1]["dropped_per_epoch"] == 8035
     torch.manual_seed(7)
     start = models.build("net", "relu", 10, (3, 16, 16)).double().state_dict()
-    end = weights(tmp_path / "1")
+    end = weights(epoch_on_one_process)
     assert all(not torch.equal(start[name], end[name]) for name in end), "a parameter never moved"
     for w in (2, 3, 4):
         assert ids_by_step(tmp_path / str(w)) == ids
@@ -99,7 +110,7 @@ def test_epoch_in_fp64_is_the_same_on_1_to_4_processes(epoch500: Dataset, group:
         ({"precision": "fp32"}, 1e-5),
         ({"precision": "fp32", "micro_batch_size": 3}, 1e-5),
         ({"precision": "fp32", "clip_norm": 0.5, "nesterov": True}, 1e-5),
-        # Adam divides by the gradient's size, and so blows up the rounding of gradients near 0: fp64 alone can tell.
+        # Adam divides by the gradient's size, which enlarges rounding errors near 0: only fp64 is precise enough.
         ({"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1}, 1e-10),
     ],
     ids=["sgd", "accumulated", "clipped", "adamw"],
@@ -127,7 +138,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
         "weight_decay": 1e-3,
     },
 }
-"""Every option that could tell how many processes there are."""
+"""Every option whose result could depend on the number of processes."""
 
 
 def test_every_option_keeps_the_promise(small: Dataset, group: Groups, tmp_path: Path) -> None:
@@ -153,10 +164,10 @@ def test_every_option_resumes_to_the_same_bits(small: Dataset, group: Groups, tm
         shutil.rmtree(tmp_path / f"cut/checkpoints/step-{step:08d}")
     group(3).train(configuration(small, tmp_path / "cut", **tree, data={"cache": "off"}))
     assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    followed = [
+    last_weights = [
         load_file(tmp_path / name / "checkpoints/step-00000060/optimizer.safetensors") for name in ("whole", "cut")
     ]
-    assert same_bits(*followed)
+    assert same_bits(*last_weights)
 
 
 def test_a_compiled_model_trains_the_same(small: Dataset, group: Groups, tmp_path: Path) -> None:
@@ -167,7 +178,7 @@ def test_a_compiled_model_trains_the_same(small: Dataset, group: Groups, tmp_pat
 
 
 @pytest.mark.parametrize("model", ["net", "models_for_tests:Normed"])
-def test_empty_shares_take_part(model: str, tmp_path: Path, group: Groups) -> None:
+def test_ranks_with_an_empty_local_batch_take_part(model: str, tmp_path: Path, group: Groups) -> None:
     # 5 lanes on 4 ranks: rank 0 owns two, and steps of 4 leave some rank without a sample.
     dataset = make(tmp_path / "data", 103, lanes=5)
     for w in (1, 4):
@@ -182,12 +193,12 @@ def test_empty_shares_take_part(model: str, tmp_path: Path, group: Groups) -> No
 def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(small: Dataset, group: Groups, tmp_path: Path) -> None:
     run = tmp_path / "run"
     group(2).train(configuration(small, run, train={"epochs": 3, "precision": "fp32"}))
-    found = {w: group(w).call("evaluate", str(run), "test") for w in (1, 2, 3, 4)}
-    for w, answers in found.items():
+    answers_of = {w: group(w).call("evaluate", str(run), "test") for w in (1, 2, 3, 4)}
+    for w, answers in answers_of.items():
         for answer in answers:
-            assert answer["confusion_matrix"] == found[1][0]["confusion_matrix"], w
-            assert answer["loss"] == pytest.approx(found[1][0]["loss"], abs=1e-12)
-    # A plain loop over the source's own pictures.
+            assert answer["confusion_matrix"] == answers_of[1][0]["confusion_matrix"], w
+            assert answer["loss"] == pytest.approx(answers_of[1][0]["loss"], abs=1e-12)
+    # A plain loop over the images of the source.
     from distrain.data.sources.synthetic import Synthetic
 
     source = Synthetic(1003, 203, 16, 10, 0)
@@ -199,11 +210,11 @@ def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(small: Dataset, grou
         image = torch.from_numpy(source.load("test", index)).float().permute(2, 0, 1) / 255
         logits = net(((image - mean[:, None, None]) / std[:, None, None])[None])
         confusion[source.labels["test"][index], logits.argmax()] += 1
-    assert confusion.tolist() == found[1][0]["confusion_matrix"]
-    assert found[1][0]["total"] == 203
+    assert confusion.tolist() == answers_of[1][0]["confusion_matrix"]
+    assert answers_of[1][0]["total"] == 203
 
 
-# One and two processes are killed in many more ways in tests/faults: here they belong to `make faults`.
+# tests/faults kills one and two processes in many more ways: here they are left to `make faults`.
 @pytest.mark.parametrize(
     "w", [pytest.param(1, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults), 3, 4]
 )
@@ -227,17 +238,18 @@ def test_killed_twice_in_an_epoch_ends_with_the_same_bits(
     assert metrics[0] == metrics[1]
 
 
-def test_resumed_on_other_numbers_of_processes(epoch500: Dataset, group: Groups, tmp_path: Path) -> None:
+def test_resumed_on_other_numbers_of_processes(
+    epoch500: Dataset, epoch_on_one_process: Path, group: Groups, tmp_path: Path
+) -> None:
     run = tmp_path / "elastic"
-    group(1).train(configuration(epoch500, tmp_path / "whole"))
     for w, killed_at in ((2, 100), (4, 200), (1, 300), (3, None)):
         changes = {"checkpoint": {"every_steps": 50}, "run": {"resume": "auto"}}
         if killed_at is None:
             group(w).train(configuration(epoch500, run, **changes))
             break
         train_and_kill(w, configuration(epoch500, run, **changes), killed_at)
-    assert ids_by_step(run) == ids_by_step(tmp_path / "whole")
-    assert distance(weights(run), weights(tmp_path / "whole")) < 1e-10
+    assert ids_by_step(run) == ids_by_step(epoch_on_one_process)
+    assert distance(weights(run), weights(epoch_on_one_process)) < 1e-10
 
 
 def test_plain_loop_fed_with_the_audit_gives_the_same_weights_step_by_step(
@@ -317,8 +329,8 @@ def test_a_diverging_run_stops_on_every_rank(small: Dataset, group: Groups, tmp_
     group(3).train(configuration(small, tmp_path / "next", train={"max_steps": 2, "epochs": None}))
 
 
-def test_batch_norm_is_scored_with_the_statistics_that_are_saved(small: Dataset, group: Groups, tmp_path: Path) -> None:
-    # Every rank has statistics of its own shares; one model is scored, the one in the checkpoint.
+def test_batch_norm_is_evaluated_with_the_saved_statistics(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    # Each rank has the statistics of its local batches; the model that is evaluated is the one in the checkpoint.
     run = tmp_path / "run"
     changes = {"model": {"name": "models_for_tests:Coupled"}, "train": {"precision": "fp32", "epochs": 2}}
     result = group(3).train(configuration(small, run, **changes))
@@ -336,7 +348,9 @@ def test_processes_of_different_configurations_are_refused(small: Dataset, group
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_one_process_cannot_build_is_told_by_all(small: Dataset, group: Groups, tmp_path: Path) -> None:
+def test_a_model_that_one_process_cannot_build_is_an_error_on_all(
+    small: Dataset, group: Groups, tmp_path: Path
+) -> None:
     config = configuration(small, tmp_path / "run", model={"name": "models_for_tests:OnlyOnRank0"})
     with pytest.raises(GroupError) as caught:
         group(2).train(config)

@@ -1,8 +1,7 @@
-"""Real images: what is streamed and scored is what a plain loop over the JPEG files sees."""
+"""Real images: training and evaluation give the results of a plain loop over the JPEG files."""
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from group import Group
 from PIL import Image
+from runs import ids_by_step
 from safetensors.torch import load_file
 
 from distrain import cli, config, models
@@ -33,7 +33,7 @@ def cifar10(cifar10_archives: list[Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def jpegs(cifar10_archives: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """Every file of each split, class by class: a sample's id is its place in this list."""
+    """All files of each split, class by class: a sample's id is its index in this list."""
     folder = tmp_path_factory.mktemp("jpeg")
     for archive in cifar10_archives:
         with tarfile.open(archive) as tar:
@@ -41,8 +41,8 @@ def jpegs(cifar10_archives: list[Path], tmp_path_factory: pytest.TempPathFactory
     return {split: sorted((folder / split).glob("*/*.jpg")) for split in ("train", "test")}
 
 
-def picture(path: Path) -> torch.Tensor:
-    """The tutorial's picture: float64 [3, 32, 32] in -1 … 1."""
+def read_image(path: Path) -> torch.Tensor:
+    """Read an image as the tutorial does: float64 [3, 32, 32] in -1 … 1."""
     with Image.open(path) as image:
         return (torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255 - 0.5) / 0.5
 
@@ -57,20 +57,17 @@ def test_the_tutorial_step_by_step_against_a_plain_loop(
         f"train.max_steps={steps}", "checkpoint.every_steps=50", "checkpoint.keep=0", "eval.every_steps=0",
     ]  # fmt: skip
     result = group(2).train(config.load(TUTORIAL, overrides).model_dump())
-    trained: dict[int, list[int]] = {}
-    for path in sorted((run / "audit").iterdir()):
-        for line in map(json.loads, path.read_text().splitlines()):
-            trained.setdefault(line["step"], []).extend(line["ids"])
+    ids = ids_by_step(run)
     torch.manual_seed(0)
     net = models.build("net", "relu", 10, (3, 32, 32)).double()
     sgd = torch.optim.SGD(net.parameters(), 0.001, momentum=0.9)
     classes = cifar10.manifest.classes
     for step in range(steps):
-        files = [jpegs["train"][i] for i in trained[step]]
+        files = [jpegs["train"][i] for i in ids[step]]
         labels = torch.tensor([classes.index(file.parent.name) for file in files])
         assert len(files) == 4
         sgd.zero_grad()
-        torch.nn.functional.cross_entropy(net(torch.stack([picture(file) for file in files])), labels).backward()
+        torch.nn.functional.cross_entropy(net(torch.stack([read_image(file) for file in files])), labels).backward()
         sgd.step()
         saved = run / f"checkpoints/step-{step + 1:08d}/model.safetensors"
         if saved.exists():
@@ -79,12 +76,12 @@ def test_the_tutorial_step_by_step_against_a_plain_loop(
     confusion = torch.zeros(10, 10, dtype=torch.int64)
     with torch.no_grad():
         for file in jpegs["test"]:
-            confusion[classes.index(file.parent.name), net(picture(file)[None]).argmax()] += 1
+            confusion[classes.index(file.parent.name), net(read_image(file)[None]).argmax()] += 1
     assert confusion.tolist() == result["confusion_matrix"]
     assert result["total"] == 10_000
 
 
-def test_one_checkpoint_scores_alike_on_1_to_4_processes(cifar10: Dataset, group: Groups, tmp_path: Path) -> None:
+def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(cifar10: Dataset, group: Groups, tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = [f"data.dir={cifar10.root}", f"run.dir={run}", "train.global_batch_size=64", "train.lr=0.02"]
     result = group(3).train(config.load(TUTORIAL, overrides).model_dump())

@@ -1,4 +1,4 @@
-"""A run from end to end in one process: its folder, its result, resuming it, and refusing what cannot be run."""
+"""A whole run in one process: its folder, its result, resuming it, and errors before it starts."""
 
 from __future__ import annotations
 
@@ -28,25 +28,27 @@ from distrain.training import checkpointing
 
 
 def tree(dataset: Dataset, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, dict[str, Any]] = {
+    sections_by_name: dict[str, dict[str, Any]] = {
         "data": {"dir": str(dataset.root)},
         "run": {"dir": str(folder)},
         "train": {"epochs": 2, "global_batch_size": 64},
     }
     for section, values in sections.items():
-        found.setdefault(section, {}).update(values)
-    return found
+        sections_by_name.setdefault(section, {}).update(values)
+    return sections_by_name
 
 
-def arguments(found: dict[str, Any]) -> list[str]:
-    return [f"{section}.{key}={value}" for section, values in found.items() for key, value in values.items()]
+def arguments(sections: dict[str, Any]) -> list[str]:
+    return [f"{section}.{key}={value}" for section, values in sections.items() for key, value in values.items()]
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_run_leaves_what_is_documented(small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_the_documented_files_and_result(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     result = distrain.train(tree(small, run, data={"audit": True}))
     assert json.loads((run / "result.json").read_text()) == result
@@ -88,7 +90,7 @@ def test_losses_logged_are_means_over_the_steps_since_the_last_line(small: Datas
     assert fives == pytest.approx([sum(each[i : i + 5]) / 5 for i in range(0, 30, 5)], rel=1e-6)
 
 
-def test_a_run_that_stands_is_not_overwritten(small: Dataset, tmp_path: Path) -> None:
+def test_an_existing_run_is_not_overwritten(small: Dataset, tmp_path: Path) -> None:
     run = tmp_path / "run"
     distrain.train(tree(small, run))
     before = files(run)
@@ -97,7 +99,7 @@ def test_a_run_that_stands_is_not_overwritten(small: Dataset, tmp_path: Path) ->
     assert files(run) == before
 
 
-def test_a_finished_run_goes_on_to_the_same_result(small: Dataset, tmp_path: Path) -> None:
+def test_a_finished_run_resumes_to_the_same_result(small: Dataset, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = distrain.train(tree(small, run))
     weights = files(run / "checkpoints")
@@ -114,14 +116,14 @@ def test_must_needs_a_run_and_auto_does_not(small: Dataset, tmp_path: Path) -> N
     assert distrain.train(tree(small, tmp_path / "run", run={"resume": "auto"}))["steps"] == 30
 
 
-def test_a_signal_stops_a_run_and_the_next_call_goes_on(
+def test_a_signal_stops_a_run_and_the_next_call_resumes(
     small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"model": {"name": "models_for_tests:Faulty"}, "log": {"every_steps": 4}}
     distrain.train(tree(small, tmp_path / "whole", **changes))
     handlers = [signal.getsignal(number) for number in signals.STOP]
-    for passes in (1, 12, 25):  # while it starts, and twice while it trains
-        monkeypatch.setenv("FAULT", f"stop:0:{passes}")
+    for forward_pass in (1, 12, 25):  # while it starts, and twice while it trains
+        monkeypatch.setenv("FAULT", f"stop:0:{forward_pass}")
         with pytest.raises(Stopped, match="SIGUSR1"):
             distrain.train(tree(small, tmp_path / "run", **changes))
         assert [signal.getsignal(number) for number in signals.STOP] == handlers
@@ -135,14 +137,14 @@ def test_a_signal_stops_a_run_and_the_next_call_goes_on(
 def test_checkpoints_by_the_clock_change_nothing_else(
     small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAULT", "unhurried:0:1")  # 40 ms a step: the clock is looked at a few times
-    found = {}
+    monkeypatch.setenv("FAULT", "unhurried:0:1")  # 40 ms a step: the clock is checked several times
+    checkpoints = {}
     for name, minutes in (("off", 0), ("on", 1e-5)):
         settings = {"checkpoint": {"every_steps": 0, "every_minutes": minutes, "keep": 0}, "log": {"every_steps": 4}}
         distrain.train(tree(small, tmp_path / name, model={"name": "models_for_tests:Faulty"}, **settings))
-        found[name] = len(list((tmp_path / name / "checkpoints").iterdir()))
-    assert found["off"] == 1
-    assert found["on"] > 2
+        checkpoints[name] = len(list((tmp_path / name / "checkpoints").iterdir()))
+    assert checkpoints["off"] == 1
+    assert checkpoints["on"] > 2
     assert metrics_but_times(tmp_path / "on") == metrics_but_times(tmp_path / "off")
 
 
@@ -153,10 +155,10 @@ def test_a_run_of_another_identity_is_refused_by_the_fields_that_differ(small: D
     changes = {"run": {"resume": "auto", "seed": 5}, "train": {"lr": 0.3}, "checkpoint": {"every_steps": 3}}
     with pytest.raises(ConfigError) as caught:
         distrain.train(tree(small, run, **changes))
-    told = str(caught.value)
-    assert "run.seed: 0 in the checkpoint, 5 now" in told
-    assert "train.lr: 0.05 in the checkpoint, 0.3 now" in told
-    assert "checkpoint.every_steps" not in told
+    message = str(caught.value)
+    assert "run.seed: 0 in the checkpoint, 5 now" in message
+    assert "train.lr: 0.05 in the checkpoint, 0.3 now" in message
+    assert "checkpoint.every_steps" not in message
     other = make(tmp_path / "other", 700, shards=24, lanes=12)
     with pytest.raises(ConfigError, match="data.dir: another data set now"):
         distrain.train(tree(other, run, run={"resume": "auto"}))
@@ -168,7 +170,7 @@ def test_a_run_of_another_identity_is_refused_by_the_fields_that_differ(small: D
     assert files(run) == before
 
 
-def test_moved_data_and_other_cadences_go_on(small: Dataset, tmp_path: Path) -> None:
+def test_moved_data_and_other_intervals_resume(small: Dataset, tmp_path: Path) -> None:
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     distrain.train(tree(small, whole))
     distrain.train(tree(small, moved, checkpoint={"every_steps": 7, "keep": 0}))
@@ -202,10 +204,10 @@ def test_a_damaged_checkpoint_is_skipped_by_name(
         distrain.train(tree(small, run, run={"resume": "auto"}))
 
 
-def test_the_best_on_val_is_kept_and_scored(tmp_path: Path) -> None:
+def test_the_best_checkpoint_on_val_is_retained_and_evaluated(tmp_path: Path) -> None:
     dataset = make(tmp_path / "data", 2000, 200, val_fraction=0.2)
     run = tmp_path / "run"
-    # A rate that falls apart late: the last checkpoint is not the best one.
+    # With this learning rate training diverges late: the last checkpoint is not the best one.
     changes = {
         "train": {"epochs": 6, "schedule": "constant", "lr": 0.2, "global_batch_size": 32},
         "checkpoint": {"keep": 1},
@@ -222,7 +224,7 @@ def test_the_best_on_val_is_kept_and_scored(tmp_path: Path) -> None:
     assert scored["confusion_matrix"] == result["confusion_matrix"]
 
 
-def test_evaluate_scores_any_split_and_checkpoint(
+def test_evaluate_takes_any_split_and_checkpoint(
     small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -251,7 +253,7 @@ def test_evaluate_and_predict_draw_what_a_model_does_not_save_as_training_did(sm
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"data": {"dir": "nowhere"}}, "nowhere"),
         ({"train": {"global_batch_size": 5000}}, "larger than the"),
@@ -268,14 +270,14 @@ def test_evaluate_and_predict_draw_what_a_model_does_not_save_as_training_did(sm
         ({"train": {"lrr": 1}}, "did you mean train.lr?"),
     ],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU makes possible is no error")
-def test_what_cannot_be_run_is_told_in_one_message(
-    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], told: str
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU some of these are no errors")
+def test_a_configuration_that_cannot_run_is_one_message(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
     run = tmp_path / "run"
     assert cli.main(["train", *arguments(tree(small, run, **changes))]) == 78
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert "Traceback" not in error
     assert error.count("error:") == 1
     assert not run.exists()
@@ -301,8 +303,8 @@ def test_a_damaged_shard_is_named(
     assert not (tmp_path / "run/result.json").exists()
 
 
-def test_weights_that_are_not_finite_are_never_saved_or_scored(small: Dataset, tmp_path: Path) -> None:
-    # The loss of the only step is fine; its update is not, and no later loss would tell.
+def test_weights_that_are_not_finite_are_never_saved_or_evaluated(small: Dataset, tmp_path: Path) -> None:
+    # The loss of the only step is finite; its update is not, and no later loss shows it.
     run = tmp_path / "run"
     changes = {"train": {"epochs": None, "max_steps": 1, "lr": 1e38, "schedule": "constant", "weight_decay": 1e3}}
     with pytest.raises(DivergedError, match="the weights are no longer finite at step 1"):
@@ -311,7 +313,7 @@ def test_weights_that_are_not_finite_are_never_saved_or_scored(small: Dataset, t
     assert not list(run.glob("checkpoints/step-*"))
 
 
-def test_evaluate_refuses_another_model_than_was_trained(
+def test_evaluate_refuses_another_model_than_the_trained_one(
     small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -322,7 +324,7 @@ def test_evaluate_refuses_another_model_than_was_trained(
     assert cli.main(["evaluate", str(run), "train.precision=fp64"]) == 0
 
 
-def test_a_life_that_failed_before_its_first_step_is_not_in_the_way(small: Dataset, tmp_path: Path) -> None:
+def test_an_attempt_that_failed_before_its_first_step_does_not_prevent_the_next(small: Dataset, tmp_path: Path) -> None:
     shutil.copytree(small.root, tmp_path / "data")
     dataset = manifest.read(tmp_path / "data")
     victim = dataset.root / dataset.split("train").shards[0].name
@@ -334,12 +336,12 @@ def test_a_life_that_failed_before_its_first_step_is_not_in_the_way(small: Datas
     assert cli.main(["train", *again]) == 0
 
 
-def test_a_model_that_gives_something_else_is_told(small: Dataset, tmp_path: Path) -> None:
+def test_outputs_of_a_wrong_shape_are_an_error(small: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"returns \[2, 3\] for 2 images, not \[2, 10\]"):
         distrain.train(tree(small, tmp_path / "run", model={"name": "models_for_tests:ThreeClasses"}))
 
 
-def test_a_model_with_batch_norm_and_dropout_trains_and_is_warned_of(
+def test_a_model_with_batch_norm_and_dropout_trains_with_a_warning(
     small: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes: dict[str, Any] = {"model": {"name": "models_for_tests:Coupled"}, "train": {"epochs": 1}}
@@ -356,7 +358,7 @@ def test_a_model_with_batch_norm_and_dropout_trains_and_is_warned_of(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_what_is_scored_and_saved_is_the_average_of_the_weights(small: Dataset, tmp_path: Path) -> None:
+def test_the_saved_model_is_the_ema_of_the_weights(small: Dataset, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"checkpoint": {"every_steps": 1, "keep": 0}, "train": {"max_steps": 12, "epochs": None}}
     distrain.train(tree(small, tmp_path / "plain", **changes))
     changes["train"] = {**changes["train"], "ema_decay": 0.9}
@@ -365,14 +367,14 @@ def test_what_is_scored_and_saved_is_the_average_of_the_weights(small: Dataset, 
     expected: dict[str, torch.Tensor] = {}
     for folder in folders:
         trained = load_file(tmp_path / "plain" / folder / "model.safetensors")
-        followed = load_file(tmp_path / "run" / folder / "optimizer.safetensors")
-        assert all(torch.equal(value, followed[f"weights.{name}"]) for name, value in trained.items())
+        optimizer = load_file(tmp_path / "run" / folder / "optimizer.safetensors")
+        assert all(torch.equal(value, optimizer[f"weights.{name}"]) for name, value in trained.items())
         expected = {name: 0.9 * expected.get(name, value) + 0.1 * value for name, value in trained.items()}
         saved = load_file(tmp_path / "run" / folder / "model.safetensors")
         assert all(torch.allclose(saved[name], value, atol=1e-6) for name, value in expected.items())
 
 
-def test_fine_tuning_starts_from_the_files_weights(
+def test_fine_tuning_starts_from_the_weights_of_a_file(
     small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     distrain.train(tree(small, tmp_path / "first"))
@@ -388,7 +390,7 @@ def test_fine_tuning_starts_from_the_files_weights(
     assert cli.main(["evaluate", str(tmp_path / "second")]) == 0
     moved = tmp_path / "moved.safetensors"
     shutil.copy(file, moved)
-    changes["model"] = {"init": str(moved)}  # the same weights by another name: the same run
+    changes["model"] = {"init": str(moved)}  # the same weights under another name: the same run
     changes["train"] = {**changes["train"], "max_steps": 2}
     distrain.train(tree(small, tmp_path / "second", **changes))
     shutil.copy(tmp_path / "second/checkpoints/step-00000001/model.safetensors", moved)
@@ -396,7 +398,7 @@ def test_fine_tuning_starts_from_the_files_weights(
         distrain.train(tree(small, tmp_path / "second", **changes))
 
 
-def test_a_step_is_traced_and_its_time_is_told(
+def test_steps_are_traced_and_times_are_reported(
     small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = distrain.train(tree(small, tmp_path / "run", profile={"steps": 3}))

@@ -1,4 +1,4 @@
-"""launch/: what can be known of the files without running them."""
+"""Checks of the scripts in launch/ that need no cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "array", "told"),
+    ("arguments", "array", "message"),
     [
         ([], {}, "task 0 has no configuration: name one file for each task"),
         (["a.yaml", "train.lr=1"], {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}, "task 1 has no"),
@@ -35,21 +35,21 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
     ],
 )
 def test_an_array_that_cannot_work_is_refused(
-    words: list[str], array: dict[str, str], told: str, tmp_path: Path
+    arguments: list[str], array: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        ["bash", str(LAUNCH / "slurm.sbatch"), *words],
+        ["bash", str(LAUNCH / "slurm.sbatch"), *arguments],
         cwd=tmp_path, env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", **array},
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 78
-    assert done.stderr.startswith(f"launch/slurm.sbatch: {told}")
+    assert done.stderr.startswith(f"launch/slurm.sbatch: {message}")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sbatch")), ids=lambda path: path.name)
-def test_directives_stand_before_the_first_command(script: Path) -> None:
-    # SLURM stops reading at the first command; what stands behind it is ignored without a word.
+def test_directives_precede_the_first_command(script: Path) -> None:
+    # SLURM stops reading at the first command and silently ignores later directives.
     lines = script.read_text().splitlines()
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert not any(line.startswith(("#SBATCH", "##SBATCH")) for line in lines[first:])

@@ -1,4 +1,4 @@
-"""The image, built once; skipped, saying so, where it cannot be."""
+"""The image, built once; its tests skip with the reason if it cannot be built here."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from engine import Engine, missing
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    """Builds and runs containers."""
-    lacking = missing()
-    if lacking:
-        pytest.skip(lacking)
+    """An engine that builds and runs containers."""
+    if reason := missing():
+        pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="distrain-image-") as folder:
-        found = Engine(Path(folder))
-        yield found
-        found.close()
+        engine = Engine(Path(folder))
+        yield engine
+        engine.close()
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +29,7 @@ def image(engine: Engine) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where containers of any user may write."""
+    """A folder into which containers of any user can write."""
     tmp_path.chmod(0o777)
     for parent in tmp_path.parents[:2]:
         parent.chmod(0o755)

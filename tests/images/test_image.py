@@ -1,4 +1,4 @@
-"""The image as the Dockerfile makes it: it runs restricted, and signals reach the job."""
+"""The image from the Dockerfile: it runs with restrictions, and signals reach the job."""
 
 from __future__ import annotations
 
@@ -10,55 +10,57 @@ from engine import RESTRICTED, Engine
 from harness import newest_step, until
 
 pytestmark = pytest.mark.images
-ANYBODY = ["--user", "12345:54321", "--network", "none", "--tmpfs", "/tmp:rw,mode=1777"]
+ANY_USER = ["--user", "12345:54321", "--network", "none", "--tmpfs", "/tmp:rw,mode=1777"]
 SMALL = ["data.dir=/work/data", "run.dir=/runs/first", "train.epochs=1", "checkpoint.every_steps=20"]
 
 
 def options(folder: Path) -> list[str]:
-    """Any user, nothing of the image to be written, no network; data and runs on volumes."""
+    """Options of podman: any user id, a read-only image, no network; volumes for data and runs."""
     for name in ("data", "runs"):
         (folder / name).mkdir(exist_ok=True)
         (folder / name).chmod(0o777)
     volumes = ["-v", f"{folder}/data:/work/data", "-v", f"{folder}/runs:/runs"]
-    return [*ANYBODY, *RESTRICTED, *volumes]
+    return [*ANY_USER, *RESTRICTED, *volumes]
 
 
-def test_what_is_in_it(engine: Engine, image: str) -> None:
-    code, told = engine.run(image)
+def test_the_image_has_the_program_and_no_compiler(engine: Engine, image: str) -> None:
+    code, output = engine.run(image)
     assert code == 0
-    assert "Exit codes: 0 done" in told
+    assert "Exit codes: 0 done" in output
     tools = "PATH=$PATH:/usr/bin:/bin; command -v gcc cc make git"
-    look = f"{tools}; id -u; python -c 'import distrain; print(distrain.__file__)'"
-    code, told = engine.run(image, "-c", look, options=["--entrypoint", "sh", *ANYBODY, *RESTRICTED])
-    assert code == 0, told
-    assert told.split() == ["12345", "/opt/app/distrain/__init__.py"]  # no compiler, no git
+    script = f"{tools}; id -u; python -c 'import distrain; print(distrain.__file__)'"
+    code, output = engine.run(image, "-c", script, options=["--entrypoint", "sh", *ANY_USER, *RESTRICTED])
+    assert code == 0, output
+    assert output.split() == ["12345", "/opt/app/distrain/__init__.py"]  # no compiler, no git
 
 
-def test_the_job_runs_restricted_and_a_stop_is_a_save(engine: Engine, image: str, folder: Path) -> None:
-    given = options(folder)
+def test_a_restricted_job_trains_and_saves_when_it_is_stopped(engine: Engine, image: str, folder: Path) -> None:
+    podman_options = options(folder)
     prepared = ["prepare", "synthetic", "--samples", "4000", "--test-samples", "200", "--out", "/work/data"]
-    code, told = engine.run(image, *prepared, options=given)
-    assert code == 0, told
+    code, output = engine.run(image, *prepared, options=podman_options)
+    assert code == 0, output
     train = ["launch", "--nproc", "2", "--", "train", "--config", "configs/synthetic.yaml", *SMALL]
     run = folder / "runs/first"
-    job = engine.start(image, *train, "train.epochs=20", options=given)
+    job = engine.start(image, *train, "train.epochs=20", options=podman_options)
     until(lambda: newest_step(run) >= 20, "a checkpoint", 120)
     engine.signal(job, "TERM")
     assert engine.wait(job, 60) == 75, engine.logs(job)
     assert "is saved" in engine.logs(job)
     stopped = newest_step(run)
     assert json.loads((run / "exit.json").read_text())["step"] == stopped
-    code, told = engine.run(image, *train, "train.epochs=20", f"train.max_steps={stopped + 40}", options=given)
-    assert code == 78, told  # epochs and max_steps do not go together: a mistake is told without a traceback
-    assert "Traceback" not in told
-    code, told = engine.run(image, *train, "train.epochs=20", options=given)
-    assert code == 0, told
-    assert f"resuming from step-{stopped:08d}" in told
+    code, output = engine.run(
+        image, *train, "train.epochs=20", f"train.max_steps={stopped + 40}", options=podman_options
+    )
+    assert code == 78, output  # train.epochs and train.max_steps exclude each other
+    assert "Traceback" not in output
+    code, output = engine.run(image, *train, "train.epochs=20", options=podman_options)
+    assert code == 0, output
+    assert f"resuming from step-{stopped:08d}" in output
 
 
-def test_preparing_ends_on_a_signal(engine: Engine, image: str, folder: Path) -> None:
+def test_a_signal_ends_preparing(engine: Engine, image: str, folder: Path) -> None:
     big = ["prepare", "synthetic", "--samples", "2000000", "--out", "/work/data"]
     job = engine.start(image, *big, options=options(folder))
-    until(lambda: any((folder / "data").iterdir()), "it has begun", 60)
+    until(lambda: any((folder / "data").iterdir()), "it writes", 60)
     engine.signal(job, "TERM")
-    assert engine.wait(job, 20) == 143  # as process 1 it would never see a signal that it has no handler for
+    assert engine.wait(job, 20) == 143  # process 1 gets only signals for which it has a handler

@@ -1,4 +1,4 @@
-"""The pods of k8s/overlays/cpu-demo, as containers: two on one network, named as a headless Service names them."""
+"""The pods of k8s/overlays/cpu-demo as containers: two on one network, with the names that a headless Service gives."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from engine import REPO, RESTRICTED, Engine
 from harness import newest_step, trained, until
 
 pytestmark = pytest.mark.images
-SHORT = ["train.epochs=2", "checkpoint.every_steps=50", "data.audit=true"]
+SHORT = ["train.epochs=2", "checkpoint.every_steps=50", "data.audit=true", "log.report=false"]
 
 
 class Pods:
-    """The pods of the rendered Job, with its variables, mounts and security context."""
+    """Starts the pods of the rendered Job, with their variables, mounts and security context."""
 
     def __init__(self, engine: Engine, image: str, folder: Path) -> None:
         self._engine, self._image, self._folder = engine, image, folder
@@ -37,10 +37,10 @@ class Pods:
         self._pod = self._job["spec"]["template"]["spec"]
 
     def start(self, index: int, *keys: str) -> str:
-        """One pod: its init container, then its container, which is returned."""
+        """Start a pod: run its init container, then start its container; the container's name."""
         for init in self._pod["initContainers"]:
-            code, told = self._engine.run(self._image, *init["command"][1:], options=self._options(index, init))
-            assert code == 0, told
+            code, output = self._engine.run(self._image, *init["command"][1:], options=self._options(index, init))
+            assert code == 0, output
         (container,) = self._pod["containers"]
         return self._engine.start(self._image, *container["args"], *keys, options=self._options(index, container))
 
@@ -49,24 +49,24 @@ class Pods:
         name = f"{host}.{self._pod['subdomain']}.default.svc.cluster.local"
         address = f"{self._addresses}.{10 + index}"
         hosts = self._folder / f"hosts-{index}"
-        hosts.write_text(f"127.0.0.1 localhost\n{address} {name} {host}\n")  # as the kubelet writes it
+        hosts.write_text(f"127.0.0.1 localhost\n{address} {name} {host}\n")  # the same lines as the kubelet writes
         context, limits = self._pod["securityContext"], container["resources"]["limits"]
-        found = [
+        options = [
             *RESTRICTED, "--user", f"{context['runAsUser']}:{context['runAsGroup']}", "--hostname", host,
             "--no-hosts", "-v", f"{hosts}:/etc/hosts:ro",
-            "--network", f"{self._network}:ip={address},alias={name}",  # the Service's part: a name while it runs
+            "--network", f"{self._network}:ip={address},alias={name}",  # in place of the Service: a name while it runs
             "--memory", limits["memory"].lower().rstrip("i"), "-e", f"JOB_COMPLETION_INDEX={index}",
         ]  # fmt: skip
         for variable in container.get("env", []):
             if "value" in variable:
-                found += ["-e", f"{variable['name']}={variable['value']}"]
+                options += ["-e", f"{variable['name']}={variable['value']}"]
         volumes = {volume["name"]: volume for volume in self._pod["volumes"]}
         for mount in container["volumeMounts"]:
-            found += self._mount(index, mount, volumes[mount["name"]])
-        return found
+            options += self._mount(index, mount, volumes[mount["name"]])
+        return options
 
     def _mount(self, index: int, mount: dict[str, Any], volume: dict[str, Any]) -> list[str]:
-        path, only = mount["mountPath"], ":ro" if mount.get("readOnly") else ""
+        path, mode = mount["mountPath"], ":ro" if mount.get("readOnly") else ""
         empty = volume.get("emptyDir")
         if empty is not None and empty.get("medium") == "Memory":
             return ["--shm-size", empty["sizeLimit"].lower().rstrip("i")]
@@ -77,10 +77,10 @@ class Pods:
         if "configMap" in volume:
             for name, text in self._config.items():
                 (source / name).write_text(text)
-        return ["-v", f"{source}:{path}{only}"]
+        return ["-v", f"{source}:{path}{mode}"]
 
 
-def test_pods_are_deleted_and_killed_and_the_job_comes_back(engine: Engine, image: str, folder: Path) -> None:
+def test_a_job_whose_pods_are_deleted_and_killed_trains_the_same(engine: Engine, image: str, folder: Path) -> None:
     pods = Pods(engine, image, folder)
     run = folder / "runs/demo"
     undisturbed = [pods.start(index, *SHORT, "run.dir=/runs/undisturbed") for index in range(2)]
@@ -101,6 +101,6 @@ def test_pods_are_deleted_and_killed_and_the_job_comes_back(engine: Engine, imag
     assert json.loads((run / "exit.json").read_text())["code"] == 0
     trained(run).same_as(trained(folder / "runs/undisturbed"))
 
-    late = pods.start(1, *SHORT)  # one that was lost at the very end: the other one does not come back for it
+    late = pods.start(1, *SHORT)  # a pod that was lost at the end of the run is started again alone
     assert engine.wait(late) == 0
     assert "the run is done" in engine.logs(late)

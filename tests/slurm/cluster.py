@@ -1,7 +1,7 @@
-"""A real SLURM on this machine: one controller, and nodes with a host name, an address and processes of their own.
+"""A real SLURM on this machine: one controller, and nodes with their own host name, address and processes.
 
-Each node is a set of name spaces with a slurmd in it, so a node can lose its power (all its processes at once). What
-is set differs from SLURM's defaults only where those would make tests wait.
+Each node is a set of name spaces with a slurmd in it, so a test can kill a node (all its processes at once). Settings
+differ from SLURM's defaults only where the defaults would make tests wait.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _FREEZER = Path("/sys/fs/cgroup/freezer")
 
 
 def missing() -> str:
-    """Why there can be no cluster here; empty where there can."""
+    """Return the reason why no cluster can be started here; empty if one can."""
     if os.geteuid():
-        return "a SLURM cluster with nodes of their own needs root"
-    lacking = [name for name in NEEDED if shutil.which(name) is None]
-    return f"no {', '.join(lacking)} (Debian: slurmctld slurmd slurm-client munge iproute2)" if lacking else ""
+        return "a SLURM cluster of name spaces needs root"
+    programs = [name for name in NEEDED if shutil.which(name) is None]
+    return f"no {', '.join(programs)} (Debian: slurmctld slurmd slurm-client munge iproute2)" if programs else ""
 
 
 class Cluster:
-    """Nodes node0, node1 … of `cpus` pretended processors each; everything it makes lies in `folder`."""
+    """Nodes node0, node1 …, configured with `cpus` processors each; all its files are in `folder`."""
 
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4) -> None:
         self._folder, self._cpus = folder, cpus
@@ -53,10 +53,10 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(Exception):
-            jobs = self.ask("squeue", "-h", "-o", "%A").split()
+            jobs = self.query("squeue", "-h", "-o", "%A").split()
             if jobs:
-                self.ask("scancel", *jobs)
-                until(lambda: not self.ask("squeue", "-h"), "all jobs have left", 20)
+                self.query("scancel", *jobs)
+                until(lambda: not self.query("squeue", "-h"), "all jobs have ended", 20)
         for number in list(self._nodes):
             self.crash(number)
         for daemon in reversed(self._daemons):
@@ -70,36 +70,36 @@ class Cluster:
         _quietly("ip", "link", "delete", self._bridge)
         if _FREEZER.is_dir():
             for number in range(len(self._spaces)):
-                left = _FREEZER / f"slurm_node{number}"
-                for path in sorted(left.rglob("*"), reverse=True) if left.is_dir() else []:
+                group = _FREEZER / f"slurm_node{number}"
+                for path in sorted(group.rglob("*"), reverse=True) if group.is_dir() else []:
                     if path.is_dir():
                         with contextlib.suppress(OSError):
                             path.rmdir()
                 with contextlib.suppress(OSError):
-                    left.rmdir()
+                    group.rmdir()
 
-    def ask(self, *command: str) -> str:
-        """The output of one of SLURM's commands."""
+    def query(self, *command: str) -> str:
+        """Run one of SLURM's commands; its output."""
         done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=_SECONDS, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()
 
     def crash(self, number: int) -> None:
-        """A node loses its power: all its processes end at once."""
+        """Kill all processes of a node at once, as a power failure does."""
         node = self._nodes.pop(number)
-        os.killpg(node.pid, signal.SIGKILL)  # the first process of its name space is among them, and takes all along
+        os.killpg(node.pid, signal.SIGKILL)  # with the first process of its name space, all others end
         node.wait(10)
 
     def boot(self, number: int) -> None:
-        """A node gets its power."""
+        """Start a node."""
         hosts, names = self._folder / "hosts", self._folder / "nsswitch.conf"
         script = (
             f"hostname node{number}; mount --bind {hosts} /etc/hosts; mount --bind {names} /etc/nsswitch.conf;"
             f" slurmd -D -f {self.environ['SLURM_CONF']} -N node{number} & wait $!"
         )
         with (self._folder / f"node{number}.out").open("ab") as output:
-            # nsenter, as `ip netns exec` would hide /sys/fs/cgroup; bash, as somebody must reap.
+            # nsenter, because `ip netns exec` hides /sys/fs/cgroup; bash, because process 1 must reap.
             enter = f"nsenter --net=/run/netns/{self._spaces[number]}"
             unshare = "unshare --uts --pid --fork --kill-child --mount-proc"
             self._nodes[number] = subprocess.Popen(
@@ -144,7 +144,7 @@ class Cluster:
 
     def _all_idle(self) -> bool:
         with contextlib.suppress(RuntimeError):
-            return self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() == [
+            return self.query("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() == [
                 f"node{number}" for number in range(len(self._spaces))
             ]
         return False
@@ -163,13 +163,13 @@ class Cluster:
             )
 
     def _write_configuration(self) -> None:
-        here, host = self._folder, socket.gethostname().partition(".")[0]
+        folder, host = self._folder, socket.gethostname().partition(".")[0]
         nodes = [
             f"NodeName=node{number} NodeAddr={self._subnet}.{10 + number} Port=17000 CPUs={self._cpus} RealMemory=8000"
             for number in range(len(self._spaces))
         ]
         tracking = "cgroup" if os.access(_FREEZER / "cgroup.procs", os.W_OK) else "linuxproc"
-        (here / "slurm.conf").write_text(
+        (folder / "slurm.conf").write_text(
             f"""ClusterName=tests
 SlurmctldHost={host}({self._subnet}.1)
 SlurmctldPort=16817
@@ -178,13 +178,13 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits for as long as a credential is valid: 2 minutes by default.
-AuthInfo=socket={here}/munge.socket,cred_expire=5
-StateSaveLocation={here}/state
-SlurmdSpoolDir={here}/spool/%n
-SlurmctldPidFile={here}/slurmctld.pid
-SlurmdPidFile={here}/slurmd.%n.pid
-SlurmctldLogFile={here}/slurmctld.log
-SlurmdLogFile={here}/slurmd.%n.log
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
 MailProg=/bin/true
 MpiDefault=none
 ProctrackType=proctrack/{tracking}
@@ -204,11 +204,11 @@ KillWait=10
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
         )
-        (here / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n")
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n")
         lines = ["127.0.0.1 localhost", f"{self._subnet}.1 {host}"]
         lines += [f"{self._subnet}.{10 + number} node{number}" for number in range(len(self._spaces))]
-        (here / "hosts").write_text("\n".join(lines) + "\n")
-        (here / "nsswitch.conf").write_text("hosts: files\n")  # the nodes have no name server to wait for
+        (folder / "hosts").write_text("\n".join(lines) + "\n")
+        (folder / "nsswitch.conf").write_text("hosts: files\n")  # the nodes have no name server to wait for
 
 
 def until(condition: Callable[[], object], what: str, seconds: float) -> None:

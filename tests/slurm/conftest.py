@@ -13,11 +13,10 @@ from cluster import Cluster, missing
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes of four pretended processors."""
-    lacking = missing()
-    if lacking:
-        pytest.skip(lacking)
+    """Two nodes, configured with four processors each."""
+    if reason := missing():
+        pytest.skip(reason)
     if not Path(sys.prefix, "bin/distrain").exists():
         pytest.skip(f"distrain is not installed in {sys.prefix}")
-    with tempfile.TemporaryDirectory(prefix="distrain-slurm-") as folder, Cluster(Path(folder)) as found:
-        yield found
+    with tempfile.TemporaryDirectory(prefix="distrain-slurm-") as folder, Cluster(Path(folder)) as cluster:
+        yield cluster

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch as it is, on a real SLURM: two nodes of two processes, on CPUs."""
+"""launch/slurm.sbatch without changes, on a real SLURM: two nodes with one or two CPU processes each."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Submitted:
         self._folder, self.id = folder, done.stdout.strip()
 
     def wait(self, seconds: float = 150) -> str:
-        """SLURM's word on its end, as `COMPLETED 0`."""
-        until(lambda: self._told("JobState") in ENDED, f"job {self.id} ends; {self.output}", seconds)
-        return f"{self._told('JobState')} {self._told('ExitCode').partition(':')[0]}"
+        """Wait for its end; SLURM's state and exit code, as `COMPLETED 0`."""
+        until(lambda: self._field("JobState") in ENDED, f"job {self.id} ends; {self.output}", seconds)
+        return f"{self._field('JobState')} {self._field('ExitCode').partition(':')[0]}"
 
     def wait_for(self, run: Path, step: int, attempt: int, seconds: float = 90) -> None:
-        """Until this attempt has saved a checkpoint of a step or a later one."""
+        """Wait until this attempt has saved a checkpoint of this or a later step."""
         until(
             lambda: newest_step(run) >= step and self.restarts == attempt,
             f"attempt {attempt} of job {self.id} saves step {step}; {self.output}",
@@ -51,25 +51,25 @@ class Submitted:
 
     @property
     def restarts(self) -> int:
-        """How often it came back."""
-        return int(self._told("Restarts") or 0)
+        """How often SLURM has requeued it."""
+        return int(self._field("Restarts") or 0)
 
     @property
     def output(self) -> str:
-        """What its script printed, in all attempts."""
+        """The output of its script, of all attempts."""
         return "".join(path.read_text() for path in self._folder.glob(f"distrain-{self.id}.log"))
 
     def logs(self) -> dict[str, str]:
-        """What its nodes and ranks printed."""
+        """The logs of its nodes and ranks, by path."""
         return {str(path.relative_to(self.runs / "logs")): path.read_text() for path in self.runs.glob("logs/*/*/*")}
 
-    def _told(self, key: str) -> str:
-        found = re.search(rf"\b{key}=(\S*)", self._cluster.ask("scontrol", "show", "job", "-o", self.id))
-        return found[1] if found else ""
+    def _field(self, name: str) -> str:
+        match = re.search(rf"\b{name}=(\S*)", self._cluster.query("scontrol", "show", "job", "-o", self.id))
+        return match[1] if match else ""
 
 
-def configured(data: Path, folder: Path, name: str = "small", **sections: dict[str, Any]) -> Path:
-    """A configuration file; its run is runs/NAME."""
+def write_config(data: Path, folder: Path, name: str = "small", **sections: dict[str, Any]) -> Path:
+    """Write a configuration file; its run is runs/NAME."""
     tree = small_run(data, folder / "runs" / name, **sections)
     del tree["run"]["dir"]
     path = folder / f"{name}.yaml"
@@ -77,38 +77,40 @@ def configured(data: Path, folder: Path, name: str = "small", **sections: dict[s
     return path
 
 
-SLOW = {"FAULT": "unhurried:0:1"}  # so that what is done to it finds it before its end
-# SLURM looks every 30 s, and warns up to a minute early: an attempt here is 30 s at most, too short for all of these steps.
+SLOW = {"FAULT": "unhurried:0:1"}  # 40 ms a step: the run is still training when the test acts on it
+ONE_EACH = {"CPU_PROCESSES": "1"}  # processes of a node, where more would only take longer to start
+# SLURM looks every 30 s and signals up to a minute early: an attempt has 30 to 60 s, too short for all of these steps.
 LONG: dict[str, dict[str, Any]] = {
-    "train": {"max_steps": 700}, "eval": {"every_steps": 200}, "checkpoint": {"every_steps": 300},
+    "train": {"max_steps": 1500}, "eval": {"every_steps": 400}, "checkpoint": {"every_steps": 600},
     "launch": {"max_attempts_without_progress": 10},
 }  # fmt: skip
+LIMIT = ("--time=2", "--signal=B:USR2@30")
 FATAL: dict[str, tuple[str, dict[str, dict[str, Any]], int, int]] = {  # FAULT, keys, exit code, restarts
     "configuration": ("none:0:0", {"train": {"lrr": 1}}, 78, 0),
-    "crash": ("crash:3:30", {}, 1, 0),
-    "no progress": ("kill:3:10", {"launch": {"max_attempts_without_progress": 2}}, 1, 1),
+    "crash": ("crash:1:30", {}, 1, 0),
+    "no progress": ("kill:1:10", {"launch": {"max_attempts_without_progress": 2}}, 1, 1),
 }
 
 
 @pytest.fixture(scope="module")
 def submitted(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
-    """Jobs that do not disturb each other, all at once: most of their time they wait for SLURM."""
-    found = {}
+    """Jobs that do not disturb each other, submitted together, because they wait for SLURM most of the time."""
+    jobs = {}
     for name, (fault, sections, _, _) in FATAL.items():
         folder = tmp_path_factory.mktemp("fatal")
-        found[name] = Submitted(cluster, folder, configured(data, folder, **sections), FAULT=fault)
+        jobs[name] = Submitted(cluster, folder, write_config(data, folder, **sections), FAULT=fault, **ONE_EACH)
     folder = tmp_path_factory.mktemp("array")
-    files = [configured(data, folder, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
-    found["array"] = Submitted(cluster, folder, *files, options=("--array=0-1", "--nodes=1"))
+    files = [write_config(data, folder, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
+    jobs["array"] = Submitted(cluster, folder, *files, options=("--array=0-1", "--nodes=1"), **ONE_EACH)
     folder = tmp_path_factory.mktemp("limit")
-    others = ":".join(job.id for job in found.values())  # beside them an attempt would be over before its first step
-    options = ("--time=1", "--signal=B:USR2@30", f"--dependency=afterany:{others}")
-    found["limit"] = Submitted(cluster, folder, configured(data, folder, **LONG), options=options, **SLOW)
-    return found
+    others = ":".join(job.id for job in jobs.values())  # their starts would take much of an attempt's time
+    options = (*LIMIT, f"--dependency=afterany:{others}")
+    jobs["limit"] = Submitted(cluster, folder, write_config(data, folder, **LONG), options=options, **SLOW)
+    return jobs
 
 
 @pytest.mark.parametrize("name", FATAL)
-def test_what_does_not_come_back(name: str, submitted: dict[str, Submitted]) -> None:
+def test_a_fatal_exit_code_is_not_requeued(name: str, submitted: dict[str, Submitted]) -> None:
     job, (_, _, code, restarts) = submitted[name], FATAL[name]
     assert job.wait() == f"FAILED {code}", job.output
     assert job.restarts == restarts
@@ -130,14 +132,14 @@ def test_signals_requeues_and_a_crashed_node(
     cluster: Cluster, data: Path, tmp_path: Path, undisturbed: Callable[..., Any]
 ) -> None:
     length = {"train": {"max_steps": 500}, "eval": {"every_steps": 100}, "checkpoint": {"every_steps": 20}}
-    job = Submitted(cluster, tmp_path, configured(data, tmp_path, **length), **SLOW)
+    job = Submitted(cluster, tmp_path, write_config(data, tmp_path, **length), **SLOW)
     run = job.runs / "small"
     job.wait_for(run, 40, attempt=0)
-    cluster.ask("scancel", "--signal=USR1", job.id)
-    until(lambda: job.restarts == 1, "it comes back after a signal", 60)
+    cluster.query("scancel", "--signal=USR1", job.id)
+    until(lambda: job.restarts == 1, "it is requeued after a signal", 60)
     job.wait_for(run, newest_step(run) + 40, attempt=1)
-    cluster.ask("scontrol", "requeue", job.id)
-    until(lambda: job.restarts == 2, "it comes back after a requeue", 60)
+    cluster.query("scontrol", "requeue", job.id)
+    until(lambda: job.restarts == 2, "it starts again after a requeue", 60)
     job.wait_for(run, newest_step(run) + 40, attempt=2)
     cluster.crash(1)
     cluster.boot(1)
@@ -146,13 +148,13 @@ def test_signals_requeues_and_a_crashed_node(
     trained(run).same_as(undisturbed(4, **length))
 
 
-def test_cancelled_jobs_save_and_stay_away(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    job = Submitted(cluster, tmp_path, configured(data, tmp_path, train={"max_steps": 2000}), **SLOW)
+def test_cancelled_jobs_save_and_are_not_requeued(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    job = Submitted(cluster, tmp_path, write_config(data, tmp_path, train={"max_steps": 2000}), **SLOW, **ONE_EACH)
     run = job.runs / "small"
     job.wait_for(run, 20, attempt=0)
-    cluster.ask("scancel", job.id)
+    cluster.query("scancel", job.id)
     assert job.wait(60).startswith("CANCELLED")
-    until(lambda: exit_file(run)["code"] == 75, "the launcher has left", 30)
+    until(lambda: exit_file(run)["code"] == 75, "the launcher has exited", 30)
     assert "is saved" in exit_file(run)["reason"]
     assert job.restarts == 0
 
@@ -169,7 +171,7 @@ def test_preparing(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_the_time_limit(submitted: dict[str, Submitted], undisturbed: Callable[..., Any]) -> None:
-    """The last test: its job runs beside the others, and comes back from their crashed node too."""
+    """The last test: its job runs beside those of the others, and is requeued after their crash of a node too."""
     job = submitted["limit"]
     assert job.wait(400) == "COMPLETED 0"
     assert job.restarts >= 1, job.output
