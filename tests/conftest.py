@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from datasets import make
 from group import Group
-from harness import Trained, arguments, ip, small_run, trained
+from harness import TrainedRun, arguments, ip, small_run, trained
 
 from distrain import config
 from distrain.data.manifest import Dataset
@@ -63,11 +63,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(
     data: Path, group: Callable[[int], Group], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Trained]:
+) -> Callable[..., TrainedRun]:
     """`undisturbed(processes)`: the result of the small run without faults, trained by a group without a launcher."""
-    runs: dict[Any, Trained] = {}
+    runs: dict[Any, TrainedRun] = {}
 
-    def get(processes: int = 2, /, **sections: dict[str, Any]) -> Trained:
+    def get(processes: int = 2, /, **sections: dict[str, Any]) -> TrainedRun:
         key = (processes, repr(sections))
         if key not in runs:
             run = tmp_path_factory.mktemp("undisturbed") / "run"

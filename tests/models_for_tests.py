@@ -19,7 +19,7 @@ class ThreeClasses(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(prod(image_shape), 3))
 
 
-class Coupled(nn.Sequential):
+class BatchNormAndDropout(nn.Sequential):
     """Has BatchNorm, which depends on the other samples of the batch, and Dropout, which draws random numbers."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:

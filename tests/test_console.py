@@ -99,13 +99,15 @@ def fill_in(text: str, paths: dict[str, str]) -> str:
 
 
 def run(
-    words: str, output: str, environ: dict[str, str], paths: dict[str, str], cwd: Path
+    arguments: str, output: str, environ: dict[str, str], paths: dict[str, str], cwd: Path
 ) -> subprocess.CompletedProcess[bytes]:
     """A command with its standard streams redirected, as a shell does it; `>&GONE` is a pipe without a reader."""
-    fault, _, rest = words.rpartition("FAULT=")[2].partition(" ") if words.startswith("FAULT=") else ("", "", words)
+    fault, _, rest = (
+        arguments.rpartition("FAULT=")[2].partition(" ") if arguments.startswith("FAULT=") else ("", "", arguments)
+    )
     reader, writer = os.pipe()
     os.close(reader)
-    arguments = [fill_in(word, paths) for word in rest.split()]
+    arguments = [fill_in(argument, paths) for argument in rest.split()]
     try:
         return subprocess.run(
             ["bash", "-c", f'exec "$@" {output.replace("GONE", str(writer))}', "bash",
@@ -157,17 +159,19 @@ def test_launched_commands_work_without_any_output(command: str, paths: dict[str
 
 
 def check_worst(command: str, code: int, result: str, paths: dict[str, str], folder: Path) -> None:
-    places = {**paths, "OUT": str(folder / "out")}
-    done = run(command, WORST, {**ASCII, "COLUMNS": "20"}, places, folder)
+    positions = {**paths, "OUT": str(folder / "out")}
+    done = run(command, WORST, {**ASCII, "COLUMNS": "20"}, positions, folder)
     assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
-    assert Path(fill_in(result, places)).exists()
+    assert Path(fill_in(result, positions)).exists()
 
 
 @pytest.mark.parametrize("columns", [0, 20])
-@pytest.mark.parametrize("command", ["config", "--help", "train --help", "status RUN", f"train {KEYS} log.every_steps=1",
-                                     "prepare synthetic --samples 40 --test-samples 10 --lanes 1 --out OUT"])  # fmt: skip
+@pytest.mark.parametrize("command", [
+    "config", "--help", "train --help", "status RUN", f"train {KEYS} log.every_steps=1",
+    "prepare synthetic --samples 40 --test-samples 10 --lanes 1 --out OUT",
+])  # fmt: skip
 def test_a_narrow_terminal(command: str, columns: int, paths: dict[str, str], tmp_path: Path) -> None:
-    arguments = [fill_in(word, {**paths, "OUT": str(tmp_path / "out")}) for word in command.split()]
+    arguments = [fill_in(argument, {**paths, "OUT": str(tmp_path / "out")}) for argument in command.split()]
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environ = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}

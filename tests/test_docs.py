@@ -38,12 +38,12 @@ class Block(NamedTuple):
 
 
 def blocks() -> list[Block]:
-    found = []
+    results = []
     for page in PAGES:
         text = page.read_text()
         for match in re.finditer(r"^```([^\n]*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-            found.append(Block(page.name, text[: match.start()].count("\n") + 1, match[1], match[2]))
-    return found
+            results.append(Block(page.name, text[: match.start()].count("\n") + 1, match[1], match[2]))
+    return results
 
 
 BLOCKS = blocks()
@@ -54,21 +54,21 @@ def tagged(*tags: str) -> list[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each command, without comments and variables before it."""
-    found = []
+    """The arguments of each command, without comments and variables before it."""
+    results = []
     for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-            del words[0]
-        if words:
-            found.append(words)
-    return found
+        arguments = shlex.split(line, comments=True)
+        while arguments and re.fullmatch(r"[A-Z_]+=.*", arguments[0]):
+            del arguments[0]
+        if arguments:
+            results.append(arguments)
+    return results
 
 
-def check_distrain(words: list[str]) -> None:
+def check_distrain(arguments: list[str]) -> None:
     """The options, paths of configuration files and keys of a `distrain` command."""
     command: click.Command = cli.cli
-    name, rest = "distrain", list(words)
+    name, rest = "distrain", list(arguments)
     while isinstance(command, click.Group):
         name = rest.pop(0)
         command = command.commands[name]
@@ -80,54 +80,54 @@ def check_distrain(words: list[str]) -> None:
         config.load(REPO / file if file is not None else None, params["overrides"])
 
 
-def check(words: list[str]) -> None:
-    words = ["distrain" if word == ".venv/bin/distrain" else word for word in words]
-    program = words[0]
-    if words[:3] == ["python", "-m", "benchmarks"]:
-        bench.make_context("benchmarks", list(words[3:]))
-    elif "distrain" in words and program in ("distrain", "torchrun", "accelerate", "srun", "python"):
-        if "--config_file" in words:
-            assert (REPO / words[words.index("--config_file") + 1]).is_file()
-        check_distrain(words[words.index("distrain") + 1 :])
-    elif "--wrap" in words:
-        check(shlex.split(words[words.index("--wrap") + 1]))
+def check(arguments: list[str]) -> None:
+    arguments = ["distrain" if argument == ".venv/bin/distrain" else argument for argument in arguments]
+    program = arguments[0]
+    if arguments[:3] == ["python", "-m", "benchmarks"]:
+        bench.make_context("benchmarks", list(arguments[3:]))
+    elif "distrain" in arguments and program in ("distrain", "torchrun", "accelerate", "srun", "python"):
+        if "--config_file" in arguments:
+            assert (REPO / arguments[arguments.index("--config_file") + 1]).is_file()
+        check_distrain(arguments[arguments.index("distrain") + 1 :])
+    elif "--wrap" in arguments:
+        check(shlex.split(arguments[arguments.index("--wrap") + 1]))
     elif program == "sbatch":
-        rest = [word for word in words[1:] if not word.startswith("--")]
+        rest = [argument for argument in arguments[1:] if not argument.startswith("--")]
         assert (REPO / rest[0]).is_file(), rest[0]
         if rest[0].endswith("prepare.sbatch"):
-            check_distrain(["prepare", *words[words.index(rest[0]) + 1 :]])
+            check_distrain(["prepare", *arguments[arguments.index(rest[0]) + 1 :]])
         else:
-            for file in (word for word in rest[1:] if "=" not in word):
-                config.load(REPO / file, [word for word in rest[1:] if "=" in word])
+            for file in (argument for argument in rest[1:] if "=" not in argument):
+                config.load(REPO / file, [argument for argument in rest[1:] if "=" in argument])
     elif program == "launch/torchrun.sh":
-        check_distrain(["train", *words[1:]])
+        check_distrain(["train", *arguments[1:]])
     elif program == "docker":
-        if "run" in words:
-            check_distrain(words[words.index("distrain") + 1 :])
+        if "run" in arguments:
+            check_distrain(arguments[arguments.index("distrain") + 1 :])
     elif program == "make":
-        targets = [word for word in words[1:] if "=" not in word]
+        targets = [argument for argument in arguments[1:] if "=" not in argument]
         known = re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.MULTILINE)
         assert targets
         assert set(targets) <= set(known)
     elif program == "kubectl":
-        check_kubectl(words)
+        check_kubectl(arguments)
     elif program == "wandb":
         from wandb.cli.cli import cli as wandb
 
-        assert words[1] in wandb.commands
+        assert arguments[1] in wandb.commands
     elif program == "tensorboard":
-        assert words[1] == "--logdir"
-        assert len(words) == 3
+        assert arguments[1] == "--logdir"
+        assert len(arguments) == 3
     else:
         assert program in ("pip", "source", "git", "cd", "mkdir"), f"nobody checks {program}"
 
 
-def check_kubectl(words: list[str]) -> None:
+def check_kubectl(arguments: list[str]) -> None:
     """The overlay that is applied exists; a job whose pods are selected is one of an overlay's."""
-    if "-k" in words:
-        assert (REPO / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
-    if "-l" in words:
-        (job,) = re.findall(r"batch.kubernetes.io/job-name=([a-z-]+)", words[words.index("-l") + 1])
+    if "-k" in arguments:
+        assert (REPO / arguments[arguments.index("-k") + 1] / "kustomization.yaml").is_file()
+    if "-l" in arguments:
+        (job,) = re.findall(r"batch.kubernetes.io/job-name=([a-z-]+)", arguments[arguments.index("-l") + 1])
         kubectl = Path(sys.executable).with_name("kubectl")
         rendered = subprocess.run(
             [kubectl, "kustomize", REPO / "k8s/overlays/cpu-demo"],
@@ -146,16 +146,18 @@ def test_every_block_is_tagged(block: Block) -> None:
 
 @pytest.mark.parametrize("block", tagged("bash check", "bash run"), ids=str)
 def test_commands_fit_the_command_line(block: Block) -> None:
-    found = commands(block.text)
-    assert found
-    for words in found:
-        check(words)
+    results = commands(block.text)
+    assert results
+    for arguments in results:
+        check(arguments)
 
 
 def test_what_ci_runs_is_printed() -> None:
     lines = re.findall(r"^tier make --no-print-directory (.+)$", (REPO / ".ci/run").read_text(), re.MULTILINE)
     made = [target for line in lines for target in line.split()]
-    printed = [words[1] for block in tagged("bash ci") for words in commands(block.text) if words[0] == "make"]
+    printed = [
+        arguments[1] for block in tagged("bash ci") for arguments in commands(block.text) if arguments[0] == "make"
+    ]
     assert printed
     assert set(printed) <= set(made)
 
@@ -163,22 +165,22 @@ def test_what_ci_runs_is_printed() -> None:
 def modules_in_the_code() -> set[tuple[str, str]]:
     """(folder, module); an `__init__` that holds no more than a docstring is none."""
     root = REPO / "distrain"
-    found = set()
+    results = set()
     for path in root.rglob("*.py"):
         folder = "distrain/" if path.parent == root else f"{path.parent.relative_to(root)}/"
         if path.stem != "__init__" or len(ast.parse(path.read_text()).body) > 1:
-            found.add((folder, path.stem))
-    return found
+            results.add((folder, path.stem))
+    return results
 
 
 def modules_in_the_design() -> list[tuple[str, str]]:
     """(folder, module) of the table in docs/design.md; a row without a folder belongs to that of the row above."""
     text = (REPO / "docs/design.md").read_text().partition("\n## Modules\n")[2].partition("\n## ")[0]
-    found, folder = [], ""
+    results, folder = [], ""
     for row in re.findall(r"^\|(.*?)\|(.*?)\|", text, re.MULTILINE)[2:]:
         folder = row[0].strip(" `") or folder
-        found += [(folder, name) for name in re.findall(r"`(\w+)`", row[1])]
-    return found
+        results += [(folder, name) for name in re.findall(r"`(\w+)`", row[1])]
+    return results
 
 
 def test_the_design_names_every_module() -> None:
@@ -206,7 +208,7 @@ def test_the_arrows_of_the_design_are_those_that_lint_checks() -> None:
 @pytest.mark.ranks
 @pytest.mark.parametrize("page", sorted({block.page for block in tagged("bash run", "python run")}))
 def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
-    """Those of a page one after another, in one folder."""
+    """The blocks of a page run one after another, in one folder."""
     for name in LINKED:
         (tmp_path / name).symlink_to(REPO / name)
     if page == "README.md":  # `make train`, above, has made it

@@ -29,12 +29,12 @@ class Doctor:
     def __init__(self, data: Path, run: Path, *keys: str, nproc: int = 2, options: str = "", shell: str = "") -> None:
         tree = small_run(data, run)
         del tree["timeouts"]
-        words = [sys.executable, "-m", "distrain", "launch", "--nproc", str(nproc), *options.split(), "--", "doctor",
+        command = [sys.executable, "-m", "distrain", "launch", "--nproc", str(nproc), *options.split(), "--", "doctor",
                  *arguments(tree), *keys]  # fmt: skip
         if shell:
-            words = ["unshare", "--mount", "bash", "-ec", f'{shell}; exec "$@"', "bash", *words]
+            command = ["unshare", "--mount", "bash", "-ec", f'{shell}; exec "$@"', "bash", *command]
         self._process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env=clean_environ(),
         )  # fmt: skip
 

@@ -413,7 +413,7 @@ class NoCredentialsError(Exception):
 
 
 class HttpError(Exception):
-    """With a code, as gcsfs's has."""
+    """Error with a code, as gcsfs's has."""
 
     code = 401
 
@@ -664,7 +664,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_makes_room_and_without_any_is_told_once(
+def test_a_full_disk_makes_room_and_without_any_warns_once(
     small: Dataset, server: Server, tiny_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = manifest.read(server.address, options(tiny_disk / "cache"))

@@ -1,4 +1,4 @@
-"""On a GPU: the same samples and the same bits as before, and features of GPUs. Skipped without one."""
+"""Tests on a GPU: the same samples and the same bits as before, and features of GPUs. Skipped without one."""
 
 from __future__ import annotations
 

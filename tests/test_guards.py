@@ -51,10 +51,10 @@ def test_the_innermost_statement_is_marked(tmp_path) -> None:
     (package / "module.py").write_text(
         "def f(x):\n    if x == '×':  # guard: outer\n        y = max(\n            x,\n        )  # guard: inner\n"
     )
-    found = markers.find(tmp_path)
-    assert found["inner"].source.startswith("y = max(")
-    assert markers.NEVER.apply(found["outer"]).splitlines()[1] == "    if False:  # guard: outer"
-    replaced = markers.replace("y = 1\nz = 2").apply(found["inner"])
+    marked = markers.find(tmp_path)
+    assert marked["inner"].source.startswith("y = max(")
+    assert markers.NEVER.apply(marked["outer"]).splitlines()[1] == "    if False:  # guard: outer"
+    replaced = markers.replace("y = 1\nz = 2").apply(marked["inner"])
     assert replaced.splitlines()[2:] == ["        y = 1", "        z = 2  # guard: inner"]
 
 

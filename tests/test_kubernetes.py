@@ -1,4 +1,4 @@
-"""k8s/: every overlay renders, fits the schemas, and follows rules that no schema has."""
+"""The manifests in k8s/: every overlay renders, fits the schemas, and follows rules that no schema has."""
 
 from __future__ import annotations
 

@@ -33,11 +33,11 @@ CASES = {
     "crash": ([end(0, 75, "peer"), end(1, -signal.SIGSEGV, time=1)], None, True, 1, "rank 1 was ended by SIGSEGV"),
     "killed": ([end(0, 75, "peer"), end(1, KILL, time=1)], None, True, 75, "rank 1 was ended by SIGKILL"),
     "killed, the other hung": ([end(0, KILL, by_launcher=True), end(1, KILL)], None, True, 75, "rank 1 was ended"),
-    "killed, nothing to go on from": ([end(0, 75, "peer"), end(1, KILL)], None, False, 1, "no checkpoint"),
+    "killed, nothing to resume from": ([end(0, 75, "peer"), end(1, KILL)], None, False, 1, "no checkpoint"),
     "peer": ([end(0, 75, "peer"), end(1, KILL, by_launcher=True)], None, True, 75, "peer of 0"),
     "busy": ([end(0, 75, "busy"), end(1, 75, "busy")], None, True, 75, "busy of 0"),
     "grace": ([end(0, KILL, by_launcher=True)] * 2, "SIGUSR1", True, 75, "stopped by SIGUSR1"),
-    "grace, nothing to go on from": ([end(0, KILL, by_launcher=True)] * 2, "SIGUSR1", False, 1, "no checkpoint"),
+    "grace, nothing to resume from": ([end(0, KILL, by_launcher=True)] * 2, "SIGUSR1", False, 1, "no checkpoint"),
 }  # fmt: skip
 
 

@@ -179,7 +179,7 @@ def test_every_shard_is_evaluated_by_one_rank(lanes: int, rounds: int, data: st.
 @settings(max_examples=3, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 10**6))
 def test_4096_ranks_and_65536_shards(seed: int, epoch: int) -> None:
-    """In some steps of such a run, all ranks together train each position once, with distinct samples."""
+    """All ranks together train each position of a step once, with distinct samples; tried in some steps."""
     order = Order(num_shards=65536, lanes=8192, samples_per_shard=1000, global_batch_size=30000, seed=seed)
     shards = order.epoch_shards(epoch)
     assert (np.sort(shards.ravel()) == np.arange(65536)).all()

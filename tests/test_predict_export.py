@@ -98,11 +98,11 @@ def test_unreadable_files_are_named_before_the_first_prediction(
 
 @pytest.mark.parametrize("command", [["predict", "{}", "x.png"], ["export", "{}", "--out", "x.pt2"]])
 def test_a_run_without_a_checkpoint_is_reported(command: list[str], run: Path, tmp_path: Path, capsys: Any) -> None:
-    assert cli.main([word.format(tmp_path) for word in command]) == 78
+    assert cli.main([argument.format(tmp_path) for argument in command]) == 78
     assert "holds no run" in capsys.readouterr().err
     for name in ("config.yaml", "setup.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
-    assert cli.main([word.format(tmp_path) for word in command]) == 78
+    assert cli.main([argument.format(tmp_path) for argument in command]) == 78
     assert "no readable checkpoint" in capsys.readouterr().err
 
 

@@ -365,7 +365,7 @@ def test_limit_takes_as_many_of_each_class_from_each_split(images: Path, tmp_pat
 
 
 def load(path: Path, tmp_path: Path, size: int = 12) -> np.ndarray:
-    """What `prepare` makes of one image."""
+    """The result of `prepare` for one image."""
     top = tmp_path / "one"
     for split in ("train", "test"):
         for name in ("a", "b"):
@@ -1048,21 +1048,21 @@ def test_verify_names_all_that_is_wrong_at_once(copy: Path, capsys: Capture) -> 
 )
 def test_layouts_fit_or_say_why(samples: int, sample_bytes: int, num_shards: int | None, lanes: int | None) -> None:
     try:
-        found_shards, found_lanes = layout(samples, sample_bytes, num_shards, lanes)
+        actual_shards, actual_lanes = layout(samples, sample_bytes, num_shards, lanes)
     except ConfigError:
         assert (num_shards or lanes or 0) > samples or (num_shards and lanes and num_shards % lanes)
         return
-    assert found_shards % found_lanes == 0
-    assert 1 <= found_lanes <= found_shards <= samples
-    assert num_shards in (None, found_shards)
-    assert lanes in (None, found_lanes)
+    assert actual_shards % actual_lanes == 0
+    assert 1 <= actual_lanes <= actual_shards <= samples
+    assert num_shards in (None, actual_shards)
+    assert lanes in (None, actual_lanes)
     if num_shards is None and lanes is None:
-        assert found_lanes == min(DEFAULT_LANES, samples)
+        assert actual_lanes == min(DEFAULT_LANES, samples)
     if num_shards is None:
         # The largest shard has 32 MiB and one sample, or there are nearly as many shards as samples.
-        assert (samples // found_shards) * sample_bytes <= SHARD_BYTES or found_shards > samples - found_lanes
+        assert (samples // actual_shards) * sample_bytes <= SHARD_BYTES or actual_shards > samples - actual_lanes
     elif lanes is None:
-        assert not [n for n in range(found_lanes + 1, DEFAULT_LANES + 1) if found_shards % n == 0]
+        assert not [n for n in range(actual_lanes + 1, DEFAULT_LANES + 1) if actual_shards % n == 0]
 
 
 SKEWED = np.repeat(np.arange(100), [1000] + [1] * 99)

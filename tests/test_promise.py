@@ -332,7 +332,7 @@ def test_a_diverging_run_stops_on_every_rank(small: Dataset, group: Groups, tmp_
 def test_batch_norm_is_evaluated_with_the_saved_statistics(small: Dataset, group: Groups, tmp_path: Path) -> None:
     # Each rank has the statistics of its local batches; the model that is evaluated is the one in the checkpoint.
     run = tmp_path / "run"
-    changes = {"model": {"name": "models_for_tests:Coupled"}, "train": {"precision": "fp32", "epochs": 2}}
+    changes = {"model": {"name": "models_for_tests:BatchNormAndDropout"}, "train": {"precision": "fp32", "epochs": 2}}
     result = group(3).train(configuration(small, run, **changes))
     (answer,) = group(1).call("evaluate", str(run), "test")
     assert answer["confusion_matrix"] == result["confusion_matrix"]

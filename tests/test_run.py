@@ -220,8 +220,8 @@ def test_the_best_checkpoint_on_val_is_retained_and_evaluated(tmp_path: Path) ->
     assert result["val_accuracy"] == scores[best]
     assert (run / "checkpoints" / result["checkpoint"]).is_dir()
     assert cli.main(["evaluate", str(run)]) == 0
-    scored = json.loads((run / f"evaluations/test-{result['checkpoint']}.json").read_text())
-    assert scored["confusion_matrix"] == result["confusion_matrix"]
+    eval_model = json.loads((run / f"evaluations/test-{result['checkpoint']}.json").read_text())
+    assert eval_model["confusion_matrix"] == result["confusion_matrix"]
 
 
 def test_evaluate_takes_any_split_and_checkpoint(
@@ -244,8 +244,8 @@ def test_evaluate_and_predict_draw_what_a_model_does_not_save_as_training_did(sm
     result = distrain.train(tree(small, run, model={"name": "models_for_tests:Projected"}, run={"seed": 7}))
     torch.manual_seed(1)
     assert cli.main(["evaluate", str(run)]) == 0
-    scored = json.loads(next((run / "evaluations").iterdir()).read_text())
-    assert scored["confusion_matrix"] == result["confusion_matrix"]
+    eval_model = json.loads(next((run / "evaluations").iterdir()).read_text())
+    assert eval_model["confusion_matrix"] == result["confusion_matrix"]
     torch.manual_seed(2)
     loaded = loaded_model.load(run, None).model
     torch.manual_seed(7)
@@ -344,7 +344,7 @@ def test_outputs_of_a_wrong_shape_are_an_error(small: Dataset, tmp_path: Path) -
 def test_a_model_with_batch_norm_and_dropout_trains_with_a_warning(
     small: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    changes: dict[str, Any] = {"model": {"name": "models_for_tests:Coupled"}, "train": {"epochs": 1}}
+    changes: dict[str, Any] = {"model": {"name": "models_for_tests:BatchNormAndDropout"}, "train": {"epochs": 1}}
     distrain.train(tree(small, tmp_path / "whole", **changes))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert any("has Dropout: what it learns depends on the number of processes" in message for message in warnings)

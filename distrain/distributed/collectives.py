@@ -189,7 +189,7 @@ class Collectives:
 
     @contextlib.contextmanager
     def fail_alone(self) -> Iterator[None]:
-        """Run what may be impossible on this process while the others already wait for it; they read why in the store."""
+        """Run what may be impossible on this process while the others already wait; they read why in the store."""
         try:
             yield
         except UserError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Job, Trained, small_run, trained
+from harness import Job, TrainedRun, small_run, trained
 
 REPO = Path(__file__).parent.parent.parent
 
@@ -49,10 +49,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 @pytest.fixture
-def finish(data: Path, tmp_path: Path) -> Callable[..., Trained]:
+def finish(data: Path, tmp_path: Path) -> Callable[..., TrainedRun]:
     """`finish(run)` starts the same command again, to the end of the run, and returns what it trained."""
 
-    def again(run: Path, processes: int = 2, /, **sections: dict[str, Any]) -> Trained:
+    def again(run: Path, processes: int = 2, /, **sections: dict[str, Any]) -> TrainedRun:
         with Job(small_run(data, run, **sections), tmp_path, processes) as job:
             assert job.wait() == 0, job.output
         return trained(run)

@@ -224,7 +224,7 @@ FAULTS = [
           f"{FETCH}::test_a_damaged_entry_is_fetched_once_again"),
     Fault("a full cache disk", "data", "older files are deleted; if that is not enough, one warning, and training continues",
           "bytes that cannot be stored are used from memory", "full-cache", replace("raise OSError(reason)"),
-          f"{FETCH}::test_a_full_disk_makes_room_and_without_any_is_told_once"),
+          f"{FETCH}::test_a_full_disk_makes_room_and_without_any_warns_once"),
     Fault("four processes fill one cache", "data", "its limit is kept, every byte is right",
           "space is reserved before it is counted", "cache-bound", DROP, f"{FETCH}::test_four_processes_share_a_cache"),
 ]  # fmt: skip

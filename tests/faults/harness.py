@@ -195,14 +195,14 @@ def session(leader: int) -> list[psutil.Process]:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a run trained: the last weights, the ids of every step, the metrics without times."""
+class TrainedRun:
+    """The outcome of a run: the last weights, the ids of every step, the metrics without times."""
 
     weights: dict[str, torch.Tensor]
     ids: dict[int, list[int]]
     metrics: list[dict[str, Any]]
 
-    def same_as(self, other: Trained) -> None:
+    def same_as(self, other: TrainedRun) -> None:
         """Check that every bit, every id and every line is the same."""
         assert self.ids == other.ids
         assert self.metrics == other.metrics
@@ -211,11 +211,11 @@ class Trained:
             assert torch.equal(value, other.weights[name]), name
 
 
-def trained(run: Path) -> Trained:
+def trained(run: Path) -> TrainedRun:
     """Read what a finished run trained."""
     assert (run / "result.json").exists()
     newest = max((run / "checkpoints").glob("step-*"))
-    return Trained(load_file(newest / "model.safetensors"), ids_by_step(run), metrics_but_times(run))
+    return TrainedRun(load_file(newest / "model.safetensors"), ids_by_step(run), metrics_but_times(run))
 
 
 def ip(*arguments: str) -> None:

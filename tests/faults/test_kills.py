@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from datasets import make
-from harness import Job, Trained, exit_file, newest_step, small_run, trained
+from harness import Job, TrainedRun, exit_file, newest_step, small_run, trained
 
 pytestmark = pytest.mark.faults
 TARGETS = ("rank1", "workers", "launcher", "everything", "rank0")
@@ -23,7 +23,7 @@ KILLS = 100
 
 @pytest.mark.parametrize("target", ["rank0", pytest.param("rank1", marks=pytest.mark.short)])
 def test_a_killed_worker(target: str, data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
-    expected: Trained = undisturbed()
+    expected: TrainedRun = undisturbed()
     with Job(small_run(data, tmp_path / "run"), tmp_path) as job:
         job.wait_for("train", 23)
         job.signal(target, number=signal.SIGKILL)
@@ -35,7 +35,7 @@ def test_a_killed_worker(target: str, data: Path, tmp_path: Path, undisturbed: A
 
 @pytest.mark.short
 def test_a_killed_launcher_takes_its_workers_with_it(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
-    expected: Trained = undisturbed()
+    expected: TrainedRun = undisturbed()
     slow = {"FAULT": "slow:0:30"}  # workers that continued would need longer than 5 seconds
     with Job(small_run(data, tmp_path / "run"), tmp_path, environ=slow) as job:
         job.wait_for("train", 23)

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import Job, Trained, exit_file, newest_step, small_run, trained, until
+from harness import Job, TrainedRun, exit_file, newest_step, small_run, trained, until
 
 from distrain.data import manifest
 
@@ -43,7 +43,7 @@ def state_of(run: Path) -> dict[str, Any]:
     return state
 
 
-def check_stopped(job: Job, finish: Callable[..., Trained], expected: Trained) -> None:
+def check_stopped(job: Job, finish: Callable[..., TrainedRun], expected: TrainedRun) -> None:
     """Check that the job has stopped properly, and that the next attempt ends like an undisturbed run."""
     check_code(job)
     finish(job.run).same_as(expected)

@@ -1,4 +1,4 @@
-"""buildah and podman from Debian's packages, for a machine without a Docker engine.
+"""Containers by buildah and podman from Debian's packages, for a machine without a Docker engine.
 
 python tests/images/engine.py      builds the image's layers, which later builds use again
 """

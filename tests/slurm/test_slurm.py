@@ -51,7 +51,7 @@ class Submitted:
 
     @property
     def restarts(self) -> int:
-        """How often SLURM has requeued it."""
+        """The number of times that SLURM has requeued it."""
         return int(self._field("Restarts") or 0)
 
     @property
