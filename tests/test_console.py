@@ -321,7 +321,7 @@ def test_an_error_of_a_socket_or_file_is_a_fault(
     def fail(_: Path) -> None:
         raise error
 
-    monkeypatch.setattr(status, "look", fail)
+    monkeypatch.setattr(status, "run_status", fail)
     assert cli.main(["status", "runs/any"]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback")
