@@ -111,7 +111,7 @@ def _tolerant(stream: Any, descriptor: int) -> TextIO:
         stream.encoding,
         "backslashreplace" if stream.errors in _STRICT else stream.errors,
         newline="\n",
-        line_buffering=stream.line_buffering,
+        line_buffering=True,  # what user code printed is not lost if a watchdog or a signal ends the process
         write_through=unbuffered,
     )
 

@@ -298,6 +298,13 @@ def test_a_message_with_wrong_arguments_is_still_a_message(capsys: pytest.Captur
     assert capsys.readouterr().err == "warning: %d images ('many',)\n"
 
 
+def test_a_printed_line_survives_a_kill() -> None:
+    code = "import os; from distrain import console; console.set_up(); print('a line'); os.kill(os.getpid(), 9)"
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert done.stdout == "a line\n"
+
+
 def test_a_slow_reader_of_a_non_blocking_pipe_gets_everything(tmp_path: Path) -> None:
     text = "×" * 200_000  # more than a pipe holds
     reader, writer = os.pipe()
