@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from group import REPO
+from harness import REPO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
