@@ -48,7 +48,7 @@ def encodable(text: str) -> str:
 def logging_to_stderr(rank: int | None = None) -> Iterator[None]:
     """Show the package's log messages on stderr within the block: level INFO, unless `set_level` changes it.
 
-    A rank, if given, precedes each message.
+    A rank, if given, precedes each line.
     Messages do not reach the root logger meanwhile: a handler that a library installed there would show them twice.
     A block inside another one changes nothing.
     """
@@ -131,7 +131,7 @@ class _StderrHandler(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
-    """A format for people: the bare message, `warning: message`, and `[rank 1] ` in front where there are several."""
+    """A format for people: the bare message, `warning: message`, and `[rank 1] ` in front where a rank is given."""
 
     def __init__(self, rank: int | None) -> None:
         super().__init__()
@@ -143,4 +143,4 @@ class _Formatter(logging.Formatter):
         except Exception:  # arguments that do not fit the message
             text = f"{record.msg} {record.args}"
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        return f"{self._rank}{level}{text}"
+        return "\n".join(self._rank + line for line in f"{level}{text}".split("\n"))
