@@ -29,6 +29,7 @@ from distrain.distributed.runtime import Runtime
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError
+from distrain.failure_report import PeerFailedError
 from distrain.runs.folder import STACKS
 from distrain.runs.trackers import check_tensorboard
 from distrain.text import shortened
@@ -303,6 +304,8 @@ def _explain_impossible() -> Iterator[None]:
     """Raise ConfigError in the first passes for a missing compiler, or an operation without a deterministic form."""
     try:
         yield
+    except PeerFailedError:
+        raise  # its message is complete
     except Exception as error:
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
