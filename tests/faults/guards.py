@@ -212,7 +212,7 @@ FAULTS = [
                   "    content.write(chunk)"),
           f"{FETCH}::test_a_body_without_end_takes_neither_memory_nor_time"),
     Fault("a server or file system that hangs", "data", "each try has an end",
-          "every try runs in a thread, with a deadline", "fetch-deadline", NEVER,
+          "every try runs in a thread, with a deadline", "fetch-deadline", condition("remaining <= -10"),
           f"{FETCH}::test_a_file_system_that_hangs_and_knows_no_time_out_is_given_up"),
     Fault("a server that is gone", "data", "75: it may answer later", "it is distinguished from data that is wrong",
           "unreachable", DROP,
