@@ -267,8 +267,9 @@ def doctor(environment: Environment, file: Path | None, overrides: tuple[str, ..
     distrain launch --nproc 4 -- doctor --config configs/cifar10.yaml
     srun --ntasks-per-node=1 distrain launch -- doctor --config configs/cifar10.yaml
 
-    Checks the versions, devices, cores, memory, /dev/shm and open files of every node, the data set, the run's folder
-    and how long a checkpoint takes, the rendezvous, and whether all processes see the same. Exit code 0, or 78.
+    On every node it checks versions, devices, cores, memory, /dev/shm and the limit of open files; for the job, the
+    data set, the run's folder, the time to save a checkpoint, the rendezvous, and whether all processes see the same
+    data and folder. Exit code: 0 if nothing would end the job, else 78.
     """
     resolved = _load(file, (*_DOCTOR, *overrides))
     from distrain.tools import doctor as examination

@@ -26,7 +26,7 @@ def _key(default: Any, meaning: str, *, identity: bool = False, **limits: Any) -
 
 
 def _whole(value: Any) -> Any:
-    """Convert `1e4` to a whole number; refuse true and false."""
+    """Convert a number without a fraction, such as `1e4`, to an int; refuse true and false."""
     if isinstance(value, bool):
         raise ValueError("should be a whole number")
     if isinstance(value, str):
@@ -361,7 +361,10 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def from_tree(tree: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
-    """Return the configuration of nested mappings, as `load` does; `problems` are reported with the new ones."""
+    """Build the configuration from nested mappings, with the checks of `load`.
+
+    `problems`, which were found earlier, are reported together with those found here.
+    """
     problems = list(problems)
     config = Config()
     try:

@@ -97,7 +97,7 @@ class _TolerantText(io.TextIOWrapper):
 
 
 def _tolerant(stream: Any, descriptor: int) -> TextIO:
-    """Return a stream to write to in place of `stream`, which is None where the descriptor was closed."""
+    """Return a stream to write to in place of `stream`, which is None if the descriptor was closed."""
     if stream is not None and not isinstance(stream, io.TextIOWrapper):
         return cast(TextIO, stream)  # not Python's own: whoever replaced it decides
     raw = _TolerantFile(descriptor, "wb", closefd=False)
@@ -131,7 +131,7 @@ class _StderrHandler(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
-    """A format for people: the bare message, `warning: message`, and `[rank 1] ` in front where a rank is given."""
+    """A format for people: the bare message, `warning: message`, and `[rank 1] ` in front if a rank is given."""
 
     def __init__(self, rank: int | None) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ class World:
 
 @dataclass(frozen=True)
 class Environment:
-    """The place of this process in its job.
+    """The rank of this process, its node, its launcher and the address of the store.
 
     Attributes:
         world: rank and number of the processes that the launcher started (RANK, WORLD_SIZE).

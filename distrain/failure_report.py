@@ -53,7 +53,7 @@ class Failure:
 
 
 class PeerFailedError(RuntimeError):
-    """Another process failed and recorded why; this one ends in the same way."""
+    """Another process failed and recorded why; this one exits with the same exit code."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(f"rank {failure.rank} on {failure.host} failed: {failure.message}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def printable(name: str) -> str:
-    """Return the name of a file or class with each unprintable character replaced: one line, no control sequences."""
+    """Return a name with each unprintable character replaced, so that it is one line without control sequences."""
     return "".join(letter if letter.isprintable() else "�" for letter in name)
 
 

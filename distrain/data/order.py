@@ -115,7 +115,8 @@ class Order:
     def partners(self, step: int, world: World) -> Ints:
         """Return, for each sample of a rank's local batch, the index of its partner in mixup: int64 [n].
 
-        It is the next sample of the same lane, which the same rank owns, or the sample itself if the lane has only one.
+        The partner is the next sample of the same lane, and so of the same rank; for the last sample of a lane it is
+        the first. A sample that is alone in its lane is its own partner.
         """
         positions = self.positions(step, world)
         next_in_lane = positions + self.lanes

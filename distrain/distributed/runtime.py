@@ -72,7 +72,7 @@ class Runtime:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Leave the group, so that another run can start in this process.
 
-        Do not wait for the other processes if they do not raise this error too.
+        If this process ends with an error that the others do not raise, it does not wait for them.
         """
         if error is not None and self.collectives.needs_record(error):
             known = isinstance(error, PeerFailedError)

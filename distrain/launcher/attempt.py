@@ -51,7 +51,7 @@ class AttemptRecord:
 
     @property
     def exhausted(self) -> Verdict | None:
-        """The verdict where launchers were killed again and again without progress; None otherwise."""
+        """The verdict to give up, if launchers were killed again and again without progress; None otherwise."""
         if self._idle < self._limit:
             return None
         return Verdict(EXIT_FAULT, f"{_without_progress(self._idle)}, each killed without a report")

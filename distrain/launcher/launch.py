@@ -96,7 +96,7 @@ def _run_workers(
 
 
 def default_processes() -> int:
-    """Return the number of GPUs of this node, or 1 where there is none."""
+    """Return the number of GPUs of this node, or 1 if there is none."""
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return 1
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]

@@ -1,4 +1,4 @@
-"""The worker processes of this node: started, signalled, waited for, and killed where they do not exit."""
+"""The worker processes of this node: started, signalled, waited for, and killed if they do not exit."""
 
 from __future__ import annotations
 
@@ -169,7 +169,10 @@ class Workers:
                 self._heartbeats[rank] = (status.heartbeats, now)
 
     def _abort(self, ranks: Iterable[int]) -> None:
-        """Send SIGABRT once: Python's fault handler then writes the stacks, even while the interpreter lock is held."""
+        """Send SIGABRT to these workers, once to each.
+
+        Python's fault handler then writes their stacks, even while the interpreter lock is held.
+        """
         for rank in list(ranks):
             if rank not in self._aborted:
                 self._aborted.add(rank)
@@ -192,7 +195,7 @@ class Workers:
 
 @contextlib.contextmanager
 def _output(logs: Path | None, rank: int) -> Iterator[IO[bytes] | None]:
-    """Open the log file of a rank; None where it writes to the launcher's output, as rank 0 always does."""
+    """Open the log file of a rank; None if it writes to the launcher's output, as rank 0 always does."""
     if logs is None or rank == 0:
         yield None
         return

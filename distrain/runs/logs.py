@@ -85,11 +85,11 @@ class JsonLines:
 
 
 def cut_back(run: Path, steps_done: int, metrics_lines: int) -> None:
-    """Truncate metrics and audit to a checkpoint; incomplete lines are removed too.
+    """Remove the lines of metrics and audit that were written after a checkpoint, and incomplete lines.
 
     Args:
         run: the run's folder.
-        steps_done: steps trained when the checkpoint was saved. A line of the audit names its step, 0 … N-1.
+        steps_done: steps trained when the checkpoint was saved; audit lines of steps 0 … steps_done - 1 remain.
         metrics_lines: number of lines of metrics.jsonl when it was saved.
     """
     _truncate(run / METRICS, lambda number, line: number < metrics_lines)

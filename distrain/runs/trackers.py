@@ -52,7 +52,7 @@ class FinishedRun:
         return results.lowest_first(results.classes_of(self.result))
 
     def most_confused(self) -> list[int]:
-        """Return the labels, ascending, of the classes with most mistakes: as many as fit on a screen."""
+        """Return the classes with the most mistakes, as many as fit on a screen, as labels in ascending order."""
         matrix = np.array(self.result["confusion_matrix"])
         mistakes = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
         return sorted(np.argsort(-mistakes, kind="stable")[:_MAX_CLASSES].tolist())
@@ -152,7 +152,7 @@ class WandbRun:
         return cls(settings.mode, settings.project, settings.name or run.resolve().name, id_, group, settings.job_type)
 
     def of_node(self, node: int) -> WandbRun:
-        """Return the settings of the run for the system metrics of another node; all attempts have the same id."""
+        """Return the settings for the system metrics of another node than the first, which are a run of their own."""
         return replace(self, name=f"{self.name}-node-{node}", id=f"{self.id}-node-{node}", job_type="node")
 
 

@@ -26,7 +26,7 @@ from distrain.training.job import Job
 log = logging.getLogger("distrain")
 
 _TRAINED_WEIGHTS = "weights."
-"""Prefix, in optimizer.safetensors, of the trained weights where model.safetensors holds their EMA."""
+"""Prefix, in optimizer.safetensors, of the trained weights if model.safetensors holds their EMA."""
 
 
 class Checkpointer:

@@ -97,7 +97,7 @@ def evaluate(
 
     Raises:
         DataError: on all processes: a shard cannot be read, or the number of samples scored is not the manifest's.
-        StopAgreed: one process was asked to stop, and all know.
+        StopAgreed: on all processes, if one was asked to stop.
     """
     num_classes = len(dataset.manifest.classes)
     # Counts and the loss travel in one vector of fp64, which holds integers exactly up to 2**53.

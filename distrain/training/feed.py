@@ -30,7 +30,7 @@ class Feed:
         """Return the local batch of the next step.
 
         Raises:
-            StopAgreed: one process was asked to stop, and all know.
+            StopAgreed: on all processes, if one was asked to stop.
             DataError: on all processes, where one cannot read its shards.
         """
         if not self._started or self._order.begins_round(step):

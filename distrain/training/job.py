@@ -46,7 +46,7 @@ class TrainedModel:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is evaluated, and saved as the result: the EMA where there is one."""
+        """The model that is evaluated, and saved as the result: the EMA if there is one, else the trained model."""
         return self.module if self.ema is None else self.ema.module
 
     @functools.cached_property

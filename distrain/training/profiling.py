@@ -67,7 +67,12 @@ def _fractions(spent: dict[str, float]) -> dict[str, float]:
 
 
 def advice(fractions: dict[str, float], cached: bool) -> list[str]:
-    """Return what to change where a phase takes too much time; `cached`: the train split is in memory already."""
+    """Return advice if a phase takes too much time.
+
+    Args:
+        fractions: fraction of the time, by phase.
+        cached: whether the train split is in memory already.
+    """
     names = [name for name in _ADVICE if not (cached and name == "data")]
     return [_ADVICE[name][1] for name in names if fractions.get(name, 0.0) > _ADVICE[name][0]]
 

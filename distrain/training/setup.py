@@ -281,10 +281,11 @@ def _prepare(config: Config, module: nn.Module, runtime: Runtime) -> tuple[Distr
 
 
 def _warm_up(job: Job) -> None:
-    """Run two backward passes and drop their gradients, before anything is loaded.
+    """Run two backward passes and drop their gradients, before a checkpoint is loaded.
 
-    DDP rebuilds its buckets after the first backward pass of a process, and sums in another order from then on: without
-    this, a resumed run differs in the last bits from one that was not interrupted, on three processes or more.
+    DDP rebuilds its buckets after the first backward pass of a process, and then sums gradients in another order.
+    Without the warm-up, a run resumed on three or more processes would have other last bits than one that was not
+    interrupted.
     """
     model = job.model
     buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}

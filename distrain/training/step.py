@@ -47,7 +47,7 @@ class TrainingStep:
         """Train on the local batch of a step of the run.
 
         Returns:
-            The sum of the losses of this process, fp64, not yet synchronised with the device.
+            The sum of this process's losses: fp64, on the device. Reading its value waits for the device.
         """
         job, model = self._job, self._job.model
         for group in model.optimizer.param_groups:
@@ -75,7 +75,7 @@ class TrainingStep:
     def _forward_backward(self, local: _LocalBatch) -> list[Tensor]:
         """Run forward and backward over the micro-batches.
 
-        Their number is the same on every process, as BatchNorm's statistics are collectives.
+        Every process runs the same number of them, because BatchNorm computes its statistics with collectives.
         """
         job, distributed = self._job, self._job.model.distributed
         scale = distributed.loss_scale(job.order.global_batch_size)

@@ -30,7 +30,7 @@ class StopPoll:
         self._last_time = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Whether the processes agree after this step; the same on all of them."""
+        """Whether this step is followed by an agreement; the answer is the same on all processes."""
         return step >= self._next
 
     def poll_at(self, step: int) -> None:
@@ -41,7 +41,7 @@ class StopPoll:
         """Make an agreement; return whether a checkpoint is due on rank 0.
 
         Raises:
-            StopAgreed: one process was asked to stop, and all know.
+            StopAgreed: on all processes, if one was asked to stop.
         """
         steps, seconds = step - self._last_step, time.monotonic() - self._last_time
         affordable = int(POLL_SECONDS * steps / max(seconds, 1e-6))
@@ -58,7 +58,7 @@ def wait_for_data(runtime: Runtime, batches: TrainingBatches, step: int) -> None
     """Wait, between two steps and together, until every process has its data of the round that begins.
 
     Raises:
-        StopAgreed: one process was asked to stop, and all know.
+        StopAgreed: on all processes, if one was asked to stop.
         DataError: on all processes, where one cannot read its shards.
     """
     while True:

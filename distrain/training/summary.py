@@ -40,7 +40,12 @@ def announce(job: Job, from_step: int) -> None:
 
 
 def describe(job: Job, from_step: int) -> dict[str, Any]:
-    """Return data set, model, processes and machine, for JSON: RUN/setup.json."""
+    """Return a description of the data set, model, processes and machine, to be saved in RUN/setup.json.
+
+    Args:
+        job: the run.
+        from_step: step from which this attempt trains.
+    """
     runtime, order, manifest = job.runtime, job.order, job.dataset.manifest
     world, environment = runtime.world, runtime.environment
     fewest, most = order.local_batch_sizes(world.size)

@@ -161,7 +161,7 @@ class Trainer:
         """Log, evaluate and save what is due after the steps done; a resumed run makes up here for what was missed.
 
         Raises:
-            StopAgreed: one process was asked to stop, and all know.
+            StopAgreed: on all processes, if one was asked to stop.
         """
         step, config = self.step, self.job.config
         last = step == self.job.total_steps
@@ -250,7 +250,7 @@ class Trainer:
         raise Stopped(f"stopped{stop.by}: step {self.step} is saved; the same command resumes there")
 
     def _record_batch(self, batch: Batch) -> None:
-        """Write down what is known of a batch: its ids, with `data.audit`, and pictures of the first one."""
+        """Record a batch: its ids if `data.audit` is on, and pictures if it is the first batch of the run."""
         if self.logs.audit is not None:
             with self.profile.phase("log"):
                 epoch = self.step // self.job.order.steps_per_epoch
@@ -259,7 +259,7 @@ class Trainer:
             self._try_pictures(lambda: pictures.save_augmented(self.job, batch))
 
     def _try_pictures(self, action: Callable[[], None]) -> None:
-        """Save pictures, which are for people: whatever fails costs a warning, never the run."""
+        """Save pictures; an error only causes a warning, because training does not depend on them."""
         try:
             action()
         except Exception as error:
