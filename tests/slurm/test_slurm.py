@@ -132,7 +132,7 @@ def test_signals_requeues_and_a_crashed_node(
     cluster: Cluster, data: Path, tmp_path: Path, undisturbed: Callable[..., Any]
 ) -> None:
     length = {"train": {"max_steps": 500}, "eval": {"every_steps": 100}, "checkpoint": {"every_steps": 20}}
-    job = Submitted(cluster, tmp_path, write_config(data, tmp_path, **length), **SLOW)
+    job = Submitted(cluster, tmp_path, write_config(data, tmp_path, **length), **SLOW, **ONE_EACH)
     run = job.runs / "small"
     job.wait_for(run, 40, attempt=0)
     cluster.query("scancel", "--signal=USR1", job.id)
@@ -145,7 +145,7 @@ def test_signals_requeues_and_a_crashed_node(
     cluster.boot(1)
     assert job.wait(240) == "COMPLETED 0"
     assert job.restarts == 3
-    trained(run).same_as(undisturbed(4, **length))
+    trained(run).same_as(undisturbed(2, **length))
 
 
 def test_cancelled_jobs_save_and_are_not_requeued(cluster: Cluster, data: Path, tmp_path: Path) -> None:
