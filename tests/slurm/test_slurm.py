@@ -79,12 +79,13 @@ def write_config(data: Path, folder: Path, name: str = "small", **sections: dict
 
 SLOW = {"FAULT": "unhurried:0:1"}  # 40 ms a step: the run is still training when the test acts on it
 ONE_EACH = {"CPU_PROCESSES": "1"}  # processes of a node, where more would only take longer to start
-# SLURM looks every 30 s and signals up to a minute early: an attempt has 30 to 60 s, too short for all of these steps.
+# SLURM looks every 30 s, and signals up to 30 s early: an attempt has 30 to 60 s, too short for all of these steps. The
+# only checkpoints are those of a stop: an attempt that another test's crash ends is repeated, so one reaches the limit.
+LIMIT = ("--time=2", "--signal=B:USR2@60")
 LONG: dict[str, dict[str, Any]] = {
-    "train": {"max_steps": 1500}, "eval": {"every_steps": 400}, "checkpoint": {"every_steps": 600},
+    "train": {"max_steps": 1600}, "eval": {"every_steps": 400}, "checkpoint": {"every_steps": 1600},
     "launch": {"max_attempts_without_progress": 10},
 }  # fmt: skip
-LIMIT = ("--time=2", "--signal=B:USR2@30")
 FATAL: dict[str, tuple[str, dict[str, dict[str, Any]], int, int]] = {  # FAULT, keys, exit code, restarts
     "configuration": ("none:0:0", {"train": {"lrr": 1}}, 78, 0),
     "crash": ("crash:1:30", {}, 1, 0),
@@ -103,6 +104,9 @@ def submitted(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFac
     files = [write_config(data, folder, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
     jobs["array"] = Submitted(cluster, folder, *files, options=("--array=0-1", "--nodes=1"), **ONE_EACH)
     folder = tmp_path_factory.mktemp("limit")
+    # Another test crashes a node. SLURM then kills the launcher, which has no exit.json yet in an attempt that has to
+    # create the run's folder; without it, launch/slurm.sbatch does not requeue. So the folder exists.
+    (folder / "runs/small").mkdir(parents=True)
     others = ":".join(job.id for job in jobs.values())  # their starts would take much of an attempt's time
     options = (*LIMIT, f"--dependency=afterany:{others}")
     jobs["limit"] = Submitted(cluster, folder, write_config(data, folder, **LONG), options=options, **SLOW)
