@@ -220,12 +220,12 @@ def test_status_shows_the_progress_of_a_run(runs: list[Path], tmp_path: Path, ca
 
 
 def test_a_running_run_has_an_owner(runs: list[Path], tmp_path: Path, capsys: Any) -> None:
-    from distrain.runs import attempts
+    from distrain.runs import lease as leasing
 
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
     (run / "result.json").unlink()
-    lease = attempts.acquire(run, 0)
+    lease = leasing.acquire(run, 0)
     try:
         assert cli.main(["status", str(run)]) == 0
         assert "run: running" in capsys.readouterr().out
