@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +21,16 @@ from distrain.data.manifest import Dataset
 
 CIFAR10 = Path(os.environ.get("DISTRAIN_CIFAR10_JPEG", Path(__file__).parent.parent.parent / "shared" / "data"))
 """Folder with cifar10-train.tar.gz and cifar10-test.tar.gz, JPEG files in class folders."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _default_signals() -> None:
+    """Restore the defaults of SIGINT and SIGHUP.
+
+    After `nohup` or `&`, the processes of tests would inherit that these signals are ignored.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def test_a_host_name_that_cannot_be_resolved(data: Path, tmp_path: Path) -> None
     options = "--nodes 2 --node 1 --host no-such-host.invalid --port 29400"
     code, output = Doctor(data, tmp_path / "run", "timeouts.start_seconds=3", nproc=1, options=options).end()
     assert code == 78, output
-    assert "no-such-host.invalid, cannot be found" in output
+    assert "no-such-host.invalid, cannot be resolved" in output
 
 
 @pytest.mark.ranks
@@ -160,7 +160,7 @@ def test_a_port_that_is_in_use(data: Path, tmp_path: Path) -> None:
         options = f"--nodes 2 --node 0 --host localhost --port {port}"
         code, output = Doctor(data, tmp_path / "run", nproc=1, options=options).end()
     assert code == 78, output
-    assert f"port {port} cannot be had" in output
+    assert f"port {port} cannot be opened" in output
 
 
 @pytest.mark.ranks
@@ -170,7 +170,7 @@ def test_a_node_that_is_missing(data: Path, tmp_path: Path) -> None:
     options = f"--nodes 2 --node 0 --host localhost --port {port}"
     code, output = Doctor(data, tmp_path / "run", "timeouts.start_seconds=6", nproc=1, options=options).end()
     assert code == 78, output
-    assert "rank 1 did not come" in output
+    assert "rank 1 did not arrive" in output
 
 
 @pytest.mark.ranks

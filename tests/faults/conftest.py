@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,6 @@ import pytest
 from harness import Job, TrainedRun, small_run, trained
 
 REPO = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _hangups_count() -> None:
-    """Restore SIGHUP's default: under nohup, jobs would inherit that it is ignored, as a user's nohup requires."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _passed() -> Path | None:
