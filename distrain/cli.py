@@ -144,11 +144,16 @@ def train(environment: Environment, file: Path | None, overrides: tuple[str, ...
     section.key=value.
     """
     resolved = _load(file, overrides)
+    from distrain.runs import results
     from distrain.training import train as training
 
-    training.train(resolved, environment)
-    if resolved.log.report and environment.is_main:
-        _write_report(Path(resolved.run.dir))
+    result = training.train(resolved, environment)
+    if environment.is_main:
+        print("Finished Training")
+        print(results.accuracy_line("test", result["total"], result["accuracy"]))
+        print(f"Run: {resolved.run.dir}", flush=True)
+        if resolved.log.report:
+            _write_report(Path(resolved.run.dir))
 
 
 def _load(file: Path | None, overrides: Sequence[str]) -> config.Config:

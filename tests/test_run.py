@@ -71,6 +71,13 @@ def test_a_run_has_the_documented_files_and_result(
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "train/loss", "train/lr", "train/images_per_second"} <= metrics[0].keys()
     assert metrics[-1]["test/accuracy"] == result["accuracy"]
+    assert capsys.readouterr().out == ""  # only the command prints a result
+
+
+def test_the_command_ends_with_the_result(small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", *arguments(tree(small, run)), "log.report=false"]) == 0
+    result = json.loads((run / "result.json").read_text())
     last = capsys.readouterr().out.splitlines()[-3:]
     assert last == [
         "Finished Training",
@@ -399,14 +406,15 @@ def test_fine_tuning_starts_from_the_weights_of_a_file(
 
 
 def test_steps_are_traced_and_times_are_reported(
-    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "distrain")
     result = distrain.train(tree(small, tmp_path / "run", profile={"steps": 3}))
     trace = json.loads((tmp_path / "run/trace/rank-00000.json").read_text())
     assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
     assert sum(result["profile"].values()) == pytest.approx(1, abs=1e-4)
     assert set(result["profile"]) == {"start", "data", "copy", "log", "reduce", "compute"}
-    assert "time     start" in capsys.readouterr().out
+    assert "time     start" in caplog.text
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "train/loss" in line):
         assert sum(part for name, part in line.items() if name.startswith("profile/")) == pytest.approx(1, abs=1e-4)

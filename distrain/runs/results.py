@@ -33,6 +33,11 @@ def classes_of(result: dict[str, Any]) -> list[ClassAccuracy]:
     return accuracy_by_class(list(result["accuracy_by_class"]), result["confusion_matrix"])
 
 
+def accuracy_line(split: str, total: int, accuracy: float) -> str:
+    """Format the accuracy on a split, as the commands print it."""
+    return f"Accuracy of the network on the {total} {split} images: {100 * accuracy:.1f} %"
+
+
 def lowest_first(rows: Iterable[ClassAccuracy]) -> list[ClassAccuracy]:
     """Sort by accuracy, lowest first; classes without samples come last."""
     return sorted(rows, key=lambda row: (row.accuracy is None, row.accuracy or 0.0))

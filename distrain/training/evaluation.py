@@ -56,7 +56,7 @@ class Scores:
 
     def line(self, split: str) -> str:
         """Format the accuracy as the last line of a run."""
-        return f"Accuracy of the network on the {self.total} {split} images: {100 * self.accuracy:.1f} %"
+        return results.accuracy_line(split, self.total, self.accuracy)
 
     def as_dict(self, classes: list[str]) -> dict[str, Any]:
         """Return the scores for JSON; the accuracy of a class without samples is null."""

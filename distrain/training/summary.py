@@ -16,13 +16,12 @@ from distrain.runs.logs import clock
 from distrain.text import printable
 from distrain.training import profiling
 from distrain.training.checkpointing import os_error_of
-from distrain.training.evaluation import Scores
 from distrain.training.job import Job
 
 log = logging.getLogger("distrain")
 
 _WORST_CLASSES = 3
-"""Number of classes named in the last lines of a run."""
+"""Number of classes named at the end of a run."""
 
 
 def announce(job: Job, from_step: int) -> None:
@@ -153,18 +152,16 @@ def _format_saves(job: Job) -> str:
     return f"{', '.join(saves) or 'none'}, and at the end or when stopped"
 
 
-def print_result(job: Job, scores: Scores, result: dict[str, Any]) -> None:
-    """Print the result of a run on stdout."""
-    fractions, seconds = result["profile"], round(result["seconds"])
-    rate = result["images_per_second"]
-    print(f"trained  {result['steps']:,} steps in {clock(seconds)}, {rate:,.0f} images/s while training")
+def log_result(job: Job, result: dict[str, Any]) -> None:
+    """Log what a run did: steps, speed, time by phase with advice, classes with the lowest accuracies."""
+    fractions, rate = result["profile"], f"{result['images_per_second']:,.0f}"
+    log.info(
+        "trained  %s steps in %s, %s images/s while training", f"{result['steps']:,}", clock(result["seconds"]), rate
+    )
     if fractions:
-        print("time     " + profiling.format_fractions(fractions))
+        log.info("time     %s", profiling.format_fractions(fractions))
     for line in profiling.advice(fractions, cached=job.cache is not None):
-        print(f"         {line}")
+        log.info("         %s", line)
     by_class = results.lowest_first(results.classes_of(result))
     lowest = [row for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
-    print("lowest   " + ", ".join(f"{printable(row.name)} {row.accuracy:.1%}" for row in lowest))
-    print("Finished Training")
-    print(scores.line("test"))
-    print(f"Run: {job.folder}", flush=True)
+    log.info("lowest   %s", ", ".join(f"{printable(row.name)} {row.accuracy:.1%}" for row in lowest))

@@ -25,7 +25,7 @@ from distrain.training.profiling import Profile
 from distrain.training.reporting import open_logs
 from distrain.training.step import TrainingStep
 from distrain.training.stopping import StopPoll
-from distrain.training.summary import print_result
+from distrain.training.summary import log_result
 
 log = logging.getLogger("distrain")
 
@@ -134,7 +134,7 @@ class Trainer:
             self._try_pictures(lambda: pictures.save_misclassified(job.folder, misclassified))
             if self.logs.trackers:
                 self.logs.result(self.step, trackers.read_finished(job.folder, result))
-            print_result(job, scores, result)
+            log_result(job, result)
         return result
 
     @contextlib.contextmanager
