@@ -92,7 +92,7 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         """Whether this process writes the run's folder and speaks to the user."""
-        return self.world.rank == 0
+        return self.environment.is_main
 
     def sync_batch_norm(self, module: nn.Module) -> nn.Module:
         """The model with BatchNorm's statistics taken over all processes; unchanged for a single process."""
