@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from distrain.data.sources import UnreadableError
-from distrain.data.sources.folder import read_image
+from distrain.data.sources.images import read_image
 from distrain.errors import ConfigError, DataError
 from distrain.text import printable, shortened
 from distrain.tools import loaded_model

@@ -6,12 +6,10 @@ regular files are copied to one temporary file.
 
 from __future__ import annotations
 
-import io
 import lzma
 import os
 import shutil
 import tarfile
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +18,9 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from distrain.data.sources import UnreadableError
+from distrain.data.sources.images import read_image
 from distrain.errors import DataError
 
 _SPLITS = ("train", "val", "test")
@@ -87,37 +85,6 @@ class Folder:
         except OSError as error:
             raise UnreadableError(str(error)) from error
         return read_image(data, self.image_shape)
-
-
-def read_image(data: bytes, image_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Decode an image file to uint8 [H, W, C], C = 1 or 3; resize it so that it covers H×W and crop it to the centre.
-
-    Raises:
-        UnreadableError: see `Folder.load`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                return _resize(image, *image_shape)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableError("not an image of a known format") from error
-    except Exception as error:  # PIL's decoders raise many types for damaged files
-        raise UnreadableError(str(error)) from error
-
-
-def _resize(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # PIL would clip these pixels to 0 … 255
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    if upright.mode in ("I", "F"):
-        raise ValueError(f"its pixels have PIL's mode {upright.mode}; convert them to 8 bits")
-    upright = upright.convert("RGB" if channels == 3 else "L")
-    if upright.size != (width, height):
-        upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
-    return np.asarray(upright).reshape(height, width, channels)
 
 
 def _split_and_class(name: str, parts: tuple[str, ...], is_file: bool) -> tuple[str, str]:
