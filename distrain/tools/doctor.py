@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from distrain import files, machine, models, plugins, signals
+from distrain import console, files, machine, models, plugins, signals
 from distrain.config import Config
 from distrain.data import shards
 from distrain.data.stream import memory
@@ -100,7 +100,7 @@ def examine(config: Config, environment: Environment) -> None:
     if problems:
         raise ConfigError(f"doctor: number of problems: {problems}; see above")
     if rt.is_main:
-        print("no problem found that would end a job", flush=True)
+        console.show("no problem found that would end a job")
 
 
 def check_node(config: Config, environment: Environment) -> list[Finding]:
@@ -110,7 +110,7 @@ def check_node(config: Config, environment: Environment) -> list[Finding]:
 
 def _print(title: str, findings: list[Finding]) -> None:
     if findings:
-        print("\n".join([title, *(finding.line for finding in findings)]), flush=True)
+        console.show("\n".join([title, *(finding.line for finding in findings)]))
 
 
 # --- one process, on its node ---
