@@ -56,7 +56,7 @@ def test_a_file_longer_than_the_limit_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"x" * 1000)
     assert files.read(file, 1000) == b"x" * 1000
-    with pytest.raises(OSError, match="too large: 1,000 bytes, at most 999 are read"):
+    with pytest.raises(OSError, match="too large: 1,000 bytes instead of at most 999"):
         files.read(file, 999)
     with pytest.raises(OSError, match="too large"):
         files.read("/proc/self/status", 10)  # its size is said to be 0
