@@ -98,6 +98,10 @@ def test_a_folder_that_its_file_system_cannot_sync_is_passed_over(
     assert files.sync(tmp_path / "file") is True
 
 
+def test_a_real_folder_that_cannot_be_synced() -> None:
+    assert files.sync(Path("/proc")) is False
+
+
 def test_other_errors_of_a_sync_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(descriptor: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
