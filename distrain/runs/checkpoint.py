@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 _PARTIAL = ".partial-"
 _FOLDER = re.compile("step-([0-9]{8}|[1-9][0-9]{8,17})")
-_MAX_BYTES = 2**40
 _CURE = "another checkpoint of the run may be whole"
 MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
     "model.safetensors",
@@ -148,7 +147,8 @@ def _read_verified(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
 
 def _read_file(path: Path) -> bytes:
     try:
-        return files.read(path, _MAX_BYTES)
+        with files.open_regular(path) as file:
+            return file.read()
     except OSError as error:
         if error.errno in (errno.ENOENT, *records.NOT_A_FILE):
             raise DataError(f"{path.parent}: not a complete checkpoint ({path.name}: {error.strerror})") from error
@@ -188,13 +188,13 @@ def renamed(folder: Path) -> list[str]:
     messages = []
     for step in steps(folder):
         try:
-            _check_name(path_of(folder, step), (_read_state(path_of(folder, step)) or {}).get("step", step))
+            _check_name(path_of(folder, step), (read_state(path_of(folder, step)) or {}).get("step", step))
         except RenamedError as error:
             messages.append(str(error))
     return messages
 
 
-def _read_state(path: Path) -> dict[str, Any] | None:
+def read_state(path: Path) -> dict[str, Any] | None:
     """Return the content of a checkpoint's state.json; None if it cannot be read."""
     state = records.read_or_warn(path / _STATE, records.State, [], _CURE)
     return records.content_of(state) if state is not None else None
@@ -238,7 +238,7 @@ def prune(folder: Path, keep: int, every: int, best: int | None) -> None:
         return
     existing = steps(folder)
     # The state of a damaged checkpoint is empty: nothing resumes from it.
-    states = {step: _read_state(path_of(folder, step)) or {} for step in existing}
+    states = {step: read_state(path_of(folder, step)) or {} for step in existing}
     retained = {best, *existing[:keep]}
     retained |= {(states[step].get("best") or {}).get("step") for step in existing[:keep]}
     retained |= set([step for step in existing if states[step].get("why") == STOP][:1])

@@ -80,14 +80,27 @@ def configuration(folder: Path, overrides: Sequence[str] = ()) -> Config:
     if not _has_mark(path):
         raise DataError(
             f"{path}: damaged, or not written by this version of distrain (its first line is not {CONFIG_MARK!r});"
-            " give the folder that was run.dir"
+            " give the folder that was run.dir, or move this file away and run the train command again"
         )
     try:
-        config.load(path)
+        missing = _missing_keys(config.load(path))
+        reason = f"{missing[0]}: missing" if missing else ""
     except (ConfigError, RecursionError) as error:
-        reason = str(error).partition("\n")[2].strip() or type(error).__name__
-        raise DataError(f"{path}: damaged, or changed by hand: {reason}; restore it") from error
+        reason = str(error).partition("\n")[2].strip().removeprefix(f"{path}: ") or type(error).__name__
+    if reason:
+        raise DataError(
+            f"{path}: damaged, or written by another version of distrain ({reason}); {_RUN_AGAIN}, or restore it"
+        )
     return config.load(path, overrides)
+
+
+def _missing_keys(settings: Config) -> list[str]:
+    """Return the keys that a file lacked: a run's has all of them, so that its end cannot be lost unnoticed."""
+    return [
+        f"{section}.{name}"
+        for section, name, *_ in config.every_key()
+        if name not in getattr(settings, section).model_fields_set
+    ]
 
 
 def write_configuration(folder: Path, settings: Config) -> None:
@@ -182,12 +195,14 @@ def read(folder: Path, required: Collection[str] = ()) -> RunRecord:
             content = records.read_or_warn(path, kind, problems, _CURES[name])
         return records.content_of(content) if content is not None else None
 
-    settings = configuration(folder)
+    settings, saved_lines = configuration(folder), _saved_lines(folder)  # before the lines, which may become more
     setup, result = record(SETUP, records.Setup), record(RESULT, records.Result)
     bad_lines: list[str] = []
     lines = _lines(folder / METRICS, bad_lines)
     if bad_lines and METRICS in required:
         raise DataError(bad_lines[0])
+    if not bad_lines and len(lines) < saved_lines:
+        bad_lines.append(f"{folder / METRICS}: has {len(lines)} of the {saved_lines} lines that a checkpoint counts on")
     problems += bad_lines
     history = attempts.history(folder, problems)
     number = len(attempts.numbers(folder))
@@ -198,6 +213,14 @@ def read(folder: Path, required: Collection[str] = ()) -> RunRecord:
     ended = record(EXIT, records.Exit) or {}
     checkpoints = sorted(checkpoint.steps(folder / checkpoint.FOLDER))
     return RunRecord(folder, settings, setup or {}, lines, result, history, checkpoints, ended, problems)
+
+
+def _saved_lines(folder: Path) -> int:
+    """Return how many lines metrics.jsonl had when the newest checkpoint was saved; 0 if that is not known."""
+    checkpoints = folder / checkpoint.FOLDER
+    newest = checkpoint.steps(checkpoints)[:1]
+    state = checkpoint.read_state(checkpoint.path_of(checkpoints, newest[0])) if newest else None
+    return int(state["lines"]) if state is not None else 0
 
 
 def read_started(folder: Path, required: Collection[str] = ()) -> RunRecord:

@@ -149,7 +149,7 @@ class Setup(Record):
 class Result(Record):
     """RUN/result.json: the scores of a run that is done."""
 
-    max_bytes: ClassVar[int] = 2**31
+    max_bytes: ClassVar[int] = 2**28
     accuracy: Fraction
     correct: Count
     total: Positive
