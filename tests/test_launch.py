@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_imports import write_hostile_modules
 
 from distrain.data.manifest import Dataset
 
@@ -37,10 +38,11 @@ def environ(**more: str) -> dict[str, str]:
     return {**inherited, "PATH": f"{BIN}:{inherited['PATH']}", "PROCESSES": "2", "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*LAUNCHERS[name][1], *arguments], capture_output=True, text=True, timeout=240, env=environ(), check=False
-    )
+        [*LAUNCHERS[name][1], *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=240, env=environ(), check=False,
+    )  # fmt: skip
 
 
 def keys(dataset: Dataset, run: Path) -> list[str]:
@@ -50,12 +52,14 @@ def keys(dataset: Dataset, run: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run_under(small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`run_under(launcher)`: a run on this machine, trained once for all tests."""
+    """`run_under(launcher)`: a run on this machine, trained once for all tests, in a folder of misleading modules."""
+    folder = tmp_path_factory.mktemp("hostile")
+    write_hostile_modules(folder)
 
     @functools.cache
     def train(name: str) -> Path:
         run = tmp_path_factory.mktemp("launched") / name
-        done = launch(name, *keys(small, run))
+        done = launch(name, *keys(small, run), cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("Finished Training") == 1
         return run

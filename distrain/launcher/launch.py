@@ -99,7 +99,9 @@ def default_processes() -> int:
     """Return the number of GPUs of this node, or 1 if there is none."""
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return 1
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    # Without '', the current folder, which may hold a module with the name of one that torch imports.
+    code = "import sys; sys.path[:] = filter(None, sys.path); import torch; print(torch.cuda.device_count())"
+    command = [sys.executable, "-c", code]
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return max(1, int(output)) if output.isdigit() else 1
 
