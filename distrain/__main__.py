@@ -16,18 +16,18 @@ import importlib
 import signal
 
 from distrain import console
+from distrain.environment import IN_A_GROUP, Environment
 
 
 def main() -> int:
     """Run a command and return its exit code. Stop requests are noted before any slow import."""
     console.set_up()  # guard: tolerant-output
     command = "".join(sys.argv[1:2])  # the first word alone: `prepare folder train` trains nothing
-    if command in ("train", "evaluate", "doctor", "launch"):
+    if command in (*IN_A_GROUP, "launch"):
         from distrain import signals
-        from distrain.environment import Environment
         from distrain.errors import ConfigError
 
-        if command != "launch":
+        if command in IN_A_GROUP:
             with contextlib.suppress(ConfigError):  # cli reports it
                 signals.end_with_launcher(Environment.read(os.environ))
         signals.install()  # guard: early-handlers
@@ -39,7 +39,7 @@ def main() -> int:
     from distrain import cli
 
     code = cli.main()
-    if command in ("train", "evaluate", "doctor"):
+    if command in IN_A_GROUP:
         # Skip the interpreter's shutdown: libraries wait there for services, and for processes that are gone.
         sys.stdout.flush()
         sys.stderr.flush()
