@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from distrain import __version__, address, config, console, failure_report, signals
-from distrain.environment import Environment
+from distrain.environment import IN_A_GROUP, Environment
 from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
 from distrain.text import printable
 
@@ -38,8 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     Log messages are shown on stderr while it runs.
     """
+    command = (sys.argv[1:] if arguments is None else arguments)[:1]
     try:
-        environment = Environment.read(os.environ)
+        environment = Environment.read(os.environ if command and command[0] in IN_A_GROUP else {})
     except ConfigError as error:
         return _end(error, Environment())
     with console.logging_to_stderr(environment.world.rank if environment.world.size > 1 else None):
@@ -209,10 +210,10 @@ def _write_report(run: Path) -> None:
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--nproc", type=click.IntRange(1), help="Processes on this node.  [default: one for each GPU, or 1]")
-@click.option("--nodes", type=click.IntRange(1), envvar="DISTRAIN_NODES", help="Nodes of the job.")
-@click.option("--node", type=click.IntRange(0), envvar="DISTRAIN_NODE", help="This node, counted from 0.")
-@click.option("--host", envvar="DISTRAIN_HOST", help="Name of the first node, where the rendezvous is.")
-@click.option("--port", type=click.IntRange(1, 65535), envvar="DISTRAIN_PORT", help="A free port of the first node.")
+@click.option("--nodes", type=click.IntRange(1), help="Nodes of the job; also DISTRAIN_NODES.")
+@click.option("--node", type=click.IntRange(0), help="This node, counted from 0; also DISTRAIN_NODE.")
+@click.option("--host", help="Name or address of the first node, where the rendezvous is; also DISTRAIN_HOST.")
+@click.option("--port", type=click.IntRange(1, 65535), help="A free port of the first node; also DISTRAIN_PORT.")
 @click.option(
     "--grace",
     type=click.FloatRange(0),
@@ -239,9 +240,10 @@ def launch(
     \b
     distrain launch --nproc 4 -- train --config configs/cifar10.yaml
 
-    Nodes are detected from SLURM's variables under srun (one task per node) or from a Kubernetes Indexed Job (with
-    --nodes); otherwise the job runs on this machine alone. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded:
-    the run saves a checkpoint and exits with 75. RUN/exit.json has the exit code, with the reason.
+    Nodes are detected from the variables of SLURM under srun (one task per node), of a Kubeflow job, of WORLD_SIZE and
+    RANK, or of a Kubernetes Indexed Job (with --nodes); otherwise the job runs on this machine alone. Options go before
+    variables. SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are forwarded: the run saves a checkpoint and exits
+    with 75. RUN/exit.json has the exit code, with the reason.
     """
     from distrain.launcher import cluster
     from distrain.launcher import launch as launching
@@ -251,7 +253,7 @@ def launch(
         raise ConfigError(f"launch: {command[0]}: give train, evaluate or doctor after --, with its arguments")
     resolved = _of_launched(command)
     topology = cluster.detect(os.environ, cluster.Options(nodes, node, host, port), socket.getfqdn)
-    processes = nproc or launching.default_processes()
+    processes = nproc or topology.processes or launching.default_processes()
     log.info("%s", launching.describe(topology, processes))
     seconds = grace if grace is not None else resolved.launch.grace_seconds
     verdict = launching.launch(command, resolved, topology, processes, seconds, log_dir)
