@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from distrain import cli
@@ -352,6 +354,51 @@ def test_classes_that_all_have_the_same_folders_are_doubted(tmp_path: Path, capl
         "amazon, webcam become the classes, but all have the folders chair, desk; if those are the classes"
         in caplog.text
     )
+
+
+PATHS = st.lists(
+    st.sampled_from(["train", "Testing", "valid", "cat", "dog", "sub", ".net", "__MACOSX", "seg_train", "images"]),
+    max_size=4,
+)
+FILES = st.sampled_from(["1.png", "2.JPG", "cat.3.png", "x", "x.txt", "x.zip", "._1.png", "Thumbs.db"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    files=st.lists(st.tuples(PATHS, FILES), max_size=12),
+    folders=st.lists(PATHS, max_size=3),
+    name=st.sampled_from(["photos", "train", "test.tar"]),
+)
+def test_every_file_is_a_sample_or_passed_over_or_an_error(
+    files: list[tuple[list[str], str]], folders: list[list[str]], name: str
+) -> None:
+    from distrain.data.sources.archives import File
+    from distrain.data.sources.layout import OUTSIDE, arrange, describe
+    from distrain.data.sources.names import is_image, passed_over, split_of
+    from distrain.data.sources.tree import read_tree
+
+    members = {(*path, file): File("/".join((*path, file)), "", 1) for path, file in files}
+    tree = read_tree(name, name, False, [*members.items(), *((tuple(path), None) for path in folders if path)])
+    try:
+        layout = arrange([tree])
+    except DataError:
+        return
+    assert len(list(describe(layout, [tree]))) < 12
+    samples = [image.file.name for images in layout.images.values() for image in images]
+    assert len(set(samples)) == len(samples)
+    for parts, file in members.items():
+        if file.name not in samples:
+            assert passed_over(parts)[0] or (
+                not is_image(parts[-1]) and f"{name}/{file.name}" in tree.passed_over[OUTSIDE]
+            )
+    for split in layout.splits:
+        assert all(layout.images[split, class_name] for class_name in layout.classes)
+    for image in samples:
+        split = next(
+            split for (split, _), images in layout.images.items() if image in [one.file.name for one in images]
+        )
+        recognised = [split_of(part) for part in (name, *image.split("/")[:-2]) if split_of(part)]
+        assert split in recognised or (split == "train" and not recognised)
 
 
 # Refusals

@@ -77,7 +77,7 @@ Member = tuple[tuple[str, ...], File | None]
 
 def shown(path: str) -> str:
     """Return a path for messages: on one line, without control characters, shortened in its middle."""
-    text = printable(path)
+    text = path if path.isprintable() else printable(path)
     return text if len(text) <= 300 else f"{text[:140]}…{text[-140:]}"
 
 

@@ -12,6 +12,7 @@ from distrain.data.sources import UnreadableError
 from distrain.data.sources.archives import File, read
 
 _TAIL_BYTES = 4096
+_BATCH = 10_000  # a pool keeps an object for each call
 
 
 def equal_files(files: Sequence[File]) -> list[list[int]]:
@@ -43,9 +44,11 @@ def _by(
     """Divide each group by a key, and return those of two or more. A key of None belongs to no group."""
     members = [(number, index) for number, group in enumerate(groups) for index in group]
     parts: dict[Hashable, list[int]] = defaultdict(list)
-    for (number, index), value in zip(members, run(key, [index for _, index in members]), strict=True):
-        if value is not None:
-            parts[number, value].append(index)
+    for start in range(0, len(members), _BATCH):
+        batch = members[start : start + _BATCH]
+        for (number, index), value in zip(batch, run(key, [index for _, index in batch]), strict=True):
+            if value is not None:
+                parts[number, value].append(index)
     return [part for part in parts.values() if len(part) > 1]
 
 

@@ -23,11 +23,11 @@ SPLITS = ("train", "val", "test")
 _LABEL_FOLDERS = {"labels", "label", "annotations", "annotation"}
 _MAX_NAME_BYTES = 255  # of Linux's file systems
 _WRITE_A_SOURCE = "write a source (prepare source, docs/extending.md)"
-_OUTSIDE = "no images, and outside the class folders"
+OUTSIDE = "no images, and outside the class folders"
 _EMPTY = "empty folders"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Image:
     """An image file and its path below its class folder."""
 
@@ -135,7 +135,7 @@ def _assign(tree: Tree, layout: Layout) -> None:
         elif is_image(parts[-1]):
             loose.append(parts)
         else:
-            tree.pass_over(_OUTSIDE, tree.label(parts))
+            tree.pass_over(OUTSIDE, tree.label(parts))
     if loose:
         raise DataError(_loose(tree, sorted(loose)))
     not_empty = {parts[:length] for parts in {parts[:-1] for parts in tree.files} for length in range(len(parts) + 1)}
