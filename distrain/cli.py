@@ -524,7 +524,11 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
 )
 @_prepare_options
 def prepare_folder(paths: tuple[Path, ...], image_size: int, out: Path, **options: Any) -> None:
-    """Your own images: a folder per class under train/ and test/, or .tar(.gz) archives of such folders."""
+    """Your own images: a folder per class under train/ and test/, or tar and zip archives of such folders.
+
+    Splits may also be called training, val, valid, validation, dev, eval and testing, in any case. Without splits, the
+    folders are the classes. What was recognised, and what was passed over, is shown.
+    """
 
     def open_source(work: Path) -> Any:
         from distrain.data.sources.folder import Folder
