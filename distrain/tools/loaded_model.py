@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class LoadedModel:
     """(H, W, C)."""
     mean: Tensor
     std: Tensor
+    source: dict[str, Any]
+    """The manifest's `source` of its data set: how it was prepared."""
     checkpoint: str
     """Name of the checkpoint's folder."""
 
@@ -61,7 +64,8 @@ def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
     model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed)
     models.load(model, saved.model, settings.name, path)
     mean, std = (_normalization(saved, key, channels).to(device) for key in ("mean", "std"))
-    return LoadedModel(model.float().to(device).eval(), classes, (height, width, channels), mean, std, path.name)
+    image_shape, source = (height, width, channels), data.get("source", {})
+    return LoadedModel(model.float().to(device).eval(), classes, image_shape, mean, std, source, path.name)
 
 
 def _normalization(saved: Checkpoint, key: str, channels: int) -> Tensor:

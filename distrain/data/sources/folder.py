@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from distrain.data.sources import UnreadableError
 from distrain.data.sources.archives import File, Member, Spool, list_archive, read, shown
 from distrain.data.sources.duplicates import digest, equal_files
-from distrain.data.sources.images import read_image
+from distrain.data.sources.images import Decoding, read_image
 from distrain.data.sources.layout import Image, Layout, arrange, describe
 from distrain.data.sources.names import never_has_images, other_kind, split_of
 from distrain.data.sources.tree import Tree, read_tree
@@ -38,7 +38,13 @@ _CONTRADICTION = "also in another class (delete them from the wrong one)"
 class Folder:
     """Images in class folders, as RGB, resized so that the shorter side is `image_size` and cropped to the centre."""
 
-    def __init__(self, paths: Sequence[Path], image_size: int, work: Path) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        image_size: int,
+        work: Path,
+        decoding: Decoding = Decoding(),  # noqa: B008 - frozen
+    ) -> None:
         """List the images of folders and archives, and log what was recognised.
 
         The order of the samples depends on the paths below the class folders and on the images, not on the order or
@@ -48,6 +54,7 @@ class Folder:
             DataError: a path is missing or not an archive, a member is refused, or the layout is ambiguous.
         """
         self.image_shape = (image_size, image_size, 3)
+        self._decoding = decoding
         _check_paths(paths)
         spool = Spool(work / "spool")
         seen = _Seen(work)
@@ -74,13 +81,13 @@ class Folder:
         """Decode one image: uint8 [image_size, image_size, 3].
 
         Raises:
-            UnreadableError: the file is damaged or not an image, has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or
+            UnreadableError: the file is damaged or not an image, has more pixels than `--max-pixels`, or
                 has pixels without a defined maximum.
         """
         file = self._files[split][index]
         data = read(file)
         try:
-            return read_image(data, self.image_shape)
+            return read_image(data, self.image_shape, self._decoding)
         except UnreadableError as error:
             suffix = other_kind(file.name)
             if suffix:
