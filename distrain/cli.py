@@ -457,10 +457,8 @@ def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--test-fraction",
-            default=0.1,
-            show_default=True,
             type=click.FloatRange(0, 1, max_open=True),
-            help="Part of train that becomes test, if the source has no test split; stratified.",
+            help="Part of train that becomes test, if the source has no test split; stratified.  [default: 0.1]",
         ),
         click.option(
             "--val-fraction",
@@ -473,7 +471,8 @@ def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--lanes",
             type=click.IntRange(1),
-            help="Parallel streams of an epoch, and so the maximum number of processes.  [default: 64]",
+            help="Parallel streams of an epoch, and so the maximum number of processes.  [default: 64, or fewer for"
+            " some hundreds of images]",
         ),
         click.option(
             "--shards",
@@ -513,6 +512,47 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
     _prepare(out, "cifar10", {}, open_source, options)
 
 
+def _colour(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    from PIL import ImageColor
+
+    try:
+        colour: tuple[int, ...] = ImageColor.getrgb(text)
+    except ValueError:
+        colour = ()
+    if len(colour) != 3:  # unknown, or with an alpha channel
+        raise ConfigError(f"--background {text}: should be a colour like white or #ffffff")
+    return "#" + bytes(colour).hex()
+
+
+def _decoding_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that decide how image files become pixels, the fields of `images.Decoding`."""
+    for option in (
+        click.option(
+            "--max-pixels",
+            default=89_478_485,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Images with more pixels are unreadable, as they may be made to exhaust the memory.",
+        ),
+        click.option(
+            "--bit-depth",
+            default=16,
+            show_default=True,
+            type=click.IntRange(1, 16),
+            help="Bits of the pixels in grey images of 16 bits that do not state it (12: scientific cameras, DICOM).",
+        ),
+        click.option(
+            "--background",
+            default="white",
+            show_default=True,
+            callback=_colour,
+            help="Colour behind transparent pixels: a name, or #rrggbb.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @prepare_group.command("folder")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
 @click.option(
@@ -522,20 +562,32 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
     type=click.IntRange(1),
     help="Height and width: images are resized and centre-cropped.",
 )
+@_decoding_options
 @_prepare_options
-def prepare_folder(paths: tuple[Path, ...], image_size: int, out: Path, **options: Any) -> None:
+def prepare_folder(
+    paths: tuple[Path, ...],
+    image_size: int,
+    background: str,
+    bit_depth: int,
+    max_pixels: int,
+    out: Path,
+    **options: Any,
+) -> None:
     """Your own images: a folder per class under train/ and test/, or tar and zip archives of such folders.
 
     Splits may also be called training, val, valid, validation, dev, eval and testing, in any case. Without splits, the
     folders are the classes. What was recognised, and what was passed over, is shown.
     """
 
+    decoding = {"background": background, "bit_depth": bit_depth, "max_pixels": max_pixels}
+
     def open_source(work: Path) -> Any:
         from distrain.data.sources.folder import Folder
+        from distrain.data.sources.images import Decoding
 
-        return Folder(paths, image_size, work)
+        return Folder(paths, image_size, work, Decoding(background, bit_depth, max_pixels))
 
-    _prepare(out, "folder", {"image_size": image_size}, open_source, options)
+    _prepare(out, "folder", {"image_size": image_size, **decoding}, open_source, options)
 
 
 @prepare_group.command("synthetic")
@@ -599,7 +651,10 @@ def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Calla
     dataset, made = prepare.prepare(out, kind, arguments, open_source, prepare.Options(**options))
     skipped = dataset.manifest.source.get("skipped")
     dropped = f"; {skipped} unreadable dropped" if skipped else ""
-    unchanged = "" if made else ": already prepared, not changed; sources were not compared"
+    compared = "options" if kind in prepare.FIXED_BY_OPTIONS else "options, classes and numbers of images"
+    unchanged = (
+        "" if made else f": already prepared, not changed; the {compared} are the same, pixels were not compared"
+    )
     console.show(f"{out}: {_describe(dataset)}{dropped}{unchanged}")
 
 
