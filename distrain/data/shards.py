@@ -50,7 +50,7 @@ class Block(NamedTuple):
 
 
 def write(path: Path, block: Block, block_samples: int = BLOCK_SAMPLES) -> None:
-    """Write a shard file. The same block always gives the same bytes.
+    """Write a shard file. The same block in a file of the same name, `train/00003.tar`, always gives the same bytes.
 
     Keys are unique in the data set, `train-00003-00001024`, as some readers expect of samples.
     """
