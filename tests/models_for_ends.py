@@ -25,6 +25,8 @@ class Ending(Faulty):
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(num_classes, image_shape)
         self.append(nn.BatchNorm1d(num_classes))
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) >= int(os.environ.get("FAULTY_ATTEMPTS", "1")):
+            self.kind = "none"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, K]."""
