@@ -1,4 +1,4 @@
-"""Which exceptions are the loss of another process, and which are a fault of the model: two real processes."""
+"""An exception is the loss of another process, or a fault of the model: tried with two real processes."""
 
 from __future__ import annotations
 
@@ -77,6 +77,11 @@ def ends(group: Callable[[int], Group], data: Path, tmp_path: Path) -> Callable[
         ("hook-refused", "ConnectionRefusedError: [Errno 111] Connection refused"),
         ("forward-value", "ValueError: broken pipe"),
         ("backward-shapes", "RuntimeError: mm: mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"),
+        (
+            "backward-gradient",  # raised by autograd's engine, which raises DDP's errors too
+            "RuntimeError: Function _EndBackwardBackward returned an invalid gradient at index 0 - got [8, 3] but"
+            " expected shape compatible with [8, 10]",
+        ),
     ],
 )
 def test_an_error_of_the_model_is_its_fault_whatever_it_says(
@@ -87,6 +92,12 @@ def test_an_error_of_the_model_is_its_fault_whatever_it_says(
     assert first is not None
     assert first.startswith("PeerFailedError: rank 1 on ")
     assert first.endswith(f" failed: {message}")
+
+
+def test_an_error_of_the_model_is_its_fault_though_another_process_is_gone(
+    ends: Callable[[str], list[str | None]],
+) -> None:
+    assert ends("forward-outlive") == [None, "RuntimeError: skip connection mismatch"]
 
 
 @pytest.mark.parametrize("fault", ["forward-kill", "backward-kill", "forward-leave"])

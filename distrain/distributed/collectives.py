@@ -197,7 +197,7 @@ class Collectives:
         """Raise what became of the peer that a collective has lost; return if no peer is gone."""
         deadline = time.monotonic() + _GONE_SECONDS
         while True:
-            gone = losses.lost_ranks(self._world, self._control)
+            gone = losses.lost_ranks(self._world, self._control)  # guard: no-peer-is-gone
             failure = self._peer_store.first_failure() if self._peer_store is not None else None
             if gone or failure is not None:
                 break

@@ -66,10 +66,12 @@ class AttemptRecord:
             records = [exit_record.read(_node_file(self._run, node)) for node in range(1, nodes)]
             new = [record for record in records if record and record not in self._nodes_before]
             faults = [record for record in new if record["code"] not in (EXIT_OK, EXIT_AGAIN)]
+            killed = [record for record in new if record.get("killed")]  # guard: killed-elsewhere
             complete = len(new) == nodes - 1 or time.monotonic() > deadline
-            killed = [record for record in new if record.get("killed")] if complete and not _was_killed(verdict) else []
-            for record in sorted(faults or killed, key=lambda record: float(record["time"])):
-                return Verdict(int(record["code"]), f"{record['host']}: {record['reason']}")
+            causes = faults or (killed if complete and not _was_killed(verdict) else [])
+            if causes:
+                first = min(causes, key=lambda record: float(record["time"]))
+                return Verdict(int(first["code"]), f"{first['host']}: {first['reason']}")
             if complete:
                 return verdict
             time.sleep(0.2)
