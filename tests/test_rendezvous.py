@@ -8,9 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from distrain.distributed import interfaces, rendezvous
+from distrain.distributed.peer_store import PeerStore, here_key
 from distrain.environment import World
 from distrain.errors import ConfigError, PeerLostError
 
@@ -71,6 +72,16 @@ def test_processes_that_expect_different_numbers_say_so(start: Any) -> None:
     for started in [start(1, 3), start(0, 2)]:
         with pytest.raises(ConfigError, match="one expects 2 processes, another one 3: give every node"):
             started.result(SECONDS)
+
+
+def test_a_process_that_left_because_it_lost_another_one_is_not_the_lost_one() -> None:
+    store = HashStore()
+    first, second, third = (PeerStore(store) for _ in range(3))
+    store.set(here_key(2), "node7")
+    assert first.first_lost(0, [2]) == [2]
+    assert second.first_lost(1, [0, 2]) == [2]  # rank 0 has recorded its loss
+    assert third.first_lost(3, [0, 1]) == [2]  # its own connection to rank 2 is not known to be broken yet
+    assert third.describe([1, 2]) == "rank 1, rank 2 on node7"
 
 
 HERE = {"lo": ["127.0.0.1", "::1"], "eth0": ["192.0.2.2"], "eth1": ["198.51.100.2"], "ib0": ["203.0.113.2"]}

@@ -35,8 +35,9 @@ def lost_ranks(world: World, group: Any) -> list[int]:
 
 
 def _is_connected(rank: int, group: Any) -> bool:
+    message = torch.zeros(1, device="cpu")  # nobody receives it: this process is about to end
     try:
-        dist.isend(torch.zeros(1), dst=rank, group=group)  # nobody receives it: this process is about to end
+        dist.isend(message, dst=rank, group=group)
     except RuntimeError:
         return False
     return True
