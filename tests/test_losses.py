@@ -69,29 +69,27 @@ def ends(group: Callable[[int], Group], data: Path, tmp_path: Path) -> Callable[
     return train
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("forward-skip", "RuntimeError: skip connection mismatch"),
-        ("backward-timeout", "RuntimeError: the socket timed out: NCCL, gloo, TCPStore"),
-        ("hook-refused", "ConnectionRefusedError: [Errno 111] Connection refused"),
-        ("forward-value", "ValueError: broken pipe"),
-        ("backward-shapes", "RuntimeError: mm: mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"),
-        (
-            "backward-gradient",  # raised by autograd's engine, which raises DDP's errors too
-            "RuntimeError: Function _EndBackwardBackward returned an invalid gradient at index 0 - got [8, 3] but"
-            " expected shape compatible with [8, 10]",
-        ),
-    ],
-)
+MESSAGES = {
+    "forward-skip": "RuntimeError: skip connection mismatch",
+    "backward-timeout": "RuntimeError: the socket timed out: NCCL, gloo, TCPStore",
+    "hook-refused": "ConnectionRefusedError: [Errno 111] Connection refused",
+    "forward-value": "ValueError: broken pipe",
+    "backward-shapes": "RuntimeError: mm: mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)",
+    # Raised by autograd's engine, which raises DDP's errors too.
+    "backward-gradient": "RuntimeError: Function _EndBackwardBackward returned an invalid gradient at index 0 - got [8, 3]"
+    " but expected shape compatible with [8, 10]",
+}
+
+
+@pytest.mark.parametrize("fault", MESSAGES)
 def test_an_error_of_the_model_is_its_fault_whatever_it_says(
-    ends: Callable[[str], list[str | None]], fault: str, message: str
+    ends: Callable[[str], list[str | None]], fault: str
 ) -> None:
     first, second = ends(fault)
-    assert second == message
+    assert second == MESSAGES[fault]
     assert first is not None
     assert first.startswith("PeerFailedError: rank 1 on ")
-    assert first.endswith(f" failed: {message}")
+    assert first.endswith(f" failed: {MESSAGES[fault]}")
 
 
 def test_an_error_of_the_model_is_its_fault_though_another_process_is_gone(
