@@ -76,8 +76,8 @@ MESSAGES = {
     "forward-value": "ValueError: broken pipe",
     "backward-shapes": "RuntimeError: mm: mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)",
     # Raised by autograd's engine, which raises DDP's errors too.
-    "backward-gradient": "RuntimeError: Function _EndBackwardBackward returned an invalid gradient at index 0 - got [8, 3]"
-    " but expected shape compatible with [8, 10]",
+    "backward-gradient": "RuntimeError: Function _EndBackwardBackward returned an invalid gradient at index 0 - got"
+    " [8, 3] but expected shape compatible with [8, 10]",
 }
 
 
