@@ -64,11 +64,11 @@ class AttemptRecord:
             records = [exit_record.read_node(_node_file(self._run, node)) for node in range(1, nodes)]
             new = [record for record in records if record and record not in self._nodes_before]
             faults = [record for record in new if record["code"] not in (EXIT_OK, EXIT_AGAIN)]
-            killed = [record for record in new if record.get("killed")]  # guard: killed-elsewhere
+            killed = [record for record in new if record["killed"]]  # guard: killed-elsewhere
             complete = len(new) == nodes - 1 or time.monotonic() > deadline
             causes = faults or (killed if complete and not _was_killed(verdict) else [])
             if causes:
-                first = min(causes, key=lambda record: float(record["time"]))
+                first = min(causes, key=lambda record: record["time"])
                 return Verdict(int(first["code"]), f"{first['host']}: {first['reason']}")
             if complete:
                 return verdict
