@@ -44,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         return _end(error, Environment())
     with console.logging_to_stderr(environment.world.rank if environment.world.size > 1 else None):
-        return _run(arguments, environment)
+        code = _run(arguments, environment)
+    if code == EXIT_OK:
+        failure_report.report_done(environment)
+    return code
 
 
 def _run(arguments: list[str] | None, environment: Environment) -> int:
@@ -62,10 +65,10 @@ def _run(arguments: list[str] | None, environment: Environment) -> int:
     except click.Abort:
         console.show_error("stopped")
         return EXIT_INTERRUPTED
-    except _CommandError as error:
-        return _end(error.cause, environment)
-    except Exception as error:
-        return _end(error, environment)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:  # by a signal
+            raise
+        return _end(error.cause if isinstance(error, _CommandError) else error, environment)
 
 
 def _shown_by_click(error: click.ClickException) -> str:
@@ -82,7 +85,7 @@ class _CommandError(Exception):
         self.cause = cause
 
 
-def _end(error: Exception, environment: Environment) -> int:
+def _end(error: BaseException, environment: Environment) -> int:
     """Report why this process ends, to the launcher or else to the user; return the exit code."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         # Only a name that was given can be too long; any command may be the first to use it.
@@ -99,6 +102,8 @@ def _end(error: Exception, environment: Environment) -> int:
             time.sleep(0.05)
     prefix = "" if failure.code == EXIT_AGAIN else "error: "
     trace = None if isinstance(error, failure_report.PeerFailedError) else failure.traceback
+    if isinstance(error, SystemExit):
+        trace = f"{trace}distrain: error: {failure.message}"
     console.show_error(trace or f"distrain: {prefix}{error}")
     return failure.code
 

@@ -93,6 +93,8 @@ class NodeExit(Record):
     code: Annotated[int, Field(ge=0, le=255)]
     reason: str
     host: str
+    killed: bool
+    time: Amount
 
 
 class _SetupData(Part):
