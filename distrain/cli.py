@@ -292,9 +292,10 @@ def doctor(environment: Environment, file: Path | None, overrides: tuple[str, ..
     distrain launch --nproc 4 -- doctor --config configs/cifar10.yaml
     srun --ntasks-per-node=1 distrain launch -- doctor --config configs/cifar10.yaml
 
-    On every node it checks versions, devices, cores, memory, /dev/shm and the limit of open files; for the job, the
-    data set, the run's folder, the time to save a checkpoint, the rendezvous, and whether all processes see the same
-    data and folder. Exit code: 0 if nothing would end the job, else 78.
+    On every node it checks versions, devices, cores, memory, /dev/shm, the limit of open files, and the folders of
+    temporary files and of the cache; for the job, the data set, all that a run does in its folder, the free space and
+    the time for a checkpoint, the rendezvous, and whether all processes see the same data and folder. Exit code: 0 if
+    nothing would end the job, else 78.
     """
     resolved = _load(file, (*_DOCTOR, *overrides))
     from distrain.tools import doctor as examination
