@@ -210,7 +210,7 @@ class Train(Section):
     ema_decay: float | None = _key(
         None,
         "decay per step of an exponential moving average (EMA) of the weights, which is then evaluated and saved as the"
-        " model; null: no EMA",
+        " model; after n steps at most (1 + n) / (10 + n), so that it also suits short runs; null: no EMA",
         identity=True,
         gt=0,
         lt=1,

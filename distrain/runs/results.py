@@ -22,7 +22,7 @@ class ClassAccuracy(NamedTuple):
 
 @dataclass(frozen=True)
 class Confusion:
-    """How many samples of each true class were predicted as each class.
+    """The number of samples of each true class that were predicted as each class.
 
     Only the pairs of classes that occur are stored: of K classes there are K² pairs, but at most as many occur as there
     are samples.
@@ -100,9 +100,9 @@ class Confusion:
 
     def matrix(self, classes: Sequence[int]) -> Ints:
         """Return the counts among some classes: int64 [n, n], row = true class, column = predicted class."""
-        place = np.full(self.num_classes, -1)
-        place[list(classes)] = np.arange(len(classes))
-        row, column = place[self.true], place[self.predicted]
+        index = np.full(self.num_classes, -1)
+        index[list(classes)] = np.arange(len(classes))
+        row, column = index[self.true], index[self.predicted]
         shown = (row >= 0) & (column >= 0)
         matrix = np.zeros((len(classes), len(classes)), np.int64)
         matrix[row[shown], column[shown]] = self.count[shown]

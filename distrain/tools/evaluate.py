@@ -21,7 +21,7 @@ from distrain.environment import Environment
 from distrain.errors import ConfigError, Stopped
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Checkpoint
-from distrain.tools.loaded_model import choose
+from distrain.runs.choice import choose
 from distrain.training import evaluation
 from distrain.training.evaluation import Scores
 from distrain.training.setup import build_model, check_same_data, read_data, start_runtime, start_watchdog

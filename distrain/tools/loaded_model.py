@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain import models
-from distrain.errors import DataError
 from distrain.runs import checkpoint, folder
-from distrain.runs.checkpoint import Checkpoint
-from distrain.runs.folder import RESULT
-from distrain.runs.json_files import read_object
+from distrain.runs.choice import choose
 from distrain.training.augment import normalize
 
 
@@ -59,40 +56,3 @@ def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
     models.load(model, saved.model, settings.name, path)
     mean, std = (torch.tensor(saved.state["identity"][f"data.{key}"], device=device) for key in ("mean", "std"))
     return LoadedModel(model.float().to(device).eval(), classes, (height, width, channels), mean, std, path.name)
-
-
-def choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
-    """Choose a checkpoint of a run.
-
-    Args:
-        run: the run's folder.
-        which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
-
-    Returns:
-        Its path, and one message for each newer one that is not readable.
-
-    Raises:
-        DataError: there is none.
-    """
-    checkpoints = run / checkpoint.FOLDER
-    if which is not None and which not in ("best", "last"):
-        return checkpoints / which, []
-    saved, skipped = checkpoint.newest(checkpoints)
-    if saved is None:
-        raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
-    best = _best(run, saved)
-    if best is None and which == "best":
-        raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; use last")
-    return (best if best is not None and which != "last" else saved.path), skipped
-
-
-def _best(run: Path, last: Checkpoint) -> Path | None:
-    """Return the path of the best checkpoint on val; None without a val split.
-
-    The result takes precedence if `last` is the run's last checkpoint: the last evaluation may come after it.
-    """
-    result = read_object(run / RESULT) or {}
-    if result.get("steps") == last.step and result["val_accuracy"] is not None:
-        return run / checkpoint.FOLDER / str(result["checkpoint"])
-    best = last.state["best"]
-    return checkpoint.path_of(run / checkpoint.FOLDER, best["step"]) if best is not None else None

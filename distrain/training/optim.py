@@ -1,12 +1,14 @@
-"""Optimizers by name, and the learning rate as a pure function of the step."""
+"""Optimizers by name, the learning rate as a pure function of the step, and the average of the weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def build(
@@ -40,6 +42,31 @@ def learning_rate(step: int, total_steps: int, schedule: str, peak: float, warmu
         return peak * progress / warmup_fraction
     remaining = (1 - progress) / (1 - warmup_fraction)
     return peak * (remaining if schedule == "one_cycle" else 0.5 * (1 - math.cos(math.pi * remaining)))
+
+
+def ema_decay(limit: float, updates: int) -> float:
+    """Return the decay of an EMA that was updated `updates` times: it rises from 0.1 to the limit.
+
+    With the limit from the start, the average would consist of the first weights for about 1 / (1 - limit) steps.
+    """
+    return min(limit, (1 + updates) / (10 + updates))
+
+
+def make_ema(module: nn.Module, limit: float) -> AveragedModel:
+    """Return the exponential moving average (EMA) of a module's weights and floating-point buffers.
+
+    Each update computes decay · EMA + (1 - decay) · weights, with the decay of `ema_decay`. Buffers of integers, such
+    as indices, are copied.
+    """
+
+    def update(averaged: Any, current: Any, _: Any) -> None:
+        if averaged[0].is_floating_point() or averaged[0].is_complex():
+            get_ema_multi_avg_fn(ema_decay(limit, int(ema.n_averaged)))(averaged, current, _)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    ema = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+    return ema
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from distrain import models
 from distrain.config import Config, identity, public
@@ -30,6 +30,8 @@ from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError
 from distrain.failure_report import PeerFailedError
+from distrain.runs import checkpoint
+from distrain.runs.choice import choose
 from distrain.runs.folder import STACKS
 from distrain.runs.trackers import check_tensorboard
 from distrain.text import shortened
@@ -146,7 +148,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         lambda: build_model(config, dataset.manifest, runtime.dtype, empty=fewest < accumulation_steps)
     )
     dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
-    start = _initialise(config, module, runtime)
+    start = _initialise(config, module, dataset.manifest.classes, runtime)
     module = runtime.sync_batch_norm(module)
     ema = _make_ema(config, module, runtime)
     distributed, optimizer = _prepare(config, module, runtime)
@@ -167,24 +169,36 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     )
 
 
-def _initialise(config: Config, module: nn.Module, runtime: Runtime) -> dict[str, str]:
+def _initialise(config: Config, module: nn.Module, classes: Sequence[str], runtime: Runtime) -> dict[str, str]:
     """Load the weights of `model.init`; return their digest for the identity, whatever the file is called."""
     if config.model.init is None:
         return {}
     path = Path(config.model.init)
-    message = runtime.collectives.all_or_none(lambda: models.initialise(module, path))
-    if message and runtime.is_main:
-        log.info("model.init: %s", message)
+    messages = runtime.collectives.all_or_none(lambda: _load_initial(module, path, classes))
+    for message in messages if runtime.is_main else ():
+        log.info("model.init=%s: %s", path, message)
     return {"model.init": models.digest(module)}
 
 
+def _load_initial(module: nn.Module, path: Path, classes: Sequence[str]) -> list[str]:
+    """Load weights from a file, a checkpoint, or the checkpoint of a run that its result is of."""
+    if not path.is_dir():
+        return models.initialise(module, path, classes)
+    chosen, skipped = (path, []) if (path / checkpoint.MODEL).exists() else choose(path, None)
+    checkpoint.load(chosen)  # compares its files with their digests
+    which = f"{chosen.name} is taken, the checkpoint of the run's result: the best on val, or without val the last"
+    return [
+        *skipped,
+        *([which] if chosen != path else []),
+        *models.initialise(module, chosen / checkpoint.MODEL, classes),
+    ]
+
+
 def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> AveragedModel | None:
-    """Create the EMA of the weights: decay · EMA + (1 - decay) · weights after every step."""
     if config.train.ema_decay is None:
         return None
-    average = get_ema_multi_avg_fn(config.train.ema_decay)
-    ema = AveragedModel(module, multi_avg_fn=average, use_buffers=True).to(runtime.device)
-    ema.module = runtime.prepare_eval_model(ema.module)
+    ema = optim.make_ema(module, config.train.ema_decay)
+    ema.module = runtime.prepare_eval_model(ema.module)  # its counter stays on the CPU: no step waits for the device
     return ema
 
 
