@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrain import config, plugins
 from distrain.errors import ConfigError, DataError
@@ -101,6 +103,30 @@ def check_output(name: str, model: nn.Module, images: Tensor, num_classes: int) 
         raise ConfigError(
             f"model.name={name}: returns {shape} for {len(images)} images, not [{len(images)}, {num_classes}]"
         )
+
+
+def norms_of_one_value(model: nn.Module, image: Tensor) -> list[tuple[str, nn.Module]]:
+    """Return names and layers of the BatchNorm of a model that get one value of each channel from a single image.
+
+    For such a layer, the variance over a batch of one image does not exist. Layers that the model keeps in evaluation
+    mode are not named. Buffers do not change.
+    """
+    training = model.training
+    named = {name: layer for name, layer in model.train().named_modules() if isinstance(layer, _BatchNorm)}
+    named = {name: layer for name, layer in named.items() if layer.training}
+    with_one_value: set[nn.Module] = set()
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs[0].dim() > 1 and inputs[0].numel() == inputs[0].shape[1]:
+            with_one_value.add(layer)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in named.values()]
+    with torch.no_grad():
+        model.eval()(image)
+    for hook in hooks:
+        hook.remove()
+    model.train(training)
+    return [(name, layer) for name, layer in named.items() if layer in with_one_value]
 
 
 def check_gradients(name: str, model: nn.Module) -> None:
@@ -286,7 +312,7 @@ def world_size_dependent(model: nn.Module, accumulates: bool = False) -> list[st
 
 
 def _depends_on_local_batch(layer: nn.Module, accumulates: bool) -> bool:
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+    if isinstance(layer, _BatchNorm):
         return accumulates or not can_be_synchronised(layer)
     if isinstance(layer, nn.modules.dropout._DropoutNd):
         return layer.p > 0

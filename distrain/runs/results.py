@@ -130,6 +130,17 @@ def accuracy_line(split: str, total: int, accuracy: float) -> str:
     return f"Accuracy of the network on the {total} {split} images: {100 * accuracy:.1f} %"
 
 
+def step_of(result: dict[str, Any]) -> int:
+    """Return the step of the checkpoint that the accuracy in RUN/result.json belongs to."""
+    return int(result["checkpoint"].rpartition("-")[2])
+
+
+def describe_checkpoint(result: dict[str, Any]) -> str:
+    """Say which checkpoint the accuracy in RUN/result.json belongs to, and why this one."""
+    why = "the last" if result["val_accuracy"] is None else f"the best on val, {100 * result['val_accuracy']:.1f} %"
+    return f"step {step_of(result):,} ({why})"
+
+
 def lowest_first(rows: Iterable[ClassAccuracy]) -> list[ClassAccuracy]:
     """Sort by accuracy, lowest first; classes without samples come last."""
     return sorted(rows, key=lambda row: (row.accuracy is None, row.accuracy or 0.0))

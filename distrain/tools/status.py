@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from distrain.runs import checkpoint, folder, lease
+from distrain.runs import checkpoint, folder, lease, results
 from distrain.runs.folder import RunRecord
 from distrain.runs.logs import clock
 
@@ -88,7 +88,7 @@ def _state(record: RunRecord) -> str:
 def _accuracy(record: RunRecord) -> dict[str, Any] | None:
     """The result's accuracy, or else that of the newest evaluation."""
     if record.result is not None:
-        return {"accuracy": record.result["accuracy"], "split": "test", "step": record.result["steps"]}
+        return {"accuracy": record.result["accuracy"], "split": "test", "step": results.step_of(record.result)}
     for line in reversed(record.lines):
         for split in ("val", "test"):
             if f"{split}/accuracy" in line:

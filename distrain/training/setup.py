@@ -30,6 +30,7 @@ from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError
 from distrain.failure_report import PeerFailedError
+from distrain.models.batch_norm import can_be_synchronised
 from distrain.runs import checkpoint
 from distrain.runs.choice import choose
 from distrain.runs.folder import STACKS
@@ -144,9 +145,9 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     _check_augmentation(config, dataset)
     fewest, most = order.local_batch_sizes(world.size)
     accumulation_steps = -(-most // (config.train.micro_batch_size or most))
-    module = collectives.all_or_none(
-        lambda: build_model(config, dataset.manifest, runtime.dtype, empty=fewest < accumulation_steps)
-    )
+    smallest = (0,) if fewest < accumulation_steps else ()
+    module = collectives.all_or_none(lambda: build_model(config, dataset.manifest, runtime.dtype, (2, 1, *smallest)))
+    _check_batch_norm(config, module, dataset, order, world.size, accumulation_steps)
     dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
     start = _initialise(config, module, dataset.manifest.classes, runtime)
     module = runtime.sync_batch_norm(module)
@@ -167,6 +168,31 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         accumulation_steps=accumulation_steps,
         started=started,
     )
+
+
+def _check_batch_norm(
+    config: Config, module: nn.Module, dataset: Dataset, order: Order, processes: int, accumulation_steps: int
+) -> None:
+    """Check that every BatchNorm gets more than one value of each channel in every step.
+
+    torch raises in the first step where it does not; on several processes, the variance would silently be 0.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    local, together = order.smallest_micro_batches(processes, accumulation_steps)
+    if local > 1:
+        return
+    height, width, channels = dataset.manifest.image_shape
+    image = torch.zeros(1, channels, height, width, dtype=next(module.parameters()).dtype)
+    norms = models.norms_of_one_value(module, image)
+    alone = [name for name, layer in norms if not (can_be_synchronised(layer) and processes > 1 and together > 1)]
+    if alone:
+        batch, key = ("micro-batch", "micro") if accumulation_steps > 1 else ("local batch", "global")
+        raise ConfigError(
+            f"model.name={config.model.name}: a {batch} can have one image, and BatchNorm {', '.join(shortened(alone, 3))}"
+            f" gets 1×1 pixels of it: one value has no variance; raise train.{key}_batch_size, or prepare larger images"
+        )
 
 
 def _initialise(config: Config, module: nn.Module, classes: Sequence[str], runtime: Runtime) -> dict[str, str]:
@@ -265,15 +291,12 @@ def _check_augmentation(config: Config, dataset: Dataset) -> None:
         )
 
 
-def build_model(config: Config, data: Manifest, dtype: torch.dtype, empty: bool = False) -> nn.Module:
-    """Build the model that the configuration names, with its initial weights, and try it on two black images.
-
-    If a local batch may be `empty`, it is tried on none as well.
+def build_model(config: Config, data: Manifest, dtype: torch.dtype, batch_sizes: Sequence[int] = (2,)) -> nn.Module:
+    """Build the model that the configuration names, with its initial weights, and try it on black images.
 
     Raises:
         ConfigError: it cannot be built, or does not give one logit for each class.
     """
-    batch_sizes = (2, 0) if empty else (2,)
     return models.from_config(config.model, len(data.classes), data.image_shape, config.run.seed, dtype, batch_sizes)
 
 
@@ -326,6 +349,10 @@ def _explain_impossible() -> Iterator[None]:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise ConfigError(
                 f"train.compile: the model cannot be compiled: {message}; set train.compile=off"
+            ) from error
+        if message.startswith("Expected more than 1 "):
+            raise ConfigError(
+                f"model.name: it normalises single values in training ({message}); prepare larger images, or change it"
             ) from error
         if "deterministic" in str(error):
             raise ConfigError(f"train.deterministic: {message}; set it to false, or change the model") from error

@@ -122,6 +122,7 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
         ("memory", f"{memory_use['bytes'] / 2**20:,.0f} MiB of each process for reading{cached}"),
         ("steps", _format_steps(setup)),
         ("saves", _format_saves(job)),
+        ("scores", _format_scores(job)),
         ("run", str(job.folder)),
     )  # fmt: skip
     return [f"{name:<9}{line}" for name, line in lines]
@@ -152,8 +153,17 @@ def _format_saves(job: Job) -> str:
     return f"{', '.join(saves) or 'none'}, and at the end or when stopped"
 
 
+def _format_scores(job: Job) -> str:
+    every = job.config.eval.every_steps
+    during = "once an epoch" if every is None else f"every {every:,} steps" if every else "only at the end"
+    if "val" in job.dataset.manifest.splits:
+        return f"val {during}; the result is that of the best checkpoint on val"
+    curves = f"; test is scored {during}, for the curves" if every != 0 else ""
+    return f"there is no val split: the result is that of the last weights{curves}"
+
+
 def log_result(job: Job, result: dict[str, Any]) -> None:
-    """Log what a run did: steps, speed, time by phase with advice, classes with the lowest accuracies."""
+    """Log what a run did: steps, speed, time by phase with advice, lowest accuracies, checkpoint, warnings."""
     fractions, rate = result["profile"], f"{result['images_per_second']:,.0f}"
     log.info(
         "trained  %s steps in %s, %s images/s while training", f"{result['steps']:,}", clock(result["seconds"]), rate
@@ -165,3 +175,6 @@ def log_result(job: Job, result: dict[str, Any]) -> None:
     by_class = results.lowest_first(results.classes_of(result))
     lowest = [row for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
     log.info("lowest   %s", ", ".join(f"{printable(row.name)} {row.accuracy:.1%}" for row in lowest))
+    log.info("result   of the checkpoint of %s", results.describe_checkpoint(result))
+    for warning in result["warnings"]:
+        log.warning("%s", warning)
