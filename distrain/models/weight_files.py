@@ -22,8 +22,10 @@ CLASSES = "classes"
 
 _ENTRIES = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params")
 """Entries of a training checkpoint that hold the model's state dict."""
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-"""Prefixes that DDP and AveragedModel, torch.compile, and training frameworks put before each name."""
+_PREFIXES = ("module.", "model.", "net.")
+"""Prefixes that DDP and AveragedModel, or training frameworks, put before each name."""
+_COMPILED = "_orig_mod."
+"""Part of the names of weights that torch.compile inserts for each compiled module."""
 _FOREIGN = {
     b"version https://git-lfs": "is a pointer of Git LFS; fetch the file itself by `git lfs pull`",
     b"<": "is a web page, not the file; download it again",
@@ -164,16 +166,16 @@ def match(weights: Mapping[str, Tensor], expected: Set[str]) -> tuple[dict[str, 
     Returns:
         The tensors by their new names, and notes for the user. Weights that match no name stay as they are.
     """
-    if expected & weights.keys():
-        return dict(weights), []
-    names = {name: name for name in weights if name != "n_averaged"}  # the counter of an AveragedModel
+    names = {name: name for name in weights if name in expected or name != "n_averaged"}  # AveragedModel's counter
     removed: list[str] = []
+    if any(_COMPILED in name and name not in expected for name in weights):
+        names = {key: name.replace(_COMPILED, "") for key, name in names.items()}
+        removed.append(_COMPILED)
     while names and not expected & set(names.values()):
         prefix = next((each for each in _PREFIXES if all(name.startswith(each) for name in names.values())), None)
         if prefix is None:
             return dict(weights), []
         names = {key: name.removeprefix(prefix) for key, name in names.items()}
         removed.append(prefix)
-    return {name: weights[key] for key, name in names.items()}, [
-        f"its names begin with {''.join(removed)}, which is removed"
-    ]
+    notes = [f"{' and '.join(removed)} is removed from its names"] if removed else []
+    return {name: weights[key] for key, name in names.items()}, notes

@@ -189,9 +189,10 @@ def _check_batch_norm(
     alone = [name for name, layer in norms if not (can_be_synchronised(layer) and processes > 1 and together > 1)]
     if alone:
         batch, key = ("micro-batch", "micro") if accumulation_steps > 1 else ("local batch", "global")
+        names = ", ".join(shortened(alone, 3))
         raise ConfigError(
-            f"model.name={config.model.name}: a {batch} can have one image, and BatchNorm {', '.join(shortened(alone, 3))}"
-            f" gets 1×1 pixels of it: one value has no variance; raise train.{key}_batch_size, or prepare larger images"
+            f"model.name={config.model.name}: a {batch} can have one image, and BatchNorm {names} gets 1×1 pixels of"
+            f" it: one value has no variance; raise train.{key}_batch_size, or prepare larger images"
         )
 
 
