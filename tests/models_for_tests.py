@@ -169,11 +169,11 @@ class Collapsing(Small):
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(num_classes, image_shape)
-        self.passes = 0
+        self.pass_count = 0
 
     def forward(self, images: Tensor) -> Tensor:
-        self.passes += self.training
-        if self.training and self.passes == 30:
+        self.pass_count += self.training
+        if self.training and self.pass_count == 30:
             with torch.no_grad():
                 for parameter in self.parameters():
                     parameter.zero_()

@@ -111,7 +111,7 @@ def trained(path: Path, classes: list[str] | None, **changes: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("names", "kept", "message"),
+    ("names", "retained", "message"),
     [
         (["ant", "bee", "cat"], True, "fc is kept: the file has the same classes"),
         (["bee", "ant", "cat"], False, "fc is re-initialised: the file has the same classes in another order"),
@@ -120,7 +120,7 @@ def trained(path: Path, classes: list[str] | None, **changes: Any) -> dict[str, 
     ],
 )
 def test_the_head_is_kept_only_for_the_same_classes(
-    names: list[str] | None, kept: bool, message: str, tmp_path: Path
+    names: list[str] | None, retained: bool, message: str, tmp_path: Path
 ) -> None:
     state = trained(tmp_path / "weights.safetensors", names)
     torch.manual_seed(6)
@@ -128,8 +128,8 @@ def test_the_head_is_kept_only_for_the_same_classes(
     assert models.initialise(model, tmp_path / "weights.safetensors", ["ant", "bee", "cat"]) == [message]
     after = model.state_dict()
     assert torch.equal(after["conv1.weight"], state["conv1.weight"])
-    assert torch.equal(after["fc.weight"], state["fc.weight"]) == kept
-    assert torch.equal(after["fc.bias"], state["fc.bias"]) == kept
+    assert torch.equal(after["fc.weight"], state["fc.weight"]) == retained
+    assert torch.equal(after["fc.bias"], state["fc.bias"]) == retained
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_names_of_a_model_that_begin_with_a_prefix_stay(tmp_path: Path) -> None:
 
 
 class Settings:
-    """Not a tensor."""
+    """A class that is not a tensor."""
 
 
 @pytest.mark.parametrize(
