@@ -147,8 +147,8 @@ class Model(Section):
     )
     init: LocalPath | None = _key(
         None,
-        "file of initial weights: safetensors, or a state dict saved by torch.save; a last layer for another number of"
-        " classes is re-initialised",
+        "initial weights: a run's folder (its best checkpoint), a checkpoint, or a file (safetensors, or a state dict"
+        " saved by torch.save); a last layer for other classes is re-initialised",
         min_length=1,
     )
     activation: Literal["relu", "sigmoid", "tanh"] = _key("relu", "activation function of net", identity=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import distrain
-from distrain import cli, models
+from distrain import cli, config, models
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.errors import ConfigError, DataError
@@ -538,3 +538,45 @@ def test_a_micro_batch_that_is_empty_on_all_processes_changes_no_statistics(
     assert result["steps"] == 6
     saved = load_file(tmp_path / "run/checkpoints/step-00000006/model.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
+
+
+# --- few images -------------------------------------------------------------------------------------------------------
+
+
+def test_few_steps_are_warned_of_with_values_that_make_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = make(tmp_path / "data", 200, 20, lanes=4)
+    settings = {"train": {"max_steps": None, "epochs": 2, "global_batch_size": 128, "lr": 0.05}}
+    distrain.train(tree(dataset, tmp_path / "run", **settings))
+    (warning,) = [line for line in warnings_of(caplog) if "an epoch" in line]
+    assert warning.startswith("1 step an epoch, 2 in all: ")
+    typed = warning.partition("; try ")[2].split()
+    assert typed == ["train.global_batch_size=16", "train.lr=0.0062", "train.epochs=84"]
+    better = config.load(None, typed).train
+    assert optim.advice(better, 200, 1) is None
+    assert 12 * 84 >= 1000
+
+
+@pytest.mark.parametrize(
+    ("train", "images", "fewest", "advice"),
+    [
+        ({"epochs": 30}, 100_000, 1, None),
+        ({"epochs": 30}, 1280, 1, None),
+        ({"epochs": 500}, 160, 1, None),  # one step an epoch, but 500 of them
+        ({"epochs": 30}, 1279, 1, "train.global_batch_size=64 train.lr=0.025 train.epochs=53"),
+        ({"epochs": 30, "optimizer": "adamw"}, 100, 1, "train.global_batch_size=8 train.epochs=84"),
+        ({"epochs": 30, "global_batch_size": 8}, 20, 1, "train.epochs=500"),
+        ({"max_steps": 20}, 160, 1, "train.global_batch_size=16 train.lr=0.0062 train.max_steps=1000"),
+        ({"epochs": 30}, 160, 128, "train.epochs=1000"),  # 64 lanes and mixup, or 128 processes
+    ],
+)
+def test_advice_about_few_steps(train: dict[str, Any], images: int, fewest: int, advice: str | None) -> None:
+    settings = config.Train(**{"global_batch_size": 128, "lr": 0.05, **train})
+    assert optim.advice(settings, images, fewest) == advice
+
+
+def test_recipes_for_few_and_many_images_are_valid_and_say_for_how_many() -> None:
+    folder = Path(__file__).parent.parent / "configs"
+    for name, images in (("folder-small.yaml", 100), ("folder-small.yaml", 5000), ("folder.yaml", 5000)):
+        settings = config.load(folder / name)
+        assert optim.advice(settings.train, images, 1) is None, (name, images)
+        assert "5,000 images" in (folder / name).read_text()

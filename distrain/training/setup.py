@@ -259,7 +259,7 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
     if order.steps_per_epoch == 0:
         raise ConfigError(
             f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard} samples"
-            f" that an epoch of {dataset.root} can use; lower it"
+            f" that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
         )
     return order
 

@@ -14,7 +14,7 @@ from distrain.runs import results
 from distrain.runs.folder import SETUP
 from distrain.runs.logs import clock
 from distrain.text import printable
-from distrain.training import profiling
+from distrain.training import optim, profiling
 from distrain.training.checkpointing import os_error_of
 from distrain.training.job import Job
 
@@ -95,12 +95,22 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
 def _log_warnings(job: Job, setup: dict[str, Any]) -> None:
     if "dir" not in job.config.data.model_fields_set:
         log.warning("data.dir was not set: this trains on the default, %s", setup["data"]["dir"])
+    order = job.order
+    better = optim.advice(job.config.train, order.num_shards * order.samples_per_shard, _smallest_batch(job))
+    if better is not None:
+        per_epoch = f"{order.steps_per_epoch} step{'' if order.steps_per_epoch == 1 else 's'} an epoch"
+        log.warning("%s, %s in all: a model learns little in so few; try %s", per_epoch, f"{job.total_steps:,}", better)
     if job.dependent_layers:
         log.warning(
             "model %s has %s: what it learns depends on the number of processes",
             job.config.model.name,
             ", ".join(job.dependent_layers),
         )
+
+
+def _smallest_batch(job: Job) -> int:
+    """Return the smallest global batch that the processes and mixup allow."""
+    return max(job.runtime.world.size, 2 * job.order.lanes if job.config.augment.mixup else 1)
 
 
 def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
