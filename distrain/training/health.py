@@ -72,11 +72,12 @@ def drop_warning(accuracy: float, best_step: int, best: float) -> str:
 
 
 def chance_warning(confusion: Confusion) -> str:
-    """Return the warning about a result that is not above chance."""
+    """Return the warning about a result that is not clearly above chance."""
     accuracy = confusion.correct / confusion.total
     return (
-        f"the accuracy on test, {_percent(accuracy)}, is not above chance, {_percent(chance(confusion))} (the largest"
-        " class): the model has learnt nothing that helps there. Train longer, or change train.lr; check the labels"
+        f"the accuracy on test, {_percent(accuracy)} of {confusion.total:,} images, is not clearly above chance"
+        f" ({_percent(chance(confusion))}, always the largest class): nothing shows that the model has learnt. Train"
+        " longer, change train.lr, or check the labels"
     )
 
 
