@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from distrain.errors import DataError
-from distrain.runs import checkpoint
+from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Checkpoint
-from distrain.runs.folder import RESULT
-from distrain.runs.json_files import read_object
 
 
 def choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
@@ -26,14 +24,17 @@ def choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
     """
     checkpoints = run / checkpoint.FOLDER
     if which is not None and which not in ("best", "last"):
+        if not (checkpoints / which).is_dir():
+            names = ", ".join(checkpoint.path_of(checkpoints, step).name for step in checkpoint.steps(checkpoints)[:5])
+            raise DataError(f"{checkpoints / which}: no such checkpoint; there are {names or 'none'}")
         return checkpoints / which, []
     saved, skipped = checkpoint.newest(checkpoints)
     if saved is None:
         raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
-    best = _best(run, saved)
+    best = _best(run, saved) if which != "last" else None
     if best is None and which == "best":
         raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; use last")
-    return (best if best is not None and which != "last" else saved.path), skipped
+    return (best if best is not None else saved.path), skipped
 
 
 def _best(run: Path, last: Checkpoint) -> Path | None:
@@ -41,7 +42,7 @@ def _best(run: Path, last: Checkpoint) -> Path | None:
 
     The result takes precedence if `last` is the run's last checkpoint: the last evaluation may come after it.
     """
-    result = read_object(run / RESULT) or {}
+    result = folder.read_result(run) or {}
     if result.get("steps") == last.step and result["val_accuracy"] is not None:
         return run / checkpoint.FOLDER / str(result["checkpoint"])
     best = last.state["best"]

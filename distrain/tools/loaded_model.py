@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from distrain import models
+from distrain.errors import DataError
 from distrain.runs import checkpoint, folder
+from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
 from distrain.training.augment import normalize
+
+log = logging.getLogger("distrain")
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,24 @@ def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
         device: cpu or cuda.
 
     Raises:
-        DataError: the folder holds no run, or none of its checkpoints is readable.
+        DataError: the folder holds no run, the checkpoint cannot be read, or it is not of this run.
         ConfigError: the model cannot be built here.
     """
-    record = folder.read_started(run)
-    path, _ = choose(run, which)
+    config, data = folder.configuration(run), folder.read_setup(run)["data"]
+    path, skipped = choose(run, which)
+    for line in skipped:
+        log.warning("skipped %s", line)
     saved = checkpoint.load(path)
-    height, width, channels = record.setup["data"]["image_shape"]
-    classes, settings = record.classes, record.config.model
-    model = models.from_config(settings, len(classes), (height, width, channels), record.config.run.seed)
+    height, width, channels = data["image_shape"]
+    classes, settings = data["classes"], config.model
+    model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed)
     models.load(model, saved.model, settings.name, path)
-    mean, std = (torch.tensor(saved.state["identity"][f"data.{key}"], device=device) for key in ("mean", "std"))
+    mean, std = (_normalization(saved, key, channels).to(device) for key in ("mean", "std"))
     return LoadedModel(model.float().to(device).eval(), classes, (height, width, channels), mean, std, path.name)
+
+
+def _normalization(saved: Checkpoint, key: str, channels: int) -> Tensor:
+    values = saved.state["identity"].get(f"data.{key}")
+    if not isinstance(values, list) or len(values) != channels or not all(isinstance(each, float) for each in values):
+        raise DataError(f"{saved.path}: has no {key} for images of {channels} channels; choose another checkpoint")
+    return torch.tensor(values)
