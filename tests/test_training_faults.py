@@ -406,7 +406,7 @@ def test_the_start_and_the_end_name_the_checkpoint_of_the_accuracy(
     assert "val every 4 steps; the result is that of the best checkpoint on val" in caplog.text
     assert f"result   of the checkpoint of step {step} (the best on val, " in caplog.text
     assert cli.main(["status", str(tmp_path / "val")]) == 0
-    assert f"on test after step {step}" in capsys.readouterr().out
+    assert f"on test after step {step} (the best on val)" in capsys.readouterr().out
     distrain.train(tree(dataset, tmp_path / "next", model={"init": str(tmp_path / "val")}, train={"max_steps": 1}))
     assert f"{result['checkpoint']} is taken, the checkpoint of the run's result" in caplog.text
 
