@@ -434,8 +434,7 @@ def test_another_job_in_the_place_of_a_folder_is_not_disturbed(tmp_path: Path) -
 
 
 @pytest.mark.faults
-@pytest.mark.short
-@pytest.mark.parametrize("change", ["remove", "move", "replace"])
+@pytest.mark.parametrize("change", ["remove", "move", pytest.param("replace", marks=pytest.mark.short)])
 def test_a_job_whose_folder_is_gone_ends_with_all_its_processes(change: str, data: Path, tmp_path: Path) -> None:
     run, moved = tmp_path / "run", tmp_path / "moved"
     with Job(small_run(data, run), tmp_path, environ={"FAULT": "slow:0:1"}) as job:
