@@ -2,5 +2,5 @@
 
 folder: names of the files, and reading them · checkpoint: written whole, verified, deleted · attempts: the lease and
 its history · exit_record: how the newest attempt ended · results: accuracy of each class · logs: metrics, audit and
-progress · trackers: copies at wandb and for TensorBoard · json_files: reading JSON.
+progress · trackers: copies at wandb and for TensorBoard · records: schemas of the files.
 """
