@@ -60,7 +60,7 @@ def launch(
     if record is not None and record.exhausted is not None:
         return record.close(record.exhausted)
     verdict = _run_workers(arguments, config, topology, processes, grace, logs, record)
-    if trains and topology.node:
+    if trains and topology.node and not verdict.is_busy:
         record_node(Path(config.run.dir), topology.node, verdict)
     if record is None or verdict.is_busy:
         return verdict
