@@ -16,6 +16,7 @@ from distrain.errors import ConfigError
 
 LOCAL = "127.0.0.1"
 _KUBERNETES_PORT = 29400
+_MAX_JOB = 200
 _ALONE = "or give --nodes 1 for a run on this node alone"
 
 
@@ -30,6 +31,7 @@ class Topology:
         port: port of the store; 0: any free one.
         source: what the topology was detected from, for messages.
         processes: number of processes of each node, if the scheduler says it; else None.
+        job: identity of a job that a scheduler starts again by itself (DISTRAIN_JOB); None: a person does.
     """
 
     nodes: int
@@ -38,6 +40,7 @@ class Topology:
     port: int
     source: str
     processes: int | None = None
+    job: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def detect(variables: Mapping[str, str], options: Options, full_name: Callable[[
             f"{nodes} nodes: give --host (the first node's name), --port (the same on all) and --node, or start under"
             " srun, as a Kubernetes Indexed Job or as a Kubeflow job"
         )
-    return replace(detected, nodes=nodes, node=node, host=address if nodes > 1 else LOCAL, port=port)
+    job = variables.get("DISTRAIN_JOB", "")[:_MAX_JOB] or None
+    return replace(detected, nodes=nodes, node=node, host=address if nodes > 1 else LOCAL, port=port, job=job)
 
 
 def _detect(variables: Mapping[str, str], given: Options, full_name: Callable[[], str]) -> Topology:
