@@ -127,7 +127,7 @@ def check_kubectl(arguments: list[str]) -> None:
     """Folders exist, and the folders of k8s/ have the objects, labels and mounted paths that a command names."""
     objects = [each for folder in manifests.FOLDERS for each in manifests.render(manifests.K8S / folder)]
     names = {(each["kind"].lower(), each["metadata"]["name"]) for each in objects}
-    words = [word for before, word in pairwise(arguments) if not word.startswith("-") and before not in ("-k", "-l")]
+    given = [each for option, each in pairwise(arguments) if not each.startswith("-") and option not in ("-k", "-l")]
     if "-k" in arguments:
         assert (REPO / arguments[arguments.index("-k") + 1] / "kustomization.yaml").is_file()
     if "-l" in arguments:
@@ -135,15 +135,15 @@ def check_kubectl(arguments: list[str]) -> None:
         labels.pop("batch.kubernetes.io/job-completion-index", None)  # the Job adds it
         templates = [spec["template"]["metadata"]["labels"] for spec in manifests.job_specs(objects)]
         assert any(labels.items() <= template.items() for template in templates), labels
-    for word in words:
-        if match := re.fullmatch(r"(job|pod)/([a-z-]+)", word):
+    for each in given:
+        if match := re.fullmatch(r"(job|pod)/([a-z-]+)", each):
             assert match.groups() in names
-        elif match := re.fullmatch(r"([a-z-]+):/(runs|tmp)/.+", word):
+        elif match := re.fullmatch(r"([a-z-]+):/(runs|tmp)/.+", each):
             assert ("pod", match[1]) in names
-    if words[0] == "delete" and len(words) > 2:
-        assert (words[1], words[2]) in names
-    if words[0] == "exec":
-        assert ("pod", words[1]) in names
+    if given[0] == "delete" and len(given) > 2:
+        assert (given[1], given[2]) in names
+    if given[0] == "exec":
+        assert ("pod", given[1]) in names
         check_distrain(arguments[arguments.index("distrain") + 1 :])
 
 
@@ -157,7 +157,7 @@ def test_commands_of_kubectl_in_sentences_fit_the_manifests() -> None:
 
 
 def test_what_deletes_checkpoints_says_so() -> None:
-    """Only the kustomizations with volumes delete data; each command that deletes one stands beside a warning."""
+    """Volumes are deleted by two folders of k8s/ alone; each command that does so stands beside a warning."""
     for page in PAGES:
         for line in page.read_text().splitlines():
             for folder in re.findall(r"kubectl delete -k (k8s/[\w/-]+)", line):

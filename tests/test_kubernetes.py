@@ -330,12 +330,12 @@ def uncomment(text: str) -> tuple[str, set[str]]:
 
 def test_what_clusters_ask_for_is_there_as_a_comment_that_fits_the_schema(tmp_path: Path) -> None:
     shutil.copytree(K8S, tmp_path / "k8s")
-    found = set()
+    fields = set()
     for file in sorted((tmp_path / "k8s").rglob("*.yaml")):
         text, names = uncomment(file.read_text())
         file.write_text(text)
-        found |= names
-    assert found == EDITS
+        fields |= names
+    assert fields == EDITS
     (spec,) = job_specs(render(tmp_path / "k8s/base"))
     (container,) = spec["template"]["spec"]["containers"]
     assert spec["template"]["spec"]["imagePullSecrets"] == [{"name": "registry"}]
