@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from distrain import files, machine
 from distrain.data import manifest, shards
@@ -34,7 +33,8 @@ from distrain.data.manifest import Dataset, Manifest, Shard, Split
 from distrain.data.order import Ints, split_permutation
 from distrain.data.sources import Source, UnreadableError
 from distrain.errors import ConfigError, DataError
-from distrain.text import printable, shortened
+from distrain.progress import Bar
+from distrain.text import plural, printable, shortened
 
 log = logging.getLogger("distrain")
 
@@ -134,7 +134,7 @@ def verify(dataset: Dataset) -> Iterator[str]:
     content = dataset.manifest
     entries = [(name, shard) for name, split in content.splits.items() for shard in split.shards]
     ids: dict[str, list[Ints]] = {}
-    for name, shard in tqdm(entries, desc="verify", unit="shard", disable=None):
+    for name, shard in Bar("verify", entries):
         try:
             blocks = shards.read(dataset.root, shard, content.image_shape, len(content.classes), ("sha256", "xxh3_128"))
         except DataError as error:
@@ -205,7 +205,10 @@ def layout(samples: int, sample_bytes: int, num_shards: int | None, lanes: int |
     if num_shards % lanes:
         raise ConfigError(f"--shards {num_shards} is not a multiple of --lanes {lanes}; choose a multiple of the lanes")
     if num_shards > samples:
-        raise ConfigError(f"{num_shards} shards for {samples} training samples; choose smaller --lanes or --shards")
+        raise ConfigError(
+            f"{plural(num_shards, 'shard')} for {plural(samples, 'training sample')};"
+            " choose smaller --lanes or --shards"
+        )
     return num_shards, lanes
 
 
@@ -322,7 +325,7 @@ def _run(source: Source, tasks: list[_Task]) -> Iterator[_ShardResult]:
     total = sum(len(ids) for *_, ids in tasks)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (source, os.getpid()))
     try:
-        with tqdm(total=total, desc="prepare", unit="image", unit_scale=True, disable=None) as bar:
+        with Bar("prepare", total=total) as bar:
             for result, (*_, ids) in zip(pool.map(_write_shard, tasks), tasks, strict=True):
                 bar.update(len(ids))
                 yield result

@@ -73,7 +73,7 @@ def detect(variables: Mapping[str, str], options: Options, full_name: Callable[[
     host = options.host or detected.host
     port = options.port if options.port is not None else detected.port
     if not 0 <= node < nodes:
-        raise ConfigError(f"node {node} of {nodes} nodes (from {detected.source}): nodes are counted from 0")
+        raise ConfigError(f"node {node} of {nodes} (from {detected.source}): nodes are counted from 0")
     if nodes > 1 and (host == LOCAL or not port):
         raise ConfigError(
             f"{nodes} nodes: give --host (the first node's name), --port (the same on all) and --node, or start under"

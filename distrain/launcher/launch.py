@@ -25,6 +25,7 @@ from distrain.launcher.attempt import AttemptRecord, is_done, record_node
 from distrain.launcher.cluster import LOCAL, Topology
 from distrain.launcher.verdict import Verdict, decide
 from distrain.launcher.workers import StopRequests, Workers
+from distrain.text import plural
 
 log = logging.getLogger("distrain")
 
@@ -149,5 +150,6 @@ def _wait_for_name(host: str, seconds: float, stops: StopRequests) -> None:
 
 def describe(topology: Topology, processes: int) -> str:
     """Describe what is about to start, in one line."""
+    here = plural(processes, "process")
     where = f", rendezvous at {topology.host}:{topology.port}" if topology.nodes > 1 else ""
-    return f"distrain: node {topology.node} of {topology.nodes} ({topology.source}), {processes} processes here{where}"
+    return f"distrain: node {topology.node} of {topology.nodes} ({topology.source}), {here} here{where}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from distrain.text import percent
+
 
 class ClassAccuracy(NamedTuple):
     """One class of a split: its name, its accuracy (None without samples) and its number of samples."""
@@ -35,7 +37,7 @@ def classes_of(result: dict[str, Any]) -> list[ClassAccuracy]:
 
 def accuracy_line(split: str, total: int, accuracy: float) -> str:
     """Format the accuracy on a split, as the commands print it."""
-    return f"Accuracy of the network on the {total} {split} images: {100 * accuracy:.1f} %"
+    return f"Accuracy of the network on the {total} {split} images: {percent(accuracy)}"
 
 
 def lowest_first(rows: Iterable[ClassAccuracy]) -> list[ClassAccuracy]:

@@ -22,6 +22,7 @@ from distrain.errors import ConfigError
 from distrain.runs import results
 from distrain.runs.folder import AUGMENTED, METRICS, MISCLASSIFIED, TENSORBOARD, read_lines, read_pictures
 from distrain.runs.results import ClassAccuracy
+from distrain.text import percent
 
 CLOSE_SECONDS = 60.0
 _MAX_CLASSES = 40
@@ -62,7 +63,7 @@ class FinishedRun:
         columns = ("images", "labels", "predicted", "probabilities")
         arrays = (self.misclassified.get(name, ()) for name in columns)
         for image, label, predicted, probability in zip(*arrays, strict=True):
-            yield image, f"{self.classes[label]} → {self.classes[predicted]}, {probability:.1%}"
+            yield image, f"{self.classes[label]} → {self.classes[predicted]}, {percent(probability)}"
 
 
 def scalars(result: dict[str, Any]) -> dict[str, float]:

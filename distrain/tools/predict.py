@@ -13,7 +13,7 @@ import torch
 from distrain.data.sources import UnreadableError
 from distrain.data.sources.images import read_image
 from distrain.errors import ConfigError, DataError
-from distrain.text import printable, shortened
+from distrain.text import percent, printable, shortened
 from distrain.tools import loaded_model
 
 _BATCH_SIZE = 64
@@ -75,5 +75,5 @@ def format_prediction(prediction: dict[str, Any], top: int, as_json: bool) -> st
     classes = dict(list(prediction["classes"].items())[:top])
     if as_json:
         return json.dumps({**prediction, "classes": classes})
-    text = ", ".join(f"{printable(name)} {probability:.1%}" for name, probability in classes.items())
+    text = ", ".join(f"{printable(name)} {percent(probability)}" for name, probability in classes.items())
     return f"{printable(prediction['file'])}  {text}"

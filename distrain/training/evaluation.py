@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from distrain import startup
 from distrain.data.manifest import Dataset
 from distrain.data.stream import EvaluationBatches
 from distrain.distributed.collectives import POLL_SECONDS
 from distrain.distributed.runtime import Runtime
 from distrain.errors import DataError
+from distrain.progress import Bar
 from distrain.runs import results
 from distrain.training.augment import normalize
 
@@ -99,6 +100,7 @@ def evaluate(
         DataError: on all processes: a shard cannot be read, or the number of samples scored is not the manifest's.
         StopAgreed: on all processes, if one was asked to stop.
     """
+    startup.waits_for(None)
     num_classes = len(dataset.manifest.classes)
     # Counts and the loss travel in one vector of fp64, which holds integers exactly up to 2**53.
     sums = torch.zeros(num_classes**2 + 1, dtype=torch.float64, device=runtime.device)
@@ -116,7 +118,7 @@ def evaluate(
     with (
         runtime.watchdog.phase("evaluate"),
         closing(EvaluationBatches(dataset, split, runtime.world, batch_size)) as batches,
-        closing(tqdm(desc=split, unit="batch", leave=False, disable=None if runtime.is_main else True)) as bar,
+        closing(Bar(split, unit="batches", leave=False, show=runtime.is_main)) as bar,
     ):
         _for_each(batches, score, runtime, bar)
     model.train(training)

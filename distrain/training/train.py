@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from distrain import signals
+from distrain import signals, startup
 from distrain.config import Config, from_tree, load
 from distrain.environment import Environment
 from distrain.training import setup
@@ -48,6 +48,7 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environme
     ):
         job = setup.set_up(config, started, runtime)
         with closing(Checkpointer(job)) as checkpointer:
+            startup.waits_for(f"opening {job.folder}")
             state = checkpointer.resume()
             announce(job, state.get("step", 0))
             return Trainer(job, checkpointer, state).run()

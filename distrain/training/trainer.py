@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, NoReturn
 
+from distrain import startup
 from distrain.data.stream import Batch, TrainingBatches
 from distrain.distributed.collectives import StopAgreed
 from distrain.errors import DataError, SaveError, Stopped
@@ -96,6 +97,7 @@ class Trainer:
         """Train the steps that are left."""
         job, watchdog, first = self.job, self.job.runtime.watchdog, self.step
         watchdog.enter("first step")
+        startup.waits_for("the first step, which reads shards, and compiles with train.compile")
         watchdog.step(first)
         self.checkpointer.start_clock()
         self.losses.restart_clock()
@@ -114,6 +116,7 @@ class Trainer:
                     feed.prefetch(self.step)
                 if self.step == first + 1:
                     watchdog.enter("train")
+                    startup.waits_for(None)
                 watchdog.step(self.step)
                 self.logs.progress.step()
                 tracer.step()
@@ -245,9 +248,9 @@ class Trainer:
         self.job.runtime.watchdog.enter("end")
         if self.checkpointer.error is not None:
             raise SaveError(
-                f"stopped{stop.by} at step {self.step}, but it could not be saved: {self.checkpointer.error}"
+                f"stopped{stop.by} at step {self.step:,}, but it could not be saved: {self.checkpointer.error}"
             )
-        raise Stopped(f"stopped{stop.by}: step {self.step} is saved; the same command resumes there")
+        raise Stopped(f"stopped{stop.by}: step {self.step:,} is saved; the same command resumes there")
 
     def _record_batch(self, batch: Batch) -> None:
         """Record a batch: its ids if `data.audit` is on, and pictures if it is the first batch of the run."""
@@ -281,7 +284,7 @@ class Trainer:
             "val_accuracy": self.best["accuracy"] if self.best else None,
             "precision": job.config.train.precision,
             "device": str(job.runtime.device.type),
-            "invariant": not job.dependent_layers,
+            "dependent_layers": job.dependent_layers,
             "profile": {name: round(part, 5) for name, part in self.profile.total().items()},
         }
 
