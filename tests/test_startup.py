@@ -42,12 +42,12 @@ class Listener(logging.Handler):
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
     monkeypatch.setattr(startup, "SILENCE_SECONDS", 1.0)
-    heard = Listener()
+    new = Listener()
     logger = logging.getLogger("distrain")
-    monkeypatch.setattr(logger, "handlers", [*logger.handlers, heard])
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, new])
     monkeypatch.setattr(logger, "level", logging.INFO)
     SAID.clear()
-    return heard
+    return new
 
 
 def test_a_silent_start_says_once_what_it_waits_for(small: Dataset, tmp_path: Path, listener: Listener) -> None:

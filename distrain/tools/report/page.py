@@ -152,10 +152,13 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
         tested = plural(result["total"], "test image")
         tiles.append((percent(result["accuracy"]), f"accuracy on {tested}, {_selected(result)}"))
     else:
-        scores = [line for line in record.lines if "val/accuracy" in line or "test/accuracy" in line]
-        if scores:
-            newest = scores[-1].get("val/accuracy", scores[-1].get("test/accuracy"))
-            tiles.append((percent(newest), f"accuracy after step {scores[-1]['step']:,}"))
+        scores = [
+            (line[f"{split}/accuracy"], f"accuracy on {split} after step {line['step']:,}")
+            for line in record.lines
+            for split in ("val", "test")
+            if f"{split}/accuracy" in line
+        ]
+        tiles += [(percent(accuracy), meaning) for accuracy, meaning in scores[-1:]]
     rates = [line["train/images_per_second"] for line in record.lines if "train/images_per_second" in line]
     rate = result["images_per_second"] if result is not None else (rates[-1] if rates else None)
     seconds = max((line.get("seconds", 0.0) for line in record.lines), default=0.0)
@@ -258,7 +261,7 @@ def _check_checkpoint(record: RunRecord, result: dict[str, Any]) -> Check:
     problem = checkpoint.problem(record.folder / checkpoint.FOLDER / name)
     if problem is not None:
         return Check("bad", f"The checkpoint of the result cannot be read: {problem}")
-    return Check("good", f"The files of the evaluated checkpoint, {name}, have the digests of their saving.")
+    return Check("good", f"The files of the evaluated checkpoint, {name}, are unchanged: their digests match.")
 
 
 def _check_selection(record: RunRecord, result: dict[str, Any]) -> Check:
