@@ -98,11 +98,16 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def with_test(run: Path, samples: int) -> Any:
+    data = json.loads((run / "setup.json").read_text())["data"]
+    return {**data, "splits": {**data["splits"], "test": samples}}
+
+
 def test_only_what_was_checked_is_ticked(runs: list[Path], tmp_path: Path) -> None:
     marks = checks(runs[0], tmp_path)
     correct = json.loads((runs[0] / "result.json").read_text())["correct"]
     assert marks["good"] == [
-        f"The counts sum to 40 test images, the number in the manifest; {correct} are correct.",
+        f"The confusion matrix counts 40 test images, as many as the manifest; {correct} are correct.",
         "metrics.jsonl ends at the last step, 40, with the accuracy of the result.",
         "The files of the evaluated checkpoint, step-00000040, are unchanged: their digests match.",
     ]
@@ -114,8 +119,9 @@ def test_only_what_was_checked_is_ticked(runs: list[Path], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: change(run / "result.json", total=39), "The counts of the result sum to 40 test images"),
-        (lambda run: change(run / "result.json", accuracy=0.999), "The accuracy is not that of the counts"),
+        (lambda run: change(run / "result.json", total=39), "The accuracy is not that of the confusion matrix"),
+        (lambda run: change(run / "result.json", accuracy=0.999), "The accuracy is not that of the confusion matrix"),
+        (lambda run: change(run / "setup.json", data=with_test(run, 41)), "counts 40 test images, the manifest 41."),
         (lambda run: change(run / "result.json", steps=41), "metrics.jsonl ends at step 40, the result is of step 41."),
         (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl ends at step 0"),
         (lambda run: (run / "checkpoints/step-00000040/model.safetensors").write_bytes(b"x"), "cannot be read"),

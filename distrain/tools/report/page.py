@@ -236,12 +236,13 @@ def _check_counts(result: dict[str, Any], setup: dict[str, Any]) -> Check:
     rows = results.classes_of(result)
     total, expected = sum(row.samples for row in rows), setup["data"]["splits"].get("test", 0)
     correct = round(sum((row.accuracy or 0.0) * row.samples for row in rows))
-    if not total == result["total"] == expected:
-        return Check("bad", f"The counts of the result sum to {total:,} test images; the data set has {expected:,}.")
-    if result["correct"] != correct or abs(result["accuracy"] - correct / max(total, 1)) > 1e-9:
-        return Check("bad", f"The accuracy is not that of the counts, {correct:,} of {total:,}.")
+    if total != expected:
+        return Check("bad", f"The confusion matrix counts {total:,} test images, the manifest {expected:,}.")
+    counts = (result["total"], result["correct"])
+    if counts != (total, correct) or abs(result["accuracy"] - correct / max(total, 1)) > 1e-9:
+        return Check("bad", f"The accuracy is not that of the confusion matrix, {correct:,} of {total:,}.")
     images = plural(total, "test image")
-    return Check("good", f"The counts sum to {images}, the number in the manifest; {correct:,} are correct.")
+    return Check("good", f"The confusion matrix counts {images}, as many as the manifest; {correct:,} are correct.")
 
 
 def _check_metrics(record: RunRecord, result: dict[str, Any]) -> Check:
