@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from distrain.text import printable
+
 SILENCE_SECONDS = 10.0
 """Time without a message after which one line says what the start waits for."""
 
@@ -35,9 +37,9 @@ class _Start(logging.Filter):
         said: str | None = None
         while not self.ended.wait(SILENCE_SECONDS / 20):
             activity = self.activity
-            if activity not in (None, said) and time.monotonic() - self._shown_at >= SILENCE_SECONDS:
+            if activity is not None and activity != said and time.monotonic() - self._shown_at >= SILENCE_SECONDS:
                 said = activity
-                log.info("still starting: %s", activity)
+                log.info("still starting: %s", printable(activity))
 
 
 _start: _Start | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from distrain import models, startup
+from distrain import address, models, startup
 from distrain.config import Config, identity, public
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
@@ -79,7 +79,7 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
         Stopped: a stop was requested.
     """
     collectives = runtime.collectives
-    startup.waits_for(f"reading the description of {config.data.dir}")
+    startup.waits_for(f"reading the description of {address.without_secrets(config.data.dir)}")
     collectives.stop_if_requested()
     _check_same_configuration(collectives, config)
     if config.log.tensorboard:
