@@ -79,7 +79,6 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
         Stopped: a stop was requested.
     """
     collectives = runtime.collectives
-    startup.waits_for(f"reading the description of {address.without_secrets(config.data.dir)}")
     collectives.stop_if_requested()
     _check_same_configuration(collectives, config)
     if config.log.tensorboard:
@@ -115,6 +114,7 @@ def read_data(config: Config, *splits: str) -> Dataset:
     Raises:
         UserError: it cannot be read, or lacks one of the splits.
     """
+    startup.waits_for(f"reading the description of {address.without_secrets(config.data.dir)}")
     dataset = manifest.read(config.data.dir, FetchOptions.of(config.data))
     for split in splits:
         dataset.split(split)
