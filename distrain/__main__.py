@@ -1,24 +1,35 @@
 """The command `distrain`, also run as `python -m distrain` by torchrun and accelerate launch."""
 
-import contextlib
 import os
-import signal
 import sys
 
+if __name__ == "__main__":
+    # Python has put the current folder first (`python -m`), or that of this file. A random.py there, or a clone of
+    # distrain, would replace Python's or the installed one; the script `distrain` does not see them.
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]
+    sys.modules.pop("distrain", None)
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # used if distrain is not installed
+
+import contextlib
+import importlib
+import signal
+
 from distrain import console
+from distrain.environment import IN_A_GROUP, Environment
 
 
 def main() -> int:
     """Run a command and return its exit code. Stop requests are noted before any slow import."""
     console.set_up()  # guard: tolerant-output
     command = "".join(sys.argv[1:2])  # the first word alone: `prepare folder train` trains nothing
-    if command in ("train", "evaluate", "doctor", "launch"):
+    if command in (*IN_A_GROUP, "launch"):
         from distrain import signals
-        from distrain.environment import Environment
         from distrain.errors import ConfigError
 
-        with contextlib.suppress(ConfigError):  # cli reports it
-            signals.end_with_launcher(Environment.read(os.environ))
+        if command in IN_A_GROUP:
+            with contextlib.suppress(ConfigError):  # cli reports it
+                signals.end_with_launcher(Environment.read(os.environ))
         signals.install()  # guard: early-handlers
         # When a process is gone, torch's store prints pages of C++ frames; our own message is one line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -28,7 +39,7 @@ def main() -> int:
     from distrain import cli
 
     code = cli.main()
-    if command in ("train", "evaluate", "doctor"):
+    if command in IN_A_GROUP:
         # Skip the interpreter's shutdown: libraries wait there for services, and for processes that are gone.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -37,4 +48,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not the function above: this file may be a clone's, while the imported modules are the installed ones.
+    sys.exit(importlib.import_module("distrain.__main__").main())

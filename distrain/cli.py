@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import logging
 import os
@@ -17,9 +19,9 @@ from typing import Any
 import click
 
 from distrain import __version__, address, config, console, failure_report, signals, startup
-from distrain.environment import Environment
+from distrain.environment import IN_A_GROUP, Environment
 from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
-from distrain.text import plural
+from distrain.text import plural, printable
 
 log = logging.getLogger("distrain")
 
@@ -37,8 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     Log messages are shown on stderr while it runs.
     """
+    command = (sys.argv[1:] if arguments is None else arguments)[:1]
     try:
-        environment = Environment.read(os.environ)
+        environment = Environment.read(os.environ if command and command[0] in IN_A_GROUP else {})
     except ConfigError as error:
         return _end(error, Environment())
     with console.logging_to_stderr(environment.world.rank if environment.world.size > 1 else None):
@@ -52,17 +55,24 @@ def _run(arguments: list[str] | None, environment: Environment) -> int:
         error.show(sys.stderr)
         return EXIT_OK
     except click.ClickException as error:
+        error.message = printable(error.message)  # type: ignore[misc] # it may quote an argument; show() has no other way
         failure = failure_report.failure_here(environment, "user", EXIT_NEVER_AGAIN, error.format_message())
         if not failure_report.report_failure(failure, environment):
-            error.show(sys.stderr)
+            console.show_error(_shown_by_click(error))
         return EXIT_NEVER_AGAIN
     except click.Abort:
-        print("stopped", file=sys.stderr)
+        console.show_error("stopped")
         return EXIT_INTERRUPTED
     except _CommandError as error:
         return _end(error.cause, environment)
     except Exception as error:
         return _end(error, environment)
+
+
+def _shown_by_click(error: click.ClickException) -> str:
+    lines = io.StringIO()
+    error.show(lines)
+    return lines.getvalue().removesuffix("\n")
 
 
 class _CommandError(Exception):
@@ -75,6 +85,9 @@ class _CommandError(Exception):
 
 def _end(error: Exception, environment: Environment) -> int:
     """Report why this process ends, to the launcher or else to the user; return the exit code."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        # Only a name that was given can be too long; any command may be the first to use it.
+        error = ConfigError(f"{printable(error.filename)}: {error.strerror}; give a shorter one")
     failure = failure_report.failure_of(error, environment)
     if failure_report.report_failure(failure, environment):
         return failure.code
@@ -87,7 +100,7 @@ def _end(error: Exception, environment: Environment) -> int:
             time.sleep(0.05)
     prefix = "" if failure.code == EXIT_AGAIN else "error: "
     trace = None if isinstance(error, failure_report.PeerFailedError) else failure.traceback
-    print(trace or f"distrain: {prefix}{error}", file=sys.stderr, flush=True)
+    console.show_error(trace or f"distrain: {prefix}{error}")
     return failure.code
 
 
@@ -152,9 +165,9 @@ def train(environment: Environment, file: Path | None, overrides: tuple[str, ...
 
         result = training.train(resolved, environment)
     if environment.is_main:
-        print("Finished Training")
-        print(results.accuracy_line("test", result["total"], result["accuracy"]))
-        print(f"Run: {resolved.run.dir}", flush=True)
+        console.show("Finished Training")
+        console.show(results.accuracy_line("test", result["total"], result["accuracy"]))
+        console.show(f"Run: {resolved.run.dir}")
         if resolved.log.report:
             _write_report(Path(resolved.run.dir))
 
@@ -193,7 +206,7 @@ def _write_report(run: Path) -> None:
                 interrupt()
             from distrain.tools import report
 
-            print(f"Report: {report.write([run])}", flush=True)
+            console.show(f"Report: {report.write([run])}")
     except KeyboardInterrupt:
         problem = "stopped"
     except Exception as error:
@@ -204,10 +217,10 @@ def _write_report(run: Path) -> None:
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--nproc", type=click.IntRange(1), help="Processes on this node.  [default: one for each GPU, or 1]")
-@click.option("--nodes", type=click.IntRange(1), envvar="DISTRAIN_NODES", help="Nodes of the job.")
-@click.option("--node", type=click.IntRange(0), envvar="DISTRAIN_NODE", help="This node, counted from 0.")
-@click.option("--host", envvar="DISTRAIN_HOST", help="Name of the first node, where the rendezvous is.")
-@click.option("--port", type=click.IntRange(1, 65535), envvar="DISTRAIN_PORT", help="A free port of the first node.")
+@click.option("--nodes", type=click.IntRange(1), help="Nodes of the job; also DISTRAIN_NODES.")
+@click.option("--node", type=click.IntRange(0), help="This node, counted from 0; also DISTRAIN_NODE.")
+@click.option("--host", help="Name or address of the first node, where the rendezvous is; also DISTRAIN_HOST.")
+@click.option("--port", type=click.IntRange(1, 65535), help="A free port of the first node; also DISTRAIN_PORT.")
 @click.option(
     "--grace",
     type=click.FloatRange(0),
@@ -234,9 +247,10 @@ def launch(
     \b
     distrain launch --nproc 4 -- train --config configs/cifar10.yaml
 
-    Nodes are detected from SLURM's variables under srun (one task per node) or from a Kubernetes Indexed Job (with
-    --nodes); otherwise the job runs on this machine alone. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are forwarded:
-    the run saves a checkpoint and exits with 75. RUN/exit.json has the exit code, with the reason.
+    Nodes are detected from the variables of SLURM under srun (one task per node), of a Kubeflow job, of WORLD_SIZE and
+    RANK, or of a Kubernetes Indexed Job (with --nodes); otherwise the job runs on this machine alone. Options go before
+    variables. SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are forwarded: the run saves a checkpoint and exits
+    with 75. RUN/exit.json has the exit code, with the reason.
     """
     from distrain.launcher import cluster
     from distrain.launcher import launch as launching
@@ -246,14 +260,14 @@ def launch(
         raise ConfigError(f"launch: {command[0]}: give train, evaluate or doctor after --, with its arguments")
     resolved = _of_launched(command)
     topology = cluster.detect(os.environ, cluster.Options(nodes, node, host, port), socket.getfqdn)
-    processes = nproc or launching.default_processes()
+    processes = nproc or topology.processes or launching.default_processes()
     log.info("%s", launching.describe(topology, processes))
     seconds = grace if grace is not None else resolved.launch.grace_seconds
     verdict = launching.launch(command, resolved, topology, processes, seconds, log_dir)
     if verdict.code == EXIT_AGAIN and command[0] == "doctor":
         verdict = replace(verdict, code=EXIT_NEVER_AGAIN)
     if verdict.code:
-        print(format_verdict(verdict), file=sys.stderr, flush=True)
+        console.show_error(format_verdict(verdict))
     return verdict.code
 
 
@@ -334,7 +348,7 @@ def write_report(runs: tuple[Path, ...], out: Path | None) -> None:
     """
     from distrain.tools import report
 
-    print(report.write(runs, out))
+    console.show(report.write(runs, out))
 
 
 @cli.command()
@@ -345,7 +359,7 @@ def status(run: Path, as_json: bool) -> None:
     from distrain.tools.status import format_status, run_status
 
     progress = run_status(run)
-    print(json.dumps(progress) if as_json else format_status(progress))
+    console.show(json.dumps(progress) if as_json else format_status(progress))
 
 
 @cli.command()
@@ -367,7 +381,7 @@ def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as
     from distrain.tools import predict as prediction
 
     for one in prediction.predict(run, images, which, device):
-        print(prediction.format_prediction(one, top, as_json))
+        console.show(prediction.format_prediction(one, top, as_json))
 
 
 @cli.command()
@@ -394,7 +408,7 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> None:
     from distrain.tools import export as exporter
 
     facts = exporter.export(run, out, which, force)
-    print(f"{out}: {facts['kind']} of {facts['checkpoint']}; logits differ by {facts['difference']:.2g} at most")
+    console.show(f"{out}: {facts['kind']} of {facts['checkpoint']}; logits differ by {facts['difference']:.2g} at most")
 
 
 @cli.command("wandb")
@@ -412,7 +426,7 @@ def send_to_wandb(run: Path, mode: str, out: Path | None) -> None:
     """
     from distrain.tools import wandb_run
 
-    print(wandb_run.send(run, mode == "online", out))
+    console.show(wandb_run.send(run, mode == "online", out))
 
 
 @cli.command()
@@ -426,7 +440,7 @@ def verify(folder: str) -> None:
     wrong = list(prepare.verify(dataset))
     if wrong:
         raise DataError("\n  ".join([f"{dataset.root}: {len(wrong)} found wrong:", *wrong]))
-    print(f"{dataset.root}: {_describe(dataset)}: all as written")
+    console.show(f"{dataset.root}: {_describe(dataset)}: all as written")
 
 
 class _Sources(_Group):
@@ -530,7 +544,11 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
 )
 @_prepare_options
 def prepare_folder(paths: tuple[Path, ...], image_size: int, out: Path, **options: Any) -> None:
-    """Your own images: a folder per class under train/ and test/, or .tar(.gz) archives of such folders."""
+    """Your own images: a folder per class under train/ and test/, or tar and zip archives of such folders.
+
+    Splits may also be called training, val, valid, validation, dev, eval and testing, in any case. Without splits, the
+    folders are the classes. What was recognised, and what was passed over, is shown.
+    """
 
     def open_source(work: Path) -> Any:
         from distrain.data.sources.folder import Folder
@@ -602,7 +620,7 @@ def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Calla
     skipped = dataset.manifest.source.get("skipped")
     dropped = f"; {skipped} unreadable dropped" if skipped else ""
     unchanged = "" if made else ": already prepared, not changed; sources were not compared"
-    print(f"{out}: {_describe(dataset)}{dropped}{unchanged}")
+    console.show(f"{out}: {_describe(dataset)}{dropped}{unchanged}")
 
 
 def _describe(dataset: Any) -> str:

@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str], limit: int) -> bytes:
         content = file.read((size or limit) + 1) if size <= limit else b""  # files in /proc have the size 0
         size = max(size, len(content))
         if size > limit:
-            raise OSError(errno.EFBIG, f"too large: {size:,} bytes, at most {limit:,} are read", path)
+            raise OSError(errno.EFBIG, f"too large: {size:,} bytes instead of at most {limit:,}", path)
         return content
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from distrain.errors import ConfigError
@@ -26,7 +29,8 @@ def make(subject: str, name: str, /, **arguments: Any) -> Any:
 
     Args:
         subject: the beginning of error messages, such as the key and its value.
-        name: `package.module:Class`, looked up in the current folder first, then in Python's path.
+        name: `package.module:Class`, looked up in the current folder first, then in Python's path. What that module
+            imports is looked up in Python's path first.
         arguments: the keyword arguments.
 
     Raises:
@@ -35,20 +39,53 @@ def make(subject: str, name: str, /, **arguments: Any) -> Any:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"{subject}: should be package.module:Class")
-    here = str(Path.cwd())
-    if here not in sys.path:  # the command `distrain` does not have the current folder in its path
-        sys.path.insert(0, here)
     with user_code(subject):
-        try:
-            imported = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # the user's module exists, but not one that it imports
-            raise ModuleNotFoundError(
-                f"no module {error.name} in {here} or in Python's path; run the command in the folder of the module, or"
-                " add that folder to PYTHONPATH"
-            ) from error
-        return getattr(imported, attribute)(**arguments)
+        return getattr(_imported(module), attribute)(**arguments)
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a module from the current folder, or else from Python's path.
+
+    The folder is last in Python's path, where the module finds others beside it. First, its random.py would replace
+    Python's own in whatever library imports that later.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    package = name.partition(".")[0]
+    beside = PathFinder.find_spec(package, [here])
+    if beside is not None and beside.origin is not None and package != "distrain":
+        _import_beside(package, beside)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the user's module exists, but not one that it imports
+        raise ModuleNotFoundError(
+            f"no module {error.name} in {here} or in Python's path; run the command in the folder of the module, or add"
+            " that folder to PYTHONPATH"
+        ) from error
+
+
+def _import_beside(package: str, spec: ModuleSpec) -> None:
+    """Import a module or package of the current folder under its name, which must be free."""
+    file = Path(str(spec.origin))
+    if package in sys.stdlib_module_names:
+        raise ImportError(f"{file} has the name of a module of Python's standard library: rename it")
+    loaded = sys.modules.get(package)
+    if loaded is not None:
+        other = Path(getattr(loaded, "__file__", None) or package)
+        if other.exists() and other.samefile(file):
+            return
+        raise ImportError(f"{file} has the name of another module that is in use, {other}: rename it")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[package] = module
+    assert spec.loader is not None  # only that of a namespace package has none
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[package]
+        raise
 
 
 @contextmanager

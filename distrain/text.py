@@ -5,16 +5,29 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 NAME_LENGTH = 400
 """Longest name that a message shows whole, in characters: most paths are shorter."""
 
+_LINE_LENGTH = 2000
+"""Longest line of a message, in characters."""
+
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but newline and tab, line separators, marks that reverse the direction, undecodable bytes."""
 
-_VALUES = reprlib.Repr()
-_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 120
-_VALUES.maxlevel = 3
+
+class Values(reprlib.Repr):
+    """Shows values as Python writes them, such as ``'fast'`` or ``[1, 2]``, in one short line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxlong = self.maxother = 120
+
+    def repr(self, x: Any) -> str:
+        """Return a value's short line."""
+        return printable(super().repr(x))
 
 
 def printable(name: object, limit: int = NAME_LENGTH) -> str:
@@ -30,7 +43,7 @@ def printable(name: object, limit: int = NAME_LENGTH) -> str:
 
 def shown(value: object) -> str:
     """Return a value as Python writes it, such as ``'fast'`` or ``[1, 2]``, in one short line."""
-    return shortened_middle(_VALUES.repr(value), NAME_LENGTH)
+    return Values().repr(value)
 
 
 def shortened_middle(text: str, limit: int) -> str:
@@ -42,8 +55,13 @@ def shortened_middle(text: str, limit: int) -> str:
 
 
 def without_controls(text: str) -> str:
-    """Return a message of several lines with all control characters but newlines and tabs shown as escapes."""
+    """Return a text of several lines with all control characters but newlines and tabs shown as escapes."""
     return _CONTROL.sub(lambda match: _escape(match[0]), text)
+
+
+def message(text: str) -> str:
+    """Return a message as it is shown to people: without control sequences, its lines of a limited length."""
+    return "\n".join(shortened_middle(line, _LINE_LENGTH) for line in without_controls(text).split("\n"))
 
 
 def shortened(items: Sequence[str], limit: int) -> list[str]:

@@ -56,7 +56,7 @@ def test_a_file_longer_than_the_limit_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"x" * 1000)
     assert files.read(file, 1000) == b"x" * 1000
-    with pytest.raises(OSError, match="too large: 1,000 bytes, at most 999 are read"):
+    with pytest.raises(OSError, match="too large: 1,000 bytes instead of at most 999"):
         files.read(file, 999)
     with pytest.raises(OSError, match="too large"):
         files.read("/proc/self/status", 10)  # its size is said to be 0
@@ -96,6 +96,10 @@ def test_a_folder_that_its_file_system_cannot_sync_is_passed_over(
     assert (tmp_path / "file").read_text() == "text"
     assert files.sync(tmp_path) is False
     assert files.sync(tmp_path / "file") is True
+
+
+def test_a_real_folder_that_cannot_be_synced() -> None:
+    assert files.sync(Path("/proc")) is False
 
 
 def test_other_errors_of_a_sync_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

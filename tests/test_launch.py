@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_imports import write_hostile_modules
 
 from distrain.data.manifest import Dataset
 
@@ -37,10 +39,11 @@ def environ(**more: str) -> dict[str, str]:
     return {**inherited, "PATH": f"{BIN}:{inherited['PATH']}", "PROCESSES": "2", "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*LAUNCHERS[name][1], *arguments], capture_output=True, text=True, timeout=240, env=environ(), check=False
-    )
+        [*LAUNCHERS[name][1], *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=240, env=environ(), check=False,
+    )  # fmt: skip
 
 
 def keys(dataset: Dataset, run: Path) -> list[str]:
@@ -50,12 +53,14 @@ def keys(dataset: Dataset, run: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run_under(small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`run_under(launcher)`: a run on this machine, trained once for all tests."""
+    """`run_under(launcher)`: a run on this machine, trained once for all tests, in a folder of misleading modules."""
+    folder = tmp_path_factory.mktemp("hostile")
+    write_hostile_modules(folder)
 
     @functools.cache
     def train(name: str) -> Path:
         run = tmp_path_factory.mktemp("launched") / name
-        done = launch(name, *keys(small, run))
+        done = launch(name, *keys(small, run), cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("Finished Training") == 1
         return run
@@ -129,6 +134,32 @@ def test_torchrun_on_two_nodes(
     one_node = run_under("torchrun")
     ends = [load_file(folder / "checkpoints/step-00000030/model.safetensors") for folder in (run, one_node)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_pods_of_a_pytorchjob_train_one_run_over_ipv6(small: Dataset, tmp_path: Path) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
+        port = str(free.getsockname()[1])
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": port, "PET_NNODES": "2",
+           "PET_NPROC_PER_NODE": "1"}  # fmt: skip
+    run = tmp_path / "run"
+    command = [*LAUNCHERS["distrain launch"][1][:2], "--", "train", *keys(small, run)]
+    pods = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environ(**job, RANK=str(pod), PET_NODE_RANK=str(pod)),
+        )
+        for pod in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [pod.communicate(timeout=120)[0] for pod in pods]
+    finally:
+        for pod in pods:
+            pod.kill()
+    assert [pod.returncode for pod in pods] == [0, 0], "\n".join(outputs)
+    assert f"node 1 of 2 (a Kubeflow job), 1 process here, rendezvous at [::1]:{port}" in outputs[1]
+    assert json.loads((run / "result.json").read_text())["world_size"] == 2
 
 
 @pytest.mark.parametrize("name", ["torchrun", "accelerate"])

@@ -25,7 +25,7 @@ from distrain.distributed.collectives import Collectives
 from distrain.distributed.gradients import DistributedModel
 from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.watchdog import Watchdog
-from distrain.environment import Environment, World
+from distrain.environment import Environment, World, hide_group
 from distrain.errors import ConfigError, PeerLostError
 from distrain.failure_report import PeerFailedError, failure_of
 from distrain.models.batch_norm import sync_batch_norm
@@ -169,6 +169,7 @@ def start(options: Options, environment: Environment, watchdog: Watchdog) -> Run
     elif environment.world.size > 1:
         store = rendezvous.connect(environment, options.start_seconds, watchdog)
     else:
+        hide_group(os.environ)
         store = None
     peer_store = PeerStore(store) if store is not None else None
     if peer_store is not None:

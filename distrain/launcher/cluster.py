@@ -1,6 +1,6 @@
 """The topology of a job: its nodes, which one this is, and the address of the store.
 
-It comes from SLURM's variables, those of a Kubernetes Indexed Job, or options.
+It comes from options, or from the variables of SLURM, a Kubeflow job, a Kubernetes Indexed Job, or other launchers.
 
 Pure functions of the environment variables; to support another scheduler, add a function beside `_slurm`.
 """
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from distrain.environment import TORCHRUN, host, integer, is_host, several_processes
 from distrain.errors import ConfigError
 
 LOCAL = "127.0.0.1"
 _KUBERNETES_PORT = 29400
+_ALONE = "or give --nodes 1 for a run on this node alone"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Topology:
         host: name or address of the first node, where rank 0 serves the store.
         port: port of the store; 0: any free one.
         source: what the topology was detected from, for messages.
+        processes: number of processes of each node, if the scheduler says it; else None.
     """
 
     nodes: int
@@ -34,20 +37,36 @@ class Topology:
     host: str
     port: int
     source: str
+    processes: int | None = None
 
 
 @dataclass(frozen=True)
 class Options:
-    """The topology as given on the command line; None: to be detected."""
+    """The topology as given on the command line or by DISTRAIN_NODES …; None: to be detected."""
 
     nodes: int | None = None
     node: int | None = None
     host: str | None = None
     port: int | None = None
 
+    def or_from(self, variables: Mapping[str, str]) -> Options:
+        """Return these options; those that are not given are taken from the environment variables DISTRAIN_NODES …
+
+        Raises:
+            ConfigError: a variable, or the option --host, has no such value.
+        """
+        if self.host is not None and not is_host(self.host):
+            raise ConfigError(f"--host {self.host[:80]!r} is no name or address of a host (give --port separately)")
+        return Options(
+            nodes=self.nodes if self.nodes is not None else integer(variables, "DISTRAIN_NODES", 1),
+            node=self.node if self.node is not None else integer(variables, "DISTRAIN_NODE", 0),
+            host=self.host if self.host is not None else host(variables, "DISTRAIN_HOST"),
+            port=self.port if self.port is not None else integer(variables, "DISTRAIN_PORT", 1, 65535),
+        )
+
 
 def detect(variables: Mapping[str, str], options: Options, full_name: Callable[[], str]) -> Topology:
-    """Detect the topology from environment variables; options take precedence.
+    """Return the topology: what is given by hand goes before what the environment variables say.
 
     Args:
         variables: environment variables.
@@ -57,43 +76,69 @@ def detect(variables: Mapping[str, str], options: Options, full_name: Callable[[
     Raises:
         ConfigError: the variables contradict each other, or an option is missing.
     """
-    if "SLURM_STEP_NODELIST" in variables and "SLURM_PROCID" in variables:
-        detected = _slurm(variables)
-    elif "JOB_COMPLETION_INDEX" in variables:
-        detected = _kubernetes(variables, options, full_name)
+    given = options.or_from(variables)
+    if given.nodes == 1 or None not in (given.nodes, given.node, given.host, given.port):
+        detected = Topology(1, 0, LOCAL, 0, "as given")
     else:
-        allocated = int(variables.get("SLURM_NNODES", 1))
-        if allocated > 1 and options.nodes is None:
-            raise ConfigError(
-                f"the SLURM job has {allocated} nodes, and this is one of them: start distrain launch with srun"
-            )
-        detected = Topology(1, 0, LOCAL, 0, "this machine")
-    nodes = options.nodes if options.nodes is not None else detected.nodes
-    node = options.node if options.node is not None else detected.node
-    host = options.host or detected.host
-    port = options.port if options.port is not None else detected.port
-    if not 0 <= node < nodes:
+        detected = _detect(variables, given, full_name)
+    nodes = detected.nodes if given.nodes is None else given.nodes
+    node = detected.node if given.node is None else given.node
+    port = detected.port if given.port is None else given.port
+    address = given.host or detected.host
+    if node >= nodes:
         raise ConfigError(f"node {node} of {nodes} (from {detected.source}): nodes are counted from 0")
-    if nodes > 1 and (host == LOCAL or not port):
+    if nodes > 1 and not (port and (given.host or detected.nodes > 1)):
         raise ConfigError(
             f"{nodes} nodes: give --host (the first node's name), --port (the same on all) and --node, or start under"
-            " srun or as a Kubernetes Indexed Job"
+            " srun, as a Kubernetes Indexed Job or as a Kubeflow job"
         )
-    return Topology(nodes, node, host if nodes > 1 else LOCAL, port, detected.source)
+    return replace(detected, nodes=nodes, node=node, host=address if nodes > 1 else LOCAL, port=port)
+
+
+def _detect(variables: Mapping[str, str], given: Options, full_name: Callable[[], str]) -> Topology:
+    size = integer(variables, "WORLD_SIZE", 1) or 1
+    if variables.get(TORCHRUN) or (size > 1 and variables.get("LOCAL_RANK")):
+        raise ConfigError(
+            "launch: torchrun or accelerate launch started this process already (LOCAL_RANK and WORLD_SIZE are set):"
+            f" start `distrain train` there, {_ALONE}"
+        )
+    if variables.get("SLURM_STEP_NODELIST") and variables.get("SLURM_PROCID"):
+        return _slurm(variables)
+    if variables.get("PET_NNODES"):
+        return _kubeflow(variables)
+    if size > 1:
+        return _one_of(size, variables, ("RANK",), ("MASTER_ADDR",), ("MASTER_PORT",), f"WORLD_SIZE={size}")
+    if variables.get("JOB_COMPLETION_INDEX"):
+        return _kubernetes(variables, given, full_name)
+    allocated = integer(variables, "SLURM_NNODES", 0) or 1
+    if allocated > 1 and given.nodes is None:
+        raise ConfigError(
+            f"the SLURM job has {allocated} nodes, and this is one of them: start distrain launch with srun, {_ALONE}"
+        )
+    started = several_processes(variables)
+    if started and given.nodes is None:
+        raise ConfigError(
+            f"{started}: mpirun or srun started several processes, and each would launch a run: start one process on"
+            f" each node, with --nodes, --node, --host and --port, {_ALONE}"
+        )
+    return Topology(1, 0, LOCAL, 0, "this machine")
 
 
 def _slurm(variables: Mapping[str, str]) -> Topology:
-    nodes = int(variables.get("SLURM_STEP_NUM_NODES") or variables.get("SLURM_NNODES") or 1)
-    tasks = int(variables.get("SLURM_STEP_NUM_TASKS") or variables.get("SLURM_NTASKS") or nodes)
+    nodes = integer(variables, "SLURM_STEP_NUM_NODES", 1) or integer(variables, "SLURM_NNODES", 1) or 1
+    tasks = integer(variables, "SLURM_STEP_NUM_TASKS", 1) or integer(variables, "SLURM_NTASKS", 1) or nodes
     if tasks != nodes:
         raise ConfigError(
             f"srun started {tasks} tasks on {nodes} nodes: start one task a node (--ntasks-per-node=1), and let"
-            " --nproc start the processes"
+            f" --nproc start the processes, {_ALONE}"
         )
-    job = variables.get("SLURM_JOB_ID", "0")
-    port = 20000 + int(job) % 20000  # jobs that share a node get different ports
-    host = LOCAL if nodes == 1 else first_host(variables["SLURM_STEP_NODELIST"])
-    return Topology(nodes, int(variables.get("SLURM_NODEID", 0)), host, port if nodes > 1 else 0, f"SLURM job {job}")
+    job = integer(variables, "SLURM_JOB_ID", 0) or 0
+    node = integer(variables, "SLURM_NODEID", 0, nodes - 1, f"the step has {nodes} nodes") or 0
+    if nodes == 1:
+        return Topology(1, 0, LOCAL, 0, f"SLURM job {job}")
+    port = 20000 + job % 20000  # jobs that share a node get different ports
+    first = host({"SLURM_STEP_NODELIST": first_host(variables["SLURM_STEP_NODELIST"])}, "SLURM_STEP_NODELIST")
+    return Topology(nodes, node, first or LOCAL, port, f"SLURM job {job}")
 
 
 def first_host(nodes: str) -> str:
@@ -102,22 +147,72 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else nodes
 
 
-def _kubernetes(variables: Mapping[str, str], options: Options, full_name: Callable[[], str]) -> Topology:
-    index = int(variables["JOB_COMPLETION_INDEX"])
-    if options.nodes is None:
+def _kubeflow(variables: Mapping[str, str]) -> Topology:
+    """Read torchrun's own variables, PET_…, which Kubeflow's PyTorchJob and TrainJob set in the pod of each node."""
+    least, colon, most = variables["PET_NNODES"].partition(":")
+    if colon and least != most:
+        raise ConfigError(
+            f"PET_NNODES={variables['PET_NNODES'][:40]!r} is a range, but a run has a fixed number of nodes: remove the"
+            " job's elasticPolicy, or give --nodes, --node, --host and --port"
+        )
+    nodes = integer({"PET_NNODES": least}, "PET_NNODES", 1) or 1
+    per_node = variables.get("PET_NPROC_PER_NODE")
+    processes = None if per_node in ("auto", "gpu", "cpu") else integer(variables, "PET_NPROC_PER_NODE", 1)
+    topology = Topology(1, 0, LOCAL, 0, "a Kubeflow job")
+    if nodes > 1:
+        ranks, hosts, ports = (("PET_NODE_RANK", "RANK"), ("PET_MASTER_ADDR", "MASTER_ADDR"),
+                               ("PET_MASTER_PORT", "MASTER_PORT"))  # fmt: skip
+        topology = _one_of(nodes, variables, ranks, hosts, ports, "a Kubeflow job")
+    return replace(topology, processes=processes)
+
+
+def _one_of(
+    nodes: int,
+    variables: Mapping[str, str],
+    ranks: tuple[str, ...],
+    hosts: tuple[str, ...],
+    ports: tuple[str, ...],
+    source: str,
+) -> Topology:
+    """Return this node among several, from the first variable of each kind that is set.
+
+    Raises:
+        ConfigError: none of a kind is set.
+    """
+
+    def first(names: tuple[str, ...]) -> str:
+        return next((name for name in names if variables.get(name)), names[0])
+
+    rank, address, port = first(ranks), first(hosts), first(ports)
+    missing = [name for name in (rank, address, port) if not variables.get(name)]
+    if missing:
+        raise ConfigError(
+            f"{source}: this is one of {nodes} nodes, but {', '.join(missing)} is not set: give --nodes, --node, --host"
+            f" and --port, {_ALONE}"
+        )
+    return Topology(
+        nodes,
+        integer(variables, rank, 0, nodes - 1, f"the job has {nodes} nodes") or 0,
+        host(variables, address) or LOCAL,
+        integer(variables, port, 1, 65535) or 0,
+        source,
+    )
+
+
+def _kubernetes(variables: Mapping[str, str], given: Options, full_name: Callable[[], str]) -> Topology:
+    index = integer(variables, "JOB_COMPLETION_INDEX", 0) or 0
+    if given.nodes is None:
         raise ConfigError(
             "a Kubernetes Indexed Job does not tell its pods how many they are: give --nodes, the Job's completions"
-            " (or set DISTRAIN_NODES)"
+            " (or set DISTRAIN_NODES); 1 for a run in each pod"
         )
-    if options.nodes == 1:
-        return Topology(1, index, LOCAL, 0, "a Kubernetes Indexed Job")
     # Pods of an Indexed Job are called JOB-INDEX.SERVICE…; the service is the headless one that `subdomain` names.
     name, _, domain = full_name().partition(".")
     match = re.fullmatch(rf"(.+)-{index}", name)
-    if options.host is None and (match is None or not domain):
+    if given.host is None and (match is None or not domain):
         raise ConfigError(
             f"the pod's name is {full_name()!r}, not JOB-{index}.SERVICE…: give the pod template a subdomain and a"
             " headless Service of that name, or --host (or DISTRAIN_HOST)"
         )
-    host = f"{match[1]}-0.{domain}" if match else LOCAL
-    return Topology(options.nodes, index, host, _KUBERNETES_PORT, "a Kubernetes Indexed Job")
+    address = f"{match[1]}-0.{domain}" if match else str(given.host)
+    return Topology(given.nodes, index, address, _KUBERNETES_PORT, "a Kubernetes Indexed Job")

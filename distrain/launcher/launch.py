@@ -20,6 +20,7 @@ from pathlib import Path
 
 from distrain import signals
 from distrain.config import Config
+from distrain.environment import host_port
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK, PeerLostError
 from distrain.launcher.attempt import AttemptRecord, is_done, record_node
 from distrain.launcher.cluster import LOCAL, Topology
@@ -100,7 +101,9 @@ def default_processes() -> int:
     """Return the number of GPUs of this node, or 1 if there is none."""
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return 1
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    # Without '', the current folder, which may hold a module with the name of one that torch imports.
+    code = "import sys; sys.path[:] = filter(None, sys.path); import torch; print(torch.cuda.device_count())"
+    command = [sys.executable, "-c", code]
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return max(1, int(output)) if output.isdigit() else 1
 
@@ -112,8 +115,7 @@ def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
         yield None
         return
     try:
-        address = (LOCAL, topology.port) if topology.nodes == 1 else ("", topology.port)
-        listening = socket.create_server(address, backlog=4096)
+        listening = _listen(topology)
     except OSError as error:
         # The attempt before may still hold the port for a moment: later it may be free.
         raise PeerLostError(
@@ -121,6 +123,16 @@ def _store_socket(topology: Topology) -> Iterator[socket.socket | None]:
         ) from error
     with listening:
         yield listening
+
+
+def _listen(topology: Topology) -> socket.socket:
+    """Open the store's port: on the loopback for one node, or else on all addresses, IPv4 and IPv6."""
+    if topology.nodes == 1:
+        return socket.create_server((LOCAL, topology.port), backlog=4096)
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # IPv6 may be turned off here
+            return socket.create_server(("", topology.port), family=socket.AF_INET6, backlog=4096, dualstack_ipv6=True)
+    return socket.create_server(("", topology.port), backlog=4096)
 
 
 def _wait_for_name(host: str, seconds: float, stops: StopRequests) -> None:
@@ -150,6 +162,6 @@ def _wait_for_name(host: str, seconds: float, stops: StopRequests) -> None:
 
 def describe(topology: Topology, processes: int) -> str:
     """Describe what is about to start, in one line."""
-    here = plural(processes, "process")
-    where = f", rendezvous at {topology.host}:{topology.port}" if topology.nodes > 1 else ""
-    return f"distrain: node {topology.node} of {topology.nodes} ({topology.source}), {here} here{where}"
+    where = f", rendezvous at {host_port(topology.host, topology.port)}" if topology.nodes > 1 else ""
+    number = plural(processes, "process")
+    return f"distrain: node {topology.node} of {topology.nodes} ({topology.source}), {number} here{where}"

@@ -20,6 +20,8 @@ from distrain.launcher.cluster import Topology
 from distrain.launcher.verdict import WorkerExit
 from distrain.worker_status import WorkerStatus, read_status
 
+PROGRAM = Path(__file__).parent.parent / "__main__.py"
+"""The file that each worker runs: with `-m distrain` Python would look for modules in the current folder first."""
 EXIT_SECONDS = 5.0
 """Time for workers that are not saving to exit after another one failed."""
 _HANG_SECONDS = 30.0
@@ -99,7 +101,7 @@ class Workers:
                 variables[STORE_SOCKET] = store.fileno()
             with _output(logs, rank) as output:
                 self._running[rank] = subprocess.Popen(
-                    [sys.executable, "-m", "distrain", *arguments],
+                    [sys.executable, str(PROGRAM), *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT if output is not None else None,
