@@ -45,7 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         return _end(error, Environment())
     with console.logging_to_stderr(environment.world.rank if environment.world.size > 1 else None):
-        return _run(arguments, environment)
+        code = _run(arguments, environment)
+    if code == EXIT_OK:
+        failure_report.report_done(environment)
+    return code
 
 
 def _run(arguments: list[str] | None, environment: Environment) -> int:
@@ -63,10 +66,10 @@ def _run(arguments: list[str] | None, environment: Environment) -> int:
     except click.Abort:
         console.show_error("stopped")
         return EXIT_INTERRUPTED
-    except _CommandError as error:
-        return _end(error.cause, environment)
-    except Exception as error:
-        return _end(error, environment)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:  # by a signal
+            raise
+        return _end(error.cause if isinstance(error, _CommandError) else error, environment)
 
 
 def _shown_by_click(error: click.ClickException) -> str:
@@ -83,7 +86,7 @@ class _CommandError(Exception):
         self.cause = cause
 
 
-def _end(error: Exception, environment: Environment) -> int:
+def _end(error: BaseException, environment: Environment) -> int:
     """Report why this process ends, to the launcher or else to the user; return the exit code."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         # Only a name that was given can be too long; any command may be the first to use it.
@@ -100,6 +103,8 @@ def _end(error: Exception, environment: Environment) -> int:
             time.sleep(0.05)
     prefix = "" if failure.code == EXIT_AGAIN else "error: "
     trace = None if isinstance(error, failure_report.PeerFailedError) else failure.traceback
+    if isinstance(error, SystemExit):
+        trace = f"{trace}distrain: error: {failure.message}"
     console.show_error(trace or f"distrain: {prefix}{error}")
     return failure.code
 
@@ -294,9 +299,10 @@ def doctor(environment: Environment, file: Path | None, overrides: tuple[str, ..
     distrain launch --nproc 4 -- doctor --config configs/cifar10.yaml
     srun --ntasks-per-node=1 distrain launch -- doctor --config configs/cifar10.yaml
 
-    On every node it checks versions, devices, cores, memory, /dev/shm and the limit of open files; for the job, the
-    data set, the run's folder, the time to save a checkpoint, the rendezvous, and whether all processes see the same
-    data and folder. Exit code: 0 if nothing would end the job, else 78.
+    On every node it checks versions, devices, cores, memory, /dev/shm, the limit of open files, and the folders of
+    temporary files and of the cache; for the job, the data set, all that a run does in its folder, the free space and
+    the time for a checkpoint, the rendezvous, and whether all processes see the same data and folder. Exit code: 0 if
+    nothing would end the job, else 78.
     """
     resolved = _load(file, (*_DOCTOR, *overrides))
     from distrain.tools import doctor as examination
@@ -477,10 +483,8 @@ def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--test-fraction",
-            default=0.1,
-            show_default=True,
             type=click.FloatRange(0, 1, max_open=True),
-            help="Part of train that becomes test, if the source has no test split; stratified.",
+            help="Part of train that becomes test, if the source has no test split; stratified.  [default: 0.1]",
         ),
         click.option(
             "--val-fraction",
@@ -493,7 +497,8 @@ def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--lanes",
             type=click.IntRange(1),
-            help="Parallel streams of an epoch, and so the maximum number of processes.  [default: 64]",
+            help="Parallel streams of an epoch, and so the maximum number of processes.  [default: 64, or fewer for"
+            " some hundreds of images]",
         ),
         click.option(
             "--shards",
@@ -533,6 +538,47 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
     _prepare(out, "cifar10", {}, open_source, options)
 
 
+def _colour(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    from PIL import ImageColor
+
+    try:
+        colour: tuple[int, ...] = ImageColor.getrgb(text)
+    except ValueError:
+        colour = ()
+    if len(colour) != 3:  # unknown, or with an alpha channel
+        raise ConfigError(f"--background {text}: should be a colour like white or #ffffff")
+    return "#" + bytes(colour).hex()
+
+
+def _decoding_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that decide how image files become pixels, the fields of `images.Decoding`."""
+    for option in (
+        click.option(
+            "--max-pixels",
+            default=89_478_485,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Images with more pixels are unreadable, as they may be made to exhaust the memory.",
+        ),
+        click.option(
+            "--bit-depth",
+            default=16,
+            show_default=True,
+            type=click.IntRange(1, 16),
+            help="Bits of the pixels in grey images of 16 bits that do not state it (12: scientific cameras, DICOM).",
+        ),
+        click.option(
+            "--background",
+            default="white",
+            show_default=True,
+            callback=_colour,
+            help="Colour behind transparent pixels: a name, or #rrggbb.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @prepare_group.command("folder")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
 @click.option(
@@ -542,20 +588,32 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
     type=click.IntRange(1),
     help="Height and width: images are resized and centre-cropped.",
 )
+@_decoding_options
 @_prepare_options
-def prepare_folder(paths: tuple[Path, ...], image_size: int, out: Path, **options: Any) -> None:
+def prepare_folder(
+    paths: tuple[Path, ...],
+    image_size: int,
+    background: str,
+    bit_depth: int,
+    max_pixels: int,
+    out: Path,
+    **options: Any,
+) -> None:
     """Your own images: a folder per class under train/ and test/, or tar and zip archives of such folders.
 
     Splits may also be called training, val, valid, validation, dev, eval and testing, in any case. Without splits, the
     folders are the classes. What was recognised, and what was passed over, is shown.
     """
 
+    decoding = {"background": background, "bit_depth": bit_depth, "max_pixels": max_pixels}
+
     def open_source(work: Path) -> Any:
         from distrain.data.sources.folder import Folder
+        from distrain.data.sources.images import Decoding
 
-        return Folder(paths, image_size, work)
+        return Folder(paths, image_size, work, Decoding(background, bit_depth, max_pixels))
 
-    _prepare(out, "folder", {"image_size": image_size}, open_source, options)
+    _prepare(out, "folder", {"image_size": image_size, **decoding}, open_source, options)
 
 
 @prepare_group.command("synthetic")
@@ -619,7 +677,10 @@ def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Calla
     dataset, made = prepare.prepare(out, kind, arguments, open_source, prepare.Options(**options))
     skipped = dataset.manifest.source.get("skipped")
     dropped = f"; {skipped} unreadable dropped" if skipped else ""
-    unchanged = "" if made else ": already prepared, not changed; sources were not compared"
+    compared = "options" if kind in prepare.FIXED_BY_OPTIONS else "options, classes and numbers of images"
+    unchanged = (
+        "" if made else f": already prepared, not changed; the {compared} are the same, pixels were not compared"
+    )
     console.show(f"{out}: {_describe(dataset)}{dropped}{unchanged}")
 
 

@@ -172,8 +172,8 @@ class Model(Section):
     )
     init: LocalPath | None = _key(
         None,
-        "file of initial weights: safetensors, or a state dict saved by torch.save; a last layer for another number of"
-        " classes is re-initialised",
+        "initial weights: a run's folder (its best checkpoint), a checkpoint, or a file (safetensors, or a state dict"
+        " saved by torch.save); a last layer for other classes is re-initialised",
         min_length=1,
     )
     activation: Literal["relu", "sigmoid", "tanh"] = _key("relu", "activation function of net", identity=True)
@@ -235,7 +235,7 @@ class Train(Section):
     ema_decay: float | None = _key(
         None,
         "decay per step of an exponential moving average (EMA) of the weights, which is then evaluated and saved as the"
-        " model; null: no EMA",
+        " model; after n steps at most (1 + n) / (10 + n), so that it also suits short runs; null: no EMA",
         identity=True,
         gt=0,
         lt=1,

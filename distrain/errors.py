@@ -48,6 +48,13 @@ class UnreachableError(ShardError):
     exit_code = EXIT_AGAIN  # guard: unreachable
 
 
+class CrashedError(UserError):
+    """A worker process of `prepare` crashed; the message names the sample. Commands exit with 1."""
+
+    kind: Kind = "fault"
+    exit_code = EXIT_FAULT
+
+
 class DivergedError(UserError):
     """The loss is NaN or infinite. The same run would diverge again, so commands exit with 78."""
 
@@ -70,7 +77,7 @@ class PeerLostError(AgainError):
 
 
 class BusyError(AgainError):
-    """Another job is writing to the run's folder."""
+    """Another process is writing to the folder."""
 
     kind: Kind = "busy"
 

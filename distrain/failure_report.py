@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -67,7 +68,10 @@ def failure_of(error: BaseException, environment: Environment) -> Failure:
     if isinstance(error, (UserError, AgainError, SaveError)):
         return failure_here(environment, error.kind, error.exit_code, str(error))
     trace = "".join(traceback.format_exception(error))
-    return failure_here(environment, "fault", EXIT_FAULT, f"{type(error).__name__}: {error}", trace)
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, SystemExit):
+        message = f"sys.exit({error.code!r}) was called before the command was done"
+    return failure_here(environment, "fault", EXIT_FAULT, message, trace)
 
 
 def failure_here(environment: Environment, kind: Kind, code: int, message: str, trace: str = "") -> Failure:
@@ -102,6 +106,27 @@ def read_failure(folder: Path, rank: int) -> Failure | None:
         return Failure.from_json(_failure_file(folder, rank).read_text(encoding="utf-8"))
     except OSError:
         return None
+
+
+def mark_unfinished(folder: Path, rank: int) -> None:
+    """Note that a worker is about to start; it removes the mark when its command is done."""
+    _unfinished_file(folder, rank).touch()
+
+
+def report_done(environment: Environment) -> None:
+    """Tell the launcher that the command is done. A file is removed, which is possible even on a full disk."""
+    if environment.status_folder is not None:
+        with contextlib.suppress(OSError):
+            _unfinished_file(environment.status_folder, environment.world.rank).unlink()
+
+
+def is_unfinished(folder: Path, rank: int) -> bool:
+    """Whether a worker has not reported that its command is done."""
+    return _unfinished_file(folder, rank).exists()
+
+
+def _unfinished_file(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.unfinished"
 
 
 def _failure_file(folder: Path, rank: int) -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 NAME_LENGTH = 400
 """Longest name that a message shows whole, in characters: most paths are shorter."""
@@ -68,6 +70,27 @@ def shortened(items: Sequence[str], limit: int) -> list[str]:
     """Return the first `limit` items, and `and N more` as a last one if there are N more."""
     more = len(items) - limit
     return [*items[:limit], f"and {more} more"] if more > 0 else list(items)
+
+
+def named(items: Sequence[Item], name: Callable[[Item], str], limit: int = 3) -> str:
+    """Return the names of the first `limit` items, and how many more there are."""
+    names = [printable(name(item)) for item in items[:limit]]
+    return ", ".join(names) + (f" and {len(items) - limit:,} more" if len(items) > limit else "")
+
+
+def counted(remarks: Iterable[tuple[str, Item]], name: Callable[[Item], str], limit: int = 3) -> list[str]:
+    """Return one line for each text, with the number of items that it was said about and the names of the first.
+
+    Texts that differ only in numbers count as the same. The most frequent one comes first.
+    """
+    by_text: dict[str, tuple[str, list[Item]]] = {}
+    for text, item in remarks:
+        by_text.setdefault(re.sub(r"\d+", "0", text), (text, []))[1].append(item)
+    most_frequent_first = sorted(by_text.values(), key=lambda entry: -len(entry[1]))
+    return [
+        f"{len(items):,} × {printable(text.strip())}: {named(items, name, limit)}"
+        for text, items in most_frequent_first
+    ]
 
 
 def plural(number: int, noun: str) -> str:

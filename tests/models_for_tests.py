@@ -11,6 +11,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from distrain.models.small import Small
+
 
 class ThreeClasses(nn.Sequential):
     """Has three outputs for any number of classes."""
@@ -153,3 +155,26 @@ class OnlyOnRank0(Linear):
         if os.environ.get("RANK", "0") != "0":
             raise RuntimeError("not on this node")
         super().__init__(num_classes, image_shape)
+
+
+class NormedPixels(nn.Sequential):
+    """Has BatchNorm of many pixels."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(nn.BatchNorm2d(image_shape[0]), nn.Flatten(), nn.Linear(prod(image_shape), num_classes))
+
+
+class Collapsing(Small):
+    """Loses its weights in the thirtieth forward pass of training."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.pass_count = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.pass_count += self.training
+        if self.training and self.pass_count == 30:
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.zero_()
+        return super().forward(images)

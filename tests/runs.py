@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distrain.runs.results import Confusion
+
 
 def ids_by_step(run: Path) -> dict[int, list[int]]:
     """Read the audit: for each step the ids that all ranks together trained on, sorted; each rank has a step once."""
@@ -26,3 +28,8 @@ def metrics_but_times(run: Path) -> list[dict[str, Any]]:
         {key: value for key, value in line.items() if key not in timed and not key.startswith("profile/")}
         for line in lines
     ]
+
+
+def confusion_matrix(result: dict[str, Any]) -> list[list[int]]:
+    """The confusion in a result as K rows of K counts: row = true class, column = predicted class."""
+    return Confusion.of_result(result).matrix(range(len(result["accuracy_by_class"]))).tolist()

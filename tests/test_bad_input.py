@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -339,6 +341,26 @@ def test_a_wrong_option_or_command_is_one_short_line(argument: str) -> None:
     assert "No such" in line
 
 
+def test_a_run_trains_and_resumes_where_folders_cannot_be_synced(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert "could be saved" not in shown("train", *keys(dataset, tmp_path / "run"), "checkpoint.every_steps=1", code=0)
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == [
+        "step-00000001",
+        "step-00000002",
+    ]
+    assert "Finished Training" in shown("train", *keys(dataset, tmp_path / "run"), "run.resume=must", code=0)
+
+
 def test_the_name_of_a_checkpoint_reaches_no_terminal(run: Path) -> None:
     shown("predict", str(run), "x.png", "--checkpoint", ESCAPES)
     shown("evaluate", str(run), "--checkpoint", ESCAPES)
+    shown("evaluate", str(run), "--checkpoint", "x" * 256)

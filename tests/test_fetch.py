@@ -770,7 +770,8 @@ def test_a_run_from_a_server_is_the_local_run(
     distrain.train(run_of(server.address, tmp_path / "run"))
     assert weights(tmp_path / "run") == local_weights
     assert f"data     {server.address}: train 1,003" in caplog.text
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [line for line in warnings if "above chance" not in line]  # so short a run learns nothing
     assert len(server.requested) == len(set(server.requested))  # the second epoch is read from the cache
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
     assert server.requested.count("manifest.json") == 2

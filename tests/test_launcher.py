@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from distrain import cli, config
 from distrain.distributed.watchdog import straggler
 from distrain.failure_report import Failure
+from distrain.launcher.attempt import AttemptRecord, record_node
 from distrain.launcher.verdict import WorkerExit, decide, format_verdict
 from distrain.worker_status import WorkerStatus
 
 
-def end(rank: int, code: int, kind: str | None = None, time: float = 0.0, by_launcher: bool = False) -> WorkerExit:
+def end(
+    rank: int,
+    code: int,
+    kind: str | None = None,
+    time: float = 0.0,
+    by_launcher: bool = False,
+    unfinished: bool = False,
+) -> WorkerExit:
     failure = Failure(kind, code, rank, "host", "train", 7, f"{kind} of {rank}", "", time) if kind else None  # type: ignore[arg-type]
-    return WorkerExit(rank, code, failure, WorkerStatus("train", 7), time, by_launcher)
+    return WorkerExit(rank, code, failure, WorkerStatus("train", 7), time, by_launcher, unfinished)
 
 
 KILL = -signal.SIGKILL
@@ -35,6 +46,12 @@ CASES = {
     "killed, the other hung": ([end(0, KILL, by_launcher=True), end(1, KILL)], None, True, 75, "rank 1 was ended"),
     "killed, nothing to resume from": ([end(0, 75, "peer"), end(1, KILL)], None, False, 1, "no checkpoint"),
     "peer": ([end(0, 75, "peer"), end(1, KILL, by_launcher=True)], None, True, 75, "peer of 0"),
+    "left": (
+        [end(0, 75, "peer", 1), end(1, 0, time=2, unfinished=True)], None, True,
+        1, "rank 1 ended with 0 in phase train, step 7, before its command was done",
+    ),
+    "all left": ([end(0, 0, unfinished=True), end(1, 0, unfinished=True)], None, True, 1, "rank 0 ended with 0"),
+    "left after a stop": ([end(0, 75, "again"), end(1, 0, unfinished=True)], "SIGTERM", True, 1, "rank 1 ended with 0"),
     "busy": ([end(0, 75, "busy"), end(1, 75, "busy")], None, True, 75, "busy of 0"),
     "grace": ([end(0, KILL, by_launcher=True)] * 2, "SIGUSR1", True, 75, "stopped by SIGUSR1"),
     "grace, nothing to resume from": ([end(0, KILL, by_launcher=True)] * 2, "SIGUSR1", False, 1, "no checkpoint"),
@@ -65,6 +82,58 @@ def test_a_user_error_is_printed_without_rank_and_phase() -> None:
         [WorkerExit(1, 78, replace(failure, host="node7"), WorkerStatus("start", 0), 0.0, False)], None, True
     )
     assert format_verdict(elsewhere).startswith("distrain: on node7:\ndistrain: error: train.lr: no\n")
+
+
+def test_a_process_that_lost_a_peer_is_not_named_as_the_first_to_fail() -> None:
+    assert "rank 0 ended\n" in format_verdict(decide([end(0, 75, "peer")], None, True))
+    killed = format_verdict(decide([end(0, 75, "peer", 1), end(1, KILL, time=2)], None, True))
+    assert "rank 1 failed first\n" in killed
+    assert "rank 0" not in killed
+
+
+@pytest.mark.parametrize(
+    ("code", "first", "reason"),
+    [
+        (75, end(2, KILL), "rank 2 was ended by SIGKILL"),
+        (1, end(2, 1, "fault"), "fault of 2"),
+        (1, end(2, 0, unfinished=True), "rank 2 ended with 0"),
+    ],
+)
+def test_what_happened_to_a_process_is_taken_from_its_own_node(
+    code: int, first: WorkerExit, reason: str, tmp_path: Path
+) -> None:
+    record = AttemptRecord(config.load(None, [f"run.dir={tmp_path}", "data.dir=d"]))
+    for node, ends in ((1, [end(1, 75, "peer")]), (2, [first])):
+        record_node(tmp_path, node, decide(ends, None, True))
+    verdict = record.crash_elsewhere(3, decide([end(0, 75, "peer")], None, True))
+    assert verdict.code == code
+    assert verdict.reason.startswith(f"{socket.gethostname()}: {reason}")
+    assert "rank 0" not in format_verdict(verdict)
+
+
+def test_without_a_cause_on_another_node_the_verdict_stays(tmp_path: Path) -> None:
+    record = AttemptRecord(config.load(None, [f"run.dir={tmp_path}", "data.dir=d"]))
+    record_node(tmp_path, 1, decide([end(1, 75, "peer")], None, True))
+    for here in (end(0, 75, "peer"), end(0, KILL)):
+        assert record.crash_elsewhere(2, decide([here], None, True)).first == here
+
+
+@pytest.mark.parametrize("how", ["0", "3", "'not now'", ""])
+def test_a_model_that_calls_sys_exit_fails_the_command(
+    how: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "leaving.py").write_text(
+        "import sys\nfrom models_for_tests import Faulty\nclass Leaving(Faulty):\n    def forward(self, images):\n"
+        f"        if self.pass_count == 4:\n            sys.exit({how})\n        return super().forward(images)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "leaving", raising=False)
+    keys = [f"data.dir={data}", f"run.dir={tmp_path / 'run'}", "model.name=leaving:Leaving", "train.max_steps=9"]
+    assert cli.main(["train", *keys, "train.global_batch_size=16", "log.report=false"]) == 1
+    shown = capfd.readouterr().err
+    assert shown.count("Traceback") == 1
+    value = how or "None"
+    assert shown.endswith(f"distrain: error: sys.exit({value}) was called before the command was done\n")
 
 
 def entry(collectives: int, waits_for: str | None = None) -> dict[str, object]:

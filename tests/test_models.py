@@ -19,6 +19,8 @@ from distrain.models.net import ACTIVATIONS
 from distrain.training import optim
 from distrain.training.augment import augment, normalize
 
+TEN = [f"class {k}" for k in range(10)]
+
 
 class TutorialNet(nn.Module):
     """The shape of PyTorch's CIFAR-10 tutorial."""
@@ -142,33 +144,37 @@ def test_weights_from_a_file(form: str, tmp_path: Path) -> None:
     state = trained.state_dict()
     save_file(state, path) if form == "safetensors" else torch.save(state, path)
     same = models.build("resnet18", "relu", 5, (3, 32, 32))
-    assert models.initialise(same, path) is None
+    five = [f"class {k}" for k in range(5)]
+    assert models.initialise(same, path, five) == [
+        "fc is kept: the file does not name its classes, but has 5 too",
+    ]
     assert models.digest(same) == models.digest(trained)
     tuned = models.build("resnet18", "relu", 9, (3, 32, 32))
     head = tuned.state_dict()["fc.weight"].clone()
-    assert "fc is re-initialised: 5 classes" in str(models.initialise(tuned, path))
+    nine = [f"class {k}" for k in range(9)]
+    assert models.initialise(tuned, path, nine) == ["fc is re-initialised: 5 classes in the file, 9 in the data set"]
     assert torch.equal(tuned.state_dict()["fc.weight"], head)
     assert torch.equal(tuned.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
     with pytest.raises(ConfigError, match="weights of another model; they differ in"):
-        models.initialise(models.build("resnet34", "relu", 5, (3, 32, 32)), path)
+        models.initialise(models.build("resnet34", "relu", 5, (3, 32, 32)), path, five)
     with pytest.raises(ConfigError, match="weights of another model; they differ in"):
-        models.initialise(models.build("resnet18", "relu", 5, (1, 32, 32)), path)
+        models.initialise(models.build("resnet18", "relu", 5, (1, 32, 32)), path, five)
 
 
 def test_files_without_weights_are_reported(tmp_path: Path) -> None:
     net = models.build("net", "relu", 10, (3, 32, 32))
     with pytest.raises(ConfigError, match="cannot be read"):
-        models.initialise(net, tmp_path / "missing.safetensors")
+        models.initialise(net, tmp_path / "missing.safetensors", TEN)
     for name in ("text.safetensors", "text.pt"):
         (tmp_path / name).write_text("no weights")
         with pytest.raises(ConfigError, match="has no weights"):
-            models.initialise(net, tmp_path / name)
+            models.initialise(net, tmp_path / name, TEN)
     torch.save(net, tmp_path / "whole.pt")  # a pickled model, which could run code
     with pytest.raises(ConfigError, match="has no weights"):
-        models.initialise(net, tmp_path / "whole.pt")
+        models.initialise(net, tmp_path / "whole.pt", TEN)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ConfigError, match="not a state dict"):
-        models.initialise(net, tmp_path / "list.pt")
+        models.initialise(net, tmp_path / "list.pt", TEN)
 
 
 def test_normalize_is_the_textbook_formula() -> None:
@@ -280,4 +286,4 @@ def test_only_the_head_may_be_re_initialised(tmp_path: Path) -> None:
 
     torch.save(model(5).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ConfigError, match="weights of another model; they differ in fc1"):
-        models.initialise(model(6), tmp_path / "weights.pt")
+        models.initialise(model(6), tmp_path / "weights.pt", list("abc"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,30 @@ def test_unreadable_files_are_named_before_the_first_prediction(
     assert "3 of the images cannot be read" in output.err
     assert all(str(file) in output.err for file in bad)
     assert "Traceback" not in output.err
+
+
+def test_predict_decodes_as_the_data_set_of_the_run_was_decoded(run: Path, tmp_path: Path, capsys: Any) -> None:
+    run = shutil.copytree(run, tmp_path / "run")
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "white.png")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    Image.fromarray(np.full((16, 16), 4095, np.uint16)).save(tmp_path / "deep.png")
+
+    def predicted() -> list[dict[str, float]]:
+        paths = [str(tmp_path / f"{name}.png") for name in ("clear", "deep", "red", "white")]
+        assert cli.main(["predict", str(run), *paths, "--json", "--top", "10"]) == 0
+        return [json.loads(line)["classes"] for line in capsys.readouterr().out.splitlines()]
+
+    clear, deep, red, white = predicted()
+    assert clear == white != red
+    assert deep != white
+    setup = json.loads((run / "setup.json").read_text())
+    setup["data"]["source"] |= {"background": "#ff0000", "bit_depth": 12, "max_pixels": 256}
+    (run / "setup.json").write_text(json.dumps(setup))
+    assert predicted() == [red, white, red, white]
+    Image.new("L", (17, 16)).save(tmp_path / "red.png")
+    assert cli.main(["predict", str(run), str(tmp_path / "red.png")]) == 78
+    assert "red.png: has 272 pixels, more than --max-pixels 256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["predict", "{}", "x.png"], ["export", "{}", "--out", "x.pt2"]])

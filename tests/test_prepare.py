@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -17,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import webdataset as wds
 from group import wait_for
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -25,6 +31,7 @@ from PIL import Image
 from distrain import cli
 from distrain.data import manifest, shards
 from distrain.data.manifest import Dataset
+from distrain.data.ownership import OutputFolder
 from distrain.data.prepare import DEFAULT_LANES, SHARD_BYTES, Options, choose, layout, stratified
 from distrain.data.shards import Block
 from distrain.data.sources.folder import Folder
@@ -142,7 +149,8 @@ def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path: Path, cap
     (tmp_path / "train/thesis.txt").write_text("the only copy")
     before = files(tmp_path)
     assert run("prepare", "synthetic", *SMALL, "--out", tmp_path) == 78
-    assert f"{tmp_path}: is neither empty nor a data set; choose another --out" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: is neither empty nor a data set (it has 'train'); choose another --out" in error
     assert run("prepare", "synthetic", *SMALL, "--out", tmp_path / "train/thesis.txt") == 78
     assert "is a file; choose another --out" in capsys.readouterr().err
     assert files(tmp_path) == before
@@ -214,7 +222,7 @@ def test_killed_leaves_nothing_that_looks_finished_and_is_made_good_by_running_a
     out = tmp_path / "out"
     process = start(out)
     try:
-        wait_for(out / ".partial/train/00001.tar")
+        wait_for(out / ".partial/attempt-0/train/00001.tar")
         workers = children(process.pid)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -237,7 +245,7 @@ def test_ctrl_c_cleans_up(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(out)
     try:
-        wait_for(out / ".partial/train/00001.tar")
+        wait_for(out / ".partial/attempt-0/train/00001.tar")
         workers = children(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
         _, error = process.communicate(timeout=60)
@@ -394,12 +402,13 @@ def test_images_are_resized_and_cropped_to_their_middle(size: tuple[int, int], t
     [
         ("L", "png", 90, (90, 90, 90)),
         ("L", "jpg", 90, (90, 90, 90)),
-        ("LA", "png", (90, 10), (90, 90, 90)),
+        ("LA", "png", (90, 0), (255, 255, 255)),
+        ("LA", "png", (90, 255), (90, 90, 90)),
         ("1", "png", 1, (255, 255, 255)),
         ("P", "gif", None, (200, 100, 50)),
         ("P", "png", None, (200, 100, 50)),
-        ("RGBA", "png", (200, 100, 50, 10), (200, 100, 50)),
-        ("RGBA", "webp", (200, 100, 50, 200), (200, 100, 50)),
+        ("RGBA", "png", (200, 100, 50, 51), (244, 224, 214)),
+        ("RGBA", "webp", (200, 100, 50, 204), (211, 131, 91)),
         ("CMYK", "jpg", (0, 255, 255, 0), (255, 0, 0)),
         ("I;16", "png", 90 * 257, (90, 90, 90)),
         ("I;16", "tif", 90 * 257, (90, 90, 90)),
@@ -692,17 +701,14 @@ def test_one_class_alone_is_refused(source: str, tmp_path: Path, capsys: Capture
 
 
 @linux
-@pytest.mark.parametrize("pixels", [300, 100], ids=["warning", "error"])
-def test_a_decompression_bomb_is_refused(
-    pixels: int, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("limit", [300, 200], ids=["warning", "error"])  # Pillow's, beyond its limit and its double
+def test_an_image_with_more_pixels_than_allowed_is_refused(limit: int, tmp_path: Path, capsys: Capture) -> None:
     top = tree(tmp_path / "images")
     draw(top / "train/bee/bomb.png", "red", size=(24, 24))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2 * pixels if pixels == 100 else pixels)
-    error = refused(capsys, tmp_path / "out", "folder", top)
+    error = refused(capsys, tmp_path / "out", "folder", top, "--max-pixels", limit)
     assert "1 unreadable among the sources" in error
-    assert "bomb.png: " in error
-    assert "pixels" in error
+    assert f"bomb.png: has 576 pixels, more than --max-pixels {limit}" in error
+    assert run("prepare", "folder", top, "--max-pixels", 576, "--lanes", 1, "--out", tmp_path / "out") == 0
 
 
 def test_fractions_that_leave_nothing_are_refused(tmp_path: Path, capsys: Capture) -> None:
@@ -716,6 +722,8 @@ def test_fractions_that_leave_nothing_are_refused(tmp_path: Path, capsys: Captur
 
 USER_MODULE = """\
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -736,7 +744,22 @@ class Dots:
         return f"{split} dot {index}"
 
     def load(self, split, index):
+        if self.fault == "counts":
+            with open("loads.txt", "a") as file:
+                file.write(f"{split}-{index} ")
         if (split, index) == ("train", 7):
+            if self.fault == "counts":
+                raise UnreadableError("smudged")
+            if self.fault == "writes":
+                target = Path(Path("appears.txt").read_text())
+                target.parent.mkdir(exist_ok=True)
+                target.write_text("mine")
+            if self.fault.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, self.fault))
+            if self.fault == "leaves":
+                os._exit(0)
+            if self.fault == "memory":
+                raise MemoryError
             if self.fault == "unreadable":
                 raise UnreadableError("smudged")
             if self.fault == "raises":
@@ -792,6 +815,10 @@ def not_picklable():
 
 def too_high():
     return tuples(labels={"train": np.arange(40) % 3, "test": np.where(np.arange(10) == 5, -1, 0)})
+
+
+def huge():
+    return tuples(image_shape=(1000000, 1000000, 1))
 
 
 def leaves():
@@ -1057,7 +1084,9 @@ def test_layouts_fit_or_say_why(samples: int, sample_bytes: int, num_shards: int
     assert num_shards in (None, actual_shards)
     assert lanes in (None, actual_lanes)
     if num_shards is None and lanes is None:
-        assert actual_lanes == min(DEFAULT_LANES, samples)
+        assert actual_lanes <= min(DEFAULT_LANES, samples)
+        assert samples % actual_shards <= 0.03 * samples, "an epoch drops too many samples"
+        assert actual_lanes >= min(8, samples)
     if num_shards is None:
         # The largest shard has 32 MiB and one sample, or there are nearly as many shards as samples.
         assert (samples // actual_shards) * sample_bytes <= SHARD_BYTES or actual_shards > samples - actual_lanes
@@ -1158,3 +1187,251 @@ def test_names_that_cannot_be_written_down_are_reported_first(name: bytes, tmp_p
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, "png")
     with pytest.raises(DataError, match="rename it"):
         Folder([tmp_path / "photos"], 8, tmp_path)
+
+
+# One owner of OUT, who removes only what it wrote
+
+
+def test_a_folder_that_another_process_fills_is_left_to_it(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    owner = OutputFolder(out)
+    (owner.work / "attempt-0").mkdir()
+    (owner.work / "attempt-0/00000.tar").write_text("half")
+    before = files(out)
+    assert run("prepare", "synthetic", *SMALL, "--out", out) == 75
+    error = capsys.readouterr().err
+    assert f"{out}: process {os.getpid()} on {socket.gethostname()} is preparing a data set there" in error
+    assert "run this again" in error
+    assert files(out) == before
+    owner.discard()
+    assert not out.exists()
+    assert run("prepare", "synthetic", *SMALL, "--out", out) == 0
+
+
+@linux
+def test_of_two_at_once_one_makes_the_data_set_and_the_other_removes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    try:
+        wait_for(out / ".partial/attempt-0/train/00001.tar")
+        again = ["synthetic", "--samples", 4000, "--test-samples", 50, "--image-size", 16, "--shards", 80]
+        process.send_signal(signal.SIGSTOP)
+        assert run("prepare", *again, "--out", out) == 75
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait(30)
+        process.stderr.close()
+    assert run("verify", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "test", "train"]
+
+
+def killed_owner(out: Path) -> OutputFolder:
+    """An owner whose process is gone: the kernel has closed its files, so the lock is free."""
+    owner = OutputFolder(out)
+    os.close(owner._lock)
+    return owner
+
+
+def test_what_a_killed_one_had_moved_already_is_removed_and_nothing_else(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    owner = killed_owner(out)
+    for split in ("train", "val"):
+        (owner.work / "attempt-0" / split).mkdir(parents=True)
+        (owner.work / "attempt-0" / split / "00000.tar").write_text("whole")
+    inodes = {split: (owner.work / "attempt-0" / split).stat().st_ino for split in ("train", "val")}
+    (owner.work / "moved.json").write_text(json.dumps(inodes))
+    (owner.work / "attempt-0/train").rename(out / "train")
+    (out / "val").mkdir()  # the user's
+    (out / "val/thesis.txt").write_text("the only copy")
+    assert run("prepare", "synthetic", *SMALL, "--out", out) == 78
+    assert "is neither empty nor a data set (it has 'val')" in capsys.readouterr().err
+    assert files(out) == {"val/thesis.txt": b"the only copy"}
+    shutil.rmtree(out / "val")
+    assert run("prepare", "synthetic", *SMALL, "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "test", "train"]
+
+
+def test_files_of_the_user_are_kept_whatever_happens_to_the_data_set(user_folder: Path, capsys: Capture) -> None:
+    for out, appears in (("a", "notes.txt"), ("b", "train/thesis.txt")):
+        (user_folder / "appears.txt").write_text(f"{out}/{appears}")
+        finished = run("prepare", "source", "dots_for_test:Dots", "fault=writes", "--out", out) == 0
+        assert finished == (out == "a")
+        assert files(user_folder / out)[appears] == b"mine"
+        if not finished:
+            assert not (user_folder / out / "manifest.json").exists()
+    (user_folder / "foreign/.partial").mkdir(parents=True)
+    (user_folder / "foreign/.partial/thesis.txt").write_text("mine")
+    assert run("prepare", "source", "dots_for_test:Dots", "--out", "foreign") == 78
+    assert files(user_folder / "foreign") == {".partial/thesis.txt": b"mine"}
+
+
+def test_without_locks_a_leftover_is_named_and_never_taken(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)  # as on some network file systems
+    out = tmp_path / "out"
+    assert run("prepare", "synthetic", *SMALL, "--out", tmp_path / "first") == 0
+    owner = killed_owner(out)
+    assert run("prepare", "synthetic", *SMALL, "--out", out) == 78
+    error = capsys.readouterr().err
+    assert f"process {os.getpid()} on {socket.gethostname()} is preparing a data set there, or was killed" in error
+    assert f"delete {owner.work} if it is not running any more" in error
+    shutil.rmtree(owner.work)
+    assert run("prepare", "synthetic", *SMALL, "--out", out) == 0
+
+
+# Workers that die, disks that are full
+
+
+@linux
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        ("SIGKILL", 75, "a worker process was killed by SIGKILL while it read train dot 7; nothing was kept"),
+        ("SIGTERM", 75, "a worker process was killed by SIGTERM"),
+        ("SIGSEGV", 1, "error: a worker process crashed (SIGSEGV) while it read train dot 7; nothing was kept"),
+        ("leaves", 1, "error: a worker process crashed (exit code 0) while it read train dot 7; nothing was kept"),
+        ("memory", 75, "train dot 7: there is not enough memory to decode it; nothing was kept"),
+    ],
+)
+def test_a_worker_that_dies_is_one_message_and_leaves_nothing(
+    fault: str, code: int, message: str, user_folder: Path, capsys: Capture
+) -> None:
+    assert run("prepare", "source", "dots_for_test:Dots", f"fault={fault}", "--out", "out") == code
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("distrain: ")]
+    assert message in line
+    assert "Traceback" not in error
+    assert not (user_folder / "out").exists()
+
+
+def test_a_data_set_that_does_not_fit_on_the_disk_is_refused_before_any_work(
+    user_folder: Path, capsys: Capture
+) -> None:
+    error = refused(capsys, user_folder / "out", "source", "dots_for_test:huge")
+    free = shutil.disk_usage(user_folder).free
+    needed, available = (float(text.replace(",", "")) for text in re.findall(r"([\d,.]+) MiB", error))
+    assert needed == pytest.approx(1.02 * 50 * 10**12 / 2**20, rel=0.01)
+    assert available == pytest.approx(free / 2**20, rel=0.2)
+    assert "choose another --out" in error
+
+
+@linux
+def test_a_disk_that_becomes_full_is_one_message_and_leaves_nothing(user_folder: Path, capsys: Capture) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))  # a shard has more, the files of Python have not
+    try:
+        code = run("prepare", "synthetic", "--samples", 900, "--test-samples", 9, "--lanes", 2, "--out", "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 78
+    assert "distrain: error: out: File too large; nothing was kept in out\n" in capsys.readouterr().err
+    assert not (user_folder / "out").exists()
+
+
+# Unreadable samples cost little
+
+
+def test_readable_samples_are_decoded_once_even_if_others_are_dropped(user_folder: Path) -> None:
+    assert run("prepare", "source", "dots_for_test:Dots", "fault=counts", "--skip-bad", 1, "--out", "out") == 0
+    loads = Counter((user_folder / "loads.txt").read_text().split())
+    assert len(loads) == 50
+    assert set(loads.values()) == {1}
+    for split in ("train", "test"):
+        block = samples(manifest.read("out"), split)
+        assert sorted(block.ids.tolist()) == [
+            n for n in range(40 if split == "train" else 10) if (split, n) != ("train", 7)
+        ]
+        assert (block.images == (100 * (block.ids % 2) + block.ids)[:, None, None, None]).all()
+    (user_folder / "loads.txt").unlink()
+    limited = ["--skip-bad", 1, "--limit", 30]
+    assert run("prepare", "source", "dots_for_test:Dots", "fault=counts", *limited, "--out", "limited") == 0
+    assert len(samples(manifest.read("limited"), "train").ids) == 30
+    assert set(Counter((user_folder / "loads.txt").read_text().split()).values()) == {1}
+
+
+# Options without effect, and other images for a finished data set
+
+
+def test_a_fraction_of_a_split_that_the_source_has_is_refused(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    error = refused(capsys, tmp_path / "out", "folder", images, "--test-fraction", 0.1)
+    assert "--test-fraction 0.1 has no effect, as the source has a test split of 15; leave the option out" in error
+    draw(tree(tmp_path / "more", {"train": 3, "val": 2}) / "val/bee/9.png", "red")
+    error = refused(capsys, tmp_path / "out", "folder", tmp_path / "more", "--val-fraction", 0.3)
+    assert "--val-fraction 0.3 has no effect, as the source has a val split of 7; leave the option out" in error
+    assert run("prepare", "folder", tmp_path / "more", "--test-fraction", 0.3, "--out", tmp_path / "out") == 0
+    assert manifest.read(tmp_path / "out").manifest.source["test_fraction"] == 0.3
+
+
+def test_limits_that_are_not_reached_are_reported(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run("prepare", "folder", images, "--limit", 31, "--lanes", 16, "--out", tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert "warning: --limit 31 has no effect: the largest split has 30 samples" in error
+    assert "test has only 15 samples: 15 lanes instead of 16" in error
+    assert run("prepare", "folder", images, "--limit", 30, "--lanes", 15, "--out", tmp_path / "fits") == 0
+    assert "effect" not in capsys.readouterr().err
+
+
+def test_a_finished_data_set_of_other_images_is_refused_and_untouched(
+    images: Path, from_folder: Dataset, tmp_path: Path, capsys: Capture
+) -> None:
+    out = shutil.copytree(from_folder.root, tmp_path / "out")
+    before = files(out)
+    options = ["--image-size", 8, "--lanes", 2, "--out", out]
+    assert run("prepare", "folder", images, *options) == 0
+    text = capsys.readouterr().out
+    assert "already prepared, not changed; the options, classes and numbers of images are the same" in text
+    others = {
+        "train: 30 images, now 33": tree(tmp_path / "more", {"train": 11, "test": 5}),
+        "test: 15 images, now 0": tree(tmp_path / "no-test", {"train": 10}),
+        "images per class differ": shutil.copytree(images, tmp_path / "moved"),
+        "now without class 'Ant', now with class 'ape'": shutil.copytree(images, tmp_path / "renamed"),
+    }
+    (tmp_path / "moved/train/bee/9.png").unlink(missing_ok=True)
+    (tmp_path / "moved/train/bee/9.webp").rename(tmp_path / "moved/train/Ant/99.webp")
+    for split in ("train", "test"):
+        (tmp_path / f"renamed/{split}/Ant").rename(tmp_path / f"renamed/{split}/ape")
+    for difference, top in others.items():
+        assert run("prepare", "folder", top, *options) == 78
+        error = capsys.readouterr().err
+        assert f"{out}: already has a data set that was prepared from other images (" in error
+        assert difference in error
+    assert run("prepare", "folder", tmp_path / "mistyped", *options) == 78
+    assert "no such folder or archive" in capsys.readouterr().err
+    assert files(out) == before
+
+
+# Keys and lanes
+
+
+def test_keys_are_unique_in_the_data_set_and_merged_tars_read_whole(tmp_path: Path) -> None:
+    arguments = ["--samples", 2500, "--test-samples", 30, "--image-size", 8, "--lanes", 2]
+    assert run("prepare", "synthetic", *arguments, "--out", tmp_path / "data") == 0
+    paths = sorted((tmp_path / "data").rglob("*.tar"))
+    names = []
+    with tarfile.open(tmp_path / "merged.tar", "w") as merged:
+        for path in paths:
+            with tarfile.open(path) as shard:
+                for entry in shard:
+                    names.append(entry.name)
+                    merged.addfile(entry, shard.extractfile(entry))
+    assert len(set(names)) == len(names)
+    assert "train-00001-00001024.images.npy" in names
+    for urls in ([str(tmp_path / "merged.tar")], [str(path) for path in paths]):
+        records = list(wds.WebDataset(urls, shardshuffle=False).decode())
+        assert sum(len(record["labels.npy"]) for record in records) == 2530
+        assert len({record["__key__"] for record in records}) == len(records)
+
+
+@pytest.mark.parametrize(
+    ("count", "lanes"),
+    [(162, 32), (120, 8), (180, 16), (103, 51), (12, 12), (1, 1), (640, 64), (1000, 32), (2134, 64), (50_000, 64)],
+)
+def test_small_sets_get_as_many_lanes_as_drop_few_samples(count: int, lanes: int) -> None:
+    assert layout(count, 3072, None, None)[1] == lanes

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import make
 from group import Group, GroupError, wait_for
-from runs import ids_by_step
+from runs import confusion_matrix, ids_by_step
 from safetensors.torch import load_file
 
 from distrain import models
@@ -100,7 +100,7 @@ def test_epoch_in_fp64_is_the_same_on_1_to_4_processes(
         assert ids_by_step(tmp_path / str(w)) == ids
         assert distance(weights(tmp_path / str(w)), end) < 1e-10
         assert results[w]["world_size"] == w
-        for key in ("correct", "total", "confusion_matrix", "dropped_per_epoch", "steps"):
+        for key in ("correct", "total", "confusion", "dropped_per_epoch", "steps"):
             assert results[w][key] == results[1][key]
 
 
@@ -196,7 +196,7 @@ def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(small: Dataset, grou
     answers_of = {w: group(w).call("evaluate", str(run), "test") for w in (1, 2, 3, 4)}
     for w, answers in answers_of.items():
         for answer in answers:
-            assert answer["confusion_matrix"] == answers_of[1][0]["confusion_matrix"], w
+            assert answer["confusion"] == answers_of[1][0]["confusion"], w
             assert answer["loss"] == pytest.approx(answers_of[1][0]["loss"], abs=1e-12)
     # A plain loop over the images of the source.
     from distrain.data.sources.synthetic import Synthetic
@@ -210,7 +210,7 @@ def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(small: Dataset, grou
         image = torch.from_numpy(source.load("test", index)).float().permute(2, 0, 1) / 255
         logits = net(((image - mean[:, None, None]) / std[:, None, None])[None])
         confusion[source.labels["test"][index], logits.argmax()] += 1
-    assert confusion.tolist() == answers_of[1][0]["confusion_matrix"]
+    assert confusion.tolist() == confusion_matrix(answers_of[1][0])
     assert answers_of[1][0]["total"] == 203
 
 
@@ -335,7 +335,7 @@ def test_batch_norm_is_evaluated_with_the_saved_statistics(small: Dataset, group
     changes = {"model": {"name": "models_for_tests:BatchNormAndDropout"}, "train": {"precision": "fp32", "epochs": 2}}
     result = group(3).train(configuration(small, run, **changes))
     (answer,) = group(1).call("evaluate", str(run), "test")
-    assert answer["confusion_matrix"] == result["confusion_matrix"]
+    assert answer["confusion"] == result["confusion"]
 
 
 def test_processes_of_different_configurations_are_refused(small: Dataset, group: Groups, tmp_path: Path) -> None:

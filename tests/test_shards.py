@@ -99,7 +99,9 @@ def test_same_block_gives_the_same_bytes(tmp_path: Path) -> None:
     strided = Block(
         np.asfortranarray(content.images), np.repeat(content.labels, 2)[::2], content.ids[::-1].copy()[::-1]
     )
-    paths = [tmp_path / "a.tar", tmp_path / "b.tar", tmp_path / "c.tar"]
+    paths = [tmp_path / folder / "train/00000.tar" for folder in "abc"]
+    for path in paths:
+        path.parent.mkdir(parents=True)
     shards.write(paths[0], content, 16)
     shards.write(paths[1], strided, 16)
     shards.write(paths[2], block(50, seed=1), 16)

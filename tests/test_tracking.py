@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import wandb
 from PIL import Image
+from runs import confusion_matrix
 from tracked import as_lines, events, history, records, values, wandb_files
 from wandb_server import WandbServer, serving
 
@@ -264,9 +265,8 @@ def test_an_interrupted_run_is_one_run_everywhere(
         assert sum(samples for *_, samples in table["data"]) == 203
         cells = json.loads((path.parent / "files" / last["result/confusion_table.path"]).read_text())["data"]
         names = run_record.classes
-        counts = {
-            (names[i], names[j]): run_record.result["confusion_matrix"][i][j] for i in range(10) for j in range(10)
-        }
+        matrix = confusion_matrix(run_record.result)
+        counts = {(names[i], names[j]): matrix[i][j] for i in range(10) for j in range(10)}
         assert {(actual, predicted): count for actual, predicted, count in cells} == counts
         misclassified = folder.read_pictures(run / folder.MISCLASSIFIED)
         assert len(last["result/misclassified.captions"]) == len(misclassified["images"]) == 24
@@ -350,9 +350,8 @@ def finished(names: list[str], matrix: list[list[int]], pictures: int = 0) -> Fi
         "predicted": np.ones(pictures, np.int64),
         "probabilities": np.full(pictures, 0.875),
     }
-    return FinishedRun(
-        {"accuracy_by_class": by_class, "confusion_matrix": matrix}, misclassified if pictures else {}, {}
-    )
+    confusion = [[i, j, count] for i, row in enumerate(matrix) for j, count in enumerate(row) if count]
+    return FinishedRun({"accuracy_by_class": by_class, "confusion": confusion}, misclassified if pictures else {}, {})
 
 
 @pytest.mark.usefixtures("no_wandb_account")

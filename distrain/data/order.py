@@ -17,6 +17,7 @@ as easy as 1, 2, 3", SC 2011): numpy keeps that stream the same in all its versi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,14 +104,27 @@ class Order:
 
     def local_batch_sizes(self, world_size: int) -> tuple[int, int]:
         """The smallest and largest local batch of any rank in any step. Ideal are G / W; the largest sets the speed."""
+        sizes = list(self._local_batches(world_size))
+        return min(int(each.min()) for each in sizes), max(int(each.max()) for each in sizes)
+
+    def smallest_micro_batches(self, world_size: int, accumulation_steps: int) -> tuple[int, int]:
+        """The smallest micro-batch of one rank, and of all ranks together, in any step; empty ones do not count."""
+        one, together = self.global_batch_size, self.global_batch_size
+        for sizes in self._local_batches(world_size):
+            bounds = sizes[:, None] * np.arange(accumulation_steps + 1) // accumulation_steps
+            parts = np.diff(bounds, axis=1)
+            sums = parts.sum(0)
+            one, together = min(one, int(parts[parts > 0].min())), min(together, int(sums[sums > 0].min()))
+        return one, together
+
+    def _local_batches(self, world_size: int) -> Iterator[Ints]:
+        """Yield the sizes of all local batches, int64 [W], of each step that differs from those before."""
         lanes = np.arange(self.lanes)
-        smallest, largest = self.global_batch_size, 0
+        whole_rows, rest = divmod(self.global_batch_size, self.lanes)
         for step in range(min(self.steps_per_epoch, self.lanes)):  # sizes repeat after at most C steps
-            whole_rows, rest = divmod(self.global_batch_size, self.lanes)
             has_one_more = (lanes - step * self.global_batch_size) % self.lanes < rest
-            sizes = np.bincount(lanes % world_size, whole_rows + has_one_more, minlength=world_size)
-            smallest, largest = min(smallest, int(sizes.min())), max(largest, int(sizes.max()))
-        return smallest, largest
+            counts = np.bincount(lanes % world_size, whole_rows + has_one_more, minlength=world_size)
+            yield counts.astype(np.int64)
 
     def partners(self, step: int, world: World) -> Ints:
         """Return, for each sample of a rank's local batch, the index of its partner in mixup: int64 [n].

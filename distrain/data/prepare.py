@@ -3,44 +3,57 @@
 1. Choose the samples of each split (limit, stratified val and test) and shuffle them. This depends only on the seed.
 2. Distribute them to shards whose sizes differ by at most one.
 3. Worker processes load, decode and write one shard at a time.
-4. Move the shards to their final folders and write the manifest last.
+4. If samples are unreadable, and may be dropped: choose again without them. What is decoded is not decoded again.
+5. Move the shards to their final folders and write the manifest last.
 
 Everything is written to OUT/.partial, so that an interrupted run never looks like a data set.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from distrain import files, machine
-from distrain.data import manifest, shards
+from distrain import machine
+from distrain.data import manifest, pool, shards
 from distrain.data.manifest import Dataset, Manifest, Shard, Split
 from distrain.data.order import Ints, split_permutation
-from distrain.data.sources import Source, UnreadableError
-from distrain.errors import ConfigError, DataError
+from distrain.data.ownership import OutputFolder
+from distrain.data.remarks import FLAT, Remark, Sample, is_flat, report
+from distrain.data.sources import DepthWarning, Source, UnreadableError, recorded_warnings
+from distrain.errors import AgainError, ConfigError, CrashedError, DataError
 from distrain.progress import Bar
 from distrain.text import plural, printable, shortened
 
 log = logging.getLogger("distrain")
 
 DEFAULT_LANES = 64
+_DROPPED = 0.03
+"""Maximum part of the training samples that an epoch drops, as shards have different sizes, with the default lanes."""
+DEFAULT_TEST_FRACTION = 0.1
 SHARD_BYTES = 32 * 2**20
 """Target size of the largest shard, if the number of shards is not given."""
+
+_SHARD_OVERHEAD = 16 * 2**10
+"""Maximum of the bytes of a shard's headers, and what fills the tar's last record."""
+
+FIXED_BY_OPTIONS = ("cifar10", "synthetic")
+"""Sources whose options say which samples they have."""
+
+_KILLED_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
+"""Signals that come from outside: from the kernel when memory runs out, from a person, from a scheduler."""
 
 SplitName = Literal["train", "val", "test"]
 _SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
@@ -56,7 +69,8 @@ class Options:
     lanes: int | None = None
     limit: int | None = None
     val_fraction: float = 0.0
-    test_fraction: float = 0.1
+    test_fraction: float | None = None
+    """None: `DEFAULT_TEST_FRACTION` if the source has no test split."""
     skip_bad: int = 0
 
 
@@ -70,12 +84,19 @@ class _Selection:
 
 @dataclass(frozen=True)
 class _ShardResult:
-    """A worker's result for one shard: its entry and a histogram per channel, or the samples that are unreadable."""
+    """A worker's result for one shard.
 
-    split: SplitName
+    Attributes:
+        shard: its entry in the manifest; None if samples are unreadable.
+        histogram: of the pixels, for each channel.
+        unreadable: indices and reasons of the samples that are not in the file.
+        remarks: indices of samples, and what should be known about them.
+    """
+
     shard: Shard | None
-    histogram: Ints | None
+    histogram: Ints
     unreadable: list[tuple[int, str]]
+    remarks: list[tuple[int, list[Remark]]]
 
 
 def prepare(
@@ -95,36 +116,43 @@ def prepare(
         The data set, and whether it was made by this call.
 
     Raises:
-        ConfigError: `out` has other content, or the options contradict each other.
+        ConfigError: `out` has other content, or the options contradict each other or the source.
         DataError: the source cannot be read.
+        AgainError: another process is preparing a data set in `out`, or a worker process was killed.
+        CrashedError: a worker process crashed.
     """
     for name in ("val_fraction", "test_fraction"):
-        if not 0 <= getattr(options, name) < 1:
+        if not 0 <= (getattr(options, name) or 0) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 0 or more and below 1")
     request = {"kind": kind, **source_options, **{k: v for k, v in vars(options).items() if k != "skip_bad"}}
+    if options.test_fraction is None:
+        request["test_fraction"] = DEFAULT_TEST_FRACTION
     if (out / manifest.NAME).exists():
-        return _existing(out, request), False
-    created = not out.exists()
-    work = _start(out)
+        return _existing(out, request, open_source), False
+    folder = OutputFolder(out)
     try:
-        source = open_source(work)
-        content, skipped = _write(source, work, options)
+        if (out / manifest.NAME).exists():  # another process has just finished it
+            folder.discard()
+            return _existing(out, request, open_source), False
+        source = open_source(folder.work)
+        _check_source(source, options)
+        root, content, skipped = _write(source, folder, options, source_options)
         new_manifest = Manifest(
             format="distrain-blocks",
             version=1,
-            source={**request, "skipped": skipped},
+            source={**request, **_listed(source), "skipped": skipped},
             classes=source.classes,
             image_shape=list(source.image_shape),
             mean=content.mean,
             std=content.std,
             splits=content.splits,
         )
-        _finish(out, work, new_manifest)
+        folder.finish(root, list(content.splits), manifest.to_json(new_manifest))
     except OSError as error:
-        _remove(out, work, created)
+        folder.discard()
         raise DataError(f"{error.filename or out}: {error.strerror or error}; nothing was kept in {out}") from error
     except BaseException:
-        _remove(out, work, created)
+        folder.discard()
         raise
     return manifest.read(out), True
 
@@ -157,8 +185,9 @@ def choose(
             everything = np.arange(len(labels[split]), dtype=np.int64)
             dropped = np.array(sorted(excluded.get(split, ())), np.int64)
             chosen[split] = _Selection(split, np.setdiff1d(everything, dropped))
+    test_fraction = DEFAULT_TEST_FRACTION if options.test_fraction is None else options.test_fraction
     draws: list[tuple[SplitName, float, int]] = [
-        ("test", options.test_fraction, _TEST_DRAW),
+        ("test", test_fraction, _TEST_DRAW),
         ("val", options.val_fraction, _VAL_DRAW),
     ]
     for split, fraction, draw in draws:
@@ -197,9 +226,8 @@ def layout(samples: int, sample_bytes: int, num_shards: int | None, lanes: int |
         ConfigError: the number of shards is not a multiple of the lanes, or above the number of samples.
     """
     if num_shards is None:
-        lanes = lanes or min(DEFAULT_LANES, samples)
-        per_lane = max(1, -(-samples * sample_bytes // (lanes * SHARD_BYTES)))
-        num_shards = lanes * min(per_lane, max(1, samples // lanes))
+        lanes = lanes or _default_lanes(samples, sample_bytes)
+        num_shards = _default_shards(samples, sample_bytes, lanes)
     elif lanes is None:
         lanes = max(n for n in range(1, DEFAULT_LANES + 1) if num_shards % n == 0)
     if num_shards % lanes:
@@ -212,6 +240,25 @@ def layout(samples: int, sample_bytes: int, num_shards: int | None, lanes: int |
     return num_shards, lanes
 
 
+def _default_lanes(samples: int, sample_bytes: int) -> int:
+    """Return the largest number of lanes with which an epoch drops few samples; a power of two if one of 8 … 64 does.
+
+    An epoch uses as many samples of each shard as the smallest one has.
+    """
+
+    def drops_few(lanes: int) -> bool:
+        return lanes <= samples and samples % _default_shards(samples, sample_bytes, lanes) <= _DROPPED * samples
+
+    candidates: list[int] = [DEFAULT_LANES, 32, 16, 8, *range(DEFAULT_LANES - 1, 0, -1)]
+    return next(lanes for lanes in candidates if drops_few(lanes))
+
+
+def _default_shards(samples: int, sample_bytes: int, lanes: int) -> int:
+    per_lane = max(1, -(-samples * sample_bytes // (lanes * SHARD_BYTES)))
+    shards_per_lane: int = min(per_lane, max(1, samples // lanes))
+    return lanes * shards_per_lane
+
+
 @dataclass(frozen=True)
 class _Content:
     """The manifest's entries that depend on the samples."""
@@ -221,41 +268,97 @@ class _Content:
     std: list[float]
 
 
-def _write(source: Source, work: Path, options: Options) -> tuple[_Content, int]:
-    """Write all shards; return their description and the number of unreadable samples.
+class _Task(NamedTuple):
+    """A shard to write: its output split, name and file, and its samples in the source."""
+
+    split: SplitName
+    name: str
+    path: Path
+    source_split: str
+    ids: Ints
+
+
+def _write(
+    source: Source, folder: OutputFolder, options: Options, source_options: Mapping[str, Any]
+) -> tuple[Path, _Content, int]:
+    """Write all shards; return their folder, their description and the number of unreadable samples.
 
     If samples are unreadable, all samples are chosen again without them. With a limit, the samples that replace them
-    may be unreadable too, so this repeats.
+    may be unreadable too, so this repeats. Samples that are decoded already are copied.
     """
-    _check_labels(source)
     unreadable: dict[str, dict[int, str]] = {}
-    while True:
+    remarks: dict[Sample, list[Remark]] = {}
+    decoded: Source = source
+    for attempt in itertools.count():
+        root, previous = (folder.work / f"attempt-{number}" for number in (attempt, attempt - 1))
         chosen = choose(source.labels, unreadable, options)
-        if "train" not in chosen or not len(chosen["train"].ids):
-            raise DataError("no training samples are left; use more images or smaller fractions")
-        for split, part in chosen.items():
-            if not len(part.ids):
-                raise DataError(f"no samples are left for {split}; use more images or a larger --{split}-fraction")
-            (work / split).mkdir(exist_ok=True)
-        train = chosen["train"]
-        present = np.bincount(source.labels[train.source_split][train.ids], minlength=len(source.classes))
-        if not present.all():
-            raise DataError(
-                f"class {source.classes[int(present.argmin())]!r} has no training sample; use more images or a"
-                " larger --limit"
-            )
-        lanes, tasks = _assign(source, chosen, work, options)
-        results = list(_run(source, tasks))
-        newly_unreadable = [(result.split, index, reason) for result in results for index, reason in result.unreadable]
-        if not newly_unreadable:
-            _warn_of_dropped(source, unreadable)
-            return _describe(lanes, results, source), sum(len(reasons) for reasons in unreadable.values())
-        for split, index, reason in newly_unreadable:
-            unreadable.setdefault(chosen[split].source_split, {})[index] = reason
-        if sum(len(reasons) for reasons in unreadable.values()) > options.skip_bad:
-            _refuse(source, unreadable, options.skip_bad)
+        _check_chosen(source, chosen)
+        lanes, tasks = _assign(source, chosen, root, options)
+        if not _has_space(folder.path, source, tasks, required=attempt == 0):
+            shutil.rmtree(previous)
+            decoded = source
         for split in chosen:
-            shutil.rmtree(work / split)
+            (root / split).mkdir(parents=True)
+        results = list(_run(decoded, tasks))
+        shutil.rmtree(previous, ignore_errors=True)
+        for task, result in zip(tasks, results, strict=True):
+            for index, of_sample in result.remarks:
+                remarks.setdefault((task.source_split, index), of_sample)
+            unreadable.setdefault(task.source_split, {}).update(result.unreadable)
+        if not any(result.unreadable for result in results):
+            break
+        if _count(unreadable) > options.skip_bad:
+            _refuse(source, unreadable, options.skip_bad)
+        decoded = _Decoded(source, tasks, results)
+    _warn_of_dropped(source, unreadable)
+    used = {(task.source_split, index) for task in tasks for index in task.ids.tolist()} if remarks else set()
+    report(
+        {sample: remarks[sample] for sample in sorted(remarks) if sample in used},
+        lambda sample: source.name(*sample),
+        sum(len(task.ids) for task in tasks),
+        source_options,
+    )
+    _report_limits(chosen, lanes, source, options)
+    return root, _describe(lanes, tasks, results, source), _count(unreadable)
+
+
+def _count(unreadable: Mapping[str, Mapping[int, str]]) -> int:
+    return sum(len(reasons) for reasons in unreadable.values())
+
+
+def _check_chosen(source: Source, chosen: Mapping[SplitName, _Selection]) -> None:
+    """Check that all splits have samples, and train has some of each class."""
+    if "train" not in chosen or not len(chosen["train"].ids):
+        raise DataError("no training samples are left; use more images or smaller fractions")
+    for split, part in chosen.items():
+        if not len(part.ids):
+            raise DataError(f"no samples are left for {split}; use more images or a larger --{split}-fraction")
+    train = chosen["train"]
+    present = np.bincount(source.labels[train.source_split][train.ids], minlength=len(source.classes))
+    if not present.all():
+        raise DataError(
+            f"class {source.classes[int(present.argmin())]!r} has no training sample; use more images or a"
+            " larger --limit"
+        )
+
+
+def _has_space(out: Path, source: Source, tasks: Sequence[_Task], required: bool) -> bool:
+    """Whether the shards fit on the disk.
+
+    Raises:
+        DataError: they do not, and are `required` to.
+    """
+    sample_bytes = int(np.prod(source.image_shape)) + 16  # label and id
+    needed = int(1.02 * sum(len(task.ids) for task in tasks) * sample_bytes) + _SHARD_OVERHEAD * len(tasks)
+    usage = shutil.disk_usage(out)
+    if usage.total == 0 or needed <= usage.free:  # some network file systems report 0
+        return True
+    if required:
+        raise DataError(
+            f"{out}: the data set needs {needed / 2**20:,.1f} MiB, but only {usage.free / 2**20:,.1f} MiB are free"
+            " there; free some, choose another --out, or make it smaller (--image-size, --limit)"
+        )
+    return False
 
 
 def _refuse(source: Source, unreadable: Mapping[str, Mapping[int, str]], allowed: int) -> None:
@@ -280,6 +383,44 @@ def _one_line_each(source: Source, unreadable: Mapping[str, Mapping[int, str]]) 
     ]
 
 
+def _check_source(source: Source, options: Options) -> None:
+    """Check the labels of a source, and that no option was given that does nothing with this source.
+
+    Raises:
+        DataError: a label is not the number of a class.
+        ConfigError: a split is to be drawn that the source has.
+    """
+    _check_labels(source)
+    for split, fraction in (("val", options.val_fraction), ("test", options.test_fraction)):
+        if fraction and split in source.labels:
+            raise ConfigError(
+                f"--{split}-fraction {fraction} has no effect, as the source has a {split} split of"
+                f" {len(source.labels[split]):,}; leave the option out, or the split"
+            )
+
+
+def _listed(source: Source) -> dict[str, Any]:
+    """Return the number of samples of each split of a source, and a digest of all labels, for the manifest."""
+    digest = xxhash.xxh3_64()
+    for split in sorted(source.labels):
+        digest.update(np.ascontiguousarray(source.labels[split], np.int64).tobytes())
+    return {"listed": {split: len(labels) for split, labels in source.labels.items()}, "labels": digest.hexdigest()}
+
+
+def _report_limits(
+    chosen: Mapping[SplitName, _Selection], lanes: Mapping[SplitName, int], source: Source, options: Options
+) -> None:
+    """Log which of the limits that were given had no effect, or not the whole one."""
+    largest = max(len(part.ids) for part in chosen.values())
+    if options.limit is not None and largest < options.limit:
+        log.warning("--limit %d has no effect: the largest split has %d samples", options.limit, largest)
+    for split, number in lanes.items():
+        if options.lanes is not None and number != options.lanes:
+            log.info(
+                "%s has only %d samples: %d lanes instead of %d", split, len(chosen[split].ids), number, options.lanes
+            )
+
+
 def _check_labels(source: Source) -> None:
     lines = []
     for split, labels in source.labels.items():
@@ -292,11 +433,8 @@ def _check_labels(source: Source) -> None:
         raise DataError("\n  ".join([header, *lines]))
 
 
-_Task = tuple[SplitName, str, Path, str, Ints]
-
-
 def _assign(
-    source: Source, chosen: Mapping[SplitName, _Selection], work: Path, options: Options
+    source: Source, chosen: Mapping[SplitName, _Selection], root: Path, options: Options
 ) -> tuple[dict[SplitName, int], list[_Task]]:
     """Assign the samples to shards; return the number of lanes of each split, and a task for each shard."""
     sample_bytes = int(np.prod(source.image_shape))
@@ -314,66 +452,113 @@ def _assign(
         num_shards, lanes[split] = layout(samples, sample_bytes, requested_shards, requested_lanes)
         for number, ids in enumerate(np.array_split(part.ids, num_shards)):
             name = f"{split}/{number:05d}.tar"
-            tasks.append((split, name, work / name, part.source_split, ids))
+            tasks.append(_Task(split, name, root / name, part.source_split, ids))
     return lanes, tasks
 
 
-def _run(source: Source, tasks: list[_Task]) -> Iterator[_ShardResult]:
+def _run(source: Source, tasks: Sequence[_Task]) -> Iterator[_ShardResult]:
     """Run the tasks in worker processes, with a progress bar of samples; yield the results in order."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     workers = max(1, min(machine.cores(), len(tasks)))
-    total = sum(len(ids) for *_, ids in tasks)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (source, os.getpid()))
+    total = sum(len(task.ids) for task in tasks)
     try:
         with Bar("prepare", total=total) as bar:
-            for result, (*_, ids) in zip(pool.map(_write_shard, tasks), tasks, strict=True):
-                bar.update(len(ids))
+            for result, task in zip(pool.run(_write_shard, source, tasks, workers), tasks, strict=True):
+                bar.update(len(task.ids))
                 yield result
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except pool.WorkerDiedError as error:
+        raise _explained(error, source, tasks) from None
 
 
-_source: Source
-"""The source, in a worker process. It is set once when the process starts."""
+def _explained(error: pool.WorkerDiedError, source: Source, tasks: Sequence[_Task]) -> Exception:
+    """Return the error that the user sees: one who killed a worker can be asked to stop, a crash will come again."""
+    where = ""
+    if error.progress is not None and error.progress[1] >= 0:
+        task, row = tasks[error.progress[0]], error.progress[1]
+        where = f" while it read {printable(source.name(task.source_split, int(task.ids[row])))}"
+    if error.exit_code is None or -error.exit_code in _KILLED_BY:
+        name = "" if error.exit_code is None else f" by {signal.Signals(-error.exit_code).name}"
+        return AgainError(
+            f"a worker process was killed{name}{where}; nothing was kept. If memory ran out, use a machine with more"
+            " of it, or fewer cores (taskset); run the same command again"
+        )
+    how = signal.Signals(-error.exit_code).name if error.exit_code < 0 else f"exit code {error.exit_code}"
+    return CrashedError(f"a worker process crashed ({how}){where}; nothing was kept. Repair or delete what it read")
 
 
-def _start_worker(source: Source, parent: int) -> None:
-    global _source  # noqa: PLW0603 - the initializer of a pool can only set a global
-    _source = source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-
-    def exit_with_parent() -> None:  # a parent that is killed by SIGKILL cannot end its workers
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def _write_shard(task: _Task) -> _ShardResult:
-    split, name, path, source_split, ids = task
-    images = np.empty((len(ids), *_source.image_shape), np.uint8)
-    unreadable = []
-    for row, index in enumerate(ids.tolist()):
+def _write_shard(source: Source, task: _Task, progress: Callable[[int], None]) -> _ShardResult:
+    """Load the samples of a shard and write those that are readable. Runs in a worker process."""
+    images = np.empty((len(task.ids), *source.image_shape), np.uint8)
+    unreadable: list[tuple[int, str]] = []
+    remarks: list[tuple[int, list[Remark]]] = []
+    for row, index in enumerate(task.ids.tolist()):
+        progress(row)
         try:
-            images[row] = _source.load(source_split, index)
+            images[row], of_sample = _load(source, task.source_split, index)
         except UnreadableError as error:
             unreadable.append((index, str(error)))
-    if unreadable:
-        return _ShardResult(split, None, None, unreadable)
-    shards.write(path, shards.Block(images, _source.labels[source_split][ids], ids))
+            continue
+        if of_sample:
+            remarks.append((index, of_sample))
+    readable = ~np.isin(task.ids, [index for index, _ in unreadable])
+    images, ids = images[readable], task.ids[readable]
+    if len(ids):
+        shards.write(task.path, shards.Block(images, source.labels[task.source_split][ids], ids))
     histogram = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
-    return _ShardResult(split, shards.describe(path, name, len(ids)), histogram, [])
+    shard = None if unreadable else shards.describe(task.path, task.name, len(ids))
+    return _ShardResult(shard, histogram, unreadable, remarks)
 
 
-def _describe(lanes: Mapping[SplitName, int], results: Iterable[_ShardResult], source: Source) -> _Content:
+def _load(source: Source, split: str, index: int) -> tuple[NDArray[np.uint8], list[Remark]]:
+    """Return an image, and what should be known about it."""
+    try:
+        with recorded_warnings() as caught:
+            image = source.load(split, index)
+    except MemoryError:
+        name = printable(source.name(split, index))
+        raise AgainError(f"{name}: there is not enough memory to decode it; nothing was kept") from None
+    messages = [warning.message for warning in caught]
+    remarks: list[Remark] = [message if isinstance(message, DepthWarning) else str(message) for message in messages]
+    if is_flat(image):
+        remarks.append(FLAT)
+    return image, list(dict.fromkeys(remarks))
+
+
+class _Decoded:
+    """A source whose samples an earlier attempt wrote to shards, as far as they are there."""
+
+    def __init__(self, source: Source, tasks: Sequence[_Task], results: Sequence[_ShardResult]) -> None:
+        self.classes, self.image_shape, self.labels = source.classes, source.image_shape, source.labels
+        self._source = source
+        self._paths = [task.path for task in tasks]
+        self._file = {split: np.full(len(labels), -1) for split, labels in source.labels.items()}
+        self._offset = {split: np.zeros(len(labels), np.int64) for split, labels in source.labels.items()}
+        self._sample_bytes = int(np.prod(source.image_shape))
+        for number, (task, result) in enumerate(zip(tasks, results, strict=True)):
+            ids = task.ids[~np.isin(task.ids, [index for index, _ in result.unreadable])]
+            if len(ids):
+                self._file[task.source_split][ids] = number
+                self._offset[task.source_split][ids] = shards.image_offsets(task.path, self._sample_bytes)
+
+    def name(self, split: str, index: int) -> str:
+        return self._source.name(split, index)
+
+    def load(self, split: str, index: int) -> NDArray[np.uint8]:
+        number = self._file[split][index]
+        if number < 0:
+            return self._source.load(split, index)
+        offset = int(self._offset[split][index])
+        return np.fromfile(self._paths[number], np.uint8, self._sample_bytes, offset=offset).reshape(self.image_shape)
+
+
+def _describe(
+    lanes: Mapping[SplitName, int], tasks: Sequence[_Task], results: Sequence[_ShardResult], source: Source
+) -> _Content:
     entries: dict[SplitName, list[Shard]] = {split: [] for split in lanes}
     histogram = np.zeros((source.image_shape[2], 256), np.int64)
-    for result in results:
+    for task, result in zip(tasks, results, strict=True):
         assert result.shard is not None
-        assert result.histogram is not None
-        entries[result.split].append(result.shard)
-        if result.split == "train":
+        entries[task.split].append(result.shard)
+        if task.split == "train":
             histogram += result.histogram
     # The histogram has integers, so mean and std have the same bits for any order of the sums.
     level = np.arange(256) / 255
@@ -388,48 +573,44 @@ def _describe(lanes: Mapping[SplitName, int], results: Iterable[_ShardResult], s
     return _Content(splits, mean.tolist(), std.tolist())
 
 
-def _existing(out: Path, request: Mapping[str, Any]) -> Dataset:
-    """Return the data set that is in `out`, if it was made with the requested options."""
+def _existing(out: Path, request: Mapping[str, Any], open_source: Callable[[Path], Source]) -> Dataset:
+    """Return the data set that is in `out`, if it was made with the requested options from as many images."""
     dataset = manifest.read(out)
-    made_with = {key: value for key, value in dataset.manifest.source.items() if key != "skipped"}
-    differing = sorted(key for key in {*made_with, *request} if made_with.get(key) != request.get(key))
-    if differing:
+    made_with = {k: v for k, v in dataset.manifest.source.items() if k not in ("skipped", "listed", "labels")}
+    differences = [
+        f"{key}: {printable(str(made_with.get(key)))}, now {printable(str(request.get(key)))}"
+        for key in sorted({*made_with, *request})
+        if made_with.get(key) != request.get(key)
+    ]
+    how = "with other options"
+    if not differences and request["kind"] not in FIXED_BY_OPTIONS:
+        how = "from other images"
+        beside = out.parent if os.access(out.parent, os.W_OK) else None  # it has had space for the same before
+        try:
+            with tempfile.TemporaryDirectory(prefix=".distrain-", dir=beside) as work:
+                differences = list(_other_images(dataset.manifest, open_source(Path(work))))
+        except OSError as error:
+            raise DataError(f"{error.filename or out}: {error.strerror or error}; {out} was not changed") from error
+    if differences:
         raise ConfigError(
-            f"{out}: already has a data set that was prepared with other options ("
-            + ", ".join(f"{key}: {made_with.get(key)}, now {request.get(key)}" for key in differing)
-            + "); choose another --out, or delete it"
+            f"{out}: already has a data set that was prepared {how} ({', '.join(differences)}); choose another --out,"
+            " or delete it"
         )
     return dataset
 
 
-def _start(out: Path) -> Path:
-    """Make an empty OUT/.partial; remove the files of an interrupted run."""
-    work = out / ".partial"
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; choose another --out")
-    if work.exists():
-        for leftover in (work, *(out / split for split in _SPLITS)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    elif out.exists() and any(entry.name != "lost+found" for entry in out.iterdir()):
-        raise ConfigError(f"{out}: is neither empty nor a data set; choose another --out")
-    try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be created: {error.strerror}") from error
-    return work
-
-
-def _remove(out: Path, work: Path, created: bool) -> None:
-    (out / manifest.NAME).unlink(missing_ok=True)  # first: without it, the folder is not a data set
-    for leftover in (out if created else work, *(out / split for split in _SPLITS)):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _finish(out: Path, work: Path, new_manifest: Manifest) -> None:
-    for split in new_manifest.splits:
-        for file in (work / split).iterdir():
-            files.sync(file)
-        (work / split).rename(out / split)
-    files.sync(out)
-    files.replace(out / manifest.NAME, manifest.to_json(new_manifest))
-    shutil.rmtree(work)
+def _other_images(existing: Manifest, source: Source) -> Iterator[str]:
+    """Yield the differences between the classes and numbers of images of a data set and of a source."""
+    for text, here, there in (
+        ("without class", existing.classes, source.classes),
+        ("with class", source.classes, existing.classes),
+    ):
+        missing = [repr(name) for name in here if name not in set(there)]
+        if missing:
+            yield f"now {text} {', '.join(shortened(missing, 3))}"
+    before, now = existing.source.get("listed", {}), _listed(source)
+    for split in _SPLITS:
+        if before.get(split, 0) != now["listed"].get(split, 0):
+            yield f"{split}: {before.get(split, 0):,} images, now {now['listed'].get(split, 0):,}"
+    if existing.source.get("labels") != now["labels"]:
+        yield "images per class differ"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,7 +50,10 @@ class Block(NamedTuple):
 
 
 def write(path: Path, block: Block, block_samples: int = BLOCK_SAMPLES) -> None:
-    """Write a shard file. The same block always gives the same bytes."""
+    """Write a shard file. The same block in a file of the same name, `train/00003.tar`, always gives the same bytes.
+
+    Keys are unique in the data set, `train-00003-00001024`, as some readers expect of samples.
+    """
     with path.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
         for start in range(0, len(block.ids), block_samples):
             part = slice(start, start + block_samples)
@@ -58,7 +62,8 @@ def write(path: Path, block: Block, block_samples: int = BLOCK_SAMPLES) -> None:
                 LABELS: block.labels[part],
                 IDS: block.ids[part],
             }
-            tar.write({"__key__": f"{start:08d}"} | {name: _npy(array) for name, array in arrays.items()})
+            key = f"{path.parent.name}-{path.stem}-{start:08d}"
+            tar.write({"__key__": key} | {name: _npy(array) for name, array in arrays.items()})
 
 
 def describe(path: Path, name: str, samples: int) -> Shard:
@@ -70,6 +75,19 @@ def describe(path: Path, name: str, samples: int) -> Shard:
         bytes=len(data),
         **{name: digest(data) for name, digest in _DIGESTS.items()},
     )
+
+
+def image_offsets(path: Path, sample_bytes: int) -> NDArray[np.int64]:
+    """Return the position of the pixels of each image in a shard file that `write` wrote: int64 [N]."""
+    positions = []
+    with tarfile.open(path) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            if member.name.endswith(f".{IMAGES}") and file is not None:
+                np.lib.format.read_magic(file)
+                (samples, *_), _, _ = np.lib.format.read_array_header_1_0(file)
+                positions.append(member.offset_data + file.tell() + sample_bytes * np.arange(samples))
+    return np.concatenate(positions)
 
 
 def read(

@@ -1,6 +1,7 @@
 """One worker process among its peers.
 
 runtime: devices, precision, what accelerate prepares · gradients: forward and backward passes under DDP · collectives:
-sums and agreements · rendezvous: how the processes find each other · watchdog: time-outs · peer_store: error records
-beside the collectives · accelerate_check: what `accelerate launch` was asked for.
+sums and agreements · losses: whether a peer is gone · rendezvous: how the processes find each other · interfaces: of
+the network · watchdog: time-outs · peer_store: error records beside the collectives · accelerate_check: the settings
+of `accelerate launch`.
 """

@@ -6,6 +6,8 @@ All processes make the same calls in the same order. A single process gets its o
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrain import signals
+from distrain.distributed import losses
 from distrain.distributed.peer_store import PeerStore
-from distrain.distributed.rendezvous import report_loss
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import World
 from distrain.errors import AgainError, PeerLostError, SaveError, Stopped, UserError
@@ -23,8 +25,13 @@ from distrain.failure_report import Failure, PeerFailedError
 
 T = TypeVar("T")
 
+log = logging.getLogger("distrain")
+
 POLL_SECONDS = 0.25
 """About how often the processes agree on whether to stop."""
+
+_GONE_SECONDS = 2.0
+"""Longest wait, after a collective has failed, for a broken connection or the error record of a peer."""
 
 _RAISED_BY_ALL = (UserError, AgainError, SaveError)
 """Errors that all processes raise at the same step, or that say that another one is gone already."""
@@ -171,21 +178,40 @@ class Collectives:
 
     @contextlib.contextmanager
     def detect_loss(self) -> Iterator[None]:
-        """Run what may contain collectives of a library.
+        """Run what may contain collectives of a library, beside the user's code.
+
+        An exception is a loss only if a collective raised it and a peer is gone; any other one is raised as it is.
 
         Raises:
             PeerFailedError: another process failed, and recorded why.
             PeerLostError: another process is gone.
         """
         try:
-            with report_loss("another process is gone") if self._world.size > 1 else contextlib.nullcontext():
-                yield
-        except PeerLostError:
-            self.broken = True
-            failure = self._peer_store.first_failure() if self._peer_store is not None else None
-            if failure is not None:
-                raise PeerFailedError(failure) from None
+            yield
+        except Exception as error:
+            if self._world.size > 1 and losses.raised_by_collective(error):  # guard: where-it-was-raised
+                self._raise_loss(error)
             raise
+
+    def _raise_loss(self, error: Exception) -> None:
+        """Raise what became of the peer that a collective has lost; return if no peer is gone."""
+        deadline = time.monotonic() + _GONE_SECONDS
+        while True:
+            gone = losses.lost_ranks(self._world, self._control)  # guard: no-peer-is-gone
+            failure = self._peer_store.first_failure() if self._peer_store is not None else None
+            if gone or failure is not None:
+                break
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_GONE_SECONDS / 20)
+        self.broken = True
+        log.debug("a collective failed: %s", error)
+        if failure is not None:
+            raise PeerFailedError(failure) from None
+        names = ", ".join(f"rank {rank}" for rank in gone)
+        if self._peer_store is not None:
+            names = self._peer_store.describe(self._peer_store.first_lost(self._world.rank, gone))
+        raise PeerLostError(f"another process is gone: {names}") from error  # guard: lost-peer
 
     @contextlib.contextmanager
     def fail_alone(self) -> Iterator[None]:

@@ -8,13 +8,22 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distrain.failure_report import Failure
 
 _TIMEOUT_SECONDS = 5.0
 _FAILED = "distrain/failed"
+
+
+def here_key(rank: int) -> str:
+    """Return the key under which a process has left the name of its host."""
+    return f"distrain/here/{rank}"
+
+
+def _lost_key(rank: int) -> str:
+    return f"distrain/lost/{rank}"
 
 
 class PeerStore:
@@ -42,6 +51,37 @@ class PeerStore:
 
         self._bounded(read)
         return failures[0] if failures else None
+
+    def first_lost(self, rank: int, gone: Iterable[int]) -> list[int]:
+        """Return which of the ranks that are gone were lost first, and record it for the others.
+
+        A process that lost a peer ends too; it has recorded whom it lost.
+        """
+        first = set(gone)
+
+        def read() -> None:
+            recorded = [key for key in (_lost_key(other) for other in gone) if self._store.check([key])]
+            survivors = {other for other in gone if _lost_key(other) in recorded}
+            known = (first - survivors).union(*(json.loads(self._store.get(key)) for key in recorded)) - {rank}
+            if known:
+                first.clear()
+                first.update(known)
+            self._store.set(_lost_key(rank), json.dumps(sorted(first)))
+
+        self._bounded(read)
+        return sorted(first)
+
+    def describe(self, ranks: Iterable[int]) -> str:
+        """Return ranks with the names of their hosts, as far as these are known."""
+        ranks, hosts = list(ranks), {}
+
+        def read() -> None:
+            for rank in ranks:
+                if self._store.check([here_key(rank)]):
+                    hosts[rank] = self._store.get(here_key(rank)).decode()
+
+        self._bounded(read)
+        return ", ".join(f"rank {rank} on {hosts[rank]}" if rank in hosts else f"rank {rank}" for rank in ranks)
 
     def report_stuck(self, rank: int, report: Mapping[str, Any]) -> None:
         """Report the state of a process that makes no progress."""

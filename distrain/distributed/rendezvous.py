@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
+import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from distrain import signals
-from distrain.distributed.peer_store import PeerStore
+from distrain.distributed import interfaces
+from distrain.distributed.peer_store import PeerStore, here_key
 from distrain.distributed.watchdog import Watchdog
-from distrain.environment import Environment
-from distrain.errors import AgainError, ConfigError, PeerLostError, Stopped
+from distrain.environment import Environment, World
+from distrain.errors import ConfigError, PeerLostError, Stopped
 from distrain.failure_report import PeerFailedError
 
 NO_TIMEOUT = timedelta(hours=24)
 """Time-out of the collectives: the watchdog, which knows the phase and who is behind, ends a wait earlier."""
 
-_STARTS = itertools.count()
-
 _STOP_SECONDS = 5.0
 """Longest wait, after a stop request, for processes that have not arrived: with them, all stop together."""
 
 _LINGER_SECONDS = 2.0
+_POLL_SECONDS = 0.02
+
+T = TypeVar("T")
+
+log = logging.getLogger("distrain")
 
 
 def connect(environment: Environment, seconds: float, watchdog: Watchdog) -> Any:
@@ -50,41 +54,67 @@ def connect(environment: Environment, seconds: float, watchdog: Watchdog) -> Any
         )
     watchdog.heartbeat()  # the deadline here, which can name who is missing, comes before the watchdog's
     with report_loss(f"the processes could not meet at {environment.rendezvous}"):
-        return run_part(_store(environment, seconds))
+        return meet(_store(environment, seconds), environment.world, seconds)
 
 
-def run_part(store: Any) -> Any:
-    """Return a part of the store for one run.
+def meet(store: Any, world: World, seconds: float) -> Any:
+    """Return the part of the store for this run of these processes, once all of them are there.
 
-    Under torchrun the store outlives a run: another run of the same processes must not read its keys.
+    The store may have served an earlier run: torchrun's outlives the processes that it starts again, and counts its
+    restarts on each node separately. So rank 0 names a new part, and at last writes there the list of those that have
+    arrived in it. A process that reads the name of an earlier part is not on that part's list, and looks again.
+
+    Raises:
+        ConfigError: the processes expect different numbers of each other.
+        PeerLostError: one did not arrive within `seconds`.
+        Stopped: a stop was requested before all had arrived.
     """
-    return PrefixStore(f"distrain/{next(_STARTS)}", store)
+    here = _Rendezvous(store, world)
+    arrivals = _wait(here.poll, here.missing, world, seconds)
+    numbers = sorted({arrival.size for arrival in arrivals})
+    if len(numbers) > 1:  # guard: same-numbers
+        raise ConfigError(
+            f"nodes differ: one expects {numbers[0]} processes, another one {numbers[1]}: give every node the same"
+            " --nproc and --nodes"
+        )
+    return here.part
+
+
+def meet_in_group(seconds: float) -> Any:
+    """Return the part of the default group's store for this run; the user's program has created that group."""
+    store = dist.distributed_c10d._get_default_store()
+    with report_loss("the processes could not meet at the store of their group"):
+        return meet(store, World(dist.get_rank(), dist.get_world_size()), seconds)
 
 
 def join(
     environment: Environment, store: Any, peer_store: PeerStore, backend: str, seconds: float, watchdog: Watchdog
 ) -> None:
-    """Create the default process group, once all processes have arrived.
+    """Create the default process group, once all processes are ready for it.
 
     Raises:
-        ConfigError: the processes expect different numbers of each other, or different devices.
+        ConfigError: the processes are on different devices, or the environment names an interface that does not exist.
         PeerFailedError: one of them cannot start.
-        PeerLostError: one did not arrive within `seconds`.
-        Stopped: a stop was requested before all had arrived.
+        PeerLostError: one was not ready within `seconds`.
+        Stopped: a stop was requested before all were ready.
     """
     world = environment.world
+    remote = environment.master_address if environment.several_nodes else None
+    interfaces.check(os.environ, backend, remote, interfaces.addresses())  # guard: interfaces
     with report_loss(f"the processes could not meet at {environment.rendezvous}"):
-        _wait_for_all(environment, store, peer_store, backend, time.monotonic() + seconds)
         watchdog.heartbeat()
-        if environment.several_nodes:
-            interface = _interface(str(environment.master_address), environment.master_port or 0)
-            if interface is not None:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        if backend == "nccl":
-            # The watchdog ends a wait and says why; NCCL's own would abort the process without a message of ours.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-            os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-            torch.cuda.set_device(environment.local_rank)
+        _wait_until_ready(environment, store, peer_store, backend, seconds)
+        watchdog.heartbeat()
+    if environment.several_nodes:
+        interface = interfaces.towards(str(environment.master_address), environment.master_port or 0)
+        if interface is not None:
+            os.environ.setdefault(interfaces.GLOO, interface)
+    if backend == "nccl":
+        # The watchdog ends a wait and says why; NCCL's own would abort the process without a message of ours.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+        torch.cuda.set_device(environment.local_rank)
+    with report_loss("the processes could not connect to each other"):
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=NO_TIMEOUT)
 
 
@@ -92,27 +122,6 @@ def linger(environment: Environment) -> None:
     """Keep serving the store for a moment on rank 0, so that processes of other nodes can read why it exits."""
     if environment.is_main and environment.several_nodes:
         time.sleep(_LINGER_SECONDS)
-
-
-def _interface(host: str, port: int) -> str | None:
-    """Return the network interface towards the first node, for gloo.
-
-    Gloo would use the address of this host's name, which is a loopback address where /etc/hosts says so.
-    """
-    interfaces = {
-        entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries if name != "lo"
-    }
-    with contextlib.suppress(OSError):
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
-            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect(address)  # sends nothing
-                # On the first node itself this is the loopback, but the address is one of its interfaces'.
-                for local in (str(address[0]), probe.getsockname()[0]):
-                    if local in interfaces:
-                        return interfaces[local]
-    # /etc/hosts may map the first node's name to a loopback address, which no other node can reach.
-    candidates = {name for address, name in interfaces.items() if address.count(".") == 3}
-    return candidates.pop() if len(candidates) == 1 else None
 
 
 def _store(environment: Environment, seconds: float) -> Any:
@@ -147,50 +156,113 @@ def _wait_for_server(environment: Environment, deadline: float) -> None:
         time.sleep(0.1)
 
 
-def _wait_for_all(environment: Environment, store: Any, peer_store: PeerStore, backend: str, deadline: float) -> None:
-    """Wait until every process has arrived, and expects as many as this one, on the same kind of device."""
-    rank, size = environment.world.rank, environment.world.size
-    expected_here = f"{size} processes with {backend}"
-    expected = store.compare_set("distrain/size", "", expected_here).decode()
-    if expected != expected_here:  # guard: same-numbers
+class _Arrival(NamedTuple):
+    """A process that has arrived: a name that no other one has, its rank, the number of processes it expects."""
+
+    name: str
+    rank: int
+    size: int
+
+
+class _Rendezvous:
+    """All processes of a run find the same new part of a store that may hold the keys of earlier runs."""
+
+    def __init__(self, store: Any, world: World) -> None:
+        self._store, self._world = store, world
+        self._here = _Arrival(uuid.uuid4().hex, world.rank, world.size)
+        self.part: Any = None
+        self._part_name: str | None = None
+        if world.rank == 0:
+            self._enter(self._here.name)
+            store.set("distrain/run", self._here.name)
+
+    def poll(self) -> list[_Arrival] | None:
+        """Return the processes of the run once all have arrived, this one among them."""
+        if self._world.rank and self._store.check(["distrain/run"]):
+            name = self._store.get("distrain/run").decode()
+            if name != self._part_name:
+                self._enter(name)
+        if self.part is None:
+            return None
+        if self._world.rank == 0:
+            arrivals = self._arrivals()
+            wrong = any(arrival.size != self._world.size for arrival in arrivals)
+            if wrong or {arrival.rank for arrival in arrivals} == set(range(self._world.size)):
+                self.part.set("met", json.dumps(arrivals))
+                return arrivals
+        elif self.part.check(["met"]):
+            arrivals = [_Arrival(*each) for each in json.loads(self.part.get("met"))]
+            return arrivals if self._here in arrivals else None  # guard: fresh-part
+        return None
+
+    def missing(self) -> list[int]:
+        """Return the ranks that have not arrived."""
+        arrived = {arrival.rank for arrival in self._arrivals()} if self.part is not None else {self._world.rank}
+        return sorted(set(range(self._world.size)) - arrived)
+
+    def _enter(self, name: str) -> None:
+        self.part, self._part_name = PrefixStore(f"distrain/{name}", self._store), name
+        self.part.set(f"arrival/{self.part.add('arrivals', 1)}", json.dumps(self._here))
+
+    def _arrivals(self) -> list[_Arrival]:
+        keys = [f"arrival/{number}" for number in range(1, self.part.add("arrivals", 0) + 1)]
+        return [_Arrival(*json.loads(self.part.get(key))) for key in keys if self.part.check([key])]
+
+
+def _wait_until_ready(
+    environment: Environment, store: Any, peer_store: PeerStore, backend: str, seconds: float
+) -> None:
+    """Wait until every process is ready to compute, on the same kind of device."""
+    expected = store.compare_set("distrain/backend", "", backend).decode()
+    if expected != backend:
         raise ConfigError(
-            f"nodes differ: one expects {expected}, another one {expected_here}: give every node the same --nproc and"
-            " --nodes, and see that all have their GPUs (or set run.device)"
+            f"nodes differ: one communicates with {expected}, another one with {backend}: see that all have their GPUs,"
+            " or set run.device"
         )
-    store.set(f"distrain/here/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
-    if store.add("distrain/arrived", 1) == size:
-        store.set("distrain/all", "1")
-    stop_seen_at = None
-    while not store.check(["distrain/all"]):
+    ranks = range(environment.world.size)
+    store.set(here_key(environment.world.rank), socket.gethostname())
+
+    def poll() -> bool | None:
         failure = peer_store.first_failure()  # guard: failure-while-waiting
         if failure is not None:
             linger(environment)
             raise PeerFailedError(failure)
+        return store.check([here_key(rank) for rank in ranks]) or None
+
+    def missing() -> list[int]:
+        return [rank for rank in ranks if not store.check([here_key(rank)])]
+
+    _wait(poll, missing, environment.world, seconds)
+
+
+def _wait(poll: Callable[[], T | None], missing: Callable[[], Sequence[int]], world: World, seconds: float) -> T:
+    """Wait for a result of `poll`, which depends on the other processes."""
+    deadline, stop_seen_at = time.monotonic() + seconds, None
+    while (result := poll()) is None:
         stop_seen_at = stop_seen_at or (time.monotonic() if signals.requested() else None)
         if stop_seen_at and time.monotonic() - stop_seen_at > _STOP_SECONDS:
             by = signals.requested_by()
             raise Stopped(f"stopped{by} while it waited for other processes; nothing had to be saved")
         if time.monotonic() > deadline:  # guard: rendezvous-deadline
-            missing = [str(other) for other in range(size) if not store.check([f"distrain/here/{other}"])]
-            raise PeerLostError(f"{size} processes were requested; rank {', '.join(missing)} did not arrive")
-        time.sleep(0.05)
+            names = ", ".join(str(rank) for rank in missing())
+            raise PeerLostError(f"{world.size} processes were requested; rank {names} did not arrive")
+        time.sleep(_POLL_SECONDS)
+    return result
 
 
 @contextlib.contextmanager
 def report_loss(message: str) -> Iterator[None]:
-    """Raise PeerLostError for whatever torch raises when another process is gone."""
+    """Raise PeerLostError for what torch raises in its own code when another process is gone.
+
+    Its store has exception types of its own, whose text is for people; gloo has neither.
+    """
     try:
         yield
-    except (AgainError, ConfigError, PeerFailedError):
-        raise
-    except (RuntimeError, ValueError, OSError) as error:
-        if _is_loss(error):
-            first_line = str(error).strip().partition("\n")[0][:300]
-            raise PeerLostError(f"{message}: {first_line}") from error
-        raise
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Whether an exception says that another process, or the link to it, is gone; gloo has no type of its own."""
-    names = ("gloo", "nccl", "connection", "tcpstore", "broken pipe", "timed out", "socket")
-    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in names)  # guard: lost-peer
+    except (dist.DistError, OSError) as error:
+        first_line = str(error).strip().partition("\n")[0][:300]
+        raise PeerLostError(f"{message}: {first_line}") from error
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        log.debug("%s: %s", message, error)
+        raise PeerLostError(f"{message}: one of them ended, or its address cannot be reached") from error

@@ -165,7 +165,7 @@ def start(options: Options, environment: Environment, watchdog: Watchdog) -> Run
     if _broken:
         raise PeerLostError("a run lost its peers in this process; start another run in a new process")
     if dist.is_initialized():
-        store = rendezvous.run_part(dist.distributed_c10d._get_default_store()) if dist.get_world_size() > 1 else None
+        store = rendezvous.meet_in_group(options.start_seconds) if dist.get_world_size() > 1 else None
     elif environment.world.size > 1:
         store = rendezvous.connect(environment, options.start_seconds, watchdog)
     else:
@@ -212,7 +212,7 @@ def _start(
         raise ConfigError(f"run.device={options.device}, but this process got {accelerator.device}")
     control = None
     if world.size > 1:
-        with rendezvous.report_loss("another process is gone"):
+        with rendezvous.report_loss("the processes could not connect to each other"):
             control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=rendezvous.NO_TIMEOUT)
     dtype = torch.float64 if options.precision == "fp64" else torch.float32
     collectives = Collectives(world, control, watchdog, peer_store)

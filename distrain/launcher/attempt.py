@@ -56,15 +56,22 @@ class AttemptRecord:
         return Verdict(EXIT_FAULT, f"{_without_progress(self._idle)}, each killed without a report")
 
     def crash_elsewhere(self, nodes: int, verdict: Verdict) -> Verdict:
-        """Replace the verdict `a peer was lost` if another node recorded a fault: only its launcher saw the crash."""
+        """Replace the verdict `a peer was lost` by what another node recorded: only its launcher saw the process end.
+
+        A fault of the program on any node comes first, then a process that was killed.
+        """
         deadline = time.monotonic() + _NODES_SECONDS
         while True:
             records = [exit_record.read_node(_node_file(self._run, node)) for node in range(1, nodes)]
             new = [record for record in records if record and record not in self._nodes_before]
-            for record in new:
-                if record["code"] not in (EXIT_OK, EXIT_AGAIN):
-                    return Verdict(int(record["code"]), f"{record['host']}: {record['reason']}", verdict.first)
-            if len(new) == nodes - 1 or time.monotonic() > deadline:
+            faults = [record for record in new if record["code"] not in (EXIT_OK, EXIT_AGAIN)]
+            killed = [record for record in new if record["killed"]]  # guard: killed-elsewhere
+            complete = len(new) == nodes - 1 or time.monotonic() > deadline
+            causes = faults or (killed if complete and not _was_killed(verdict) else [])
+            if causes:
+                first = min(causes, key=lambda record: record["time"])
+                return Verdict(int(first["code"]), f"{first['host']}: {first['reason']}")
+            if complete:
                 return verdict
             time.sleep(0.2)
 
@@ -111,10 +118,21 @@ def record_node(run: Path, node: int, verdict: Verdict) -> None:
     """Leave the verdict of a node other than the first one for the first node's launcher, if the run has a folder."""
     if not run.is_dir():
         return
-    content = {"code": verdict.code, "reason": verdict.reason, "host": socket.gethostname(), "time": time.time()}
+    content = {
+        "code": verdict.code,
+        "reason": verdict.reason,
+        "killed": _was_killed(verdict),
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
     with contextlib.suppress(OSError):
         (run / NODES).mkdir(exist_ok=True)
         exit_record.write(_node_file(run, node), content)
+
+
+def _was_killed(verdict: Verdict) -> bool:
+    """Whether the process that failed first was ended by a signal."""
+    return verdict.first is not None and verdict.first.code < 0
 
 
 def is_done(config: Config) -> bool:

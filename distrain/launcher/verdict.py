@@ -27,6 +27,7 @@ class WorkerExit:
         status: its last status.
         time: seconds since the epoch.
         by_launcher: whether this launcher killed it.
+        unfinished: whether its command was not done.
     """
 
     rank: int
@@ -35,6 +36,12 @@ class WorkerExit:
     status: WorkerStatus
     time: float
     by_launcher: bool
+    unfinished: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended otherwise than by finishing its command; code that it runs may call `os._exit(0)`."""
+        return self.code != EXIT_OK or self.unfinished  # guard: left-early
 
     @property
     def kind(self) -> str | None:
@@ -70,9 +77,9 @@ def decide(exits: Sequence[WorkerExit], stop_signal: str | None, can_resume: boo
         stop_signal: the signal by which this launcher was asked to stop; None if it was not.
         can_resume: whether a verified checkpoint exists, or nothing that could be lost.
     """
-    if not any(end.code for end in exits):
+    if not any(end.failed for end in exits):
         return Verdict(EXIT_OK, "done")
-    failed = [end for end in sorted(exits, key=lambda end: end.time) if end.code and not end.by_launcher]
+    failed = [end for end in sorted(exits, key=lambda end: end.time) if end.failed and not end.by_launcher]
     for end in failed:
         if end.code == EXIT_NEVER_AGAIN:
             return Verdict(EXIT_NEVER_AGAIN, _reason(end), end)
@@ -105,7 +112,8 @@ def _reason(end: WorkerExit) -> str:
     if end.code < 0:
         memory = " (out of memory, or from outside)" if -end.code == signal.SIGKILL else ""
         return f"rank {end.rank} was ended by {signal.Signals(-end.code).name}{memory} {where}"
-    return f"rank {end.rank} ended with {end.code} {where}"
+    before = ", before its command was done" if end.code == EXIT_OK else ""
+    return f"rank {end.rank} ended with {end.code} {where}{before}"
 
 
 def format_verdict(verdict: Verdict) -> str:
@@ -124,7 +132,9 @@ def _first_failure(end: WorkerExit) -> list[str]:
         rank, host, phase, step = failure.rank, failure.host, failure.phase, failure.step
     lines = []
     if failure is None or failure.kind != "user" or step:
-        lines = [f"distrain: rank {rank} failed first", f"  host   {host}", f"  phase  {phase}, step {step:,}"]
+        # One that lost a peer, or a server, is not where the failure began.
+        what = "ended" if failure is not None and failure.kind == "peer" else "failed first"
+        lines = [f"distrain: rank {rank} {what}", f"  host   {host}", f"  phase  {phase}, step {step:,}"]
     elif host != socket.gethostname():
         lines = [f"distrain: on {host}:"]
     if failure is not None and failure.traceback:  # guard: show-traceback

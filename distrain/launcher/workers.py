@@ -15,7 +15,7 @@ from types import FrameType
 from typing import IO
 
 from distrain.environment import LAUNCHER, STATUS_FOLDER, STORE_SOCKET
-from distrain.failure_report import read_failure
+from distrain.failure_report import is_unfinished, mark_unfinished, read_failure
 from distrain.launcher.cluster import Topology
 from distrain.launcher.verdict import WorkerExit
 from distrain.worker_status import WorkerStatus, read_status
@@ -99,6 +99,7 @@ class Workers:
             if store is not None and rank == 0 and size > 1:
                 descriptors = (store.fileno(),)
                 variables[STORE_SOCKET] = store.fileno()
+            mark_unfinished(folder, rank)
             with _output(logs, rank) as output:
                 self._running[rank] = subprocess.Popen(
                     [sys.executable, str(PROGRAM), *arguments],
@@ -124,7 +125,7 @@ class Workers:
                 stopped_at = now if stopped_at is None else stopped_at
                 self._send(self._running, number)
             exits += self._collect()
-            if failed_at is None and any(end.code for end in exits):
+            if failed_at is None and any(end.failed for end in exits):
                 failed_at = now
             if stopped_at is not None and now - stopped_at > grace:  # guard: grace
                 self._kill(self._running)
@@ -144,7 +145,8 @@ class Workers:
                 by_launcher = rank in self._killed | self._aborted
                 failure = read_failure(self._folder, rank)
                 when = failure.time if failure is not None else time.time()
-                exits.append(WorkerExit(rank, code, failure, self._status(rank), when, by_launcher))
+                unfinished = is_unfinished(self._folder, rank)
+                exits.append(WorkerExit(rank, code, failure, self._status(rank), when, by_launcher, unfinished))
         return exits
 
     def _end_others(self, seconds: float, grace: float, hung: bool) -> None:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrain import config, plugins
-from distrain.errors import ConfigError
-from distrain.models import from_torchvision
+from distrain.errors import ConfigError, DataError
+from distrain.models import from_torchvision, weight_files
 from distrain.models.batch_norm import can_be_synchronised
 from distrain.models.net import Net
 from distrain.models.resnet9 import ResNet9
 from distrain.models.small import Small
-from distrain.text import shortened
+from distrain.text import printable, shortened
 
 _BUILT_IN: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {"small": Small, "resnet9": ResNet9}
-
-_PICKLES = (".pt", ".pth", ".bin")
 
 
 def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
@@ -105,6 +105,30 @@ def check_output(name: str, model: nn.Module, images: Tensor, num_classes: int) 
         )
 
 
+def norms_of_one_value(model: nn.Module, image: Tensor) -> list[tuple[str, nn.Module]]:
+    """Return names and layers of the BatchNorm of a model that get one value of each channel from a single image.
+
+    For such a layer, the variance over a batch of one image does not exist. Layers that the model keeps in evaluation
+    mode are not named. Buffers do not change.
+    """
+    training = model.training
+    named = {name: layer for name, layer in model.train().named_modules() if isinstance(layer, _BatchNorm)}
+    named = {name: layer for name, layer in named.items() if layer.training}
+    with_one_value: set[nn.Module] = set()
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs[0].dim() > 1 and inputs[0].numel() == inputs[0].shape[1]:
+            with_one_value.add(layer)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in named.values()]
+    with torch.no_grad():
+        model.eval()(image)
+    for hook in hooks:
+        hook.remove()
+    model.train(training)
+    return [(name, layer) for name, layer in named.items() if layer in with_one_value]
+
+
 def check_gradients(name: str, model: nn.Module) -> None:
     """Check, after a backward pass, that all trainable parameters have gradients, even if these are zeros.
 
@@ -119,32 +143,129 @@ def check_gradients(name: str, model: nn.Module) -> None:
         )
 
 
-def initialise(model: nn.Module, path: Path) -> str | None:
-    """Load weights from a file into a model. A head for another number of classes is re-initialised.
+def initialise(model: nn.Module, path: Path, classes: Sequence[str]) -> list[str]:
+    """Load weights from a file into a model. A head for other classes is re-initialised.
 
     Args:
         model: the model, with newly initialised weights.
-        path: a safetensors file, or a state dict saved by `torch.save` (.pt, .pth, .bin). Only tensors are unpickled.
+        path: a safetensors file, or a state dict saved by `torch.save`. Only tensors are unpickled.
+        classes: the names of the model's classes.
 
     Returns:
-        A message that names the re-initialised layer, or None.
+        Messages for the user: what was guessed, re-initialised or kept.
 
     Raises:
-        ConfigError: the file cannot be read, or has the weights of another model.
+        ConfigError: the file cannot be read, or has weights that this model cannot have.
     """
-    weights = _read_weights(path)
+    file = weight_files.read(path)
     state = model.state_dict()
+    weights, notes = weight_files.match(file.weights, state.keys())
     head = _head(state)
     differing = [name for name in state if name not in weights or weights[name].shape != state[name].shape]
     unexpected = [name for name in weights if name not in state]
-    if unexpected or any(not head or not name.startswith(f"{head}.") or name not in weights for name in differing):
+    if unexpected or not all(_is_other_head(name, head, weights.get(name), state[name]) for name in differing):
         names = ", ".join(shortened([*differing, *unexpected], 5))
         raise ConfigError(f"model.init={path}: has the weights of another model; they differ in {names}")
-    model.load_state_dict({name: state[name] if name in differing else value for name, value in weights.items()})
-    if not differing:
-        return None
-    first = differing[0]
-    return f"{head} is re-initialised: {len(weights[first])} classes in {path}, {len(state[first])} in the data set"
+    retained, note = _compare_classes(f"model.init={path}", state, head, differing, weights, file.classes, classes)
+    weights = {name: value if name in retained else state[name] for name, value in weights.items()}
+    casts = _check_types(f"model.init={path}", weights, state)
+    model.load_state_dict(weights)
+    check_finite(model, f"model.init={path}")
+    return [*file.notes, *notes, *casts, note]
+
+
+def _is_other_head(name: str, head: str, value: Tensor | None, expected: Tensor) -> bool:
+    """Whether a tensor belongs to a head for another number of classes."""
+    return (
+        bool(head)
+        and name.startswith(f"{head}.")
+        and value is not None
+        and 0 < value.dim() == expected.dim()
+        and value.shape[1:] == expected.shape[1:]
+    )
+
+
+def _compare_classes(
+    subject: str,
+    state: Mapping[str, Tensor],
+    head: str,
+    differing: Sequence[str],
+    weights: Mapping[str, Tensor],
+    trained: list[str] | None,
+    classes: Sequence[str],
+) -> tuple[set[str], str]:
+    """Return the names of the weights to load, and a message about the head."""
+    number = len(classes)
+    if differing:
+        other = len(weights[differing[0]])
+        reason = f"{other} classes in the file, {len(state[differing[0]])} in the data set"
+    elif trained is None:
+        return set(state), f"{head or 'the head'} is kept: the file does not name its classes, but has {number} too"
+    elif trained == list(classes):
+        return set(state), f"{head or 'the head'} is kept: the file has the same classes"
+    elif sorted(trained) == sorted(classes):
+        reason = "the file has the same classes in another order"
+    else:
+        names = [printable(name) for name in trained if name not in set(classes)]
+        reason = f"the classes have other names in the file: {', '.join(shortened(names, 3))}"
+    if not head or not any(name.startswith(f"{head}.") and state[name].shape[:1] == (number,) for name in state):
+        raise ConfigError(f"{subject}: {reason}, and the layer that computes the logits is not the model's last one")
+    return {name for name in state if not name.startswith(f"{head}.")}, f"{head} is re-initialised: {reason}"
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_types(subject: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Check that weights can be converted to the types of a model's; return a message if that is needed.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    floats = {name for name, value in state.items() if value.is_floating_point()}
+    wrong = [
+        f"{name} ({_type(value)})"
+        for name, value in weights.items()
+        if value.layout != torch.strided
+        or value.is_quantized
+        or value.is_meta
+        or (value.dtype not in _FLOATS if name in floats else value.dtype != state[name].dtype)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{subject}: weights should be dense, of float16, bfloat16, float32 or float64, but not"
+            f" {', '.join(shortened(wrong, 5))}; convert them first"
+        )
+    types = sorted({f"{_type(weights[name])} to {_type(state[name])}" for name in floats & weights.keys()
+                    if weights[name].dtype != state[name].dtype})  # fmt: skip
+    return [f"weights are converted from {', '.join(types)}"] if types else []
+
+
+def _type(value: Tensor) -> str:
+    kind = "without content, " if value.is_meta else "sparse, " if value.layout != torch.strided else ""
+    return kind + str(value.dtype).removeprefix("torch.")
+
+
+def check_finite(model: nn.Module, subject: str) -> None:
+    """Check that the weights of a model are finite; `subject` begins the message.
+
+    Raises:
+        DataError: some are NaN or infinite.
+    """
+    names = not_finite(model)
+    if names:
+        raise DataError(f"{subject}: weights are NaN or infinite: {', '.join(shortened(names, 5))}; use other weights")
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Return the names of the parameters, and of the statistics of BatchNorm, that are not finite.
+
+    Other buffers may be infinite, such as the mask of an attention layer. Waits for the device.
+    """
+    statistics = ("running_mean", "running_var")
+    named = [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0].endswith(statistics))]
+    finite = torch.stack([value.isfinite().all() for _, value in named]).tolist()
+    return [name for (name, _), good in zip(named, finite, strict=True) if not good]
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor], name: str, checkpoint: Path) -> None:
@@ -152,12 +273,15 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], name: str, checkpoint:
 
     Raises:
         ConfigError: the model's class has changed since.
+        DataError: weights are not finite.
     """
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.name={name}: has changed since {checkpoint} was saved: {reason}") from error
+    _check_types(str(checkpoint), weights, model.state_dict())
+    check_finite(model, str(checkpoint))
 
 
 def digest(model: nn.Module) -> str:
@@ -174,23 +298,6 @@ def _head(state: dict[str, Tensor]) -> str:
     return list(state)[-1].rpartition(".")[0]
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    try:
-        if path.suffix in _PICKLES:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            weights = safetensors.torch.load(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"model.init={path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # both libraries raise various errors for other files
-        raise ConfigError(f"model.init={path}: has no weights ({str(error).splitlines()[0]})") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ConfigError(f"model.init={path}: is not a state dict; save `model.state_dict()`")
-    return weights
-
-
 def world_size_dependent(model: nn.Module, accumulates: bool = False) -> list[str]:
     """Return the types of the layers that make the trained model depend on the number of processes.
 
@@ -205,7 +312,7 @@ def world_size_dependent(model: nn.Module, accumulates: bool = False) -> list[st
 
 
 def _depends_on_local_batch(layer: nn.Module, accumulates: bool) -> bool:
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+    if isinstance(layer, _BatchNorm):
         return accumulates or not can_be_synchronised(layer)
     if isinstance(layer, nn.modules.dropout._DropoutNd):
         return layer.p > 0

@@ -38,11 +38,13 @@ class GlobalBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (x.dim() - 2)
         local_count = wide.new_tensor([x.numel() // x.shape[1]])
         sums = _sum(torch.cat([wide.sum(axes), local_count]))
-        count = sums[-1]
+        total = sums[-1]
+        count = total.clamp(min=1)  # a micro-batch may be empty on all ranks: then nothing is updated
         mean = sums[:-1] / count
         centred = wide - mean.view(shape)
         variance = _sum(centred.square().sum(axes)) / count
-        self._update_running(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        if total > 0:
+            self._update_running(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight

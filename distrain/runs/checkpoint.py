@@ -67,7 +67,14 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Any) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Any,
+    metadata: dict[str, str] | None = None,
+) -> Path:
     """Write a checkpoint, so that it is complete on disk or not there at all; return its path.
 
     Args:
@@ -76,6 +83,7 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappin
         model: the model's state dict.
         optimizer: the optimizer's tensors (`optim.state_tensors`).
         state: whatever else the run needs, as JSON; `step` is added.
+        metadata: of the file with the model's weights, so that a copy of this file has it too.
 
     Raises:
         OSError: no space, no permission …; the part that was written is removed.
@@ -85,7 +93,7 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappin
     target = path_of(folder, step)
     work = folder / f"{_PARTIAL}{target.name}"
     content = {
-        MODEL: safetensors.torch.save(_without_shared_memory(model)),
+        MODEL: safetensors.torch.save(_without_shared_memory(model), metadata),
         _OPTIMIZER: safetensors.torch.save(_without_shared_memory(optimizer)),
         _STATE: records.to_json({**state, "step": step}).encode(),
     }

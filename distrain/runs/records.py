@@ -93,6 +93,8 @@ class NodeExit(Record):
     code: Annotated[int, Field(ge=0, le=255)]
     reason: str
     host: str
+    killed: bool
+    time: Amount
 
 
 class _SetupData(Part):
@@ -153,9 +155,9 @@ class Result(Record):
     accuracy: Fraction
     correct: Count
     total: Positive
-    loss: float
+    loss: Finite
     accuracy_by_class: Annotated[dict[str, Fraction | None], Field(min_length=1)]
-    confusion_matrix: list[list[Count]]
+    confusion: list[Annotated[list[Count], Field(min_length=3, max_length=3)]]
     steps: Count
     epochs: Amount
     world_size: Positive
@@ -165,12 +167,15 @@ class Result(Record):
     checkpoint: Step
     val_accuracy: Fraction | None
     profile: dict[str, Finite]
+    warnings: list[str]
 
     @model_validator(mode="after")
     def _fits(self) -> Result:
-        classes, rows = len(self.accuracy_by_class), self.confusion_matrix
-        if len(rows) != classes or any(len(row) != classes for row in rows):
-            raise ValueError(f"confusion_matrix: not a row and a column for each of {classes} classes")
+        classes = len(self.accuracy_by_class)
+        if any(true >= classes or predicted >= classes for true, predicted, _ in self.confusion):
+            raise ValueError(f"confusion: has classes beyond the {classes} of accuracy_by_class")
+        if sum(count for *_, count in self.confusion) != self.total:
+            raise ValueError(f"confusion: its counts do not sum to {self.total}")
         return self
 
 
@@ -191,6 +196,9 @@ class State(Record):
     seconds: Amount
     losses: dict[str, Any]
     scaler: Any
+    peak: _Best | None = None
+    collapsed: bool = False
+    warnings: list[str] = []
 
 
 class Digests(Record):

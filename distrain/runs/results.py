@@ -1,11 +1,17 @@
-"""The accuracy of each class, computed from a confusion matrix."""
+"""The scores of an evaluation: which classes were predicted as which, and the accuracy of each class."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distrain.text import percent
+
+Ints = NDArray[np.int64]
 
 
 class ClassAccuracy(NamedTuple):
@@ -16,28 +22,125 @@ class ClassAccuracy(NamedTuple):
     samples: int
 
 
-def accuracy_by_class(classes: Sequence[str], confusion_matrix: Sequence[Sequence[int]]) -> list[ClassAccuracy]:
-    """Return the accuracy of each class, in the order of the classes.
+@dataclass(frozen=True)
+class Confusion:
+    """The number of samples of each true class that were predicted as each class.
 
-    Args:
-        classes: K names.
-        confusion_matrix: K rows of K counts; row = true class, column = predicted class.
+    Only the pairs of classes that occur are stored: of K classes there are K² pairs, but at most as many occur as there
+    are samples.
+
+    Attributes:
+        num_classes: K.
+        true: int64 [P], the true class of each pair; the pairs are in ascending order.
+        predicted: int64 [P].
+        count: int64 [P], number of samples.
     """
-    rows = []
-    for index, (name, counts) in enumerate(zip(classes, confusion_matrix, strict=True)):
-        samples = sum(counts)
-        rows.append(ClassAccuracy(name, counts[index] / samples if samples else None, samples))
-    return rows
+
+    num_classes: int
+    true: Ints
+    predicted: Ints
+    count: Ints
+
+    @classmethod
+    def of_codes(cls, codes: Ints, counts: Ints, num_classes: int) -> Confusion:
+        """Add up the counts of equal codes, which are true class · K + predicted class."""
+        unique, index = np.unique(codes, return_inverse=True)
+        sums = np.zeros(len(unique), np.int64)
+        np.add.at(sums, index, counts)
+        return cls(num_classes, *np.divmod(unique, num_classes), sums)
+
+    def plus(self, others: Iterable[Confusion]) -> Confusion:
+        """Return the sum of the counts of several parts of a split."""
+        parts = [self, *others]
+        codes = [part.true * self.num_classes + part.predicted for part in parts]
+        return Confusion.of_codes(
+            np.concatenate(codes), np.concatenate([part.count for part in parts]), self.num_classes
+        )
+
+    @classmethod
+    def of_result(cls, result: dict[str, Any]) -> Confusion:
+        """Return the confusion in the content of RUN/result.json."""
+        rows = np.array(result["confusion"], np.int64).reshape(-1, 3)
+        return cls(len(result["accuracy_by_class"]), *rows.T)
+
+    def as_rows(self) -> list[list[int]]:
+        """Return `[true, predicted, count]` for each pair of classes that occurs, for JSON."""
+        return np.stack([self.true, self.predicted, self.count], 1).tolist()  # type: ignore[no-any-return]
+
+    @property
+    def total(self) -> int:
+        """Number of samples."""
+        return int(self.count.sum())
+
+    @property
+    def correct(self) -> int:
+        """Number of samples whose class was predicted."""
+        return int(self.count[self.true == self.predicted].sum())
+
+    def samples_by_class(self) -> Ints:
+        """Return the number of samples of each true class: int64 [K]."""
+        return self._sums(self.true, self.count)
+
+    def correct_by_class(self) -> Ints:
+        """Return the number of samples of each class that were predicted as this class: int64 [K]."""
+        right = self.true == self.predicted
+        return self._sums(self.true[right], self.count[right])
+
+    def most_frequent_mistakes(self, limit: int) -> list[tuple[int, int, int]]:
+        """Return `(true, predicted, count)` of the most frequent pairs of two different classes."""
+        wrong = np.flatnonzero(self.true != self.predicted)
+        first = wrong[np.argsort(-self.count[wrong], kind="stable")[:limit]]
+        return [(int(self.true[k]), int(self.predicted[k]), int(self.count[k])) for k in first]
+
+    def most_confused(self, limit: int) -> list[int]:
+        """Return the classes with the most mistakes, at most `limit`, in ascending order."""
+        wrong = self.true != self.predicted
+        mistakes = self._sums(self.true[wrong], self.count[wrong]) + self._sums(
+            self.predicted[wrong], self.count[wrong]
+        )
+        return sorted(np.argsort(-mistakes, kind="stable")[:limit].tolist())
+
+    def matrix(self, classes: Sequence[int]) -> Ints:
+        """Return the counts among some classes: int64 [n, n], row = true class, column = predicted class."""
+        index = np.full(self.num_classes, -1)
+        index[list(classes)] = np.arange(len(classes))
+        row, column = index[self.true], index[self.predicted]
+        shown = (row >= 0) & (column >= 0)
+        matrix = np.zeros((len(classes), len(classes)), np.int64)
+        matrix[row[shown], column[shown]] = self.count[shown]
+        return matrix
+
+    def _sums(self, classes: Ints, counts: Ints) -> Ints:
+        sums = np.zeros(self.num_classes, np.int64)
+        np.add.at(sums, classes, counts)
+        return sums
+
+
+def accuracy_by_class(classes: Sequence[str], confusion: Confusion) -> list[ClassAccuracy]:
+    """Return the accuracy of each of K classes, in their order."""
+    counts = zip(classes, confusion.samples_by_class().tolist(), confusion.correct_by_class().tolist(), strict=True)
+    return [ClassAccuracy(name, right / samples if samples else None, samples) for name, samples, right in counts]
 
 
 def classes_of(result: dict[str, Any]) -> list[ClassAccuracy]:
     """Return the accuracy of each class from the content of RUN/result.json."""
-    return accuracy_by_class(list(result["accuracy_by_class"]), result["confusion_matrix"])
+    return accuracy_by_class(list(result["accuracy_by_class"]), Confusion.of_result(result))
 
 
 def accuracy_line(split: str, total: int, accuracy: float) -> str:
     """Format the accuracy on a split, as the commands print it."""
     return f"Accuracy of the network on the {total} {split} images: {percent(accuracy)}"
+
+
+def step_of(result: dict[str, Any]) -> int:
+    """Return the step of the checkpoint that the accuracy in RUN/result.json belongs to."""
+    return int(result["checkpoint"].rpartition("-")[2])
+
+
+def describe_checkpoint(result: dict[str, Any]) -> str:
+    """Say which checkpoint the accuracy in RUN/result.json belongs to, and why this one."""
+    why = "the last" if result["val_accuracy"] is None else f"the best on val, {100 * result['val_accuracy']:.1f} %"
+    return f"step {step_of(result):,} ({why})"
 
 
 def lowest_first(rows: Iterable[ClassAccuracy]) -> list[ClassAccuracy]:

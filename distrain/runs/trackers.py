@@ -23,7 +23,7 @@ from distrain.config import Wandb
 from distrain.errors import AgainError, ConfigError, DataError
 from distrain.runs import records, results
 from distrain.runs.folder import AUGMENTED, METRICS, MISCLASSIFIED, TENSORBOARD, read_lines, read_pictures
-from distrain.runs.results import ClassAccuracy
+from distrain.runs.results import ClassAccuracy, Confusion
 from distrain.text import percent
 
 log = logging.getLogger("distrain")
@@ -31,6 +31,8 @@ log = logging.getLogger("distrain")
 CLOSE_SECONDS = 60.0
 _MAX_CLASSES = 40
 """Classes of a confusion matrix that fits on a screen: with K classes it has K² cells."""
+_MAX_ROWS = 10_000
+"""Rows of a table that wandb shows; of more classes those with the lowest accuracies are sent."""
 _ID_FILE = "wandb-id"
 
 Warn = Callable[[str], None]
@@ -58,9 +60,7 @@ class FinishedRun:
 
     def most_confused(self) -> list[int]:
         """Return the classes with the most mistakes, as many as fit on a screen, as labels in ascending order."""
-        matrix = np.array(self.result["confusion_matrix"])
-        mistakes = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
-        return sorted(np.argsort(-mistakes, kind="stable")[:_MAX_CLASSES].tolist())
+        return Confusion.of_result(self.result).most_confused(_MAX_CLASSES)
 
     def captioned(self) -> Iterator[tuple[NDArray[Any], str]]:
         """Yield misclassified images uint8 [H, W, C], most confident first, with captions `true → predicted, 87.5%`."""
@@ -348,12 +348,17 @@ class WandbMirror(Tracker):
         from PIL import Image
 
         shown, names = finished.most_confused(), finished.classes
-        matrix = finished.result["confusion_matrix"]
-        cells = [[names[i], names[j], matrix[i][j]] for i in shown for j in shown]
+        matrix = Confusion.of_result(finished.result).matrix(shown).tolist()
+        cells = [
+            [names[i], names[j], count]
+            for i, row in zip(shown, matrix, strict=True)
+            for j, count in zip(shown, row, strict=True)
+        ]
         selection = f", the {len(shown)} of {len(names)} classes with most mistakes" if len(shown) < len(names) else ""
         columns = ["Actual", "Predicted", "nPredictions"]
         by_class = wandb.Table(
-            columns=["class", "accuracy", "samples"], data=[list(row) for row in finished.accuracy_by_class()]
+            columns=["class", "accuracy", "samples"],
+            data=[list(row) for row in finished.accuracy_by_class()[:_MAX_ROWS]],
         )
         confusion = wandb.Table(columns=columns, data=cells)
         # As files of the run, not as artifacts: these would be in a home directory until they are sent, where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,10 +19,10 @@ from distrain.data.manifest import Dataset
 from distrain.distributed.collectives import StopAgreed
 from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment
-from distrain.errors import ConfigError, Stopped
+from distrain.errors import ConfigError, DataError, Stopped
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Checkpoint
-from distrain.tools.loaded_model import choose
+from distrain.runs.choice import choose
 from distrain.training import evaluation
 from distrain.training.evaluation import Scores
 from distrain.training.setup import build_model, check_same_data, read_data, start_runtime, start_watchdog
@@ -91,7 +92,10 @@ def _evaluate(config: Config, dataset: Dataset, split: str, saved: Checkpoint, r
         torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
         for key in ("mean", "std")
     )
-    return evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt)
+    scores = evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt)
+    if not math.isfinite(scores.loss):
+        raise DataError(f"{saved.path}: its model gives logits for {split} that are not finite; use another checkpoint")
+    return scores
 
 
 def _load_model(config: Config, dataset: Dataset, saved: Checkpoint, rt: Runtime) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from distrain.data.sources import UnreadableError
-from distrain.data.sources.images import read_image
+from distrain.data.sources import DepthWarning, UnreadableError, recorded_warnings
+from distrain.data.sources.images import Decoding, read_image
 from distrain.errors import ConfigError, DataError
 from distrain.files import read
-from distrain.text import percent, printable, shortened
+from distrain.text import counted, percent, printable, shortened
 from distrain.tools import loaded_model
+
+log = logging.getLogger("distrain")
 
 _BATCH_SIZE = 64
 _MAX_REPORTED = 10
@@ -42,35 +45,38 @@ def predict(run: Path, files: Sequence[Path], which: str | None, device: str) ->
     model = loaded_model.load(run, which, chosen_device)
     if model.image_shape[2] not in (1, 3):
         raise ConfigError(f"{run}: its images have {model.image_shape[2]} channels; image files have 1 or 3")
-    _check(files, model.image_shape)
+    decoding = Decoding.of(model.source)
+    _check(files, model.image_shape, decoding)
     for start in range(0, len(files), _BATCH_SIZE):
         batch = files[start : start + _BATCH_SIZE]
-        images = torch.from_numpy(np.stack([read_image(read(file, _MAX_BYTES), model.image_shape) for file in batch]))
+        with recorded_warnings():  # `_check` has shown them
+            pixels = [read_image(read(file, _MAX_BYTES), model.image_shape, decoding) for file in batch]
+        images = torch.from_numpy(np.stack(pixels))
         for file, row in zip(batch, model.probabilities(images), strict=True):
             order = row.argsort(descending=True, stable=True).tolist()
             yield {"file": str(file), "classes": {model.classes[k]: float(row[k]) for k in order}}
 
 
-def _check(files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:
+def _check(files: Sequence[Path], image_shape: tuple[int, int, int], decoding: Decoding) -> None:
     """Read all files once, so that a bad one among thousands is reported before the first prediction."""
-    problems = []
+    problems: list[str] = []
+    remarks: list[tuple[str, Path]] = []
     for file in files:
-        problem = _problem(file, image_shape)
-        if problem is not None:
-            problems.append(f"{printable(str(file))}: {problem}")
+        try:
+            with recorded_warnings() as caught:
+                read_image(read(file, _MAX_BYTES), image_shape, decoding)
+        except OSError as error:
+            problems.append(f"{printable(str(file))}: {error.strerror or str(error)}")
+        except UnreadableError as error:
+            problems.append(f"{printable(str(file))}: {printable(error)}")
+        else:
+            texts = {str(warning.message) for warning in caught if not isinstance(warning.message, DepthWarning)}
+            remarks.extend((text, file) for text in sorted(texts))
     if problems:
         header = f"{len(problems)} of the images cannot be read:"
         raise DataError("\n  ".join([header, *shortened(problems, _MAX_REPORTED)]))
-
-
-def _problem(file: Path, image_shape: tuple[int, int, int]) -> str | None:
-    try:
-        read_image(read(file, _MAX_BYTES), image_shape)
-    except OSError as error:
-        return error.strerror or str(error)
-    except UnreadableError as error:
-        return printable(error)
-    return None
+    if remarks:
+        log.warning("%s", "\n  ".join([f"remarks on the {len(files):,} images:", *counted(remarks, str)]))
 
 
 def format_prediction(prediction: dict[str, Any], top: int, as_json: bool) -> str:

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from distrain.runs import attempts, checkpoint, folder, lease
+from distrain.runs import attempts, checkpoint, folder, lease, results
 from distrain.runs.folder import RunRecord
 from distrain.text import clock, percent, plural
 
@@ -64,7 +64,9 @@ def format_status(status: dict[str, Any]) -> str:
         rows.append(("loss", f"{status['loss']:.4f}"))
     result = status["accuracy"]
     if result is not None:
-        rows.append(("accuracy", f"{percent(result['accuracy'])} on {result['split']} after step {result['step']:,}"))
+        why = f" ({result['why']})" if result.get("why") else ""
+        text = f"{percent(result['accuracy'])} on {result['split']} after step {result['step']:,}{why}"
+        rows.append(("accuracy", text))
     saved = status["checkpoint"]
     rows.append(("saved", f"step {saved['step']:,}, {clock(saved['age'])} ago" if saved else "nothing yet"))
     attempt = status["attempt"]
@@ -99,7 +101,9 @@ def _state(record: RunRecord) -> str:
 def _accuracy(record: RunRecord) -> dict[str, Any] | None:
     """The result's accuracy, or else that of the newest evaluation."""
     if record.result is not None:
-        return {"accuracy": record.result["accuracy"], "split": "test", "step": record.result["steps"]}
+        why = "the last" if record.result["val_accuracy"] is None else "the best on val"
+        step = results.step_of(record.result)
+        return {"accuracy": record.result["accuracy"], "split": "test", "step": step, "why": why}
     for line in reversed(record.lines):
         for split in ("val", "test"):
             if f"{split}/accuracy" in line:

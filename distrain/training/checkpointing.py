@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ from typing import Any
 from distrain import files, models, signals
 from distrain.errors import BusyError, ConfigError, DataError, FolderLostError
 from distrain.failure_report import failure_of, report_failure
+from distrain.models.weight_files import CLASSES
 from distrain.runs import attempts, checkpoint, lease, logs, records
 from distrain.runs import folder as run_folder
 from distrain.runs.checkpoint import Checkpoint
@@ -201,7 +203,8 @@ class Checkpointer:
         tensors = optim.state_tensors(model.optimizer)
         if model.ema is not None:
             tensors |= {_TRAINED_WEIGHTS + name: value for name, value in model.module.state_dict().items()}
-        checkpoint.save(job.checkpoints, step, model.eval_model.state_dict(), tensors, state)
+        metadata = {CLASSES: json.dumps(job.dataset.manifest.classes)}
+        checkpoint.save(job.checkpoints, step, model.eval_model.state_dict(), tensors, state, metadata)
         try:
             checkpoint.prune(job.checkpoints, settings.keep, settings.keep_every, best_step)
         except OSError as error:  # the new checkpoint is committed: an old one that remains is worth a warning only

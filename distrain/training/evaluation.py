@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,37 +24,31 @@ from distrain.distributed.runtime import Runtime
 from distrain.errors import DataError
 from distrain.progress import Bar
 from distrain.runs import results
+from distrain.runs.results import Confusion
 from distrain.training.augment import normalize
 
 Collect = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
+_MAX_PENDING = 1000
+"""Batches whose predictions are on the device before they are counted."""
+
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a split.
+    """The scores of a split: the number of samples by true and predicted class, and the mean cross-entropy."""
 
-    Attributes:
-        confusion: int64 [K, K], row = true class, column = predicted.
-        loss: mean cross-entropy.
-    """
-
-    confusion: Tensor
+    confusion: Confusion
     loss: float
 
     @property
     def total(self) -> int:
         """Number of samples scored."""
-        return int(self.confusion.sum())
-
-    @property
-    def correct(self) -> int:
-        """Number of samples whose class was predicted."""
-        return int(self.confusion.diagonal().sum())
+        return self.confusion.total
 
     @property
     def accuracy(self) -> float:
         """Fraction of the samples whose class was predicted."""
-        return self.correct / self.total
+        return self.confusion.correct / self.confusion.total
 
     def line(self, split: str) -> str:
         """Format the accuracy as the last line of a run."""
@@ -61,16 +56,37 @@ class Scores:
 
     def as_dict(self, classes: list[str]) -> dict[str, Any]:
         """Return the scores for JSON; the accuracy of a class without samples is null."""
-        confusion_matrix = self.confusion.tolist()
-        by_class = results.accuracy_by_class(classes, confusion_matrix)
         return {
             "accuracy": self.accuracy,
-            "correct": self.correct,
+            "correct": self.confusion.correct,
             "total": self.total,
             "loss": self.loss,
-            "accuracy_by_class": {row.name: row.accuracy for row in by_class},
-            "confusion_matrix": confusion_matrix,
+            "accuracy_by_class": {row.name: row.accuracy for row in results.accuracy_by_class(classes, self.confusion)},
+            "confusion": self.confusion.as_rows(),
         }
+
+
+class _PairCounter:
+    """Counts the pairs of true and predicted classes; on the device, and without waiting for it at each batch."""
+
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._pending: list[Tensor] = []
+        self._counted = Confusion.of_codes(np.zeros(0, np.int64), np.zeros(0, np.int64), num_classes)
+
+    def add(self, truth: Tensor, predicted: Tensor) -> None:
+        """Count a batch: int64 [n] each."""
+        self._pending.append(truth * self._num_classes + predicted)
+        if len(self._pending) >= _MAX_PENDING:
+            self.counted()
+
+    def counted(self) -> Confusion:
+        """Return the counts of all batches so far."""
+        if self._pending:
+            codes = torch.cat(self._pending).cpu().numpy()
+            self._pending.clear()
+            self._counted = Confusion.of_codes(codes, np.ones_like(codes), self._num_classes).plus([self._counted])
+        return self._counted
 
 
 @torch.no_grad()
@@ -101,15 +117,14 @@ def evaluate(
         StopAgreed: on all processes, if one was asked to stop.
     """
     startup.waits_for(None)
-    num_classes = len(dataset.manifest.classes)
-    # Counts and the loss travel in one vector of fp64, which holds integers exactly up to 2**53.
-    sums = torch.zeros(num_classes**2 + 1, dtype=torch.float64, device=runtime.device)
+    counter = _PairCounter(len(dataset.manifest.classes))
+    loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
 
     def score(images: Tensor, labels: Tensor, ids: Tensor) -> None:
         images, truth = images.to(runtime.device), labels.to(runtime.device)
         logits = model(normalize(images, mean, std))
-        sums[:-1] += torch.bincount(truth * num_classes + logits.argmax(1), minlength=num_classes**2)
-        sums[-1] += F.cross_entropy(logits, truth, reduction="sum")
+        counter.add(truth, logits.argmax(1))
+        loss.add_(F.cross_entropy(logits, truth, reduction="sum"))
         if collect is not None:
             collect(images, ids.to(runtime.device), truth, logits)
 
@@ -122,12 +137,14 @@ def evaluate(
     ):
         _for_each(batches, score, runtime, bar)
     model.train(training)
-    runtime.collectives.sum(sums)
-    total, expected = int(sums[:-1].sum()), dataset.split(split).samples
-    if total != expected:
-        raise DataError(f"{dataset.root}: {total} samples of {split} were scored, the manifest has {expected}")
-    confusion = sums[:-1].to(torch.int64).reshape(num_classes, num_classes).cpu()
-    return Scores(confusion, float(sums[-1]) / total)
+    first, *others = runtime.collectives.from_all((counter.counted(), float(loss)))
+    confusion = first[0].plus([each for each, _ in others])
+    expected = dataset.split(split).samples
+    if confusion.total != expected:
+        raise DataError(
+            f"{dataset.root}: {confusion.total} samples of {split} were scored, the manifest has {expected}"
+        )
+    return Scores(confusion, sum((each for _, each in others), first[1]) / expected)
 
 
 def _for_each(

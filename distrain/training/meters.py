@@ -14,6 +14,9 @@ from distrain.runs import checkpoint
 from distrain.training.job import Job
 from distrain.training.profiling import Profile
 
+_MAX_PENDING = 4096
+"""Losses that are kept before they are read, where nothing is logged, evaluated or saved."""
+
 
 class LossMeter:
     """Collects the losses of steps. They stay on the device until they are read: no step waits for the host."""
@@ -46,6 +49,11 @@ class LossMeter:
     def add(self, loss: Tensor) -> None:
         """Add the loss of a step, summed over the samples of this process."""
         self._pending.append(loss)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the losses should be read, to bound the memory; the answer is the same on all processes."""
+        return len(self._pending) >= _MAX_PENDING
 
     def restart_clock(self) -> None:
         """Do not count the time since the last step as training."""

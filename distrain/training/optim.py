@@ -1,12 +1,19 @@
-"""Optimizers by name, and the learning rate as a pure function of the step."""
+"""Optimizers by name, the learning rate as a pure function of the step, and the average of the weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from distrain.config import Train
+
+_FEW_STEPS_PER_EPOCH, _FEW_STEPS = 10, 500
+"""Steps of an epoch, and of a run, below which most models learn little."""
 
 
 def build(
@@ -40,6 +47,57 @@ def learning_rate(step: int, total_steps: int, schedule: str, peak: float, warmu
         return peak * progress / warmup_fraction
     remaining = (1 - progress) / (1 - warmup_fraction)
     return peak * (remaining if schedule == "one_cycle" else 0.5 * (1 - math.cos(math.pi * remaining)))
+
+
+def advice(train: Train, images: int, fewest: int) -> str | None:
+    """Return better values for a run that would make only a few steps, as arguments to type; else None.
+
+    Args:
+        train: section `train` of the configuration.
+        images: number of images that an epoch uses.
+        fewest: smallest global batch that is possible.
+    """
+    batch, steps_per_epoch = train.global_batch_size, images // train.global_batch_size
+    steps = train.max_steps or (train.epochs or 0) * steps_per_epoch
+    if steps_per_epoch >= _FEW_STEPS_PER_EPOCH or steps >= _FEW_STEPS:
+        return None
+    power = 2 ** max(3, (images // _FEW_STEPS_PER_EPOCH).bit_length() - 1)
+    smaller = max(fewest, min(batch, power))
+    values = []
+    if smaller < batch:
+        values.append(f"train.global_batch_size={smaller}")
+        if train.optimizer == "sgd":  # its updates are proportional to the learning rate
+            values.append(f"train.lr={train.lr * smaller / batch:.2g}")
+    if train.max_steps is not None:
+        values.append(f"train.max_steps={2 * _FEW_STEPS}")
+    else:
+        values.append(f"train.epochs={-(-2 * _FEW_STEPS // max(images // smaller, 1))}")
+    return " ".join(values)
+
+
+def ema_decay(limit: float, updates: int) -> float:
+    """Return the decay of an EMA that was updated `updates` times: it rises from 0.1 to the limit.
+
+    With the limit from the start, the average would consist of the first weights for about 1 / (1 - limit) steps.
+    """
+    return min(limit, (1 + updates) / (10 + updates))
+
+
+def make_ema(module: nn.Module, limit: float) -> AveragedModel:
+    """Return the exponential moving average (EMA) of a module's weights and floating-point buffers.
+
+    Each update computes decay · EMA + (1 - decay) · weights, with the decay of `ema_decay`. Buffers of integers, such
+    as indices, are copied.
+    """
+
+    def update(averaged: Any, current: Any, _: Any) -> None:
+        if averaged[0].is_floating_point() or averaged[0].is_complex():
+            get_ema_multi_avg_fn(ema_decay(limit, int(ema.n_averaged)))(averaged, current, _)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    ema = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+    return ema
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

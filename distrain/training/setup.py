@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from distrain import address, models, startup
 from distrain.config import Config, identity, public
@@ -30,6 +30,9 @@ from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError
 from distrain.failure_report import PeerFailedError
+from distrain.models.batch_norm import can_be_synchronised
+from distrain.runs import checkpoint
+from distrain.runs.choice import choose
 from distrain.runs.folder import STACKS
 from distrain.runs.trackers import check_tensorboard
 from distrain.text import plural, shortened
@@ -146,11 +149,11 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     _check_augmentation(config, dataset)
     fewest, most = order.local_batch_sizes(world.size)
     accumulation_steps = -(-most // (config.train.micro_batch_size or most))
-    module = collectives.all_or_none(
-        lambda: build_model(config, dataset.manifest, runtime.dtype, empty=fewest < accumulation_steps)
-    )
+    smallest = (0,) if fewest < accumulation_steps else ()
+    module = collectives.all_or_none(lambda: build_model(config, dataset.manifest, runtime.dtype, (2, 1, *smallest)))
+    _check_batch_norm(config, module, dataset, order, world.size, accumulation_steps)
     dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
-    start = _initialise(config, module, runtime)
+    start = _initialise(config, module, dataset.manifest.classes, runtime)
     module = runtime.sync_batch_norm(module)
     ema = _make_ema(config, module, runtime)
     distributed, optimizer = _prepare(config, module, runtime)
@@ -171,24 +174,62 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     )
 
 
-def _initialise(config: Config, module: nn.Module, runtime: Runtime) -> dict[str, str]:
+def _check_batch_norm(
+    config: Config, module: nn.Module, dataset: Dataset, order: Order, processes: int, accumulation_steps: int
+) -> None:
+    """Check that every BatchNorm gets more than one value of each channel in every step.
+
+    torch raises in the first step where it does not; on several processes, the variance would silently be 0.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    local, together = order.smallest_micro_batches(processes, accumulation_steps)
+    if local > 1:
+        return
+    height, width, channels = dataset.manifest.image_shape
+    image = torch.zeros(1, channels, height, width, dtype=next(module.parameters()).dtype)
+    norms = models.norms_of_one_value(module, image)
+    alone = [name for name, layer in norms if not (can_be_synchronised(layer) and processes > 1 and together > 1)]
+    if alone:
+        batch, key = ("micro-batch", "micro") if accumulation_steps > 1 else ("local batch", "global")
+        names = ", ".join(shortened(alone, 3))
+        raise ConfigError(
+            f"model.name={config.model.name}: a {batch} can have one image, and BatchNorm {names} gets 1×1 pixels of"
+            f" it: one value has no variance; raise train.{key}_batch_size, or prepare larger images"
+        )
+
+
+def _initialise(config: Config, module: nn.Module, classes: Sequence[str], runtime: Runtime) -> dict[str, str]:
     """Load the weights of `model.init`; return their digest for the identity, whatever the file is called."""
     if config.model.init is None:
         return {}
     path = Path(config.model.init)
-    message = runtime.collectives.all_or_none(lambda: models.initialise(module, path))
-    if message and runtime.is_main:
-        log.info("model.init: %s", message)
+    messages = runtime.collectives.all_or_none(lambda: _load_initial(module, path, classes))
+    for message in messages if runtime.is_main else ():
+        log.info("model.init=%s: %s", path, message)
     return {"model.init": models.digest(module)}
 
 
+def _load_initial(module: nn.Module, path: Path, classes: Sequence[str]) -> list[str]:
+    """Load weights from a file, a checkpoint, or the checkpoint of a run that its result is of."""
+    if not path.is_dir():
+        return models.initialise(module, path, classes)
+    chosen, skipped = (path, []) if (path / checkpoint.MODEL).exists() else choose(path, None)
+    checkpoint.load(chosen)  # compares its files with their digests
+    which = f"{chosen.name} is taken, the checkpoint of the run's result: the best on val, or without val the last"
+    return [
+        *skipped,
+        *([which] if chosen != path else []),
+        *models.initialise(module, chosen / checkpoint.MODEL, classes),
+    ]
+
+
 def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> AveragedModel | None:
-    """Create the EMA of the weights: decay · EMA + (1 - decay) · weights after every step."""
     if config.train.ema_decay is None:
         return None
-    average = get_ema_multi_avg_fn(config.train.ema_decay)
-    ema = AveragedModel(module, multi_avg_fn=average, use_buffers=True).to(runtime.device)
-    ema.module = runtime.prepare_eval_model(ema.module)
+    ema = optim.make_ema(module, config.train.ema_decay)
+    ema.module = runtime.prepare_eval_model(ema.module)  # its counter stays on the CPU: no step waits for the device
     return ema
 
 
@@ -222,7 +263,7 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
     if order.steps_per_epoch == 0:
         raise ConfigError(
             f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard:,} samples"
-            f" that an epoch of {dataset.root} can use; lower it"
+            f" that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
         )
     return order
 
@@ -255,15 +296,12 @@ def _check_augmentation(config: Config, dataset: Dataset) -> None:
         )
 
 
-def build_model(config: Config, data: Manifest, dtype: torch.dtype, empty: bool = False) -> nn.Module:
-    """Build the model that the configuration names, with its initial weights, and try it on two black images.
-
-    If a local batch may be `empty`, it is tried on none as well.
+def build_model(config: Config, data: Manifest, dtype: torch.dtype, batch_sizes: Sequence[int] = (2,)) -> nn.Module:
+    """Build the model that the configuration names, with its initial weights, and try it on black images.
 
     Raises:
         ConfigError: it cannot be built, or does not give one logit for each class.
     """
-    batch_sizes = (2, 0) if empty else (2,)
     return models.from_config(config.model, len(data.classes), data.image_shape, config.run.seed, dtype, batch_sizes)
 
 
@@ -316,6 +354,10 @@ def _explain_impossible() -> Iterator[None]:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise ConfigError(
                 f"train.compile: the model cannot be compiled: {message}; set train.compile=off"
+            ) from error
+        if message.startswith("Expected more than 1 "):
+            raise ConfigError(
+                f"model.name: it normalises single values in training ({message}); prepare larger images, or change it"
             ) from error
         if "deterministic" in str(error):
             raise ConfigError(f"train.deterministic: {message}; set it to false, or change the model") from error

@@ -12,7 +12,7 @@ from distrain.data.stream import memory
 from distrain.runs import records, results
 from distrain.runs.folder import SETUP
 from distrain.text import clock, percent, plural, printable
-from distrain.training import profiling
+from distrain.training import optim, profiling
 from distrain.training.checkpointing import os_error_of
 from distrain.training.job import Job
 
@@ -93,12 +93,22 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
 def _log_warnings(job: Job, setup: dict[str, Any]) -> None:
     if "dir" not in job.config.data.model_fields_set:
         log.warning("data.dir was not set: this trains on the default, %s", setup["data"]["dir"])
+    order = job.order
+    better = optim.advice(job.config.train, order.num_shards * order.samples_per_shard, _smallest_batch(job))
+    if better is not None:
+        per_epoch = f"{order.steps_per_epoch} step{'' if order.steps_per_epoch == 1 else 's'} an epoch"
+        log.warning("%s, %s in all: a model learns little in so few; try %s", per_epoch, f"{job.total_steps:,}", better)
     if job.dependent_layers:
         log.warning(
             "model %s has %s: what it learns depends on the number of processes",
             job.config.model.name,
             ", ".join(job.dependent_layers),
         )
+
+
+def _smallest_batch(job: Job) -> int:
+    """Return the smallest global batch that the processes and mixup allow."""
+    return max(job.runtime.world.size, 2 * job.order.lanes if job.config.augment.mixup else 1)
 
 
 def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
@@ -120,6 +130,7 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
         ("memory", f"{memory_use['bytes'] / 2**20:,.0f} MiB of each process for reading{cached}"),
         ("steps", _format_steps(setup)),
         ("saves", _format_saves(job)),
+        ("scores", _format_scores(job)),
         ("run", str(job.folder)),
     )  # fmt: skip
     return [f"{name:<9}{line}" for name, line in lines]
@@ -149,8 +160,17 @@ def _format_saves(job: Job) -> str:
     return f"{', '.join(saves) or 'none'}, and at the end or when stopped"
 
 
+def _format_scores(job: Job) -> str:
+    every = job.config.eval.every_steps
+    during = "once an epoch" if every is None else f"every {every:,} steps" if every else "only at the end"
+    if "val" in job.dataset.manifest.splits:
+        return f"val {during}; the result is that of the best checkpoint on val"
+    curves = f"; test is scored {during}, for the curves" if every != 0 else ""
+    return f"there is no val split: the result is that of the last weights{curves}"
+
+
 def log_result(job: Job, result: dict[str, Any]) -> None:
-    """Log what a run did: steps, speed, time by phase with advice, classes with the lowest accuracies."""
+    """Log what a run did: steps, speed, time by phase with advice, lowest accuracies, checkpoint, warnings."""
     fractions, rate = result["profile"], f"{result['images_per_second']:,.0f}"
     log.info(
         "trained  %s in %s, %s images/s while training", plural(result["steps"], "step"), clock(result["seconds"]), rate
@@ -162,3 +182,6 @@ def log_result(job: Job, result: dict[str, Any]) -> None:
     by_class = results.lowest_first(results.classes_of(result))
     lowest = [(row.name, row.accuracy) for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
     log.info("lowest   %s", ", ".join(f"{printable(name)} {percent(accuracy)}" for name, accuracy in lowest))
+    log.info("result   of the checkpoint of %s", results.describe_checkpoint(result))
+    for warning in result["warnings"]:
+        log.warning("%s", warning)

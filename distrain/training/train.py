@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from distrain import signals, startup
 from distrain.config import Config, from_tree, load
@@ -42,6 +44,7 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environme
     elif not isinstance(config, Config):
         config = load(Path(config))
     with (
+        _torch_defaults(),
         signals.recorded(),
         closing(setup.start_watchdog(config, environment)) as watchdog,
         setup.start_runtime(config, environment, watchdog) as runtime,
@@ -52,3 +55,20 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environme
             state = checkpointer.resume()
             announce(job, state.get("step", 0))
             return Trainer(job, checkpointer, state).run()
+
+
+@contextmanager
+def _torch_defaults() -> Iterator[None]:
+    """Run the block with torch's defaults, whatever the caller has set: they would change the result, or prevent it."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,12 +16,12 @@ from distrain.distributed.collectives import StopAgreed
 from distrain.errors import DataError, SaveError, Stopped
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import TRACE
-from distrain.training import augment, evaluation, pictures, profiling
+from distrain.training import augment, evaluation, health, pictures, profiling
 from distrain.training.checkpointing import Checkpointer, os_error_of
 from distrain.training.evaluation import Scores
 from distrain.training.feed import Feed
 from distrain.training.job import Job
-from distrain.training.meters import LossMeter, check_weights
+from distrain.training.meters import LossMeter, check_weights, diverged
 from distrain.training.profiling import Profile
 from distrain.training.reporting import open_logs
 from distrain.training.step import TrainingStep
@@ -44,6 +45,9 @@ class Trainer:
         self.step: int = state.get("step", 0)
         self.evaluated_step: int = state.get("evaluated_step", 0)
         self.best: dict[str, Any] | None = state.get("best")
+        self._peak: dict[str, Any] | None = state.get("peak")
+        self._collapsed: bool = state.get("collapsed", False)
+        self._warnings: list[str] = state.get("warnings", [])
         self._seconds_before: float = state.get("seconds", 0.0)
         self.losses, self.profile = LossMeter(job), Profile()
         if state:
@@ -58,6 +62,9 @@ class Trainer:
             "step": self.step,
             "evaluated_step": self.evaluated_step,
             "best": self.best,
+            "peak": self._peak,
+            "collapsed": self._collapsed,
+            "warnings": self._warnings,
             "seconds": self.seconds,
             "lines": self.logs.metrics.lines if self.logs.metrics is not None else 0,
             "losses": self.losses.state_dict(),
@@ -128,6 +135,7 @@ class Trainer:
         collector = pictures.Collector()
         scores = self._score("test", collector.add)
         misclassified = collector.over_all(job.runtime)
+        self._check_result(scores)
         result = self._result(scores, step)
         self._record("test", scores)
         self.logs.progress.close()
@@ -174,6 +182,8 @@ class Trainer:
         by_clock = self.stops.is_due(step) and self.stops.poll(step, self.checkpointer.is_due(step))
         write_line = evaluate or save or _is_due(step, config.log.every_steps)
         if not (write_line or by_clock):
+            if self.losses.is_full:
+                self._free_memory()
             return
         self.losses.read(step)  # nothing is evaluated or saved before the loss is known to be finite
         if write_line and self.losses.logged_step < step:
@@ -188,6 +198,13 @@ class Trainer:
             if self.checkpointer.saved_step != step:
                 self.best = best_before  # without a checkpoint it could not be loaded at the end
         self.losses.restart_clock()
+
+    def _free_memory(self) -> None:
+        """Read losses and write audit lines that would stay in memory until the next save."""
+        self.losses.read(self.step)
+        if self.logs.audit is not None:
+            self.checkpointer.check_lease()
+            os_error_of(self.logs.audit.sync)  # lines that cannot be written now stay in memory
 
     def _log(self) -> None:
         """Write a line about the steps since the last one."""
@@ -205,18 +222,47 @@ class Trainer:
         self.evaluated_step = self.step
         self.logs.progress.scores(self.step, split, scores.accuracy, scores.loss)
         self._record(split, scores)
+        self._check_accuracy(split, scores)
         if split != "val" or (self.best is not None and scores.accuracy <= self.best["accuracy"]):
             return False
         self.best = {"step": self.step, "accuracy": scores.accuracy}
         return True
 
+    def _check_accuracy(self, split: str, scores: Scores) -> None:
+        """Warn where the accuracy on the split that is evaluated during the run falls back to chance."""
+        peak = self._peak or {"step": self.step, "accuracy": scores.accuracy}
+        before, self._collapsed = self._collapsed, health.has_collapsed(scores.confusion, peak["accuracy"])
+        if self._collapsed and not before:
+            classes = self.job.dataset.manifest.classes
+            self._warnings.append(
+                health.collapse_warning(split, self.step, scores.confusion, peak["step"], peak["accuracy"], classes)
+            )
+            if self.job.runtime.is_main:
+                log.warning("%s", self._warnings[-1])
+        if scores.accuracy >= peak["accuracy"]:
+            peak = {"step": self.step, "accuracy": scores.accuracy}
+        self._peak = peak
+
+    def _check_result(self, scores: Scores) -> None:
+        """Add the warnings about the result on test."""
+        peak, has_val = self._peak, "val" in self.job.dataset.manifest.splits
+        if not has_val:
+            self._check_accuracy("test", scores)
+            if peak is not None and health.has_dropped(scores.accuracy, peak["accuracy"], scores.total):
+                self._warnings.append(health.drop_warning(scores.accuracy, peak["step"], peak["accuracy"]))
+        if not self._collapsed and health.is_near(scores.accuracy, health.chance(scores.confusion), scores.total):
+            self._warnings.append(health.chance_warning(scores.confusion))
+
     def _score(self, split: str, collect: evaluation.Collect | None = None) -> Scores:
         job, model = self.job, self.job.model
         job.runtime.collectives.broadcast_buffers(model.eval_model)
         batch_size = job.config.eval.batch_size
-        return evaluation.evaluate(
+        scores = evaluation.evaluate(
             model.eval_model, job.dataset, split, model.mean, model.std, batch_size, job.runtime, collect
         )
+        if not math.isfinite(scores.loss):
+            raise diverged(job, self.step - 1, f"the loss on {split} is {scores.loss}")
+        return scores
 
     def _record(self, split: str, scores: Scores) -> None:
         values = {f"{split}/accuracy": scores.accuracy, f"{split}/loss": scores.loss, "seconds": self.seconds}
@@ -284,6 +330,7 @@ class Trainer:
             "precision": job.config.train.precision,
             "device": str(job.runtime.device.type),
             "dependent_layers": job.dependent_layers,
+            "warnings": self._warnings,
             "profile": {name: round(part, 5) for name, part in self.profile.total().items()},
         }
 

@@ -62,7 +62,7 @@ SHARD = "78, the shard is named, everything trained is saved; with the shard res
 STOPS, KILLED, HANGS, DISKS, OWNERS, DATA, CODES, LINKS = (
     f"tests/faults/test_{name}.py" for name in ("stops", "kills", "hangs", "disks", "owners", "data", "codes", "links")
 )
-FETCH = "tests/test_fetch.py"
+FETCH, LOSSES, RENDEZVOUS = "tests/test_fetch.py", "tests/test_losses.py", "tests/test_rendezvous.py"
 
 FAULTS = [
     Fault("signal while torch is imported", "start", "75, nothing had to be saved",
@@ -92,7 +92,7 @@ FAULTS = [
           "all ranks wait together, between two steps, and agree on stopping meanwhile", "stop-while-busy", NEVER,
           f"{STOPS}::test_stop_while_data_does_not_arrive"),
     Fault("a rank killed", "train", AGAIN, "the loss of a peer is distinguished from a fault of the program",
-          "lost-peer", replace("return False"), f"{KILLED}::test_a_killed_worker[rank1]"),
+          "lost-peer", replace("return"), f"{KILLED}::test_a_killed_worker[rank1]"),
     Fault("rank 0 killed", "train", AGAIN, "lines logged after the checkpoint are cut back", "cut-back-logs", DROP,
           f"{KILLED}::test_a_killed_worker[rank0]"),
     Fault("the launcher killed", "train", f"workers gone within 5 s; {AGAIN}",
@@ -182,6 +182,25 @@ FAULTS = [
     Fault("a crash (SIGSEGV) on another node", "train", "1 on both nodes, and in RUN/exit.json",
           "its launcher leaves a record in RUN/nodes", "crash-elsewhere", DROP,
           f"{CODES}::test_a_crash_on_another_node_is_reported_by_the_first"),
+    Fault("a process killed on another node", "train", f"75, it is named on the first node too; {AGAIN}",
+          "the first node's launcher reads who was killed elsewhere", "killed-elsewhere", replace("killed = []"),
+          f"{CODES}::test_a_process_killed_on_another_node_is_named_by_the_first"),
+    Fault("an exception in one rank while another one is gone", "train", "1, with the traceback",
+          "only what a collective raised can be a lost peer", "where-it-was-raised", condition("self._world.size > 1"),
+          f"{LOSSES}::test_an_error_of_the_model_is_its_fault_though_another_process_is_gone"),
+    Fault("an error of the model in the backward pass", "train", "1, with the traceback",
+          "a peer counts as lost only if its connection is broken", "no-peer-is-gone",
+          replace("gone = [1 - self._world.rank]"),
+          f"{LOSSES}::test_an_error_of_the_model_is_its_fault_whatever_it_says[backward-gradient]"),
+    Fault("a process that leaves with 0", "train", "1, with rank, phase and step",
+          "workers report that their command is done", "left-early", replace("return self.code != EXIT_OK"),
+          f"{CODES}::test_a_process_that_leaves_with_0_in_the_middle[forward-leave:1]"),
+    Fault("a restart by torchrun, whose store is kept", "start", "the next attempt starts like the first one",
+          "each attempt has its own part of the store, named by rank 0", "fresh-part", replace("return arrivals"),
+          f"{RENDEZVOUS}::test_a_process_of_the_next_attempt_may_come_long_before_rank_0"),
+    Fault("a network interface that does not exist", "start", "78, with the interfaces there are",
+          "GLOO_SOCKET_IFNAME is checked first", "interfaces", DROP,
+          f"{CODES}::test_an_interface_that_does_not_exist"),
     Fault("a node that cannot start", "start", "78 on both nodes at once",
           "processes at the rendezvous look for error records of others", "failure-while-waiting",
           replace("failure = None"), f"{CODES}::test_one_node_that_cannot_start_ends_all[environment]"),

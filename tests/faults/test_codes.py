@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from harness import Job, exit_file, small_run, trained
+from models_for_ends import TEXTS
 
 pytestmark = pytest.mark.faults
 
@@ -98,6 +99,56 @@ def test_data_that_does_not_exist(tmp_path: Path) -> None:
     with Job(small_run(tmp_path / "nothing", tmp_path / "run"), tmp_path) as job:
         assert job.wait(60) == 78, job.output
     assert job.output.count("make one with `distrain prepare`") == 1
+    assert not job.run.exists()
+
+
+@pytest.mark.parametrize("fault", [pytest.param("forward-leave:1", marks=pytest.mark.short), "backward-leave:0"])
+def test_a_process_that_leaves_with_0_in_the_middle(fault: str, data: Path, tmp_path: Path) -> None:
+    tree = small_run(data, tmp_path / "run", model={"name": "models_for_ends:Ending"})
+    with Job(tree, tmp_path, environ={"FAULT": f"{fault}:30"}) as job:
+        assert job.wait(60) == 1, job.output
+    reason = exit_file(job.run)["reason"]
+    assert reason.startswith(f"rank {fault[-1]} ended with 0 in phase train, step ")
+    assert reason.endswith(", before its command was done")
+    assert reason in job.output
+    assert f"rank {fault[-1]} failed first" in job.output
+
+
+@pytest.mark.parametrize("fault", ["forward-timeout:0", "backward-timeout:1", "hook-skip:1"])
+def test_an_error_of_the_model_that_speaks_of_connections(fault: str, data: Path, tmp_path: Path) -> None:
+    tree = small_run(data, tmp_path / "run", model={"name": "models_for_ends:Ending"})
+    with Job(tree, tmp_path, environ={"FAULT": f"{fault}:30"}) as job:
+        assert job.wait(60) == 1, job.output
+    message = TEXTS[fault[:-2].partition("-")[2]]
+    assert exit_file(job.run)["reason"] == f"RuntimeError: {message}"
+    assert f"rank {fault[-1]} failed first" in job.output
+    assert job.output.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("fault", ["forward-kill:1", "backward-kill:2", "forward-kill:0"])
+def test_the_process_that_was_killed_is_named_first(fault: str, data: Path, tmp_path: Path) -> None:
+    tree = small_run(data, tmp_path / "run", model={"name": "models_for_ends:Ending"})
+    with Job(tree, tmp_path, 3, environ={"FAULT": f"{fault}:30"}) as job:
+        assert job.wait(60) == 75, job.output
+    assert exit_file(job.run)["reason"].startswith(f"rank {fault[-1]} was ended by SIGKILL")
+    assert f"rank {fault[-1]} failed first" in job.output
+    assert "gloo" not in job.output
+    assert "Traceback" not in job.output
+
+
+def test_a_process_killed_on_another_node_is_named_by_the_first(two_nodes: Callable[..., tuple[Job, Job]]) -> None:
+    first, second = two_nodes(FAULT="kill:1:30")
+    assert (first.wait(), second.wait()) == (75, 75), first.output + second.output
+    assert "rank 1 was ended by SIGKILL" in exit_file(first.run)["reason"]
+    assert "rank 1 was ended by SIGKILL" in first.output
+    assert "rank 0" not in first.output.partition("distrain: exit")[0].rpartition("[rank 0]")[2].partition("\n")[2]
+
+
+def test_an_interface_that_does_not_exist(data: Path, tmp_path: Path) -> None:
+    with Job(small_run(data, tmp_path / "run"), tmp_path, environ={"GLOO_SOCKET_IFNAME": "nosuch0"}) as job:
+        assert job.wait(60) == 78, job.output
+    assert job.output.count("GLOO_SOCKET_IFNAME=nosuch0: this host has no interface 'nosuch0' with an address") == 1
+    assert "lo (127.0.0.1)" in job.output
     assert not job.run.exists()
 
 

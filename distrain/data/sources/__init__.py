@@ -5,7 +5,9 @@ Each source has a command in `distrain.cli`. The user's own classes need none: s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +18,33 @@ class UnreadableError(Exception):
     """A sample cannot be read; the message says why."""
 
 
+class DepthWarning(UserWarning):
+    """An image has 16 bits per channel: `maximum` is its largest pixel value, in `bits` bits.
+
+    `adjustable`: `--bit-depth` decides how it is scaled to 8 bits.
+    """
+
+    def __init__(self, maximum: int, bits: int, adjustable: bool) -> None:
+        super().__init__(maximum, bits, adjustable)
+        self.maximum, self.bits, self.adjustable = maximum, bits, adjustable
+
+    def __str__(self) -> str:
+        return f"has pixels of {self.bits} bits, at most {self.maximum}"
+
+
+@contextlib.contextmanager
+def recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    """Record all warnings of the block instead of printing them, however often they are repeated."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield caught
+
+
 class Source(Protocol):
-    """Labelled images in splits: `train`, and optionally `val` and `test`. Must be picklable for worker processes."""
+    """Labelled images in splits: `train`, and optionally `val` and `test`. Must be picklable for worker processes.
+
+    Warnings (`warnings.warn`) that `load` issues are counted and shown once, with the names of the first samples.
+    """
 
     classes: list[str]
     image_shape: tuple[int, int, int]

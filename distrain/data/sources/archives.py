@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, cast
 
 from distrain.data.sources import UnreadableError
 from distrain.errors import DataError
+from distrain.files import open_regular
 from distrain.text import printable
 
 log = logging.getLogger("distrain")
@@ -75,12 +76,6 @@ Member = tuple[tuple[str, ...], File | None]
 """The parts of a path below a given folder or archive, and the file there; None: a folder."""
 
 
-def shown(path: str) -> str:
-    """Return a path for messages: on one line, without control characters, shortened in its middle."""
-    text = path if path.isprintable() else printable(path)
-    return text if len(text) <= 300 else f"{text[:140]}…{text[-140:]}"
-
-
 def size_text(count: int) -> str:
     """Return a number of bytes for messages."""
     power = min(4, max(0, (count.bit_length() - 1) // 10))
@@ -94,18 +89,17 @@ def read(file: File) -> bytes:
         UnreadableError: it is not a regular file, too large or damaged, or its archive has changed since it was listed.
     """
     try:
-        status = os.stat(file.path)
+        stream = open_regular(file.path)
     except OSError as error:
-        raise UnreadableError(f"not a file ({error.strerror})") from error
+        raise UnreadableError(f"not a file that can be read ({error.strerror})") from error
     try:
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device would never end
-            raise UnreadableError("not a file")
-        if file.archive is not None and file.archive != _version(status):
-            raise UnreadableError("its archive has changed while it was read")
-        size = status.st_size if file.offset is None else file.size
-        if size > MAX_FILE_BYTES:
-            raise UnreadableError(f"has {size_text(size)}; an image file may have {size_text(MAX_FILE_BYTES)}")
-        with open(file.path, "rb") as stream:
+        with stream:
+            status = os.fstat(stream.fileno())
+            if file.archive is not None and file.archive != _version(status):
+                raise UnreadableError("its archive has changed while it was read")
+            size = status.st_size if file.offset is None else file.size
+            if size > MAX_FILE_BYTES:
+                raise UnreadableError(f"has {size_text(size)}; an image file may have {size_text(MAX_FILE_BYTES)}")
             if file.offset is None:
                 return stream.read(size)
             stream.seek(file.offset)
@@ -143,7 +137,7 @@ class Spool:
         free = self._check_free(size, str(archive))
         log.info(
             "%s is compressed (%s): its images are copied to a temporary file in --out first (%s free)",
-            shown(str(archive)),
+            printable(archive),
             size_text(size),
             size_text(free),
         )
@@ -166,7 +160,7 @@ class Spool:
         free = shutil.disk_usage(self.path.parent).free
         if size > free:
             raise DataError(
-                f"{shown(name)}: {size_text(size)} or more are copied to --out, where {size_text(free)} are free;"
+                f"{printable(name)}: {size_text(size)} or more are copied to --out, where {size_text(free)} are free;"
                 " choose another --out, or unpack the archive and give the folder"
             )
         return free
@@ -184,7 +178,7 @@ def list_archive(path: Path, spool: Spool) -> Iterator[Member]:
             start = stream.read(8)
         for magic, kind in _OTHER_FORMATS.items():
             if start.startswith(magic):
-                raise DataError(f"{shown(str(path))}: is a {kind}; give a folder, or a tar or zip archive of it")
+                raise DataError(f"{printable(path)}: is a {kind}; give a folder, or a tar or zip archive of it")
         for parts, file in _list_zip(path) if start.startswith(b"PK") else _list_tar(path, spool):
             last_name = "/".join(parts)
             yield parts, file
@@ -193,8 +187,8 @@ def list_archive(path: Path, spool: Spool) -> Iterator[Member]:
     except Exception as error:  # the parsers raise many types for damaged archives
         if isinstance(error, OSError) and error.errno is not None:  # a problem of the disk, not of the archive
             raise
-        where = f" in or after {shown(last_name)}" if last_name else ", or neither a tar nor a zip archive"
-        raise DataError(f"{shown(str(path))}: is damaged or truncated{where}; copy or download it again") from error
+        where = f" in or after {printable(last_name)}" if last_name else ", or neither a tar nor a zip archive"
+        raise DataError(f"{printable(path)}: is damaged or truncated{where}; copy or download it again") from error
 
 
 def _version(status: os.stat_result) -> tuple[int, int]:
@@ -212,7 +206,7 @@ def _parts(archive: Path, name: str) -> tuple[str, ...]:
 
 
 def _label(archive: Path, name: str) -> str:
-    return shown(f"{archive}: {name}")
+    return printable(f"{archive}: {name}")
 
 
 def _check_size(label: str, size: int) -> None:
@@ -225,7 +219,7 @@ def _check_size(label: str, size: int) -> None:
 
 def _expands_too_much(archive: Path) -> DataError:
     return DataError(
-        f"{shown(str(archive))}: expands to more than {_MAX_RATIO} times its size, as no images do; refused. If it is"
+        f"{printable(archive)}: expands to more than {_MAX_RATIO} times its size, as no images do; refused. If it is"
         " right, unpack it and give the folder"
     )
 

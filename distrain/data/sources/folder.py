@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain.data.sources import UnreadableError
-from distrain.data.sources.archives import File, Member, Spool, list_archive, read, shown
+from distrain.data.sources.archives import File, Member, Spool, list_archive, read
 from distrain.data.sources.duplicates import digest, equal_files
-from distrain.data.sources.images import read_image
+from distrain.data.sources.images import Decoding, read_image
 from distrain.data.sources.layout import Image, Layout, arrange, describe
 from distrain.data.sources.names import never_has_images, other_kind, split_of
 from distrain.data.sources.tree import Tree, read_tree
 from distrain.errors import DataError
-from distrain.text import shortened
+from distrain.text import printable, shortened
 
 log = logging.getLogger("distrain")
 
@@ -38,7 +38,13 @@ _CONTRADICTION = "also in another class (delete them from the wrong one)"
 class Folder:
     """Images in class folders, as RGB, resized so that the shorter side is `image_size` and cropped to the centre."""
 
-    def __init__(self, paths: Sequence[Path], image_size: int, work: Path) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        image_size: int,
+        work: Path,
+        decoding: Decoding = Decoding(),  # noqa: B008 - frozen
+    ) -> None:
         """List the images of folders and archives, and log what was recognised.
 
         The order of the samples depends on the paths below the class folders and on the images, not on the order or
@@ -48,6 +54,7 @@ class Folder:
             DataError: a path is missing or not an archive, a member is refused, or the layout is ambiguous.
         """
         self.image_shape = (image_size, image_size, 3)
+        self._decoding = decoding
         _check_paths(paths)
         spool = Spool(work / "spool")
         seen = _Seen(work)
@@ -74,13 +81,13 @@ class Folder:
         """Decode one image: uint8 [image_size, image_size, 3].
 
         Raises:
-            UnreadableError: the file is damaged or not an image, has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or
+            UnreadableError: the file is damaged or not an image, has more pixels than `--max-pixels`, or
                 has pixels without a defined maximum.
         """
         file = self._files[split][index]
         data = read(file)
         try:
-            return read_image(data, self.image_shape)
+            return read_image(data, self.image_shape, self._decoding)
         except UnreadableError as error:
             suffix = other_kind(file.name)
             if suffix:
@@ -97,7 +104,7 @@ def _check_paths(paths: Sequence[Path]) -> None:
     """Check that all paths are folders or regular files, and none is in another one."""
     resolved: dict[Path, Path] = {}
     for path in paths:
-        name = shown(str(path))
+        name = printable(path)
         if re.match(r"\w+:/", str(path)):
             raise DataError(f"{name}: is an address; download it first, and give the folder or archive")
         try:
@@ -113,7 +120,7 @@ def _check_paths(paths: Sequence[Path]) -> None:
         outer = next((parent for parent in path.parents if parent in resolved), None)
         if outer is not None:
             raise DataError(
-                f"{shown(str(given))}: is inside {shown(str(resolved[outer]))}, which is given too; each image"
+                f"{printable(given)}: is inside {printable(resolved[outer])}, which is given too; each image"
                 " would be in the data set twice. Give one of them"
             )
 
@@ -134,8 +141,8 @@ class _Seen:
         identity = _identity(path)
         if identity in self._paths:
             raise DataError(
-                f"{shown(path)}: is the same as {shown(self._paths[identity])}; each image would be in the data set"
-                " twice. Give one of them"
+                f"{printable(path)}: is the same as {printable(self._paths[identity])}; each image would be in the data"
+                " set twice. Give one of them"
             )
         self._paths[identity] = path
         return identity in self._above_work
@@ -168,17 +175,18 @@ def _list_folder(top: Path, seen: _Seen) -> Iterator[Member]:
             for entry in entries:
                 below = (*parts, entry.name)
                 if not entry.is_dir():
-                    yield below, File(shown(entry.path), entry.path, _size(entry))
+                    yield below, File(printable(entry.path), entry.path, _size(entry))
                 elif never_has_images(entry.name):
                     yield below, None
                 elif entry.is_symlink():
                     raise DataError(
-                        f"{shown(entry.path)}: is a link, which is not followed; replace it by the folder or delete it"
+                        f"{printable(entry.path)}: is a link, which is not followed; replace it by the folder or"
+                        " delete it"
                     )
                 else:
                     pending.append(below)
         except OSError as error:
-            raise DataError(f"{shown(folder)}: {error.strerror}") from error
+            raise DataError(f"{printable(folder)}: {error.strerror}") from error
 
 
 def _size(entry: os.DirEntry[str]) -> int:

@@ -2,43 +2,261 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
+import struct
 import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
-from distrain.data.sources import UnreadableError
+from distrain.data.sources import DepthWarning, UnreadableError
+from distrain.errors import DataError
+from distrain.text import shown
+
+_DRAFT = 2
+"""A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this multiple of the target, as in Pillow."""
+
+_PNG_DEPTH = 24
+"""Position of a PNG file's bit depth."""
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+"""Tags of TIFF."""
+
+_CONVERT = "convert it to 8 bits"
 
 
-def read_image(data: bytes, image_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+@dataclass(frozen=True)
+class Decoding:
+    """The decoding of image files to pixels: options of `prepare folder`, and entries of the manifest's `source`.
+
+    Attributes:
+        background: colour behind transparent pixels, `#rrggbb`.
+        bit_depth: bits of a pixel in files of 16 bits that do not state fewer themselves.
+        max_pixels: an image with more pixels is refused.
+    """
+
+    background: str = "#ffffff"
+    bit_depth: int = 16
+    max_pixels: int = 89_478_485
+
+    @classmethod
+    def of(cls, source: Mapping[str, Any]) -> Decoding:
+        """Return the decoding that a manifest's `source` records; the default for sources without image files.
+
+        Raises:
+            DataError: a value is not of its type.
+        """
+        values = {field.name: source[field.name] for field in fields(cls) if field.name in source}
+        for name, value in values.items():
+            if type(value) is not type(getattr(cls, name)):
+                raise DataError(f"source.{name}: {shown(value)} in setup.json is damaged; restore the file")
+        return cls(**values)
+
+
+def read_image(
+    data: bytes,
+    image_shape: tuple[int, int, int],
+    decoding: Decoding = Decoding(),
+) -> NDArray[np.uint8]:
     """Decode an image file to uint8 [H, W, C], C = 1 or 3; resize it so that it covers H×W and crop it to the centre.
 
+    What is decided about the image (its transparency, its frames) is a `warnings.warn`, like Pillow's own.
+
     Raises:
-        UnreadableError: it is damaged or not an image, has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or has pixels
+        UnreadableError: it is damaged or not an image, has more pixels than `decoding.max_pixels`, or has pixels
             without a defined maximum.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                return _resize(image, *image_shape)
+        with _limited_to(decoding.max_pixels), Image.open(io.BytesIO(data)) as image:
+            return _decode(image, data, image_shape, decoding)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
         raise UnreadableError("not an image of a known format") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        pixels = re.search(r"\d+", str(error))
+        size = f"{int(pixels[0]):,} pixels" if pixels else str(error)
+        raise UnreadableError(f"has {size}, more than --max-pixels {decoding.max_pixels}") from error
     except Exception as error:  # PIL's decoders raise many types for damaged files
-        raise UnreadableError(str(error)) from error
+        raise UnreadableError(str(error) or type(error).__name__) from error
 
 
-def _resize(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
+@contextlib.contextmanager
+def _limited_to(max_pixels: int) -> Iterator[None]:
+    """Make Pillow refuse images with more pixels. Its own limit is a variable of its module."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _decode(
+    image: Image.Image, data: bytes, image_shape: tuple[int, int, int], decoding: Decoding
+) -> NDArray[np.uint8]:
+    height, width, channels = image_shape
+    mode = "RGB" if channels == 3 else "L"
+    if image.format in ("JPEG", "MPO"):
+        fitted = _decode_photo(image, (width, height), mode)
+    else:
+        if getattr(image, "is_animated", False):
+            warnings.warn("has several frames or pages; the first one is used", stacklevel=2)
+        upright = _in_8_bits(image, data, decoding)
+        if upright.has_transparency_data:
+            upright = _composed(upright, decoding.background)
+        fitted = _fit(upright.convert(mode), (width, height), upright.size)
+    return np.asarray(fitted).reshape(height, width, channels)
+
+
+def _decode_photo(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image:
+    """Decode a JPEG file, at a fraction of its size if it is large. It is turned upright last, when it is small."""
+    side = _DRAFT * max(size)
+    draft = image.draft(image.mode, (side, side))
+    # At 1/8, 1203 pixels become 150.375: the last one is the rest.
+    extent = (image.width, image.height) if draft is None else draft[1][2:]
+    pixels = image.convert(mode)
+    turned = pixels.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return ImageOps.exif_transpose(_fit(pixels, size[::-1] if turned else size, extent))
+
+
+def _fit(image: Image.Image, size: tuple[int, int], extent: tuple[float, float]) -> Image.Image:
+    """Resize an image so that it covers `size`, and crop it to the centre. `extent` is its real size in its pixels."""
+    scale = min(extent[0] / size[0], extent[1] / size[1])
+    width, height = size[0] * scale, size[1] * scale
+    left, top = (extent[0] - width) / 2, (extent[1] - height) / 2
+    return image.resize(size, Image.Resampling.BILINEAR, (left, top, left + width, top + height))
+
+
+def _composed(image: Image.Image, background: str) -> Image.Image:
+    """Return an image with transparent pixels in front of a colour."""
+    if image.mode == "La":  # Pillow converts it to LA alone
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return rgba.convert("RGB")
+    warnings.warn(f"has transparent pixels; they are shown on --background {background}", stacklevel=2)
+    canvas = Image.new("RGB", rgba.size, background)
+    canvas.paste(rgba.convert("RGB"), mask=alpha)
+    return canvas
+
+
+def _in_8_bits(image: Image.Image, data: bytes, decoding: Decoding) -> Image.Image:
+    """Return an image upright and in a mode with 8 bits per channel.
+
+    Raises:
+        UnreadableError: its pixels have no defined maximum, or are above it.
+    """
+    is_16_bit_grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if is_16_bit_grey:
+        return _grey_in_8_bits(image, data, decoding)
+    if image.mode in ("I", "F"):
+        raise UnreadableError(f"its pixels have PIL's mode {image.mode}; convert them to 8 bits")
+    if "transparency" in image.info:
+        image.info["transparency"] = _transparency_in_8_bits(image, data)
+    has_16_bits = _has_16_bit_channels(image, data)
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # PIL would clip these pixels to 0 … 255
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    if upright.mode in ("I", "F"):
-        raise ValueError(f"its pixels have PIL's mode {upright.mode}; convert them to 8 bits")
-    upright = upright.convert("RGB" if channels == 3 else "L")
-    if upright.size != (width, height):
-        upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
-    return np.asarray(upright).reshape(height, width, channels)
+    if has_16_bits:
+        if decoding.bit_depth < 16:
+            raise UnreadableError(f"has 16 bits per colour, where --bit-depth has no effect; {_CONVERT}")
+        brightest = int(np.asarray(upright.convert("RGB")).max())
+        warnings.warn(DepthWarning(257 * brightest, 16, False), stacklevel=2)
+    return upright
+
+
+def _grey_in_8_bits(image: Image.Image, data: bytes, decoding: Decoding) -> Image.Image:
+    """Return a grey image of 16 bits upright and scaled to 8 bits: by what the file states, else by `bit_depth`.
+
+    Never by the largest pixel: the same brightness must have the same value in all images.
+    """
+    # These facts are lost when the image is loaded.
+    stated_bits = _stated_bits(image, data)
+    tile = getattr(image, "tile", None) or [None]
+    scaled_by_pillow = image.format == "PPM" and isinstance(getattr(tile[0], "args", None), tuple)  # by its maxval
+    inverted = image.format == "TIFF" and _tag(image, _PHOTOMETRIC, 1) == 0  # which Pillow does for 8 bits only
+    transparent = image.info.pop("transparency", None)
+    pixels = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
+    bits, adjustable = 16, False
+    if stated_bits < 16:
+        scaled = image.format == "PNG" and _is_scaled(pixels, stated_bits)
+        bits = 16 if scaled else stated_bits
+    elif not scaled_by_pillow:
+        bits, adjustable = decoding.bit_depth, True
+    largest, maximum = 2**bits - 1, int(pixels.max())
+    if maximum > largest:
+        cure = "use a larger --bit-depth" if adjustable else _CONVERT
+        raise UnreadableError(f"has pixels up to {maximum}, above the {largest} of {bits} bits; {cure}")
+    warnings.warn(DepthWarning(maximum, bits, adjustable), stacklevel=2)
+    brightness = largest - pixels if inverted else pixels
+    grey = Image.fromarray(((brightness * 255 + largest // 2) // largest).astype(np.uint8))
+    if transparent is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8))))
+
+
+def _stated_bits(image: Image.Image, data: bytes) -> int:
+    """Return the bits per pixel that a grey file of 16 bits says it uses: PNG's sBIT, TIFF's BitsPerSample; else 16."""
+    if image.format == "PNG":
+        significant = _png_chunk(data, b"sBIT")
+        return significant[0] if len(significant) == 1 and 0 < significant[0] < 16 else 16
+    if image.format == "TIFF":
+        return min(16, _tag(image, _BITS_PER_SAMPLE, 16))
+    return 16
+
+
+def _is_scaled(pixels: NDArray[np.int64], bits: int) -> bool:
+    """Whether pixels of 16 bits are samples of `bits` bits that were scaled to the full range, as PNG demands.
+
+    Some programs write sBIT and leave the samples as they are.
+    """
+    samples = pixels >> (16 - bits)
+    return bool((np.abs(pixels - (samples * 65535 + 2 ** (bits - 1)) // (2**bits - 1)) <= 1).all()) or bool(
+        (pixels == samples << (16 - bits)).all()
+    )
+
+
+def _transparency_in_8_bits(image: Image.Image, data: bytes) -> Any:
+    """Return the transparent colour of an image in the range of its pixels. Pillow gives it in that of the file."""
+    value = image.info["transparency"]
+    if image.format != "PNG":
+        return value
+    depth = data[_PNG_DEPTH]
+    if image.mode == "L" and depth < 8:
+        return value * 255 // (2**depth - 1)
+    if image.mode == "RGB" and depth == 16:
+        return tuple(channel >> 8 for channel in value)
+    return value
+
+
+def _has_16_bit_channels(image: Image.Image, data: bytes) -> bool:
+    """Whether this is a file of several channels of 16 bits, of which Pillow reads only the higher 8."""
+    if image.format == "PNG":
+        return data[_PNG_DEPTH] == 16
+    return image.format == "TIFF" and _tag(image, _BITS_PER_SAMPLE, 8) == 16
+
+
+def _tag(image: Image.Image, number: int, default: int) -> int:
+    assert isinstance(image, TiffImageFile)
+    value = image.tag_v2.get(number, default)
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def _png_chunk(data: bytes, name: bytes) -> bytes:
+    """Return the content of the first chunk of this name before a PNG file's pixels; empty without one."""
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind in (name, b"IDAT"):
+            return data[position + 8 : position + 8 + length] if kind == name else b""
+        position += length + 12
+    return b""

@@ -22,6 +22,7 @@ SPLITS = ("train", "val", "test")
 
 _LABEL_FOLDERS = {"labels", "label", "annotations", "annotation"}
 _MAX_NAME_BYTES = 255  # of Linux's file systems
+_DETECTION = "data sets for object detection have their labels in files; distrain needs one class for each image"
 _WRITE_A_SOURCE = "write a source (prepare source, docs/extending.md)"
 OUTSIDE = "no images, and outside the class folders"
 _EMPTY = "empty folders"
@@ -65,7 +66,7 @@ def arrange(trees: Sequence[Tree]) -> Layout:
     Raises:
         DataError: the layout is ambiguous, images are outside classes, or a class lacks images.
     """
-    layout = Layout(", ".join(tree.label() for tree in trees))
+    layout = Layout(_list([tree.label() for tree in trees], 4))
     _check_not_empty(trees, layout.where)
     for tree in trees:
         _check_splits(tree)
@@ -89,6 +90,15 @@ def describe(layout: Layout, trees: Sequence[Tree]) -> Iterator[str]:
         yield f"{split}: {total}, {_counts(counts)}; from {_list(layout.folders[split], 3)}"
     if "test" not in layout.splits:
         yield "no test/: a part of train becomes test (--test-fraction)"
+        single = [name for name in classes if len(layout.images["train", name]) == 1]
+        if single:
+            yield f"one image alone cannot be in train and in test; add some to {_list(single, 3)}, or a folder test/"
+    similar: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        similar[name.strip().casefold()].append(repr(name))
+    for quoted in similar.values():
+        if len(quoted) > 1:
+            yield f"classes that differ only in capital letters or spaces: {_list(quoted, 3)}"
     for name, spellings in layout.spellings.items():
         if len(spellings) > 1:
             yield f"class {name!r}: folders with this name in different Unicode forms are one class"
@@ -181,7 +191,9 @@ def _check_not_empty(trees: Sequence[Tree], where: str) -> None:
             f"{where}: has archives ({_list(archives, 3)}), which are not opened; unpack each into a folder with the"
             " name of its class or split, and give the folder above"
         )
-    raise DataError(f"{where}: no class folders; put images into train/CLASS/ and test/CLASS/")
+    passed_over = [label for tree in trees for labels in tree.passed_over.values() for label in labels]
+    but = f" (passed over: {_list(passed_over, 3)})" if passed_over else ""
+    raise DataError(f"{where}: no class folders; put images into train/CLASS/ and test/CLASS/{but}")
 
 
 def _check_splits(tree: Tree) -> None:
@@ -199,8 +211,22 @@ def _check_splits(tree: Tree) -> None:
     for split, names in folders.items():
         if len(names) > 1:
             raise DataError(f"{_list(names, 4)}: are both names of the split {split}; merge them, or move one away")
+    _check_inner_splits(tree)
     if not tree.parents and not tree.split:
         _check_plain(tree)
+
+
+def _check_inner_splits(tree: Tree) -> None:
+    """Check that no split has only one folder with the name of the same split, such as training_set/training_set/."""
+    inner = {}
+    for folder in tree.split_folders():
+        depth = len(folder)
+        below = {parts[depth] for parts in tree.files if parts[:depth] == folder and len(parts) > depth + 1}
+        if len(below) == 1 and split_of(min(below)) == split_of(folder[-1]):
+            inner[folder] = tree.label((*folder, min(below)))
+    if inner:
+        cure = "pack these alone" if tree.is_archive else f"give the inner folders: {' '.join(inner.values())}"
+        raise DataError(f"{tree.label(min(inner))}: has only {printable(inner[min(inner)])}, of the same split; {cure}")
 
 
 def _check_plain(tree: Tree) -> None:
@@ -209,7 +235,9 @@ def _check_plain(tree: Tree) -> None:
     below = sorted({parts[:2] for parts in images if len(parts) > 2 and split_of(parts[1])})
     if below:
         names = [tree.label(parts) for parts in below]
-        raise DataError(f"{_list(names, 3)}: splits are below the classes; put them above: train/CLASS/, test/CLASS/")
+        labels = any(parts[0].lower() in _LABEL_FOLDERS for parts in tree.files)
+        cure = _DETECTION if labels else "put them above: train/CLASS/, test/CLASS/"
+        raise DataError(f"{_list(names, 3)}: splits are below the classes; {cure}")
     classes = {parts[0] for parts in images if len(parts) > 1}
     similar = similar_splits(classes)
     if similar:
@@ -302,7 +330,10 @@ def _check_classes(layout: Layout, trees: Sequence[Tree]) -> None:
             )
     if "train" not in layout.splits:
         splits = " and ".join(layout.splits)
-        raise DataError(f"{layout.where}: has {splits} but no train/; add it, or rename what is not meant as a split")
+        folders = _list([folder for split in layout.splits for folder in layout.folders.get(split, [])], 3)
+        raise DataError(
+            f"{layout.where}: has {splits} but no train/; add it, or rename what is not meant as a split ({folders})"
+        )
     _check_labels_in_files(layout)
     if len(names) == 1:
         raise DataError(_single_class(layout, trees))
@@ -314,15 +345,16 @@ def _check_classes(layout: Layout, trees: Sequence[Tree]) -> None:
 
 def _check_labels_in_files(layout: Layout) -> None:
     """Check that no class consists of files such as labels/1.txt only."""
-    for (split, name), images in layout.images.items():
+    labels_first = sorted(layout.images.items(), key=lambda item: item[0][1].lower() not in _LABEL_FOLDERS)
+    for (split, name), images in labels_first:
         kinds = {other_kind(image.parts[-1]) for image in images}
         if not kinds or None in kinds:
             continue
         suffixes = _list(sorted(kind for kind in kinds if kind), 3)
         if name.lower() in _LABEL_FOLDERS:
             raise DataError(
-                f"{layout.where}: {split}/{name}/ has only {suffixes} files, as data sets for object detection have."
-                f" distrain needs a folder for each class; if an image has one class, {_WRITE_A_SOURCE} that reads them"
+                f"{layout.where}: class {name!r} has only {suffixes} files; {_DETECTION}. If it has, {_WRITE_A_SOURCE}"
+                " that reads them"
             )
         raise DataError(
             f"{layout.where}: class {name!r} has no image in {split}/, only {suffixes} ({images[0].file.name}); move or"
@@ -354,5 +386,5 @@ def _missing(layout: Layout, split: str, missing: list[str]) -> str:
     present = [f"{part}/" for part in layout.splits if layout.images.get((part, name))]
     if present:
         head += f" of this class in {' and '.join(present)} too"
-        head += "" if split == "train" else f", or move {split}/ away"
+        head += f", or move {' and '.join(present) if split == 'train' else f'{split}/'} away"
     return head

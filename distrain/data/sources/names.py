@@ -57,7 +57,7 @@ def normal(name: str) -> str:
 
 def split_of(name: str) -> str | None:
     """Return the split that a name stands for: Training, valid, test_set, train.tar.gz …; None: it is none."""
-    match = _SPLIT_NAME.fullmatch(_ARCHIVE_SUFFIX.sub("", normal(name)).casefold())
+    match = _SPLIT_NAME.fullmatch(_ARCHIVE_SUFFIX.sub("", normal(name)).strip().casefold())
     return _SPLITS[match[1]] if match else None
 
 

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from distrain.data.sources.archives import File, Member, shown
+from distrain.data.sources.archives import File, Member
 from distrain.data.sources.names import DOT, is_image, never_has_images, passed_over, split_of
+from distrain.text import printable
 
 Parts = tuple[str, ...]
 """The parts of a path below the given folder or archive."""
@@ -39,9 +40,9 @@ class Tree:
     def label(self, parts: Sequence[str] = ()) -> str:
         """Return the path of something in it, for messages."""
         if not parts:
-            return shown(self.path)
+            return printable(self.path)
         inside = "/".join(parts)
-        return shown(f"{self.path}: {inside}" if self.is_archive else os.path.join(self.path, inside))
+        return printable(f"{self.path}: {inside}" if self.is_archive else os.path.join(self.path, inside))
 
     def split_folders(self) -> list[Parts]:
         """Return the folders that are splits: those with a split's name in a parent, and folders with files below."""

@@ -29,6 +29,8 @@ WIDTH, HEIGHT = 4.4, 3.1
 """Size in inches of a chart that fits the screen of a telephone."""
 MAX_CLASSES = 30
 """Number of classes above which the confusion matrix has no names, and only the lowest accuracies are shown."""
+_MAX_DRAWN = 200
+"""Classes in a confusion matrix: of K classes it has K² cells."""
 _MAX_POINTS = 500
 """Points of a curve. With more values, each point is the mean of several; their extremes are shown as a band."""
 _MAX_CLASSES_WITH_NUMBERS = 12
@@ -347,13 +349,17 @@ def _profiles(figure: Figure, theme: Theme, records: Sequence[RunRecord], names:
 
 def class_charts(result: dict[str, Any], classes: Sequence[str], suffix: str = "") -> list[Chart]:
     """Return the charts of a run that is done: confusion matrix and accuracy by class."""
-    matrix = np.asarray(result["confusion_matrix"], dtype=float)
+    confusion = results.Confusion.of_result(result)
+    drawn = confusion.most_confused(_MAX_DRAWN)
+    percent = 100 * confusion.matrix(drawn) / np.maximum(confusion.samples_by_class()[drawn, None], 1)
+    names = [classes[k] for k in drawn]
+    of_all = f" ({len(drawn)} of {len(classes)} classes, those with most mistakes)" if len(drawn) < len(classes) else ""
     shown = min(len(classes), MAX_CLASSES)
     height = max(HEIGHT, 0.7 + 0.21 * shown)
     return [
         Chart(
-            f"confusion{suffix}", "Confusion matrix, % of each true class",
-            lambda figure, theme: _confusion(figure, theme, matrix, classes), (WIDTH, WIDTH),
+            f"confusion{suffix}", f"Confusion matrix, % of each true class{of_all}",
+            lambda figure, theme: _confusion(figure, theme, percent, names), (WIDTH, WIDTH),
         ),
         Chart(
             f"classes{suffix}", "Accuracy by class",
@@ -362,9 +368,8 @@ def class_charts(result: dict[str, Any], classes: Sequence[str], suffix: str = "
     ]  # fmt: skip
 
 
-def _confusion(figure: Figure, theme: Theme, matrix: NDArray[np.float64], classes: Sequence[str]) -> None:
+def _confusion(figure: Figure, theme: Theme, percent: NDArray[np.float64], classes: Sequence[str]) -> None:
     axes = figure.add_subplot()
-    percent = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     axes.imshow(percent, cmap=theme.heat, vmin=0, vmax=100)
     axes.grid(visible=False)
     axes.set_xlabel("predicted")
@@ -378,7 +383,7 @@ def _confusion(figure: Figure, theme: Theme, matrix: NDArray[np.float64], classe
     if len(classes) > _MAX_CLASSES_WITH_NUMBERS:
         return
     for row, column in np.ndindex(*percent.shape):
-        value = percent[row, column]
+        value = float(percent[row, column])
         dark = value > 55 if theme.name == "light" else value < 60
         colour = "white" if dark else "black"
         if round(value):

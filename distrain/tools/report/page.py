@@ -27,6 +27,8 @@ PAGE = "index.html"
 _THUMBNAIL = 128
 """Largest height and width of an image on the page, in pixels."""
 _MAX_CONFUSIONS = 12
+_MAX_CLASSES = 1000
+"""Classes in the table of accuracies: with more, those with the lowest."""
 _MAX_COLUMNS = 4
 """Up to this number of runs, each has a column in the table of differences; more have a row each, and are collapsed."""
 
@@ -309,29 +311,26 @@ def _confusions(record: RunRecord) -> list[dict[str, Any]]:
     """Return the most frequent pairs of a true class and another, predicted class."""
     if record.result is None or not record.classes:
         return []
-    matrix = np.asarray(record.result["confusion_matrix"])
-    off = matrix - np.diag(np.diagonal(matrix))
-    order = np.argsort(-off, axis=None, kind="stable")[:_MAX_CONFUSIONS]
-    pairs = [tuple(map(int, np.unravel_index(index, off.shape))) for index in order]
+    confusion = results.Confusion.of_result(record.result)
+    samples = confusion.samples_by_class()
     return [
         {
-            "true": record.classes[row],
-            "predicted": record.classes[column],
-            "count": f"{off[row, column]:,}",
-            "fraction": percent(off[row, column] / matrix[row].sum()),
+            "true": record.classes[true],
+            "predicted": record.classes[predicted],
+            "count": f"{count:,}",
+            "fraction": percent(count / samples[true]),
         }
-        for row, column in pairs
-        if off[row, column]
+        for true, predicted, count in confusion.most_frequent_mistakes(_MAX_CONFUSIONS)
     ]
 
 
 def _by_class(record: RunRecord) -> list[tuple[str, str, str]]:
-    """Return name, number of test images and accuracy of each class, lowest accuracy first."""
+    """Return name, number of test images and accuracy of the classes, lowest accuracy first."""
     if record.result is None:
         return []
     return [
         (row.name, f"{row.samples:,}", "–" if row.accuracy is None else percent(row.accuracy))
-        for row in results.lowest_first(results.classes_of(record.result))
+        for row in results.lowest_first(results.classes_of(record.result))[:_MAX_CLASSES]
     ]
 
 

@@ -1,0 +1,171 @@
+"""The folder that `distrain prepare` fills: it has one owner, who removes only what it wrote itself.
+
+Everything is written to OUT/.partial, whose file `owner` is locked (flock) by the owner and its workers. The kernel
+releases the lock when the last of them has ended, however that happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from distrain import files
+from distrain.data import manifest
+from distrain.errors import BusyError, ConfigError
+
+_OWNER, _UNLOCKED, _MOVED = "owner", "unlocked", "moved.json"
+_WAIT_SECONDS = 2.0
+"""Workers of an owner that was killed end within a second."""
+
+
+class OutputFolder:
+    """A folder that this process owns until `finish` or `discard`.
+
+    Attributes:
+        path: the folder.
+        work: an empty folder inside for everything that is not complete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take the folder; remove what a killed owner left.
+
+        Raises:
+            BusyError: another process owns it.
+            ConfigError: it holds something else, or cannot be created.
+        """
+        self.path, self.work = path, path / ".partial"
+        self._created = not path.exists()
+        self._moved: dict[str, int] = {}
+        """Splits that are in `path` already → their inodes, by which they are known again after a restart."""
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path}: is a file; choose another --out")
+        if not (self.work / _OWNER).exists():
+            self._check_content()
+        self._lock = self._acquire()
+        try:
+            if (path / manifest.NAME).exists():  # another process has just finished
+                return
+            with contextlib.suppress(OSError, ValueError):
+                self._moved = json.loads((self.work / _MOVED).read_bytes())
+            self._clear()
+            self._check_content()
+        except BaseException:
+            self.discard()
+            raise
+
+    def finish(self, root: Path, splits: Iterable[str], manifest_text: str) -> None:
+        """Move the splits from `root` (in `work`) to their places, write the manifest and give the folder back."""
+        for split in splits:
+            if (self.path / split).exists():
+                raise ConfigError(f"{self.path / split}: appeared while the data set was prepared; move it away")
+            for file in (root / split).iterdir():
+                files.sync(file)
+        self._moved = {split: (root / split).stat().st_ino for split in splits}
+        files.write(self.work / _MOVED, json.dumps(self._moved).encode())
+        for split in splits:
+            (root / split).rename(self.path / split)
+        files.sync(self.path)
+        files.replace(self.path / manifest.NAME, manifest_text)
+        self._moved = {}  # what is complete stays, whatever happens from here on
+        self._release()
+
+    def discard(self) -> None:
+        """Remove all that this process wrote, and give the folder back."""
+        if self._moved:
+            (self.path / manifest.NAME).unlink(missing_ok=True)  # first: without it, the folder is not a data set
+        self._clear()
+        self._release()
+        if self._created:
+            with contextlib.suppress(OSError):  # it holds something that this process did not write
+                self.path.rmdir()
+
+    def _acquire(self) -> int:
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while True:
+            try:
+                self.work.mkdir(parents=True, exist_ok=True)
+                lock = os.open(self.work / _OWNER, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and time.monotonic() < deadline:
+                    continue  # its owner has just removed it
+                raise ConfigError(f"{self.path}: cannot be created: {error.strerror}") from error
+            if self._locked(lock, wait=time.monotonic() < deadline):
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return lock
+            os.close(lock)
+            time.sleep(0.05)
+
+    def _locked(self, lock: int, wait: bool) -> bool:
+        """Try to lock a file that was opened; return whether it is locked, and still the folder's."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait:
+                return False
+            owner = os.pread(lock, 1000, 0).decode(errors="replace") or "a process"
+            os.close(lock)
+            raise BusyError(
+                f"{self.path}: {owner} is preparing a data set there; wait until it has ended and run this again, or"
+                " choose another --out"
+            ) from None
+        except OSError as error:
+            self._mark_without_lock(lock, error)
+        try:
+            return os.fstat(lock).st_ino == (self.work / _OWNER).stat().st_ino
+        except FileNotFoundError:
+            return False
+
+    def _mark_without_lock(self, lock: int, error: OSError) -> None:
+        """Create a file in place of the lock, where the file system has none. It stays if the owner is killed."""
+        owner = os.pread(lock, 1000, 0).decode(errors="replace") or "another process"
+        try:
+            os.close(os.open(self.work / _UNLOCKED, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            os.close(lock)
+            raise ConfigError(
+                f"{self.path}: {owner} is preparing a data set there, or was killed; this file system cannot lock files"
+                f" ({os.strerror(error.errno or errno.ENOLCK)}), so delete {self.work} if it is not running any more"
+            ) from None
+
+    def _check_content(self) -> None:
+        """Check that nothing else is in the folder."""
+        known = {"lost+found", *((self.work.name,) if (self.work / _OWNER).exists() else ())}
+        with contextlib.suppress(FileNotFoundError):
+            content = sorted(set(os.listdir(self.path)) - known)
+            if content == [self.work.name] and not os.listdir(self.work):
+                return  # killed before it had the lock
+            if content:
+                raise ConfigError(
+                    f"{self.path}: is neither empty nor a data set (it has {content[0]!r}); choose another --out"
+                )
+
+    def _clear(self) -> None:
+        """Remove what owners wrote, but not the lock."""
+        for split, inode in self._moved.items():
+            with contextlib.suppress(OSError):
+                if (self.path / split).stat().st_ino == inode:
+                    shutil.rmtree(self.path / split)
+        self._moved = {}
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(self.work)):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                elif entry.name not in (_OWNER, _UNLOCKED):
+                    os.unlink(entry.path)
+
+    def _release(self) -> None:
+        self._clear()
+        for name in (_UNLOCKED, _OWNER):
+            (self.work / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.work.rmdir()
+        os.close(self._lock)

@@ -1,0 +1,112 @@
+"""Worker processes for `distrain prepare`. Unlike with a bare pool, it is known what a worker did when it died."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_NONE = -1
+
+
+class WorkerDiedError(Exception):
+    """A worker process ended before its work was done.
+
+    Attributes:
+        exit_code: its exit code, as of `multiprocessing`: −9 after SIGKILL; None if it is not known.
+        progress: number of its task and what it last reported in it; None if it had none.
+    """
+
+    def __init__(self, exit_code: int | None, progress: tuple[int, int] | None) -> None:
+        super().__init__(exit_code, progress)
+        self.exit_code, self.progress = exit_code, progress
+
+
+def run(
+    function: Callable[[Any, Task, Callable[[int], None]], Result], shared: Any, tasks: Sequence[Task], workers: int
+) -> Iterator[Result]:
+    """Yield `function(shared, task, report)` for each task, in order. The calls run in worker processes.
+
+    Args:
+        function: a function of a module. It may call `report(n)` to record what it is doing.
+        shared: an object that is sent to each worker once.
+        tasks: the tasks.
+        workers: number of processes.
+
+    Raises:
+        WorkerDiedError: a worker was killed, or crashed.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    started, progress = context.Value("q", 0), context.RawArray("q", [_NONE] * 3 * workers)
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, _start, (function, shared, os.getpid(), started, progress))
+    try:
+        results = pool.map(_work, enumerate(tasks))
+        processes = [process for process in multiprocessing.active_children() if process not in others]
+        try:
+            yield from results
+        except BrokenProcessPool:
+            raise _death(processes, progress) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _death(processes: Sequence[Any], progress: Sequence[int]) -> WorkerDiedError:
+    """Find the process that died first: the pool ends the others by SIGTERM."""
+    for process in processes:
+        process.join(10)
+    ended = [process for process in processes if process.exitcode is not None]
+    if not ended:
+        return WorkerDiedError(None, None)
+    first = next((process for process in ended if process.exitcode != -signal.SIGTERM), ended[0])
+    for pid, task, report in zip(progress[::3], progress[1::3], progress[2::3], strict=True):
+        if pid == first.pid and task != _NONE:
+            return WorkerDiedError(first.exitcode, (task, report))
+    return WorkerDiedError(first.exitcode, None)
+
+
+_function: Callable[[Any, Any, Callable[[int], None]], Any]
+_shared: Any
+_progress: Any
+_slot: int
+"""The number of this worker process, times the fields of `_progress` for each."""
+
+
+def _start(function: Any, shared: Any, parent: int, started: Any, progress: Any) -> None:
+    global _function, _shared, _progress, _slot  # noqa: PLW0603 - the initializer of a pool can only set globals
+    _function, _shared, _progress = function, shared, progress
+    with started.get_lock():
+        _slot = 3 * started.value
+        started.value += 1
+    progress[_slot] = os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would be an exception in the source's code
+
+    def exit_with_parent() -> None:  # a parent that is killed by SIGKILL cannot end its workers
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _work(numbered_task: tuple[int, Any]) -> Any:
+    number, task = numbered_task
+    _progress[_slot + 1 : _slot + 3] = [number, _NONE]
+    result = _function(_shared, task, _report)
+    _progress[_slot + 1] = _NONE
+    return result
+
+
+def _report(value: int) -> None:
+    _progress[_slot + 2] = value
