@@ -75,7 +75,9 @@ def test_a_report_describes_the_run(runs: list[Path], tmp_path: Path) -> None:
     assert cli.main(["report", str(runs[1]), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "index.html").read_text()
     result = json.loads((runs[1] / "result.json").read_text())
-    assert f"<b>{percent(result['accuracy'])}</b><span>accuracy on 40 test images, step-00000060 (last)</span>" in text
+    assert (
+        f"<b>{percent(result['accuracy'])}</b><span>accuracy on 40 test images, after step 60 (the last)</span>" in text
+    )
     assert "resumed after step" in text
     assert "mixup 0.3" in text
     misclassified = folder.read_pictures(runs[1] / folder.MISCLASSIFIED)
@@ -119,7 +121,7 @@ def test_only_what_was_checked_is_ticked(runs: list[Path], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: change(run / "result.json", total=39), "The accuracy is not that of the confusion matrix"),
+        (lambda run: change(run / "result.json", correct=41), "The accuracy is not that of the confusion matrix"),
         (lambda run: change(run / "result.json", accuracy=0.999), "The accuracy is not that of the confusion matrix"),
         (lambda run: change(run / "setup.json", data=with_test(run, 41)), "counts 40 test images, the manifest 41."),
         (lambda run: change(run / "result.json", steps=41), "metrics.jsonl ends at step 40, the result is of step 41."),
@@ -147,7 +149,7 @@ def test_the_accuracy_is_shown_with_the_checkpoint_that_it_belongs_to(runs: list
     good = checks(run, tmp_path / "page")["good"]
     assert "step-00000020 is the best on val, of 3 evaluations; test did not select it." in good
     text = (tmp_path / "page/index.html").read_text()
-    assert "accuracy on 40 test images, step-00000020 (best on val)" in text
+    assert "accuracy on 40 test images, after step 20 (the best on val, 90.0 %)" in text
     first, second = '<p class="warning">&lt;b&gt;It collapsed.&lt;/b&gt;</p>', '<p class="warning">Two</p>'
     assert 0 < text.index(first) < text.index(second) < text.index('<div class="tiles">')
     for chart in charts.curves([folder.read(run)], ["run"]):

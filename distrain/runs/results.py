@@ -139,7 +139,7 @@ def step_of(result: dict[str, Any]) -> int:
 
 def describe_checkpoint(result: dict[str, Any]) -> str:
     """Say which checkpoint the accuracy in RUN/result.json belongs to, and why this one."""
-    why = "the last" if result["val_accuracy"] is None else f"the best on val, {100 * result['val_accuracy']:.1f} %"
+    why = "the last" if result["val_accuracy"] is None else f"the best on val, {percent(result['val_accuracy'])}"
     return f"step {step_of(result):,} ({why})"
 
 

@@ -181,7 +181,9 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     tiles = []
     if result is not None:
         tested = plural(result["total"], "test image")
-        tiles.append((percent(result["accuracy"]), f"accuracy on {tested}, {_selected(result)}"))
+        tiles.append(
+            (percent(result["accuracy"]), f"accuracy on {tested}, after {results.describe_checkpoint(result)}")
+        )
     else:
         scores = [
             (line[f"{split}/accuracy"], f"accuracy on {split} after step {line['step']:,}")
@@ -207,11 +209,6 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
 def _millions(setup: dict[str, Any]) -> str:
     number = setup["model"]["parameters"]
     return f"{number / 1e6:.1f} M" if number >= 10**6 else f"{number:,}"
-
-
-def _selected(result: dict[str, Any]) -> str:
-    """Name the checkpoint that the accuracy of a run belongs to."""
-    return f"{result['checkpoint']} ({'last' if result['val_accuracy'] is None else 'best on val'})"
 
 
 def _warnings(record: RunRecord) -> list[str]:
@@ -300,7 +297,7 @@ def _check_selection(record: RunRecord, result: dict[str, Any]) -> Check:
     """Compare the selected checkpoint with all evaluations on val."""
     scores = [(line["val/accuracy"], line["step"]) for line in record.lines if "val/accuracy" in line]
     best = max((accuracy for accuracy, _ in scores), default=None)
-    step = charts.step_of(result)
+    step = results.step_of(result)
     if best is None or (best, step) not in scores or best != result["val_accuracy"]:
         return Check("bad", f"{result['checkpoint']} is not the best of the evaluations on val in metrics.jsonl.")
     number = plural(len(scores), "evaluation")
@@ -452,7 +449,7 @@ def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         return []
     rows: list[tuple[str, list[str]]] = [
         ("accuracy on test", [percent(r.result["accuracy"]) if r.result else "not done" for r in records]),
-        ("of checkpoint", [_selected(r.result) if r.result else "not done" for r in records]),
+        ("of checkpoint", [results.describe_checkpoint(r.result) if r.result else "not done" for r in records]),
         ("wall time", [clock(r.result["seconds"]) if r.result else "not done" for r in records]),
         ("images/s", [f"{r.result['images_per_second']:,.0f}" if r.result else "not done" for r in records]),
     ]
