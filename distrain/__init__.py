@@ -20,7 +20,7 @@ def train(config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> dict[str,
             `distrain.config.Config`.
 
     Returns:
-        The content of RUN/result.json.
+        The content of RUN/result.json, without its version.
 
     Raises:
         distrain.errors.UserError: configuration or data cannot be used, or the loss diverged.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
@@ -18,6 +20,7 @@ import click
 from distrain import __version__, address, config, console, failure_report, machine, signals
 from distrain.environment import IN_A_GROUP, Environment
 from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
+from distrain.text import printable
 
 log = logging.getLogger("distrain")
 
@@ -51,17 +54,24 @@ def _run(arguments: list[str] | None, environment: Environment) -> int:
         error.show(sys.stderr)
         return EXIT_OK
     except click.ClickException as error:
+        error.message = printable(error.message)  # type: ignore[misc] # it may quote an argument; show() has no other way
         failure = failure_report.failure_here(environment, "user", EXIT_NEVER_AGAIN, error.format_message())
         if not failure_report.report_failure(failure, environment):
-            error.show(sys.stderr)
+            console.show_error(_shown_by_click(error))
         return EXIT_NEVER_AGAIN
     except click.Abort:
-        print("stopped", file=sys.stderr)
+        console.show_error("stopped")
         return EXIT_INTERRUPTED
     except _CommandError as error:
         return _end(error.cause, environment)
     except Exception as error:
         return _end(error, environment)
+
+
+def _shown_by_click(error: click.ClickException) -> str:
+    lines = io.StringIO()
+    error.show(lines)
+    return lines.getvalue().removesuffix("\n")
 
 
 class _CommandError(Exception):
@@ -74,6 +84,9 @@ class _CommandError(Exception):
 
 def _end(error: Exception, environment: Environment) -> int:
     """Report why this process ends, to the launcher or else to the user; return the exit code."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        # Only a name that was given can be too long; any command may be the first to use it.
+        error = ConfigError(f"{printable(error.filename)}: {error.strerror}; give a shorter one")
     failure = failure_report.failure_of(error, environment)
     if failure_report.report_failure(failure, environment):
         return failure.code
@@ -86,7 +99,7 @@ def _end(error: Exception, environment: Environment) -> int:
             time.sleep(0.05)
     prefix = "" if failure.code == EXIT_AGAIN else "error: "
     trace = None if isinstance(error, failure_report.PeerFailedError) else failure.traceback
-    print(trace or f"distrain: {prefix}{error}", file=sys.stderr, flush=True)
+    console.show_error(trace or f"distrain: {prefix}{error}")
     return failure.code
 
 
@@ -150,9 +163,9 @@ def train(environment: Environment, file: Path | None, overrides: tuple[str, ...
 
     result = training.train(resolved, environment)
     if environment.is_main:
-        print("Finished Training")
-        print(results.accuracy_line("test", result["total"], result["accuracy"]))
-        print(f"Run: {resolved.run.dir}", flush=True)
+        console.show("Finished Training")
+        console.show(results.accuracy_line("test", result["total"], result["accuracy"]))
+        console.show(f"Run: {resolved.run.dir}")
         if resolved.log.report:
             _write_report(Path(resolved.run.dir))
 
@@ -186,7 +199,7 @@ def _write_report(run: Path) -> None:
                 interrupt()
             from distrain.tools import report
 
-            print(f"Report: {report.write([run])}", flush=True)
+            console.show(f"Report: {report.write([run])}")
     except KeyboardInterrupt:
         problem = "stopped"
     except Exception as error:
@@ -250,7 +263,7 @@ def launch(
     if verdict.code == EXIT_AGAIN and command[0] == "doctor":
         verdict = replace(verdict, code=EXIT_NEVER_AGAIN)
     if verdict.code:
-        print(format_verdict(verdict), file=sys.stderr, flush=True)
+        console.show_error(format_verdict(verdict))
     return verdict.code
 
 
@@ -330,7 +343,7 @@ def write_report(runs: tuple[Path, ...], out: Path | None) -> None:
     """
     from distrain.tools import report
 
-    print(report.write(runs, out))
+    console.show(report.write(runs, out))
 
 
 @cli.command()
@@ -341,7 +354,7 @@ def status(run: Path, as_json: bool) -> None:
     from distrain.tools.status import format_status, run_status
 
     progress = run_status(run)
-    print(json.dumps(progress) if as_json else format_status(progress))
+    console.show(json.dumps(progress) if as_json else format_status(progress))
 
 
 @cli.command()
@@ -358,7 +371,7 @@ def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as
     from distrain.tools import predict as prediction
 
     for one in prediction.predict(run, images, which, device):
-        print(prediction.format_prediction(one, top, as_json))
+        console.show(prediction.format_prediction(one, top, as_json))
 
 
 @cli.command()
@@ -378,7 +391,7 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> None:
     from distrain.tools import export as exporter
 
     facts = exporter.export(run, out, which, force)
-    print(f"{out}: {facts['kind']} of {facts['checkpoint']}; logits differ by {facts['difference']:.2g} at most")
+    console.show(f"{out}: {facts['kind']} of {facts['checkpoint']}; logits differ by {facts['difference']:.2g} at most")
 
 
 @cli.command("wandb")
@@ -396,7 +409,7 @@ def send_to_wandb(run: Path, mode: str, out: Path | None) -> None:
     """
     from distrain.tools import wandb_run
 
-    print(wandb_run.send(run, mode == "online", out))
+    console.show(wandb_run.send(run, mode == "online", out))
 
 
 @cli.command()
@@ -410,7 +423,7 @@ def verify(folder: str) -> None:
     wrong = list(prepare.verify(dataset))
     if wrong:
         raise DataError("\n  ".join([f"{dataset.root}: {len(wrong)} found wrong:", *wrong]))
-    print(f"{dataset.root}: {_describe(dataset)}: all as written")
+    console.show(f"{dataset.root}: {_describe(dataset)}: all as written")
 
 
 class _Sources(_Group):
@@ -514,7 +527,11 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
 )
 @_prepare_options
 def prepare_folder(paths: tuple[Path, ...], image_size: int, out: Path, **options: Any) -> None:
-    """Your own images: a folder per class under train/ and test/, or .tar(.gz) archives of such folders."""
+    """Your own images: a folder per class under train/ and test/, or tar and zip archives of such folders.
+
+    Splits may also be called training, val, valid, validation, dev, eval and testing, in any case. Without splits, the
+    folders are the classes. What was recognised, and what was passed over, is shown.
+    """
 
     def open_source(work: Path) -> Any:
         from distrain.data.sources.folder import Folder
@@ -586,7 +603,7 @@ def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Calla
     skipped = dataset.manifest.source.get("skipped")
     dropped = f"; {skipped} unreadable dropped" if skipped else ""
     unchanged = "" if made else ": already prepared, not changed; sources were not compared"
-    print(f"{out}: {_describe(dataset)}{dropped}{unchanged}")
+    console.show(f"{out}: {_describe(dataset)}{dropped}{unchanged}")
 
 
 def _describe(dataset: Any) -> str:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,8 +17,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
-from distrain import address
+from distrain import address, files
 from distrain.errors import ConfigError
+from distrain.text import Values, printable, shortened
+
+_MAX_BYTES = 2**18
+"""Maximum size of a YAML file: parsing it takes seconds. All keys with their meanings are a twentieth of this."""
+_MAX_DEPTH = 10
+"""Maximum depth of brackets and indents; a key's value has depth 3."""
+_MAX_PROBLEMS = 20
+"""Maximum number of problems that a message names."""
+_MAX_FILE_NAME, _MAX_PATH = 255, 4095
+"""Maximum bytes of a file's name and of its path, on Linux's file systems."""
 
 
 def _key(default: Any, meaning: str, *, identity: bool = False, **limits: Any) -> Any:
@@ -47,15 +58,31 @@ def _off(value: Any) -> Any:
     return "off" if value is False or value in ("false", "False") else value
 
 
+def _path(value: Any) -> Any:
+    """Refuse text that cannot be a path, before a folder is made for it."""
+    if not isinstance(value, str) or address.scheme(value) is not None:
+        return value
+    try:
+        path = os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError("should be text that is a valid file name") from None
+    if b"\0" in path:
+        raise ValueError("should have no NUL character, as it is a path")
+    if len(path) > _MAX_PATH or any(len(name) > _MAX_FILE_NAME for name in path.split(b"/")):
+        raise ValueError(f"should be a path of at most {_MAX_PATH} bytes, each name in it at most {_MAX_FILE_NAME}")
+    return value
+
+
 def _local(value: Any) -> Any:
     """Refuse an address for a key that is a path: a folder of that name would be created silently."""
     scheme = address.scheme(value) if isinstance(value, str) else None
     if scheme is not None:
-        raise ValueError(f"should be a path; {scheme}:// is an address")
-    return value
+        raise ValueError(f"should be a path; {printable(scheme, 20)}:// is an address")
+    return _path(value)
 
 
 LocalPath = Annotated[str, BeforeValidator(_local)]
+PathOrAddress = Annotated[str, BeforeValidator(_path)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
@@ -97,7 +124,7 @@ class Run(Section):
 class Data(Section):
     """The data set, made by `distrain prepare`."""
 
-    dir: str = _key(
+    dir: PathOrAddress = _key(
         "data/synthetic",
         "folder of the data set (it has manifest.json), or its address: file://, http://, https://, s3://, gs://, hf://",
         min_length=1,
@@ -370,9 +397,12 @@ def from_tree(tree: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate({k: v for k, v in tree.items() if v is not None})
     except ValidationError as error:
-        problems += [_explain(item) for item in error.errors()]
+        items = error.errors()
+        problems += [_explain(item) for item in items[:_MAX_PROBLEMS]]
+        problems += [""] * len(items[_MAX_PROBLEMS:])  # counted only
     if problems:
-        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  {address.scrub(p)}" for p in problems))
+        lines = [f"  {address.scrub(problem)}" for problem in shortened(problems, _MAX_PROBLEMS)]
+        raise ConfigError("\n".join(["the configuration cannot be used:", *lines]))
     return config
 
 
@@ -430,7 +460,26 @@ def _scalar(value: Any) -> str:
 
 
 class _Loader(yaml.BaseLoader):
-    """A YAML loader that keeps scalars as text: PyYAML's own rules read `1e-3` as a string and `no` as false."""
+    """A YAML loader that keeps scalars as text: PyYAML's own rules read `1e-3` as a string and `no` as false.
+
+    It refuses aliases, whose values can grow without bound, and deep nesting.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        problem = None
+        if getattr(event, "anchor", None) is not None:
+            problem = "anchors and aliases (&name, *name) are not supported; write the value itself"
+        elif self._depth == _MAX_DEPTH:
+            problem = "brackets or indents are nested too deeply"
+        if problem is not None:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_scalar(self, node: yaml.ScalarNode) -> Any:
         value = super().construct_scalar(node)
@@ -443,7 +492,8 @@ class _Loader(yaml.BaseLoader):
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+                message = f"duplicate key {_VALUES.repr(key)}"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -452,40 +502,59 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from BaseLoader: builds only text, lists and dicts
+    """Return the content of YAML text: text, lists and dicts.
+
+    Raises:
+        ValueError: it is not valid YAML; the message begins with `:LINE: ` if the line is known.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from BaseLoader, which builds nothing else
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        context = f"{error.context}, " if str(error.problem).startswith("but ") else ""
+        raise ValueError(f"{line}: {printable(f'{context}{error.problem}')}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f": {printable(str(error).partition(chr(10))[0])}") from None
+    except (ValueError, OverflowError):  # PyYAML converts escapes and versions without checks
+        raise ValueError(": an escape or a version of YAML is out of range") from None
 
 
 def _read_yaml(file: Path, problems: list[str]) -> dict[str, Any]:
+    name = printable(file)
     try:
-        tree = _parse(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}")
+        text = files.read(file, _MAX_BYTES).decode()
+    except OSError as error:
+        problems.append(f"{name}: cannot be read: {error.strerror}")
         return {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        problems.append(f"{file}{where}: {getattr(error, 'problem', None) or error}")
+    except UnicodeDecodeError as error:
+        problems.append(f"{name}: cannot be read: {error}")
+        return {}
+    try:
+        tree = _parse(text)
+    except ValueError as error:
+        problems.append(f"{name}{error}")
         return {}
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        problems.append(f"{file}: should have sections with keys, as `distrain config` prints them")
+        problems.append(f"{name}: should have sections with keys, as `distrain config` prints them")
         return {}
     return tree
 
 
 def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    shown = printable(address.scrub(override), 120)
     path, equals, text = override.partition("=")
     section, dot, name = path.partition(".")
     if not (equals and dot and section and name):
-        hint = f"; give a file with --config {override}" if override.endswith((".yaml", ".yml")) else ""
+        hint = f"; give a file with --config {shown}" if override.endswith((".yaml", ".yml")) else ""
         hint = "; write no spaces around =" if override == "=" else hint
-        problems.append(f"{override}: should be section.key=value{hint}")
+        problems.append(f"{shown}: should be section.key=value{hint}")
         return
     try:
         value = _parse(text) if text[:1] in ("[", "{", "'", '"') or text in ("null", "~", "") else text
-    except yaml.YAMLError:
-        problems.append(f"{override}: is not valid YAML")
+    except ValueError as error:
+        problems.append(f"{shown}: is not valid YAML{str(error).removeprefix(':1')}")
         return
     part = tree.get(section)
     if part is None:
@@ -495,7 +564,7 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
 
 
 def _explain(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
+    path = printable(address.scrub(".".join(str(part) for part in item["loc"])), 100)
     if item["type"] == "extra_forbidden":
         known = [f"{section}.{name}" for section, name, *_ in every_key()] if "." in path else list(Config.model_fields)
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
@@ -505,7 +574,18 @@ def _explain(item: Any) -> str:
         hint = f"did you mean {matches[0]}?" if matches else "`distrain config` lists all keys"
         return f"{path}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message.replace("a valid string, unable to parse raw data as a unicode string", "text in UTF-8")
     message = message.replace("should be a valid dictionary or instance of", "should have the keys of section")
     if isinstance(item["input"], (dict, BaseModel)):
         return f"{path}: {message}"
-    return f"{path}: {message}; got {item['input']!r}"
+    return f"{path}: {message}; got {_VALUES.repr(item['input'])}"
+
+
+class _PublicValues(Values):
+    """The values of messages, with secrets removed from the addresses in them before they are shortened."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(address.scrub(x), level)
+
+
+_VALUES = _PublicValues()

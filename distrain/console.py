@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
+from distrain import text
+
 LOGGER = logging.getLogger("distrain")
 """The logger of the whole package. Only the command line installs a handler."""
 
@@ -38,10 +40,20 @@ def set_up() -> None:
     sys.stdout, sys.stderr = _tolerant(sys.stdout, 1), _tolerant(sys.stderr, 2)
 
 
-def encodable(text: str) -> str:
+def show(answer: object) -> None:
+    """Print what a command answers to stdout. No control sequence in a name reaches the terminal."""
+    print(text.without_controls(str(answer)), flush=True)
+
+
+def show_error(message: object) -> None:
+    """Print a message to stderr. No control sequence in a name or value reaches the terminal."""
+    print(text.message(str(message)), file=sys.stderr, flush=True)
+
+
+def encodable(content: str) -> str:
     """Return the text as stdout shows it, with escapes for the characters that its encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"  # none: a StringIO in its place
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return content.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextlib.contextmanager
@@ -121,12 +133,12 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):  # a message that cannot be shown ends nothing
-            text = self.format(record) + "\n"
+            line = self.format(record) + "\n"
             bar = getattr(sys.modules.get("tqdm"), "tqdm", None)  # not imported: no bar is active
             if bar is not None:
-                bar.write(text, file=sys.stderr, end="")
+                bar.write(line, file=sys.stderr, end="")
             else:
-                sys.stderr.write(text)
+                sys.stderr.write(line)
             sys.stderr.flush()
 
 
@@ -139,8 +151,8 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         try:
-            text = super().format(record)
+            content = super().format(record)
         except Exception:  # arguments that do not fit the message
-            text = f"{record.msg} {record.args}"
+            content = f"{record.msg} {record.args}"
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        return "\n".join(self._rank + line for line in f"{level}{text}".split("\n"))
+        return "\n".join(self._rank + line for line in text.message(f"{level}{content}").split("\n"))

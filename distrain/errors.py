@@ -75,6 +75,15 @@ class BusyError(AgainError):
     kind: Kind = "busy"
 
 
+class FolderLostError(UserError):
+    """The run's folder was removed, moved or replaced while its job was writing there; commands exit with 78.
+
+    The same command, run again, would silently begin another run, or meet another one in its folder.
+    """
+
+    kind: Kind = "busy"
+
+
 class SaveError(RuntimeError):
     """The last checkpoint could not be saved, so the last steps are lost; commands exit with 1."""
 

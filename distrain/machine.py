@@ -12,6 +12,11 @@ from typing import Any
 
 import psutil
 
+_CPU_LIMITS = {
+    "/sys/fs/cgroup": ["cpu.max"],
+    "/sys/fs/cgroup/cpu": ["cpu.cfs_quota_us", "cpu.cfs_period_us"],
+}
+"""Files of a control group, of version 2 and 1, with the time that it may use and the period in microseconds."""
 _LIBRARIES = ("distrain", "torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow")
 
 
@@ -26,8 +31,24 @@ def describe() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of CPU cores that this process may use: those that it may run on, or fewer if its time is limited."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in _control_groups("cpu"):
+        for root, names in _CPU_LIMITS.items():
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = " ".join(Path(root, group, name).read_text(encoding="ascii") for name in names).split()
+                if int(quota) > 0 and int(period) > 0:
+                    count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def _control_groups(controller: str) -> list[str]:
+    """Return the paths of this process's control groups: version 2's, and version 1's of a controller."""
+    groups = [""]  # a container sees its own group as the root
+    with contextlib.suppress(OSError):
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()]
+        groups += [path.strip("/") for _, names, path in lines if not names or controller in names.split(",")]
+    return groups
 
 
 def versions() -> dict[str, str]:
@@ -46,11 +67,7 @@ def _processor() -> str:
 def free_memory() -> int:
     """Bytes of memory that are free: on the machine, or in the control group if that has less."""
     free = psutil.virtual_memory().available
-    groups = [""]  # a container sees its own group as the root
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-        groups += [line.split(":", 2)[2].strip("/") for line in lines if line.split(":")[1] in ("", "memory")]
-    for group in groups:
+    for group in _control_groups("memory"):
         for root, limit, used in (
             ("/sys/fs/cgroup", "memory.max", "memory.current"),
             ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),

@@ -1,16 +1,74 @@
-"""Text for messages: names that come with data, and lists that may be long."""
+"""Text for messages: names and values that come from outside, and lists that may be long."""
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Sequence
+from typing import Any
+
+NAME_LENGTH = 400
+"""Longest name that a message shows whole, in characters: most paths are shorter."""
+
+_LINE_LENGTH = 2000
+"""Longest line of a message, in characters."""
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but newline and tab, line separators, marks that reverse the direction, undecodable bytes."""
 
 
-def printable(name: str) -> str:
-    """Return a name with each unprintable character replaced, so that it is one line without control sequences."""
-    return "".join(letter if letter.isprintable() else "�" for letter in name)
+class Values(reprlib.Repr):
+    """Shows values as Python writes them, such as ``'fast'`` or ``[1, 2]``, in one short line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxlong = self.maxother = 120
+
+    def repr(self, x: Any) -> str:
+        """Return a value's short line."""
+        return printable(super().repr(x))
+
+
+def printable(name: object, limit: int = NAME_LENGTH) -> str:
+    """Return a name or path as one line of at most `limit` characters without control sequences.
+
+    Characters that cannot be printed are shown as escapes (``\\n``, ``\\x1b``); a longer name is cut in its middle.
+    """
+    text = shortened_middle(str(name), limit)
+    if text.isprintable():
+        return text
+    return shortened_middle("".join(each if each.isprintable() else _escape(each) for each in text), limit)
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, such as ``'fast'`` or ``[1, 2]``, in one short line."""
+    return Values().repr(value)
+
+
+def shortened_middle(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters: the middle of a longer one is dropped."""
+    if len(text) <= limit:
+        return text
+    head = limit // 2
+    return f"{text[:head]}…{text[len(text) - (limit - head - 1) :]}"
+
+
+def without_controls(text: str) -> str:
+    """Return a text of several lines with all control characters but newlines and tabs shown as escapes."""
+    return _CONTROL.sub(lambda match: _escape(match[0]), text)
+
+
+def message(text: str) -> str:
+    """Return a message as it is shown to people: without control sequences, its lines of a limited length."""
+    return "\n".join(shortened_middle(line, _LINE_LENGTH) for line in without_controls(text).split("\n"))
 
 
 def shortened(items: Sequence[str], limit: int) -> list[str]:
     """Return the first `limit` items, and `and N more` as a last one if there are N more."""
     more = len(items) - limit
     return [*items[:limit], f"and {more} more"] if more > 0 else list(items)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

@@ -16,7 +16,16 @@ from distrain.runs import checkpoint
 
 def save(folder: Path, step: int, value: float = 1.0, best: int | None = None, why: str = "interval") -> Path:
     model = {"weight": torch.full((3, 2), value), "tied": torch.ones(2)}
-    state = {"identity": {"a": 1}, "best": {"step": best} if best else None, "why": why}
+    state = {
+        "identity": {"a": 1},
+        "best": {"step": best, "accuracy": 0.5} if best else None,
+        "why": why,
+        "lines": 0,
+        "evaluated_step": 0,
+        "seconds": 1.5,
+        "losses": {},
+        "scaler": None,
+    }
     model["tied again"] = model["tied"]
     return checkpoint.save(folder, step, model, {"0.momentum_buffer": torch.ones(3)}, state)
 
@@ -125,7 +134,7 @@ def test_no_pickle_is_read(tmp_path: Path) -> None:
 
     (path / "model.safetensors").write_bytes(pickle.dumps({"weight": Trap()}))
     digests = json.loads((path / "digests.json").read_text())
-    digests["model.safetensors"] = xxhash.xxh3_128_hexdigest((path / "model.safetensors").read_bytes())
+    digests["files"]["model.safetensors"] = xxhash.xxh3_128_hexdigest((path / "model.safetensors").read_bytes())
     (path / "digests.json").write_text(json.dumps(digests))
     with pytest.raises(DataError):
         checkpoint.load(path)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness import arguments, clean_environ, small_run
 
-from distrain import config
+from distrain import config, machine
 from distrain.environment import Environment, World
 from distrain.tools import doctor
 
@@ -85,7 +89,7 @@ def test_without_problems_nothing_is_left_on_disk(data: Path, tmp_path: Path) ->
         ("model.name=models_for_tests:Picky", "model", "models_for_tests:Picky"),
         ("model.name=models_for_tests:Idle", "model", "does not depend on head.weight"),
         ("model.name=models_for_tests:Heavy launch.grace_seconds=1", "grace", "takes"),
-        ("run.dir=/dev/null/run", "run folder", "cannot be written"),
+        ("run.dir=/dev/null/run", "run folder", "cannot make a folder: Not a directory"),
     ],
 )
 def test_problems_that_one_process_finds(key: str, subject: str, message: str, data: Path, tmp_path: Path) -> None:
@@ -97,6 +101,103 @@ def test_problems_that_one_process_finds(key: str, subject: str, message: str, d
     assert bad.subject == subject
     assert message in bad.message
     assert list(tmp_path.iterdir()) == []
+
+
+def findings(check: Any, tmp_path: Path, *keys: str) -> list[doctor.Finding]:
+    """Return the findings of one check for a run in tmp_path/run, where nothing is left."""
+    result = list(check(config.load(None, [f"run.dir={tmp_path / 'run'}", *keys]), Environment()))
+    assert list(tmp_path.iterdir()) == []
+    return result
+
+
+@pytest.mark.parametrize(
+    ("function", "action"),
+    [
+        ("os.link", "link a file"),
+        ("pathlib.Path.rename", "rename a folder"),
+        ("pathlib.Path.replace", "replace a file by a rename"),
+        ("os.ftruncate", "append to a file and cut it"),
+    ],
+)
+def test_all_that_a_run_does_in_its_folder_is_tried(
+    function: str, action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(function, refuse)
+    (finding,) = findings(lambda keys, _: doctor._run_folder(keys), tmp_path)
+    assert (finding.level, finding.message) == ("bad", f"{tmp_path}: cannot {action}: Operation not permitted")
+    assert "choose a run.dir" in finding.line
+
+
+def test_a_file_system_that_cannot_sync_folders_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    works, note = findings(lambda keys, _: doctor._run_folder(keys), tmp_path)
+    assert (works.level, note.level) == ("ok", "note")
+    assert note.message == f"{tmp_path}: its file system cannot sync folders, which is passed over"
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (works,) = findings(doctor.temporary_folder, tmp_path)
+    assert works.level == "ok"
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    (note,) = findings(doctor.temporary_folder, tmp_path)
+    assert note.level == "note"
+    assert "set TMPDIR" in note.line
+
+
+@pytest.mark.parametrize(
+    ("keys", "level"),
+    [
+        (["data.dir=s3://bucket/data", "data.cache_dir=/proc/nowhere"], "note"),
+        (["data.dir=s3://bucket/data", "data.cache_dir=TMP/cache", "data.cache_gib=0.001"], "ok"),
+        (["data.dir=s3://bucket/data", "data.cache_dir=TMP/cache", "data.cache_gib=1e9"], "note"),
+        (["data.dir=s3://bucket/data", "data.cache_dir=/proc/nowhere", "data.cache_gib=0"], None),
+        (["data.dir=data", "data.cache_dir=/proc/nowhere"], None),
+    ],
+)
+def test_the_cache_of_a_remote_data_set_is_tried(keys: list[str], level: str | None, tmp_path: Path) -> None:
+    result = findings(doctor.cache_folder, tmp_path, *(key.replace("TMP", str(tmp_path)) for key in keys))
+    assert [each.level for each in result] == ([] if level is None else [level])
+
+
+@pytest.mark.parametrize(("free", "level"), [(9, "bad"), (10, "note"), (39, "note"), (40, "ok")])
+def test_free_space_is_compared_with_the_checkpoints(
+    free: int, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free))
+    assert doctor._space(config.load(None, [f"run.dir={tmp_path}"]), size=10).level == level
+
+
+@pytest.mark.parametrize(
+    ("processes", "threads", "level", "cure"),
+    [(1, 1, "note", "--nproc"), (2, 2, "ok", ""), (5, 1, "note", "request more cores"), (1, 4, "ok", "")],
+)
+def test_cores_that_are_missing_or_idle_are_a_note(
+    processes: int, threads: int, level: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    keys = config.load(None, [f"run.cpu_threads={threads}", "run.device=cpu"])
+    (finding,) = doctor.cores(keys, Environment(local_world_size=processes))
+    assert (finding.level, cure in finding.cure) == (level, True)
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("max 100000", 3), ("200000 100000", 2), ("50000 100000", 1)])
+def test_a_limit_of_processor_time_counts_as_fewer_cores(
+    limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(machine, "_CPU_LIMITS", {str(tmp_path): ["cpu.max"]})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert machine.cores() == cores
 
 
 @pytest.mark.ranks

@@ -456,17 +456,29 @@ def test_a_body_without_end_takes_neither_memory_nor_time(server: Server) -> Non
     assert server.sent < 64 * 2**20
 
 
-def test_a_file_system_that_hangs_and_knows_no_time_out_is_given_up(small: Dataset, tmp_path: Path) -> None:
-    shutil.copytree(small.root, tmp_path / "data")
-    victim = tmp_path / "data" / SHARD
-    where = f"file://{tmp_path / 'data'}"
-    dataset = dataclasses.replace(manifest.read(where, options()), root=locate(where, options(retries=1, seconds=0.2)))
-    victim.unlink()
-    os.mkfifo(victim)  # nobody writes: opening it waits for ever
+def test_a_file_system_that_hangs_and_knows_no_time_out_is_given_up(
+    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = f"file://{small.root}"
+    root = locate(where, options(retries=1, seconds=0.2))
+    dataset = dataclasses.replace(manifest.read(where, options()), root=root)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)  # nobody writes: opening it waits for ever
+    monkeypatch.setattr(root._fs, "open", lambda *_, **__: fifo.open("rb"))
     begun = time.monotonic()
     assert "no complete answer within 0.2 s (tried 2 times)" in refused(dataset)
     assert time.monotonic() - begun < 2
-    os.close(os.open(victim, os.O_RDWR))  # lets the threads go
+    os.close(os.open(fifo, os.O_RDWR))  # lets the threads go
+
+
+def test_a_fifo_at_an_address_of_a_file_is_refused_at_once(small: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(small.root, tmp_path / "data")
+    dataset = manifest.read(f"file://{tmp_path / 'data'}", options(retries=5, seconds=60))
+    (tmp_path / "data" / SHARD).unlink()
+    os.mkfifo(tmp_path / "data" / SHARD)
+    begun = time.monotonic()
+    assert f"{SHARD}: not a regular file" in refused(dataset)
+    assert time.monotonic() - begun < 2
 
 
 def test_what_is_fetched_must_have_the_digest_whatever_the_reader_checks(server: Server, tmp_path: Path) -> None:
@@ -591,10 +603,10 @@ def test_the_bound_holds_after_every_use(
     cache = Cache(folder, max_bytes)
     for what, index, size in done:
         if what == "g":
-            cache.get(name_of(index), fine)
+            cache.get(name_of(index), fine, 400)
         else:
             cache.put(name_of(index), bytes(size))
-            assert (cache.get(name_of(index), fine) is not None) or size > max_bytes
+            assert (cache.get(name_of(index), fine, size) is not None) or size > max_bytes
         assert bytes_in(folder) <= max_bytes
 
 
@@ -605,7 +617,7 @@ def test_the_file_being_written_counts_and_the_least_recently_used_go(
     for index in range(4):
         cache.put(name_of(index), bytes(25))
         os.utime(tmp_path / f"{name_of(index)}.tar", (1000 + index, 1000 + index))
-    assert cache.get(name_of(0), fine)
+    assert cache.get(name_of(0), fine, 25)
     cache.put(name_of(5), bytes(26))
     cached = {index for index in range(6) if (tmp_path / f"{name_of(index)}.tar").exists()}
     assert cached == {0, 3, 5}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +165,33 @@ def test_a_failed_export_leaves_no_file(
     assert cli.main(["export", str(run), "--out", str(tmp_path / "model.onnx")]) == 78
     assert "distrain[onnx]" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_an_export_to_a_full_disk_is_an_error_and_leaves_no_file(
+    suffix: str, run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        assert cli.main(["export", str(run), "--out", str(disk / f"model.{suffix}")]) == 78
+        error = capsys.readouterr().err
+        assert f"model.{suffix}: cannot be written: No space left on device; make room there, or" in error
+        assert error.count("\n") == 1
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_only_a_file_is_replaced_by_an_export(make: Callable[[Path], None], tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "model.pt2"
+    make(out)
+    assert cli.main(["export", "no-run", "--out", str(out), "--force"]) == 78
+    assert "exists already; choose another file\n" in capsys.readouterr().err
+    assert not out.is_file()
 
 
 def test_a_model_that_cannot_be_exported_is_reported(small: Dataset, tmp_path: Path, capsys: Any) -> None:

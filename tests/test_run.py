@@ -51,7 +51,7 @@ def test_a_run_has_the_documented_files_and_result(
 ) -> None:
     run = tmp_path / "run"
     result = distrain.train(tree(small, run, data={"audit": True}))
-    assert json.loads((run / "result.json").read_text()) == result
+    assert json.loads((run / "result.json").read_text()) == {"version": 1, **result}
     assert result["total"] == 203
     assert result["correct"] == sum(result["confusion_matrix"][k][k] for k in range(10))
     assert result["accuracy"] == result["correct"] / 203

@@ -23,7 +23,7 @@ from wandb_server import WandbServer, serving
 
 import distrain
 from distrain.cli import main
-from distrain.config import Wandb, from_tree
+from distrain.config import Config, Wandb, from_tree
 from distrain.data.manifest import Dataset
 from distrain.environment import Environment
 from distrain.errors import ConfigError, Stopped
@@ -116,7 +116,7 @@ def test_wandb_offline_keeps_its_id_over_restarts(tmp_path: Path) -> None:
         one = mirror("offline", tmp_path, warnings)
         one.log({"train/loss": 1.0}, 1)
         one.close({"accuracy": 0.5})
-        ids.append((tmp_path / "wandb-id").read_text())
+        ids.append(wandb_id(tmp_path))
     assert warnings == []
     assert ids[0] == ids[1]
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}/run-{ids[0]}.wandb"))) >= 1
@@ -432,7 +432,7 @@ def test_tensorboard_turned_on_later_has_earlier_metrics_too(
 def test_distrain_wandb_reports_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    (tmp_path / "config.yaml").write_text("")
+    folder.write_configuration(tmp_path, Config())
     assert main(["wandb", str(tmp_path), *options]) == 78
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

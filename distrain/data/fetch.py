@@ -35,9 +35,10 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 import tenacity
 
-from distrain import address
+from distrain import address, files
 from distrain.config import Data
 from distrain.errors import ConfigError
+from distrain.text import printable
 
 _EXTRAS: dict[str, str | None] = {"file": None, "http": None, "https": None, "s3": "s3", "gs": "gs", "hf": "hf"}
 """Supported schemes, and the extra of distrain that installs the package that fsspec needs for it."""
@@ -144,7 +145,7 @@ class Remote:
 
     def __init__(self, location: str, scheme: str, options: FetchOptions) -> None:
         self._address, self._public_address = location, address.without_secrets(location).rstrip("/")
-        self._http = scheme in ("http", "https")
+        self._http, self._is_file = scheme in ("http", "https"), scheme == "file"
         self._options = options
         self._fs = _file_system(scheme, options.timeout_seconds)
         self._cache = Cache(options.cache_dir, options.cache_bytes) if options.cache_dir is not None else None
@@ -171,7 +172,7 @@ class Remote:
         Raises:
             FetchError: the file cannot be fetched.
         """
-        cached = self._cache.get(sha256, check) if self._cache is not None else None
+        cached = self._cache.get(sha256, check, size) if self._cache is not None else None
         if cached is not None:
             return cached
 
@@ -224,6 +225,8 @@ class Remote:
         # block_size 0 streams the file; fsspec's other reader sends more requests. With a size, it requests none.
         options = {"block_size": 0, "size": max_bytes} if self._http else {}
         content = io.BytesIO()
+        if self._is_file:
+            self._check_file(self._fs._strip_protocol(url))
         with self._fs.open(url, "rb", **options) as file:
             while content.tell() <= max_bytes and not abandoned.is_set():  # guard: no-more-than-promised
                 chunk = file.read(min(_CHUNK_BYTES, max_bytes + 1 - content.tell()))
@@ -231,6 +234,16 @@ class Remote:
                     break
                 content.write(chunk)
         return content.getvalue()
+
+    @staticmethod
+    def _check_file(path: str) -> None:
+        """Refuse a FIFO or device, which could be waited for until the time-out, again and again."""
+        try:
+            files.open_regular(path).close()
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise FetchError(str(error.strerror)) from None
+            raise
 
     def _url(self, name: str) -> str:
         if not self._http:
@@ -259,9 +272,9 @@ class Remote:
             return _TransientError(f"no complete answer within {self._options.timeout_seconds:g} s", _NETWORK)
         if _NO_CREDENTIALS.intersection(type_.__name__ for type_ in type(error).__mro__):
             # Retried: machines in a cloud get credentials from a server, which may be busy.
-            return _TransientError(str(error).splitlines()[0], _CREDENTIALS)
+            return _TransientError(printable(str(error).splitlines()[0]), _CREDENTIALS)
         message = (str(error) or type(error).__name__).replace(self._address, self._public_address)
-        reason = address.scrub(message.splitlines()[0])[:300]
+        reason = printable(address.scrub(message.splitlines()[0]))
         # ValueError: a wrong address, or a certificate that does not match. A retry cannot help.
         is_final = isinstance(error, (ValueError, IsADirectoryError, NotADirectoryError))
         return (FetchError if is_final else _TransientError)(reason, _NETWORK)
@@ -274,11 +287,11 @@ class Cache:
         self._folder, self._max_bytes = folder, max_bytes
         self._first_warning = threading.Lock()
 
-    def get(self, sha256: str, check: Check) -> bytes | None:
-        """Return the content with this digest; None if it is not cached, or damaged."""
+    def get(self, sha256: str, check: Check, size: int) -> bytes | None:
+        """Return the content with this digest and size; None if it is not cached, or damaged."""
         path = self._path(sha256)
         try:
-            data = path.read_bytes()
+            data = files.read(path, size)
         except FileNotFoundError:
             return None
         except OSError:

@@ -16,13 +16,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distrain import files
 from distrain.config import Data
 from distrain.data.fetch import FetchError, FetchOptions, Remote, locate
 from distrain.errors import DataError, UnreachableError
+from distrain.text import printable, shown
 
 NAME = "manifest.json"
 _MAX_BYTES = 2**28
-"""Maximum size of a manifest that is fetched from an address: a million shards."""
+"""Maximum size of a manifest: a million shards."""
 FORMAT = "distrain-blocks"
 VERSION = 1
 IMAGES, LABELS, IDS = "images.npy", "labels.npy", "ids.npy"
@@ -114,7 +116,9 @@ class Dataset:
         """
         split = {str(key): value for key, value in self.manifest.splits.items()}.get(name)
         if split is None:
-            raise DataError(f"{self.root}: has no split {name!r}, only {', '.join(self.manifest.splits)}")
+            raise DataError(
+                f"{printable(self.root)}: has no split {shown(name)}, only {', '.join(self.manifest.splits)}"
+            )
         return split
 
     def missing(self, splits: Sequence[str]) -> Iterator[str]:
@@ -148,34 +152,35 @@ def read(folder: str | Path, options: FetchOptions | None = None) -> Dataset:
     """
     root = locate(folder, options or FetchOptions.of(Data(), cached=False))
     raw = _fetch(root) if isinstance(root, Remote) else _read_file(root)
-    cure = "prepare the data set again"
-    try:
-        tree = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{root / NAME}: not JSON ({error}); {cure}") from None
+    where, cure = printable(root / NAME), "prepare the data set again"
+    reason = _check_json(raw)
+    if reason is not None:
+        raise DataError(f"{where}: {reason}; {cure}")
+    tree = json.loads(raw)
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise DataError(f"{root / NAME}: not a manifest of distrain; {cure}")
-    if tree.get("version") != VERSION:
-        raise DataError(
-            f"{root / NAME}: version {tree.get('version')!r}, this distrain reads version {VERSION}; {cure}"
-        )
+        raise DataError(f"{where}: not a manifest of distrain; {cure}")
+    version = tree.get("version")
+    if version != VERSION:
+        raise DataError(f"{where}: version {shown(version)}, this distrain reads version {VERSION}; {cure}")
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        where = f"{where}: " if where else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{root / NAME}: {where}{message}; {cure}") from None
+        key = printable(".".join(str(part) for part in first["loc"]), 100)
+        message = printable(first["msg"].removeprefix("Value error, "))
+        raise DataError(f"{where}: {f'{key}: ' if key else ''}{message}; {cure}") from None
     return Dataset(root, manifest, hashlib.sha256(raw).hexdigest())
 
 
 def _read_file(root: Path) -> bytes:
     try:
-        return (root / NAME).read_bytes()
+        return files.read(root / NAME, _MAX_BYTES)
+    except FileNotFoundError as error:
+        reason = "is not a data set (no manifest.json)" if root.is_dir() else error.strerror
+        raise DataError(f"{printable(root)}: {reason}; make one with `distrain prepare`, or set data.dir") from None
     except OSError as error:
-        reason = "is not a data set (no manifest.json)" if root.is_dir() else (error.strerror or str(error))
-        raise DataError(f"{root}: {reason}; make one with `distrain prepare`, or set data.dir") from None
+        cure = "make one with `distrain prepare`, or set data.dir"
+        raise DataError(f"{printable(root / NAME)}: {error.strerror}; {cure}") from None
 
 
 def _fetch(root: Remote) -> bytes:
@@ -191,7 +196,7 @@ def _check_json(raw: bytes) -> str | None:
     """Return what is wrong with a manifest, or None. There is no digest for it, but a truncated one does not parse."""
     try:
         json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"not JSON ({error})"
     return None
 

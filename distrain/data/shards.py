@@ -20,9 +20,11 @@ import xxhash
 from numpy.typing import NDArray
 from webdataset import tariterators
 
+from distrain import files
 from distrain.data.fetch import FetchError, Remote
 from distrain.data.manifest import IDS, IMAGES, LABELS, Shard
 from distrain.errors import ShardError, UnreachableError
+from distrain.text import printable, shown
 
 BLOCK_SAMPLES = 1024
 """Maximum number of samples in a block, which a plain WebDataset reader decodes at once."""
@@ -110,7 +112,7 @@ def read(
         raise ShardError(f"{error.args[0]}; {_CURE}") from error
     except Exception as error:
         # The digest matches, so the file has not changed: what was written is not a shard.
-        raise ShardError(f"{root / shard.name}: not a shard of blocks: {error}; {_CURE}") from error
+        raise ShardError(f"{root / shard.name}: not a shard of blocks: {printable(error)}; {_CURE}") from error
     samples = sum(len(block.ids) for block in blocks)
     if samples != shard.samples:
         reason = f"has {samples} samples, the manifest says {shard.samples}"
@@ -121,9 +123,9 @@ def read(
 def _read_file(root: Path, shard: Shard, digests: Sequence[str]) -> bytes:
     path = root / shard.name
     try:
-        data = path.read_bytes()
+        data = files.read(path, shard.bytes)
     except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}; {_CURE}") from error
+        raise ShardError(f"{printable(path)}: {error.strerror}; {_CURE}") from error
     reason = _check(data, shard, digests)
     if reason is not None:
         raise ShardError(f"{path}: {reason}; {_CURE}")
@@ -149,7 +151,7 @@ def _check(data: bytes, shard: Shard, digests: Sequence[str]) -> str | None:
 
 
 def _decode(record: dict[str, Any], image_shape: list[int], num_classes: int) -> Block:
-    where = f"{record['__url__']}: block {record['__key__']}"
+    where = printable(f"{record['__url__']}: block {printable(record['__key__'], 100)}")
     missing = [name for name in (IMAGES, LABELS, IDS) if name not in record]
     if missing:
         raise ShardError(f"{where}: has no {', '.join(missing)}")
@@ -178,10 +180,10 @@ def _parse_npy(data: bytes, dtype: np.dtype[Any], item_shape: tuple[int, ...], w
             raise ValueError(f"npy version {version}")
         shape, fortran, actual_dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_HEADER_BYTES)
     except Exception as error:  # numpy's header parser raises more than ValueError on damaged text
-        raise ShardError(f"{where}: not an npy array ({error})") from None
+        raise ShardError(f"{where}: not an npy array ({printable(error)})") from None
     if actual_dtype != dtype or fortran or not shape or shape[1:] != item_shape:
         expected = f"{dtype} [N{''.join(f', {n}' for n in item_shape)}]"
-        raise ShardError(f"{where}: is {actual_dtype} {list(shape)}, expected {expected}")
+        raise ShardError(f"{where}: is {printable(actual_dtype, 100)} {shown(list(shape))}, expected {expected}")
     start = file.tell()
     expected_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if expected_bytes != len(data) - start:

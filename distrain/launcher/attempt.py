@@ -12,14 +12,12 @@ import socket
 import time
 from pathlib import Path
 
-import yaml
-
-from distrain.config import Config, public
+from distrain.config import Config
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK
 from distrain.launcher.verdict import Verdict
 from distrain.launcher.workers import EXIT_SECONDS
 from distrain.runs import attempts, checkpoint, exit_record, lease
-from distrain.runs.folder import CONFIG, EXIT
+from distrain.runs.folder import EXIT, has_configuration
 
 NODES = "nodes"
 _NODES_SECONDS = 2 * EXIT_SECONDS
@@ -39,7 +37,7 @@ class AttemptRecord:
         # Attempts are counted by leases: one that ended before it had a lease does not change their number.
         self._attempt = attempts.newest_attempt(self._run) + 1
         self._launch = int(before.get("launch", 0)) + 1
-        self._nodes_before = [exit_record.read(path) for path in (self._run / NODES).glob("*.json")]
+        self._nodes_before = [exit_record.read_node(path) for path in (self._run / NODES).glob("*.json")]
         self._step = before.get("step") or 0
         self._idle = int(before.get("attempts_without_progress", 0))
         if self._run.is_dir() and lease.owner(self._run) is None:
@@ -60,7 +58,7 @@ class AttemptRecord:
         """Replace the verdict `a peer was lost` if another node recorded a fault: only its launcher saw the crash."""
         deadline = time.monotonic() + _NODES_SECONDS
         while True:
-            records = [exit_record.read(_node_file(self._run, node)) for node in range(1, nodes)]
+            records = [exit_record.read_node(_node_file(self._run, node)) for node in range(1, nodes)]
             new = [record for record in records if record and record not in self._nodes_before]
             for record in new:
                 if record["code"] not in (EXIT_OK, EXIT_AGAIN):
@@ -121,11 +119,7 @@ def record_node(run: Path, node: int, verdict: Verdict) -> None:
 def is_done(config: Config) -> bool:
     """Return whether the run ended well, with this configuration."""
     run = Path(config.run.dir)
-    try:
-        last = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return False
-    return exit_record.read(run / EXIT).get("code") == EXIT_OK and bool(last == public(config))
+    return exit_record.read(run / EXIT).get("code") == EXIT_OK and has_configuration(run, config)
 
 
 def _node_file(run: Path, node: int) -> Path:

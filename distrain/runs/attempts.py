@@ -7,7 +7,6 @@ Nothing is ever deleted. The newest file is also the lease on the folder (`lease
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -16,23 +15,42 @@ from pathlib import Path
 from typing import Any
 
 from distrain.files import write
-from distrain.runs.json_files import read_object
+from distrain.runs import records
 
 FOLDER = "attempts"
-_NAME = re.compile(r"(\d{6,})\.json")
+_NAME = re.compile("([0-9]{6}|[1-9][0-9]{6,8})[.]json")
+MOST_READ = 1000
+"""Attempts whose files are read: the newest ones."""
+CURE = "nothing depends on it; delete it to be rid of this message"
+
+
+def numbers(run: Path) -> list[int]:
+    """Return the numbers of all attempts, ascending."""
+    try:
+        names = os.listdir(run / FOLDER)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
 def newest_attempt(run: Path) -> int:
     """Return the number of the newest attempt; 0 if there was none."""
-    folder = run / FOLDER
-    names = os.listdir(folder) if folder.is_dir() else []
-    return max((int(match[1]) for name in names if (match := _NAME.fullmatch(name))), default=0)
+    return max(numbers(run), default=0)
 
 
-def history(run: Path) -> list[dict[str, Any]]:
-    """Return the content of each attempt's file, oldest first."""
-    entries = (read_object(path_of(run, attempt)) for attempt in range(1, newest_attempt(run) + 1))
-    return [entry for entry in entries if entry is not None]
+def history(run: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return the content of the files of the `MOST_READ` newest attempts, oldest first.
+
+    Args:
+        run: the run's folder.
+        problems: gets a message for each file that cannot be read and is passed over.
+    """
+    problems = problems if problems is not None else []
+    read = (
+        records.read_or_warn(path_of(run, attempt), records.Attempt, problems, CURE)
+        for attempt in numbers(run)[-MOST_READ:]
+    )
+    return [records.content_of(entry) for entry in read if entry is not None]
 
 
 def path_of(run: Path, attempt: int) -> Path:
@@ -47,7 +65,7 @@ def create(path: Path, content: dict[str, Any]) -> bool:
     """
     work = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        write(work, json.dumps(content, indent=1).encode())
+        write(work, records.to_json(content).encode())
         os.link(work, path)
     except FileExistsError:
         return False
@@ -61,16 +79,14 @@ def replace(path: Path, content: dict[str, Any]) -> None:
     # Unlike `files.replace` this does not sync: a renewal must not wait until a checkpoint is on disk.
     work = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        work.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        work.write_text(records.to_json(content), encoding="utf-8")
         work.replace(path)
     finally:
         work.unlink(missing_ok=True)
 
 
-def describe(entry: dict[str, Any] | None) -> str:
+def describe(entry: dict[str, Any]) -> str:
     """Describe the job of an attempt, for messages."""
-    if entry is None:
-        return "owner unknown"
     job = f", SLURM job {entry['job']}" if entry.get("job") else ""
     return (
         f"attempt {entry.get('attempt')}, host {entry.get('host')}, process {entry.get('process')}{job},"

@@ -3,13 +3,14 @@
     RUN/checkpoints/step-00001234/   model.safetensors  optimizer.safetensors  state.json  digests.json
 
 To commit one: write a temporary folder, fsync its files, the digests last, fsync the folder, rename it, fsync the
-parent; only then delete old ones. `step-N` was saved after N steps. Only `save` and `load` import torch, because the
+parent; only then delete old ones. `step-N` was saved after N steps; a folder of this name that holds another step was
+renamed or copied by somebody, and is neither used nor touched. Only `save` and `load` import torch, because the
 launcher verifies checkpoints without it.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,16 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from distrain import files
 from distrain.errors import AgainError, DataError
 from distrain.files import sync, write
-from distrain.runs.json_files import read_object
+from distrain.runs import records
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "checkpoints"
 _PARTIAL = ".partial-"
-_FOLDER = re.compile(r"step-(\d{8,})")
+_FOLDER = re.compile("step-([0-9]{8}|[1-9][0-9]{8,17})")
+_CURE = "another checkpoint of the run may be whole"
 MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
     "model.safetensors",
     "optimizer.safetensors",
@@ -38,6 +41,10 @@ MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
 
 STOP = "stop"
 """Value of `why` in the state.json of a checkpoint that was saved because of a stop request."""
+
+
+class RenamedError(DataError):
+    """A checkpoint is whole, but its folder has the name of another step."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,17 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mappin
 
     target = path_of(folder, step)
     work = folder / f"{_PARTIAL}{target.name}"
-    files = {
+    content = {
         MODEL: safetensors.torch.save(_without_shared_memory(model)),
         _OPTIMIZER: safetensors.torch.save(_without_shared_memory(optimizer)),
-        _STATE: json.dumps({**state, "step": step}, indent=1).encode(),
+        _STATE: records.to_json({**state, "step": step}).encode(),
     }
-    digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in files.items()}
+    digests = {"files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in content.items()}}
     try:
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        for name, data in {**files, _DIGESTS: json.dumps(digests, indent=1).encode()}.items():
+        folder.mkdir(exist_ok=True)  # not its parents: a run's folder that was removed stays so
+        work.mkdir()
+        for name, data in {**content, _DIGESTS: records.to_json(digests).strip().encode()}.items():
             write(work / name, data)
         sync(work)
         work.rename(target)
@@ -107,38 +115,55 @@ def load(path: Path) -> Checkpoint:
     """Load a checkpoint; every file is compared with its digest.
 
     Raises:
-        DataError: a file is missing or damaged.
+        RenamedError: its folder has the name of another step.
+        DataError: a file is missing or damaged, or was written by another version.
         AgainError: the disk or server does not answer now.
     """
     import safetensors.torch
 
-    files = _read_verified(path)
+    content, state = _read_verified(path)
     try:
-        state = json.loads(files[_STATE])
-        model, optimizer = (safetensors.torch.load(files[name]) for name in (MODEL, _OPTIMIZER))
+        model, optimizer = (safetensors.torch.load(content[name]) for name in (MODEL, _OPTIMIZER))
     except Exception as error:
         raise DataError(f"{path}: not a checkpoint ({error})") from error
     return Checkpoint(path, state, model, optimizer)
 
 
-def _read_verified(path: Path) -> dict[str, bytes]:
-    files = {}
+def _read_verified(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return the content of the files that have the right digest, and that of state.json."""
+    content = {}
+    digests = records.read(path / _DIGESTS, records.Digests, _CURE)
+    if digests is None:
+        missing = f"no {_DIGESTS}" if path.is_dir() else "no such folder"
+        raise DataError(f"{path}: not a complete checkpoint ({missing})")  # guard: halved
+    for name in (MODEL, _OPTIMIZER, _STATE):
+        content[name] = _read_file(path / name)
+        if xxhash.xxh3_128_hexdigest(content[name]) != digests.files.get(name):  # guard: digest-of-checkpoint
+            raise DataError(f"{path / name}: damaged (its digest differs)")
+    state = records.content_of(records.parse(content[_STATE], records.State, path / _STATE, _CURE))
+    _check_name(path, state["step"])
+    return content, state
+
+
+def _read_file(path: Path) -> bytes:
     try:
-        digests = json.loads((path / _DIGESTS).read_bytes())
-        for name in (MODEL, _OPTIMIZER, _STATE):
-            files[name] = (path / name).read_bytes()
-            if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:  # guard: digest-of-checkpoint
-                raise DataError(f"{path / name}: damaged (its digest differs)")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        missing = f"{error.filename}: {error.strerror}"
-        raise DataError(f"{path}: not a complete checkpoint ({missing})") from error  # guard: halved
-    except OSError as error:  # the disk or server fails now: the checkpoint itself may be good
-        raise AgainError(f"{error.filename or path}: cannot be read now: {error.strerror}") from error
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:
-        raise DataError(f"{path}: not a checkpoint ({error})") from error
-    return files
+        with files.open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, *records.NOT_A_FILE):
+            raise DataError(f"{path.parent}: not a complete checkpoint ({path.name}: {error.strerror})") from error
+        # The disk or server fails now: the checkpoint itself may be good.
+        raise AgainError(f"{path}: cannot be read now: {error.strerror}") from error
+    except MemoryError as error:
+        raise DataError(f"{path}: too large for the memory of this machine") from error
+
+
+def _check_name(path: Path, step: int) -> None:
+    """Check that a folder called `step-N` holds step N; other names say nothing about the step."""
+    right = path_of(path.parent, step)
+    if _FOLDER.fullmatch(path.name) and path.name != right.name:
+        copied = f"move it out of {path.parent}" if right.exists() else f"rename it back to {right.name}"
+        raise RenamedError(f"{path}: was renamed or copied, it holds step {step}; {copied}")
 
 
 def set_aside(path: Path) -> None:
@@ -156,6 +181,23 @@ def steps(folder: Path) -> list[int]:
     entries = folder.iterdir() if folder.is_dir() else ()
     numbers = [int(match[1]) for entry in entries if (match := _FOLDER.fullmatch(entry.name)) and entry.is_dir()]
     return sorted((step for step in numbers if path_of(folder, step).is_dir()), reverse=True)
+
+
+def renamed(folder: Path) -> list[str]:
+    """Return one message for each checkpoint whose folder has the name of another step."""
+    messages = []
+    for step in steps(folder):
+        try:
+            _check_name(path_of(folder, step), (read_state(path_of(folder, step)) or {}).get("step", step))
+        except RenamedError as error:
+            messages.append(str(error))
+    return messages
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return the content of a checkpoint's state.json; None if it cannot be read."""
+    state = records.read_or_warn(path / _STATE, records.State, [], _CURE)
+    return records.content_of(state) if state is not None else None
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -196,11 +238,12 @@ def prune(folder: Path, keep: int, every: int, best: int | None) -> None:
         return
     existing = steps(folder)
     # The state of a damaged checkpoint is empty: nothing resumes from it.
-    states = {step: read_object(path_of(folder, step) / _STATE) or {} for step in existing}
+    states = {step: read_state(path_of(folder, step)) or {} for step in existing}
     retained = {best, *existing[:keep]}
     retained |= {(states[step].get("best") or {}).get("step") for step in existing[:keep]}
     retained |= set([step for step in existing if states[step].get("why") == STOP][:1])
     retained |= {step for step in existing if every and step % every == 0}
+    retained |= {step for step in existing if states[step].get("step", step) != step}  # not ours to delete
     for step in existing:
         if step not in retained:
             shutil.rmtree(path_of(folder, step))

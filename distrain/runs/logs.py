@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from distrain.errors import DataError, FolderLostError
+from distrain.runs import records
 from distrain.runs.folder import AUDIT, METRICS
 from distrain.runs.trackers import CLOSE_SECONDS, FinishedRun, Tracker
 
@@ -84,33 +88,64 @@ class JsonLines:
         os.close(self._descriptor)
 
 
-def cut_back(run: Path, steps_done: int, metrics_lines: int) -> None:
+def cut_back(run: Path, steps_done: int, metrics_lines: int, batch_size: int = 0) -> tuple[int, list[str]]:
     """Remove the lines of metrics and audit that were written after a checkpoint, and incomplete lines.
 
     Args:
         run: the run's folder.
         steps_done: steps trained when the checkpoint was saved; audit lines of steps 0 … steps_done - 1 remain.
         metrics_lines: number of lines of metrics.jsonl when it was saved.
+        batch_size: samples of a step, to find steps that the audit lacks; 0: the run has no audit.
+
+    Returns:
+        The number of lines of metrics.jsonl that remain, and a message for each file that lacks something.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
-    _truncate(run / METRICS, lambda number, line: number < metrics_lines)
+    messages = []
+    lengths = list(map(len, itertools.islice(records.raw_lines(run / METRICS), metrics_lines)))
+    _truncate(run / METRICS, sum(lengths))
+    missing = metrics_lines - len(lengths)
+    if missing:
+        messages.append(
+            f"{run / METRICS}: {missing} of {metrics_lines} lines are missing that were there when step {steps_done}"
+            " was saved; report and trackers will lack them, the training does not need them"
+        )
+    samples = Counter[int]()
     for path in sorted((run / AUDIT).glob("rank-*.jsonl")):
-        _truncate(path, lambda number, line: line["step"] < steps_done)
+        _cut_audit(path, steps_done, samples)
+    incomplete = [step for step in range(steps_done if batch_size else 0) if samples[step] != batch_size]
+    if incomplete:
+        messages.append(
+            f"{run / AUDIT}: lacks samples of {len(incomplete)} of the {steps_done} steps done, first of step"
+            f" {incomplete[0]}: their lines are gone or on other nodes, or data.audit was off; the training does not"
+            " need them"
+        )
+    return len(lengths), messages
 
 
-def _truncate(path: Path, keep: Callable[[int, Any], bool]) -> None:
-    """Remove all lines from the first one on that is incomplete, or for which `keep(number, line)` is false."""
-    if not path.exists():
+def _cut_audit(path: Path, steps_done: int, samples: Counter[int]) -> None:
+    """Remove the lines of later steps from a rank's audit; count the samples of each step that remains."""
+    end = position = 0
+    for raw in records.raw_lines(path):
+        position += len(raw)
+        try:
+            line = records.parse(raw, records.AuditLine, path, "")
+        except DataError:  # it stays if good lines follow
+            continue
+        if line.step >= steps_done:
+            break
+        samples[line.step] += len(line.ids)
+        end = position
+    _truncate(path, end)
+
+
+def _truncate(path: Path, size: int) -> None:
+    if not path.exists() or path.stat().st_size == size:
         return
-    end = 0
     with path.open("r+b") as file:
-        for number, line in enumerate(file):
-            try:
-                if not line.endswith(b"\n") or not keep(number, json.loads(line)):
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            end += len(line)
-        file.truncate(end)
+        file.truncate(size)
         os.fsync(file.fileno())
 
 
@@ -196,7 +231,7 @@ class Logs:
     trackers: Sequence[Tracker]
     audit: JsonLines | None
     check: Callable[[], None]
-    """Raises BusyError if this process may no longer write in the run's folder."""
+    """Raises BusyError or FolderLostError if this process may no longer write in the run's folder."""
     _warned: bool = False
 
     def record(self, step: int, values: dict[str, Any]) -> None:
@@ -237,6 +272,9 @@ class Logs:
         """
         try:
             yield
+        except FolderLostError:  # trackers too have files there
+            self.progress.close()
+            raise
         except BaseException:
             self._end({}, _ABANDON_SECONDS)
             raise

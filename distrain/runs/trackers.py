@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -17,11 +18,14 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from distrain import files
 from distrain.config import Wandb
-from distrain.errors import ConfigError
-from distrain.runs import results
+from distrain.errors import AgainError, ConfigError, DataError
+from distrain.runs import records, results
 from distrain.runs.folder import AUGMENTED, METRICS, MISCLASSIFIED, TENSORBOARD, read_lines, read_pictures
 from distrain.runs.results import ClassAccuracy
+
+log = logging.getLogger("distrain")
 
 CLOSE_SECONDS = 60.0
 _MAX_CLASSES = 40
@@ -72,7 +76,8 @@ def scalars(result: dict[str, Any]) -> dict[str, float]:
 
 def read_finished(run: Path, result: dict[str, Any]) -> FinishedRun:
     """Return the result of a run, with the images from its folder."""
-    return FinishedRun(result, read_pictures(run / MISCLASSIFIED), read_pictures(run / AUGMENTED))
+    misclassified = read_pictures(run / MISCLASSIFIED, len(result["accuracy_by_class"]))
+    return FinishedRun(result, misclassified, read_pictures(run / AUGMENTED))
 
 
 class Tracker(abc.ABC):
@@ -156,16 +161,61 @@ class WandbRun:
         return replace(self, name=f"{self.name}-node-{node}", id=f"{self.id}-node-{node}", job_type="node")
 
 
+_ID_CURE = "delete it, and the run gets a new id"
+
+
 def wandb_id(run: Path) -> str:
     """Return the id in RUN/wandb-id, which is created if it is missing: all attempts of a run are one run at wandb.
+
+    A copy of a run's folder is another run, and gets an id of its own; a folder that was moved keeps its id.
+
+    Raises:
+        DataError: the file is damaged.
+        OSError: the file cannot be written.
+    """
+    known = _read_id(run)
+    if known is None:
+        return write_wandb_id(run, _new_id())
+    path = run.resolve()
+    if not _is_copy(path, known):
+        if str(path) != known.path:
+            write_wandb_id(run, known.id)
+        return known.id
+    id_ = _new_id()
+    log.info("%s: is a copy of %s; it is another run at wandb, with the id %s", run, known.path, id_)
+    return write_wandb_id(run, id_)
+
+
+def write_wandb_id(run: Path, id_: str) -> str:
+    """Write RUN/wandb-id, and return the id.
 
     Raises:
         OSError: the file cannot be written.
     """
-    path = run / _ID_FILE
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+    status = run.stat()
+    content = {"id": id_, "path": str(run.resolve()), "device": status.st_dev, "inode": status.st_ino}
+    files.replace(run / _ID_FILE, records.to_json(content))
+    return id_
+
+
+def _read_id(run: Path) -> records.WandbId | None:
+    return records.read(run / _ID_FILE, records.WandbId, _ID_CURE)
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def _is_copy(run: Path, known: records.WandbId) -> bool:
+    """Whether a folder is a copy of the one that its wandb-id was written in: that one is still there, with this id."""
+    status = run.stat()
+    if (status.st_dev, status.st_ino) == (known.device, known.inode) or str(run) == known.path:
+        return False
+    try:
+        original = _read_id(Path(known.path))
+    except (DataError, AgainError):
+        return False
+    return original is not None and original.id == known.id
 
 
 def has_wandb_key() -> bool:
@@ -201,6 +251,7 @@ class WandbMirror(Tracker):
         *,
         lines: int = 0,
         replays: bool = False,
+        run: Path | None = None,
     ) -> None:
         """Start a run at wandb, or resume it.
 
@@ -212,23 +263,35 @@ class WandbMirror(Tracker):
             lines: number of lines of metrics.jsonl that earlier attempts logged.
             replays: this process sends a run that was trained before. Then the metrics of this machine are not
                 recorded, and there is no offline run in place of a server that cannot be reached.
+            run: the run's folder, where an id that wandb chose is written down; None: it is not.
         """
         super().__init__(warn)
+        self.id: str | None = None
+        """The run's id at wandb; None: wandb is off."""
+        self._run = run
         self._row, self._offline = lines, True
         if settings.mode == "disabled":
             return
         try:
-            run = self._begin(settings, folder, replays)
+            started = self._begin(settings, folder, replays)
             # Not given to `init`, which would keep the server's values where this attempt has other ones.
-            run.config.update(config, allow_val_change=True)
-            run.define_metric("step", hidden=True)
+            started.config.update(config, allow_val_change=True)
+            started.define_metric("step", hidden=True)
             for group in ("train", "val", "test", "profile"):
-                run.define_metric(f"{group}/*", step_metric="step")
+                started.define_metric(f"{group}/*", step_metric="step")
             for metric in ("epoch", "seconds"):
-                run.define_metric(metric, step_metric="step")
-            self._backend = run
+                started.define_metric(metric, step_metric="step")
+            self._backend = started
+            self._keep_id(settings, str(started.id))
         except Exception as error:
             warn(f"wandb is off: {error}; {METRICS} has everything")
+
+    def _keep_id(self, settings: WandbRun, id_: str) -> None:
+        """Write down the id that the run has at wandb: under `wandb agent` it is the agent's, not the one asked for."""
+        self.id = id_
+        if id_ != settings.id and self._run is not None:
+            log.info("wandb: the run has the id %s, which its agent or environment chose", id_)
+            write_wandb_id(self._run, id_)
 
     def _begin(self, settings: WandbRun, folder: Path, replays: bool) -> Any:
         """Start wandb's run: offline if there is no key or, unless `replays`, no server."""

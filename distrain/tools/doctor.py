@@ -6,11 +6,13 @@ Each process checks its own node; then all join a process group and check what t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import resource
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -23,9 +25,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from distrain import files, machine, models, plugins, signals
+from distrain import address, console, files, machine, models, plugins, signals
 from distrain.config import Config
-from distrain.data import shards
+from distrain.data import fetch, shards
 from distrain.data.stream import memory
 from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment, World
@@ -40,8 +42,11 @@ from distrain.training.setup import (
     start_runtime,
     start_watchdog,
 )
+from distrain.worker_status import StatusWriter, WorkerStatus, read_status
 
 _PROBE_BYTES = 16 * 2**20
+_NAME_LENGTH = 128
+"""Length of the longest names of a run's files: those of TensorBoard contain the name of the host."""
 _BASE_BYTES = 2**30
 """Memory of a process that has imported torch, without data."""
 _SHM = Path("/dev/shm")  # noqa: S108 - only its size is read
@@ -100,7 +105,7 @@ def examine(config: Config, environment: Environment) -> None:
     if problems:
         raise ConfigError(f"doctor: number of problems: {problems}; see above")
     if rt.is_main:
-        print("no problem found that would end a job", flush=True)
+        console.show("no problem found that would end a job")
 
 
 def check_node(config: Config, environment: Environment) -> list[Finding]:
@@ -110,7 +115,7 @@ def check_node(config: Config, environment: Environment) -> list[Finding]:
 
 def _print(title: str, findings: list[Finding]) -> None:
     if findings:
-        print("\n".join([title, *(finding.line for finding in findings)]), flush=True)
+        console.show("\n".join([title, *(finding.line for finding in findings)]))
 
 
 # --- one process, on its node ---
@@ -154,10 +159,48 @@ def device(config: Config, environment: Environment) -> Iterator[Finding]:
 def cores(config: Config, environment: Environment) -> Iterator[Finding]:
     """Compare the cores that this node's processes may use with their threads."""
     available = machine.cores()
-    needed = environment.local_world_size * config.run.cpu_threads
-    level: Level = "ok" if available >= needed else "note"
-    cure = "request more cores (--cpus-per-task, requests.cpu), or use fewer threads"
-    yield Finding("cores", level, f"{available} for {needed} threads", cure)
+    processes, threads = environment.local_world_size, config.run.cpu_threads
+    needed = processes * threads
+    on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    level: Level = "ok"
+    cure = ""
+    if available < needed:
+        level, cure = "note", "request more cores (--cpus-per-task, requests.cpu), or use fewer threads"
+    elif on_cpu and available >= 2 * needed:
+        level, cure = "note", "use the others too: start more processes (--nproc), or set run.cpu_threads"
+    message = f"{available} usable, {needed} used: {processes} × run.cpu_threads={threads}"
+    yield Finding("cores", level, message, cure)
+
+
+def temporary_folder(config: Config, environment: Environment) -> Iterator[Finding]:
+    """Check the folder of temporary files, where `distrain launch` maps the status of its workers."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="distrain-doctor-") as folder:
+            StatusWriter(Path(folder), 0).write(WorkerStatus(step=1))
+            works = read_status(Path(folder), 0).step == 1
+            message = f"{tempfile.gettempdir()}: {'write, map' if works else 'files cannot be written or mapped'}"
+    except OSError as error:
+        works, message = False, str(error.strerror)
+    cure = "make room there, or set TMPDIR to another folder of this node; `distrain launch` needs it"
+    yield Finding("temporary", "ok" if works else "note", message, cure)
+
+
+def cache_folder(config: Config, environment: Environment) -> Iterator[Finding]:
+    """Check the folder that caches the shards of a remote data set; without it they are fetched at every use."""
+    if address.scheme(config.data.dir) is None or not config.data.cache_gib:
+        return
+    try:
+        folder = _nearest(fetch.cache_folder(config.data.cache_dir))
+        with _probe(folder) as probe:
+            files.write(probe / "file", b"text")
+    except (OSError, ConfigError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        yield Finding("cache", "note", f"shards cannot be cached: {reason}", "set data.cache_dir to another folder")
+        return
+    free, limit = shutil.disk_usage(folder).free / 2**30, config.data.cache_gib
+    cure = "lower data.cache_gib, or set data.cache_dir to a folder with more space"
+    level: Level = "ok" if free >= limit else "note"
+    yield Finding("cache", level, f"{folder}: {free:,.1f} GiB free, data.cache_gib={limit:g}", cure)
 
 
 def open_files(config: Config, environment: Environment) -> Iterator[Finding]:
@@ -235,7 +278,9 @@ def model_and_run_folder(config: Config, environment: Environment) -> Iterator[F
             yield Finding("model", "ok", f"{config.model.name}: {parameters:,} parameters, all with a gradient")
     speed = yield from _run_folder(config)
     if module is not None and speed is not None:
-        yield _grace(config, module, speed)
+        size = _checkpoint_size(config, module)
+        yield _space(config, size)
+        yield _grace(config, size, speed)
 
 
 def _try_model(config: Config) -> nn.Module:
@@ -249,35 +294,96 @@ def _try_model(config: Config) -> nn.Module:
 
 
 def _run_folder(config: Config) -> Generator[Finding, None, float | None]:
-    """Check writing, syncing, renaming and linking; return bytes per second, or None if writing fails."""
+    """Try all that a run does in its folder; return bytes per second, or None if something fails."""
     folder = _nearest(Path(config.run.dir))
-    start = time.monotonic()
+    action = "make a folder"
     try:
-        with _probe(folder) as path:
-            files.write(path, os.urandom(_PROBE_BYTES))
+        with _probe(folder) as probe:
+            action, start = "write and sync a file", time.monotonic()
+            content = os.urandom(_PROBE_BYTES)
+            files.write(probe / "file", content)
             seconds = time.monotonic() - start
-            os.link(path, path.with_suffix(".link"))  # a lease is acquired by a link
-            path.with_suffix(".link").unlink()
-            path.rename(path.with_suffix(".renamed"))
+            action = "read what was written"
+            if files.read(probe / "file", _PROBE_BYTES) != content:
+                raise OSError(errno.EIO, "it has changed")
+            for action, attempt in _ACTIONS.items():  # noqa: B007 - the failed action is named below
+                attempt(probe)
+            action = "sync a folder"
+            syncs = files.sync(probe)
+            action = "remove a folder"
     except OSError as error:
         yield Finding(
             "run folder",
             "bad",
-            f"{folder}: cannot be written: {error.strerror}",
+            f"{folder}: cannot {action}: {error.strerror}",
             "choose a run.dir that this user may write to, on a file system that supports rename and link",
         )
         return None
     speed = _PROBE_BYTES / max(seconds, 1e-6)
-    yield Finding("run folder", "ok", f"{folder}: write, sync, rename, link; {speed / 2**20:,.0f} MiB/s")
+    yield Finding("run folder", "ok", f"{folder}: all that a run does works; {speed / 2**20:,.0f} MiB/s")
+    if not syncs:
+        yield Finding(
+            "run folder",
+            "note",
+            f"{folder}: its file system cannot sync folders, which is passed over",
+            "if the machine itself fails, the newest checkpoint may be lost; another file system is safer",
+        )
     return speed
 
 
-def _grace(config: Config, module: nn.Module, speed: float) -> Finding:
-    """Compare the time that a checkpoint takes with the time that a stop request leaves for it."""
+def _replace_file(probe: Path) -> None:
+    files.replace(probe / "replaced", "old")
+    files.replace(probe / "replaced", "new")
+
+
+def _rename_folder(probe: Path) -> None:
+    (probe / ".partial-step").mkdir()
+    files.write(probe / ".partial-step/file", b"text")
+    (probe / ".partial-step").rename(probe / "step")
+
+
+def _append_and_cut(probe: Path) -> None:
+    descriptor = os.open(probe / "file", os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(descriptor, b"text")
+        os.ftruncate(descriptor, 1)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_ACTIONS: dict[str, Callable[[Path], object]] = {
+    "replace a file by a rename": _replace_file,
+    "rename a folder": _rename_folder,  # a checkpoint
+    "link a file": lambda probe: os.link(probe / "file", probe / "link"),  # a lease
+    "append to a file and cut it": _append_and_cut,  # metrics
+    f"write a file whose name has {_NAME_LENGTH} bytes": lambda probe: files.write(probe / ("x" * _NAME_LENGTH), b""),
+}
+"""Actions of a run in its folder, besides writing and syncing files; each is tried in a test folder."""
+
+
+def _checkpoint_size(config: Config, module: nn.Module) -> int:
+    """Bytes of a checkpoint: the weights, the optimizer's state and the average of the weights."""
     tensors = [*module.parameters(), *module.buffers()]
     states = 1 if config.train.optimizer == "sgd" else 2
     states += config.train.ema_decay is not None
-    size = (1 + states) * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return (1 + states) * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _space(config: Config, size: int) -> Finding:
+    """Compare the free space with the checkpoints that are kept, and the one that is written beside them."""
+    folder = _nearest(Path(config.run.dir))
+    free, count = shutil.disk_usage(folder).free, (config.checkpoint.keep or 1) + 2
+    return Finding(
+        "disk space",
+        "bad" if free < size else "note" if free < count * size else "ok",
+        f"{free / 2**20:,.0f} MiB free; {count} checkpoints need {count * size / 2**20:,.0f} MiB",
+        "make room, choose another run.dir, or lower checkpoint.keep",
+    )
+
+
+def _grace(config: Config, size: int, speed: float) -> Finding:
+    """Compare the time that a checkpoint takes with the time that a stop request leaves for it."""
     seconds, grace = size / speed, config.launch.grace_seconds
     return Finding(
         "grace",
@@ -294,6 +400,8 @@ _NODE_CHECKS: list[Callable[[Config, Environment], Iterator[Finding]]] = [
     cores,
     open_files,
     shared_memory,
+    temporary_folder,
+    cache_folder,
     data,
     model_and_run_folder,
 ]
@@ -309,13 +417,19 @@ def _nearest(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _probe(folder: Path) -> Iterator[Path]:
-    """Give a path for a test file; the file, and others whose names start with its name, are removed at the end."""
+    """Make a test folder, which is removed at the end.
+
+    Raises:
+        OSError: it cannot be made or removed.
+    """
     path = folder / f".distrain-doctor-{uuid.uuid4().hex}"
+    path.mkdir()
     try:
         yield path
-    finally:
-        for file in folder.glob(f"{path.name}*") if folder.is_dir() else ():
-            file.unlink(missing_ok=True)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    shutil.rmtree(path)
 
 
 # --- all processes ---

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from distrain import files
 from distrain.errors import ConfigError
+from distrain.text import printable
 from distrain.tools import loaded_model
 from distrain.tools.loaded_model import LoadedModel
 
@@ -69,9 +71,10 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> dict[str, An
         DataError: the run has no checkpoint.
     """
     if out.suffix not in KINDS:
-        raise ConfigError(f"--out {out}: should end with {' or '.join(KINDS)}")
-    if out.exists() and not force:
-        raise ConfigError(f"--out {out}: exists already; choose another file, or give --force")
+        raise ConfigError(f"--out {printable(out)}: should end with {' or '.join(KINDS)}")
+    if out.exists() and not (force and out.is_file()):
+        cure = ", or give --force" if out.is_file() else ""  # a folder or device is never replaced
+        raise ConfigError(f"--out {printable(out)}: exists already; choose another file{cure}")
     missing = [name for name in _ONNX_PACKAGES if out.suffix == ".onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install 'distrain[onnx]'")
@@ -87,21 +90,26 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> dict[str, An
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _quiet():
-            write, run_file = (_write_torch, _run_torch) if out.suffix == ".pt2" else (_write_onnx, _run_onnx)
-            _with_one_line_errors(lambda: write(program, torch.rand(2, channels, height, width), metadata, work), out)
+            convert, run_file = (_to_torch, _run_torch) if out.suffix == ".pt2" else (_to_onnx, _run_onnx)
+            images = torch.rand(2, channels, height, width)
+            content = _with_one_line_errors(lambda: convert(program, images, metadata), out)
+            files.write(work, content)
             difference = _compare(program, lambda images: run_file(work, images), (channels, height, width), out)
-        files.sync(work)
         os.replace(work, out)
+        files.sync(out.parent)
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+        reason = f"cannot be written: {error.strerror or error}; make room there, or choose another file"
+        raise ConfigError(f"--out {printable(out)}: {reason}") from error
     finally:
         work.unlink(missing_ok=True)
     return {**metadata, "classes": loaded.classes, "kind": KINDS[out.suffix], "difference": difference}
 
 
-def _write_torch(program: Program, images: Tensor, metadata: dict[str, str], path: Path) -> None:
+def _to_torch(program: Program, images: Tensor, metadata: dict[str, str]) -> bytes:
     exported = torch.export.export(program, (images,), dynamic_shapes=({0: torch.export.Dim("N")},))
-    torch.export.save(exported, path, extra_files=dict(metadata))
+    content = io.BytesIO()  # not a file: torch's writer aborts the process on a full disk
+    torch.export.save(exported, content, extra_files=dict(metadata))
+    return content.getvalue()
 
 
 def _run_torch(path: Path, images: Tensor) -> Tensor:
@@ -110,17 +118,19 @@ def _run_torch(path: Path, images: Tensor) -> Tensor:
     return logits
 
 
-def _write_onnx(program: Program, images: Tensor, metadata: dict[str, str], path: Path) -> None:
+def _to_onnx(program: Program, images: Tensor, metadata: dict[str, str]) -> bytes:
     import onnx
 
-    torch.onnx.export(
-        program, (images,), path, input_names=["images"], output_names=["logits"], dynamo=True, external_data=False,
+    exported = torch.onnx.export(
+        program, (images,), input_names=["images"], output_names=["logits"], dynamo=True,
         dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
     )  # fmt: skip
-    model = onnx.load(path)
+    assert exported is not None
+    model = exported.model_proto
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
-    onnx.save(model, path)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _run_onnx(path: Path, images: Tensor) -> Tensor:
@@ -147,8 +157,8 @@ def _compare(program: Program, exported: Callable[[Tensor], Tensor], shape: tupl
         scale = max(1.0, float(expected.abs().max()))
         if actual.shape != expected.shape or not difference <= _TOLERANCE * scale:
             raise ConfigError(
-                f"{out}: the exported program computes something else: a logit differs by {difference:.3g} for"
-                f" {size} images; the model cannot be exported in this format"
+                f"{printable(out)}: the exported program computes something else: a logit differs by {difference:.3g}"
+                f" for {size} images; the model cannot be exported in this format"
             )
         largest = max(largest, difference)
     return largest
@@ -161,8 +171,8 @@ def _with_one_line_errors(action: Callable[[], Any], out: Path) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{out}: the model cannot be exported: {type(error).__name__}: {line}") from error
+        line = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+        raise ConfigError(f"{printable(out)}: the model cannot be exported: {type(error).__name__}: {line}") from error
 
 
 @contextlib.contextmanager

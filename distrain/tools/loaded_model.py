@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from distrain import models
 from distrain.errors import DataError
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Checkpoint
-from distrain.runs.folder import RESULT
-from distrain.runs.json_files import read_object
 from distrain.training.augment import normalize
+
+log = logging.getLogger("distrain")
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,27 @@ def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
         device: cpu or cuda.
 
     Raises:
-        DataError: the folder holds no run, or none of its checkpoints is readable.
+        DataError: the folder holds no run, the checkpoint cannot be read, or it is not of this run.
         ConfigError: the model cannot be built here.
     """
-    record = folder.read_started(run)
-    path, _ = choose(run, which)
+    config, data = folder.configuration(run), folder.read_setup(run)["data"]
+    path, skipped = choose(run, which)
+    for line in skipped:
+        log.warning("skipped %s", line)
     saved = checkpoint.load(path)
-    height, width, channels = record.setup["data"]["image_shape"]
-    classes, settings = record.classes, record.config.model
-    model = models.from_config(settings, len(classes), (height, width, channels), record.config.run.seed)
+    height, width, channels = data["image_shape"]
+    classes, settings = data["classes"], config.model
+    model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed)
     models.load(model, saved.model, settings.name, path)
-    mean, std = (torch.tensor(saved.state["identity"][f"data.{key}"], device=device) for key in ("mean", "std"))
+    mean, std = (_normalization(saved, key, channels).to(device) for key in ("mean", "std"))
     return LoadedModel(model.float().to(device).eval(), classes, (height, width, channels), mean, std, path.name)
+
+
+def _normalization(saved: Checkpoint, key: str, channels: int) -> Tensor:
+    values = saved.state["identity"].get(f"data.{key}")
+    if not isinstance(values, list) or len(values) != channels or not all(isinstance(each, float) for each in values):
+        raise DataError(f"{saved.path}: has no {key} for images of {channels} channels; choose another checkpoint")
+    return torch.tensor(values)
 
 
 def choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
@@ -76,14 +86,17 @@ def choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
     """
     checkpoints = run / checkpoint.FOLDER
     if which is not None and which not in ("best", "last"):
+        if not (checkpoints / which).is_dir():
+            names = ", ".join(checkpoint.path_of(checkpoints, step).name for step in checkpoint.steps(checkpoints)[:5])
+            raise DataError(f"{checkpoints / which}: no such checkpoint; there are {names or 'none'}")
         return checkpoints / which, []
     saved, skipped = checkpoint.newest(checkpoints)
     if saved is None:
         raise DataError("\n  ".join([f"{run}: has no readable checkpoint", *skipped]))
-    best = _best(run, saved)
+    best = _best(run, saved) if which != "last" else None
     if best is None and which == "best":
         raise DataError(f"{run}: has no best checkpoint, as its data set has no val split; use last")
-    return (best if best is not None and which != "last" else saved.path), skipped
+    return (best if best is not None else saved.path), skipped
 
 
 def _best(run: Path, last: Checkpoint) -> Path | None:
@@ -91,7 +104,7 @@ def _best(run: Path, last: Checkpoint) -> Path | None:
 
     The result takes precedence if `last` is the run's last checkpoint: the last evaluation may come after it.
     """
-    result = read_object(run / RESULT) or {}
+    result = folder.read_result(run) or {}
     if result.get("steps") == last.step and result["val_accuracy"] is not None:
         return run / checkpoint.FOLDER / str(result["checkpoint"])
     best = last.state["best"]

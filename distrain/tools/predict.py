@@ -13,11 +13,14 @@ import torch
 from distrain.data.sources import UnreadableError
 from distrain.data.sources.images import read_image
 from distrain.errors import ConfigError, DataError
+from distrain.files import read
 from distrain.text import printable, shortened
 from distrain.tools import loaded_model
 
 _BATCH_SIZE = 64
 _MAX_REPORTED = 10
+_MAX_BYTES = 2**30
+"""Maximum size of an image file."""
 
 
 def predict(run: Path, files: Sequence[Path], which: str | None, device: str) -> Iterator[dict[str, Any]]:
@@ -42,7 +45,7 @@ def predict(run: Path, files: Sequence[Path], which: str | None, device: str) ->
     _check(files, model.image_shape)
     for start in range(0, len(files), _BATCH_SIZE):
         batch = files[start : start + _BATCH_SIZE]
-        images = torch.from_numpy(np.stack([read_image(file.read_bytes(), model.image_shape) for file in batch]))
+        images = torch.from_numpy(np.stack([read_image(read(file, _MAX_BYTES), model.image_shape) for file in batch]))
         for file, row in zip(batch, model.probabilities(images), strict=True):
             order = row.argsort(descending=True, stable=True).tolist()
             yield {"file": str(file), "classes": {model.classes[k]: float(row[k]) for k in order}}
@@ -62,11 +65,11 @@ def _check(files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:
 
 def _problem(file: Path, image_shape: tuple[int, int, int]) -> str | None:
     try:
-        read_image(file.read_bytes(), image_shape)
+        read_image(read(file, _MAX_BYTES), image_shape)
     except OSError as error:
         return error.strerror or str(error)
     except UnreadableError as error:
-        return str(error)
+        return printable(error)
     return None
 
 

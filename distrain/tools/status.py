@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import logging
 from pathlib import Path
 from typing import Any
 
-from distrain.runs import checkpoint, folder, lease
+from distrain.runs import attempts, checkpoint, folder, lease
 from distrain.runs.folder import RunRecord
 from distrain.runs.logs import clock
+
+log = logging.getLogger("distrain")
+
+_CENTURY = 3e9
 
 
 def run_status(run: Path) -> dict[str, Any]:
@@ -18,14 +23,17 @@ def run_status(run: Path) -> dict[str, Any]:
         DataError: the folder holds no run.
     """
     record = folder.read(run)
+    for problem in record.problems:
+        log.warning("%s", problem)
     train_lines = [line for line in record.lines if "train/loss" in line]
     newest = train_lines[-1] if train_lines else {}
     # Steps after the newest line have no line of their own yet: the newest checkpoint may be ahead of it.
     done, total = max([newest.get("step", 0), *record.checkpoints[-1:]]), record.setup.get("steps")
     rate = newest.get("train/images_per_second")
     seconds_left = None
-    if rate and total is not None and record.result is None:
-        seconds_left = (total - done) * record.config.train.global_batch_size / rate
+    if rate and rate > 0 and total is not None and record.result is None:
+        left = max(0, total - done) * record.config.train.global_batch_size / rate
+        seconds_left = left if left < _CENTURY else None
     return {
         "run": str(run),
         "state": _state(record),
@@ -37,7 +45,7 @@ def run_status(run: Path) -> dict[str, Any]:
         "seconds_left": seconds_left,
         "accuracy": _accuracy(record),
         "checkpoint": _checkpoint(record),
-        "attempts": len(record.attempts),
+        "attempts": attempts.newest_attempt(run),
         "attempt": record.attempts[-1] if record.attempts else None,
         "ended": record.exit_record or None,
     }

@@ -32,7 +32,7 @@ def send(run: Path, online: bool, out: Path | None) -> str:
     """
     if online == (out is not None):
         raise ConfigError("--mode offline needs --out FOLDER" if not online else "--out is for --mode offline")
-    record = folder.read(run)
+    record = folder.read(run, (folder.RESULT, folder.METRICS))
     if online and not trackers.has_wandb_key():
         raise ConfigError(
             "wandb: no API key; set WANDB_API_KEY (or run `wandb login`), or write an offline run by"
@@ -40,7 +40,12 @@ def send(run: Path, online: bool, out: Path | None) -> str:
         )
     problems: list[str] = []
     mirror = WandbMirror(
-        _settings(record, online), _make_folder(out or run), public(record.config), problems.append, replays=True
+        _settings(record, online),
+        _make_folder(out or run),
+        public(record.config),
+        problems.append,
+        replays=True,
+        run=run,
     )
     for line in record.lines:
         mirror.log({name: value for name, value in line.items() if name != "step"}, line["step"])

@@ -9,15 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distrain import files, models, signals
-from distrain.config import public
-from distrain.errors import EXIT_AGAIN, BusyError, ConfigError, DataError
+from distrain.errors import BusyError, ConfigError, DataError, FolderLostError
 from distrain.failure_report import failure_of, report_failure
-from distrain.runs import attempts, checkpoint, lease, logs
+from distrain.runs import attempts, checkpoint, lease, logs, records
+from distrain.runs import folder as run_folder
 from distrain.runs.checkpoint import Checkpoint
-from distrain.runs.folder import CONFIG, METRICS, RESULT
+from distrain.runs.folder import METRICS, RESULT
 from distrain.runs.lease import Lease
 from distrain.runs.logs import Logs
 from distrain.training import optim
@@ -35,6 +33,7 @@ class Checkpointer:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._lease: Lease | None = None
+        self._lines = 0
         self._saved_at = time.monotonic()
         self.saved_step: int | None = None
         """Step of the newest checkpoint that is known to be whole."""
@@ -54,7 +53,8 @@ class Checkpointer:
         """
         collectives, is_main = self._job.runtime.collectives, self._job.runtime.is_main
         path = collectives.from_main(collectives.all_or_none(lambda: self._take_folder() if is_main else None))
-        state = self._restore(path) if path is not None else {}
+        # Lines of metrics.jsonl may be missing: those to come are counted from what is there.
+        state = {**self._restore(path), "lines": self._lines} if path is not None else {}
         if self._lease is not None:
             self._lease.note(from_step=state.get("step", 0), world_size=self._job.runtime.world.size)
         return state
@@ -96,9 +96,11 @@ class Checkpointer:
         self.start_clock()
         return True
 
-    def write_result(self, text: str) -> None:
+    def write_result(self, result: dict[str, Any]) -> None:
         """Write RUN/result.json; `error` says why if it fails."""
-        self.error = os_error_of(lambda: files.replace(self._job.folder / RESULT, text)) or self.error
+        self.check_lease()
+        path, text = self._job.folder / RESULT, records.to_json(result)
+        self.error = os_error_of(lambda: files.replace(path, text)) or self.error
 
     def load_best(self, step: int) -> None:
         """Load the weights of an earlier checkpoint into the eval model; nothing is saved from then on."""
@@ -112,9 +114,11 @@ class Checkpointer:
 
         Raises:
             BusyError: another job has taken it over.
+            FolderLostError: it was removed, moved or replaced.
         """
         if self._lease is not None:
-            self._lease.check()
+            with self._job.runtime.collectives.fail_alone():
+                self._lease.check()
 
     def close(self) -> None:
         """Release the lease."""
@@ -135,22 +139,34 @@ class Checkpointer:
             _log_start(job, saved)
             if saved is not None:
                 _set_aside_newer(job, saved)
-            step, lines = (saved.step, saved.state["lines"]) if saved is not None else (0, 0)
             checkpoint.sweep(job.checkpoints)  # guard: sweep-partial-saves
-            logs.cut_back(folder, step, lines)  # guard: cut-back-logs
-            files.replace(folder / CONFIG, yaml.safe_dump(public(job.config), sort_keys=False))
+            self._cut_back(saved)  # guard: cut-back-logs
+            run_folder.write_configuration(folder, job.config)
         except OSError as error:
+            where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
             raise ConfigError(
-                f"run.dir={folder}: cannot be written: {error.strerror}; choose another folder"
+                f"run.dir={folder}: cannot be written: {where}{error.strerror}; choose another folder"
             ) from error
         return saved.path if saved is not None else None
 
-    def _exit_with_lost_lease(self, error: BusyError) -> None:
-        """End this process at once: another job has taken the folder over, and not another byte may be written."""
+    def _cut_back(self, saved: Checkpoint | None) -> None:
+        """Cut the logs back to the checkpoint to resume; log what they lack."""
+        job = self._job
+        step, lines = (saved.step, saved.state["lines"]) if saved is not None else (0, 0)
+        batch_size = job.order.global_batch_size if job.config.data.audit else 0
+        self._lines, messages = logs.cut_back(job.folder, step, lines, batch_size)
+        for message in messages:
+            log.warning("%s", message)
+
+    def _exit_with_lost_lease(self, error: BusyError | FolderLostError) -> None:
+        """End this process at once: the folder is no longer this job's, and not another byte may be written."""
         environment = self._job.runtime.environment
-        if not report_failure(failure_of(error, environment), environment):
+        failure = failure_of(error, environment)
+        if not report_failure(failure, environment):
             log.error("%s", error)
-        os._exit(EXIT_AGAIN)
+        if isinstance(error, FolderLostError):
+            self._job.runtime.collectives.abandon(failure)
+        os._exit(error.exit_code)
 
     def _restore(self, path: Path) -> dict[str, Any]:
         """Load the checkpoint on every process; if one cannot, all raise the error."""
@@ -213,12 +229,21 @@ def _choose(job: Job) -> Checkpoint | None:
     mode, folder = job.config.run.resume, job.folder
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir={folder}: is a file; choose another folder")
+    foreign = run_folder.foreign(folder)
+    if foreign is not None:
+        raise ConfigError(
+            f"{foreign}: was not written by this version of distrain, and would be overwritten; choose another run.dir,"
+            " or move it away"
+        )
     if not holds_run(folder):
         if mode == "must":
             raise DataError(f"run.resume=must: {folder} holds no run to resume")
         return None
     if mode == "never":
         raise ConfigError(f"{folder}: already holds a run; resume it with run.resume=auto, or choose another run.dir")
+    renamed = checkpoint.renamed(job.checkpoints)
+    if renamed:
+        raise DataError("\n  ".join([f"{folder}: checkpoints have wrong names:", *renamed]))
     saved, skipped = checkpoint.newest(job.checkpoints)
     for line in skipped:
         log.warning("skipped %s", line)

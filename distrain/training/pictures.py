@@ -138,5 +138,5 @@ def save_augmented(job: Job, batch: Batch) -> None:
 
 
 def _save(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that was removed stays so
     files.replace(path, safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 from distrain.config import public
+from distrain.errors import AgainError, DataError
 from distrain.runs import trackers
 from distrain.runs.folder import METRICS
 from distrain.runs.logs import JsonLines, Logs, Progress, audit_path
@@ -32,19 +34,21 @@ def open_logs(job: Job, checkpointer: Checkpointer, step: int, lines: int) -> Lo
 
 def _open_wandb(job: Job, lines: int) -> list[trackers.Tracker]:
     """Open the run at wandb on the main process; with `wandb.nodes=all`, also one for each other node."""
-    runtime, settings = job.runtime, job.config.wandb
-    id_ = None
+    runtime, settings, config = job.runtime, job.config.wandb, public(job.config)
+    mirrors: list[trackers.Tracker] = []
+    run = None
     if runtime.is_main:
         try:
-            id_ = trackers.wandb_id(job.folder)
-        except OSError as error:
+            run = trackers.WandbRun.of(settings, job.folder, trackers.wandb_id(job.folder))
+        except (OSError, DataError, AgainError) as error:
             log.warning("wandb is off: %s; %s has everything", error, METRICS)
+        else:
+            mirror = trackers.WandbMirror(run, job.folder, config, log.warning, lines=lines, run=job.folder)
+            mirrors.append(mirror)
+            run = dataclasses.replace(run, id=mirror.id or run.id)
     if settings.nodes == "all":
-        id_ = runtime.collectives.from_main(id_)
-    environment = runtime.environment
-    if id_ is None or not (runtime.is_main or (settings.nodes == "all" and environment.local_rank == 0)):
-        return []
-    run, config = trackers.WandbRun.of(settings, job.folder, id_), public(job.config)
-    if runtime.is_main:
-        return [trackers.WandbMirror(run, job.folder, config, log.warning, lines=lines)]
-    return [trackers.WandbMirror(run.of_node(environment.node), job.folder, config, log.warning)]
+        run = runtime.collectives.from_main(run)
+        environment = runtime.environment
+        if run is not None and environment.local_rank == 0 and not runtime.is_main:
+            mirrors.append(trackers.WandbMirror(run.of_node(environment.node), job.folder, config, log.warning))
+    return mirrors

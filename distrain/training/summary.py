@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from distrain import files, machine
 from distrain.data.stream import memory
-from distrain.runs import results
+from distrain.runs import records, results
 from distrain.runs.folder import SETUP
 from distrain.runs.logs import clock
 from distrain.text import printable
@@ -29,7 +28,7 @@ def announce(job: Job, from_step: int) -> None:
     if not job.runtime.is_main:
         return
     setup = describe(job, from_step)
-    text = json.dumps(setup, indent=1, ensure_ascii=False) + "\n"
+    text = records.to_json(setup)
     error = os_error_of(lambda: files.replace(job.folder / SETUP, text))
     if error is not None:  # a full disk: training does not depend on this file
         log.warning("%s could not be written: %s", SETUP, error)

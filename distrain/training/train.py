@@ -28,7 +28,7 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environme
         environment: this process among its peers.
 
     Returns:
-        The content of RUN/result.json.
+        The content of RUN/result.json, without its version.
 
     Raises:
         UserError: the configuration, data or sources cannot be used, or the loss diverged.

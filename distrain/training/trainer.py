@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -130,7 +129,7 @@ class Trainer:
         self._record("test", scores)
         self.logs.progress.close()
         if job.runtime.is_main:
-            self.checkpointer.write_result(json.dumps(result, indent=1) + "\n")
+            self.checkpointer.write_result(result)
             self._try_pictures(lambda: pictures.save_misclassified(job.folder, misclassified))
             if self.logs.trackers:
                 self.logs.result(self.step, trackers.read_finished(job.folder, result))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distrain import files
 from distrain.errors import DataError
+from distrain.text import printable
 
 
 class Cifar10:
@@ -23,6 +26,7 @@ class Cifar10:
         """
         from torchvision.datasets import CIFAR10  # imports torch: seconds
 
+        _check_files(root, CIFAR10)
         self.labels = {}
         self._files = {}
         for split in ("train", "test"):
@@ -46,3 +50,15 @@ class Cifar10:
         """Return one image: uint8 [32, 32, 3]."""
         pixels = np.load(self._files[split], mmap_mode="r", allow_pickle=False)
         return np.asarray(pixels[index])
+
+
+def _check_files(root: Path, dataset: Any) -> None:
+    """Refuse files that torchvision would wait for, or read without end."""
+    names = [*(name for name, _ in (*dataset.train_list, *dataset.test_list)), dataset.meta["filename"]]
+    for path in (root / dataset.filename, *(root / dataset.base_folder / name for name in names)):
+        try:
+            files.open_regular(path).close()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DataError(f"{printable(path)}: {error.strerror}; remove it, or give another --root") from None

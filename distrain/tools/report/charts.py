@@ -85,7 +85,7 @@ class Chart:
 
     def png(self) -> bytes:
         """Render as PNG with a white background."""
-        return self._render(Theme("light"), format="png", dpi=200, facecolor="white")
+        return self._render(Theme("light"), format="png", dpi=200, facecolor="white", metadata={"Software": "distrain"})
 
     def _render(self, theme: Theme, **options: Any) -> bytes:
         with _style(theme):

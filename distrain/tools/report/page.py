@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from distrain import __version__, config, files
+from distrain.errors import ConfigError
 from distrain.runs import results
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED, RunRecord, read_pictures
 from distrain.runs.logs import clock
@@ -63,9 +64,11 @@ def write(records: Sequence[RunRecord], out: Path) -> Path:
 
     Raises:
         OSError: they cannot be written.
+        ConfigError: a file of the same name is there that is no part of a report.
     """
     names = _names(records)
-    curves = [_embed(chart, out) for chart in charts.curves(records, names)]
+    pictures: dict[str, bytes] = {}
+    curves = [_embed(chart, pictures) for chart in charts.curves(records, names)]
     sections = []
     progress = tqdm(records, "runs", leave=False, disable=None if len(records) > 1 else True)
     for number, (record, name) in enumerate(zip(progress, names, strict=True)):
@@ -73,7 +76,7 @@ def write(records: Sequence[RunRecord], out: Path) -> Path:
         if record.result is not None and record.classes:
             suffix = f"-{number + 1}" if len(records) > 1 else ""
             class_charts = charts.class_charts(record.result, record.classes, suffix)
-        sections.append(_section(record, name, [_embed(chart, out) for chart in class_charts]))
+        sections.append(_section(record, name, [_embed(chart, pictures) for chart in class_charts]))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -91,8 +94,34 @@ def write(records: Sequence[RunRecord], out: Path) -> Path:
         many=len(records) > _MAX_COLUMNS,
         version=__version__,
     )
+    _refuse_foreign(out, [PAGE, *pictures])
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in pictures.items():
+        files.replace(out / name, content)
     files.replace(out / PAGE, text)  # last: if there is a page, it is complete
     return out / PAGE
+
+
+_MARKS = (b'<meta name="generator" content="distrain">', b"Software\x00distrain")
+"""Text at the beginning of the page, and of the PNG files of its charts."""
+
+
+def _refuse_foreign(out: Path, names: Sequence[str]) -> None:
+    """Refuse to replace a file that is no part of a report: those of a report name distrain as their generator.
+
+    Raises:
+        ConfigError: there is such a file.
+    """
+    for name in names:
+        path = out / name
+        if path.is_symlink() or path.exists():
+            try:
+                with files.open_regular(path) as file:
+                    head = file.read(1000)
+            except OSError:
+                head = b""
+            if not any(mark in head for mark in _MARKS):
+                raise ConfigError(f"{path}: is no part of a report of distrain; choose another --out, or move it away")
 
 
 def _names(records: Sequence[RunRecord]) -> list[str]:
@@ -102,9 +131,9 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
     return [name if plain.count(name) == 1 else f"{path.parent.name}/{name}" for path, name in zip(paths, plain)]  # noqa: B905
 
 
-def _embed(chart: Chart, out: Path) -> EmbeddedChart:
-    """Write a chart's PNG file, and return the chart for the page."""
-    (out / f"{chart.name}.png").write_bytes(chart.png())
+def _embed(chart: Chart, pictures: dict[str, bytes]) -> EmbeddedChart:
+    """Add a chart's PNG file to `pictures`, and return the chart for the page."""
+    pictures[f"{chart.name}.png"] = chart.png()
     light, dark = (_data_url("image/svg+xml", chart.svg(theme)) for theme in ("light", "dark"))
     return EmbeddedChart(chart.title, light, dark, round(chart.size[0] * 96))
 
@@ -233,7 +262,7 @@ def _by_class(record: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _misclassified(record: RunRecord) -> list[dict[str, str]]:
-    arrays = read_pictures(record.folder / MISCLASSIFIED)
+    arrays = read_pictures(record.folder / MISCLASSIFIED, len(record.classes))
     if not arrays or not record.classes:
         return []
     columns = (arrays[name] for name in ("images", "ids", "labels", "predicted", "probabilities"))

@@ -1,0 +1,111 @@
+"""Reads of regular files only, and writes that are complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distrain import files
+
+
+def make_fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def make_socket(path: Path) -> Path:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))  # the address of a socket is limited to 108 bytes
+    return path
+
+
+def make_device(path: Path) -> Path:
+    path.symlink_to("/dev/zero")
+    return path
+
+
+@pytest.mark.parametrize("make", [make_fifo, make_socket, make_device])
+def test_only_regular_files_are_read(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="not a regular file") as caught:
+        files.read(make(tmp_path / "x"), 100)
+    assert caught.value.strerror == "not a regular file"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (".", "Is a directory"),
+        ("none", "No such file or directory"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "not a valid file name"),
+        ("\ud800", "not a valid file name"),
+    ],
+)
+def test_every_reason_why_a_file_cannot_be_read_is_an_os_error(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=reason):
+        files.read(tmp_path / name, 100)
+
+
+def test_a_file_longer_than_the_limit_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 1000)
+    assert files.read(file, 1000) == b"x" * 1000
+    with pytest.raises(OSError, match="too large: 1,000 bytes instead of at most 999"):
+        files.read(file, 999)
+    with pytest.raises(OSError, match="too large"):
+        files.read("/proc/self/status", 10)  # its size is said to be 0
+    assert files.read("/proc/self/status", 10**6).startswith(b"Name:")
+
+
+def test_a_write_does_not_wait_for_a_fifo_or_follow_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".a.partial").symlink_to("mine")
+    make_fifo(tmp_path / ".b.partial")
+    for name in "ab":
+        with pytest.raises(OSError, match="No such device|Too many levels"):
+            files.replace(tmp_path / name, "new")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_written_file_has_the_mode_of_other_new_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    files.replace(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_folder_that_its_file_system_cannot_sync_is_passed_over(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.replace(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    assert files.sync(tmp_path) is False
+    assert files.sync(tmp_path / "file") is True
+
+
+def test_a_real_folder_that_cannot_be_synced() -> None:
+    assert files.sync(Path("/proc")) is False
+
+
+def test_other_errors_of_a_sync_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.sync(tmp_path)
