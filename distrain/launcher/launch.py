@@ -27,6 +27,7 @@ from distrain.launcher.attempt import AttemptRecord, is_done, record_node
 from distrain.launcher.cluster import LOCAL, Topology
 from distrain.launcher.verdict import Verdict, decide
 from distrain.launcher.workers import StopRequests, Workers
+from distrain.text import plural
 
 PROCESSES_PER_CORE = 4
 """More processes than these for each core are refused, unless they are wanted."""
@@ -205,5 +206,5 @@ def _wait_for_name(host: str, seconds: float, stops: StopRequests) -> None:
 def describe(topology: Topology, processes: int) -> str:
     """Describe what is about to start, in one line."""
     where = f", rendezvous at {host_port(topology.host, topology.port)}" if topology.nodes > 1 else ""
-    number = "1 process" if processes == 1 else f"{processes} processes"
+    number = plural(processes, "process")
     return f"distrain: node {topology.node} of {topology.nodes} ({topology.source}), {number} here{where}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distrain import signals
+from distrain import signals, startup
 from distrain.config import Config, from_tree, load
 from distrain.environment import Environment
 from distrain.training import setup
@@ -51,6 +51,7 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environme
     ):
         job = setup.set_up(config, started, runtime)
         with closing(Checkpointer(job)) as checkpointer:
+            startup.waits_for(f"opening {job.folder}")
             state = checkpointer.resume()
             announce(job, state.get("step", 0))
             return Trainer(job, checkpointer, state).run()
