@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from distrain import __version__, address, config, console, failure_report, signals, startup
+from distrain import __version__, address, config, console, failure_report, machine, signals, startup
 from distrain.environment import IN_A_GROUP, Environment
 from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
 from distrain.text import plural, printable
@@ -236,6 +236,7 @@ def _write_report(run: Path) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for one log file per rank; rank 0 writes here.  [default: all ranks write here]",
 )
+@click.option("--oversubscribe", is_flag=True, help="Allow more than 4 processes for each CPU core.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
 def launch(
     nproc: int | None,
@@ -245,6 +246,7 @@ def launch(
     port: int | None,
     grace: float | None,
     log_dir: Path | None,
+    oversubscribe: bool,
     command: tuple[str, ...],
 ) -> int:
     """Run COMMAND of distrain (train …, evaluate …, doctor …) in several processes.
@@ -266,6 +268,7 @@ def launch(
     resolved = _of_launched(command)
     topology = cluster.detect(os.environ, cluster.Options(nodes, node, host, port), socket.getfqdn)
     processes = nproc or topology.processes or launching.default_processes()
+    launching.check_number(processes, resolved.run.device, launching.gpus(), machine.cores(), oversubscribe)
     log.info("%s", launching.describe(topology, processes))
     seconds = grace if grace is not None else resolved.launch.grace_seconds
     verdict = launching.launch(command, resolved, topology, processes, seconds, log_dir)

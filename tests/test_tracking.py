@@ -124,6 +124,23 @@ def test_wandb_offline_keeps_its_id_over_restarts(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_wandb_account")
+def test_the_id_that_an_agent_of_a_sweep_gave_is_written_down(
+    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, keys = tmp_path / "run", {"wandb": {"mode": "offline"}, "train": {"max_steps": 2, "epochs": None}}
+    for name, value in {"WANDB_SWEEP_ID": "sweep123", "WANDB_RUN_ID": "agent456"}.items():
+        monkeypatch.setenv(name, value)  # as `wandb agent` sets them
+    distrain.train(tree(small, run, **keys))
+    assert wandb_id(run) == "agent456"
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name)
+    wandb.teardown()
+    distrain.train(tree(small, run, **keys))  # the next attempt without the agent is the same run there
+    assert wandb_id(run) == "agent456"
+    assert [path.stem for path in wandb_files(run)] == ["run-agent456"] * 2
+
+
+@pytest.mark.usefixtures("no_wandb_account")
 def test_wandb_without_a_key_costs_one_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
     one = mirror("online", tmp_path, warnings)

@@ -86,7 +86,7 @@ def configuration(folder: Path, overrides: Sequence[str] = ()) -> Config:
         missing = _missing_keys(config.load(path))
         reason = f"{missing[0]}: missing" if missing else ""
     except (ConfigError, RecursionError) as error:
-        reason = str(error).partition("\n")[2].strip().removeprefix(f"{path}: ") or type(error).__name__
+        reason = str(error).partition("\n")[2].strip().replace(f"{path}:", "line ") or type(error).__name__
     if reason:
         raise DataError(
             f"{path}: damaged, or written by another version of distrain ({reason}); {_RUN_AGAIN}, or restore it"
@@ -207,9 +207,7 @@ def read(folder: Path, required: Collection[str] = ()) -> RunRecord:
     history = attempts.history(folder, problems)
     number = len(attempts.numbers(folder))
     if number > attempts.MOST_READ:
-        problems.append(
-            f"{folder / attempts.FOLDER}: of {number:,} attempts the newest {attempts.MOST_READ:,} are shown"
-        )
+        problems.append(f"{folder / attempts.FOLDER}: only the newest {attempts.MOST_READ:,} of {number:,} are shown")
     ended = record(EXIT, records.Exit) or {}
     checkpoints = sorted(checkpoint.steps(folder / checkpoint.FOLDER))
     return RunRecord(folder, settings, setup or {}, lines, result, history, checkpoints, ended, problems)

@@ -23,7 +23,7 @@ from distrain.training.trainer import Trainer
 def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environment: Environment) -> dict[str, Any]:
     """Train, evaluate and save a run, as `distrain train` does.
 
-    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are stop requests while it runs.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are stop requests while it runs.
 
     Args:
         config: a `Config`, nested mappings of its keys, or the path of a YAML file.

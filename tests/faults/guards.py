@@ -63,6 +63,7 @@ STOPS, KILLED, HANGS, DISKS, OWNERS, DATA, CODES, LINKS = (
     f"tests/faults/test_{name}.py" for name in ("stops", "kills", "hangs", "disks", "owners", "data", "codes", "links")
 )
 FETCH, LOSSES, RENDEZVOUS = "tests/test_fetch.py", "tests/test_losses.py", "tests/test_rendezvous.py"
+FILES = "tests/test_run_files.py"
 
 FAULTS = [
     Fault("signal while torch is imported", "start", "75, nothing had to be saved",
@@ -165,6 +166,10 @@ FAULTS = [
     Fault("an owner suspended, and continued after a takeover", "train", "it exits with 75 and writes nothing",
           "an owner that sees a newer attempt ends itself", "lease-lost", NEVER,
           f"{OWNERS}::test_a_suspended_owner_loses_the_run_and_exits"),
+    Fault("the run's folder is moved, and another run's put in its place", "train",
+          "it exits with 78 and writes nothing more, neither here nor there",
+          "an owner compares the folder with the one that it took", "folder-lost", NEVER,
+          f"{FILES}::test_a_job_whose_folder_is_gone_ends_with_all_its_processes[replace]"),
     Fault("a shard vanishes", "train", SHARD, "a checkpoint is saved when data fails", "save-on-data-error", DROP,
           f"{DATA}::test_a_shard_is_harmed[vanish-train]"),
     Fault("a shard shrinks", "train", SHARD, "if one rank cannot read, all ranks exit together", "data-error-for-all",

@@ -80,6 +80,7 @@ def write(records: Sequence[RunRecord], out: Path) -> Path:
         OSError: they cannot be written.
         ConfigError: a file of the same name is there that is no part of a report.
     """
+    _refuse_foreign(out, [PAGE])  # before anything is drawn
     names = _names(records)
     pictures: dict[str, bytes] = {}
     curves = [_embed(chart, pictures) for chart in charts.curves(records, names)]
@@ -108,7 +109,7 @@ def write(records: Sequence[RunRecord], out: Path) -> Path:
         many=len(records) > _MAX_COLUMNS,
         version=__version__,
     )
-    _refuse_foreign(out, [PAGE, *pictures])
+    _refuse_foreign(out, list(pictures))
     out.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         files.replace(out / name, content)
