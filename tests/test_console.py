@@ -62,13 +62,13 @@ OTHERS = {
     "wandb RUN --mode offline --out OUT": (0, "OUT/wandb"),
     f"doctor {KEYS}": (0, ""),
     f"train {KEYS} data.dir=nowhere": (78, ""),
-    f"FAULT=raise:0:6 train {KEYS}": (1, ""),
-    f"FAULT=stop:0:6 train {KEYS} checkpoint.every_steps=1": (75, "OUT/checkpoints"),
+    f"FAULT=raise:0:4 train {KEYS}": (1, ""),
+    f"FAULT=stop:0:4 train {KEYS} checkpoint.every_steps=1": (75, "OUT/checkpoints"),
 }
 LAUNCHED = {
     f"launch --nproc 2 -- train {KEYS}": (0, "OUT/report/index.html"),
     f"launch --nproc 2 -- train {KEYS} data.dir=nowhere": (78, ""),
-    f"FAULT=raise:1:6 launch --nproc 2 -- train {KEYS}": (1, "OUT/exit.json"),
+    f"FAULT=raise:1:4 launch --nproc 2 -- train {KEYS}": (1, "OUT/exit.json"),
 }
 
 
