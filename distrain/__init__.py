@@ -1,4 +1,4 @@
-"""Train on WebDataset shards with any number of processes, and get the same result."""
+"""Train on WebDataset shards: the same samples in every step, on any number of processes."""
 
 from __future__ import annotations
 

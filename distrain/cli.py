@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -17,10 +18,10 @@ from typing import Any
 
 import click
 
-from distrain import __version__, address, config, console, failure_report, signals
+from distrain import __version__, address, config, console, failure_report, machine, signals, startup
 from distrain.environment import IN_A_GROUP, Environment
 from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
-from distrain.text import printable
+from distrain.text import plural, printable
 
 log = logging.getLogger("distrain")
 
@@ -133,7 +134,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli() -> None:
-    """Train a CNN on WebDataset shards with any number of processes, and get the same result.
+    """Train a CNN on WebDataset shards: the same samples in every step, on any number of processes.
 
     \b
     distrain prepare synthetic --out data/synthetic
@@ -163,16 +164,22 @@ def train(environment: Environment, file: Path | None, overrides: tuple[str, ...
     section.key=value.
     """
     resolved = _load(file, overrides)
-    from distrain.runs import results
-    from distrain.training import train as training
+    with _explained_start(environment):
+        from distrain.runs import results
+        from distrain.training import train as training
 
-    result = training.train(resolved, environment)
+        result = training.train(resolved, environment)
     if environment.is_main:
         console.show("Finished Training")
         console.show(results.accuracy_line("test", result["total"], result["accuracy"]))
         console.show(f"Run: {resolved.run.dir}")
         if resolved.log.report:
             _write_report(Path(resolved.run.dir))
+
+
+def _explained_start(environment: Environment) -> contextlib.AbstractContextManager[None]:
+    """Say what a start that takes long waits for, in the first process of each node."""
+    return startup.explained("importing torch") if environment.local_rank == 0 else contextlib.nullcontext()
 
 
 def _load(file: Path | None, overrides: Sequence[str]) -> config.Config:
@@ -229,6 +236,7 @@ def _write_report(run: Path) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for one log file per rank; rank 0 writes here.  [default: all ranks write here]",
 )
+@click.option("--oversubscribe", is_flag=True, help="Allow more than 4 processes for each CPU core.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
 def launch(
     nproc: int | None,
@@ -238,6 +246,7 @@ def launch(
     port: int | None,
     grace: float | None,
     log_dir: Path | None,
+    oversubscribe: bool,
     command: tuple[str, ...],
 ) -> int:
     """Run COMMAND of distrain (train …, evaluate …, doctor …) in several processes.
@@ -259,6 +268,7 @@ def launch(
     resolved = _of_launched(command)
     topology = cluster.detect(os.environ, cluster.Options(nodes, node, host, port), socket.getfqdn)
     processes = nproc or topology.processes or launching.default_processes()
+    launching.check_number(processes, resolved.run.device, launching.gpus(), machine.cores(), oversubscribe)
     log.info("%s", launching.describe(topology, processes))
     seconds = grace if grace is not None else resolved.launch.grace_seconds
     verdict = launching.launch(command, resolved, topology, processes, seconds, log_dir)
@@ -322,9 +332,10 @@ def show_config() -> None:
 def evaluate(environment: Environment, run: Path, overrides: tuple[str, ...], split: str, which: str | None) -> None:
     """Evaluate a checkpoint of RUN, on any number of processes."""
     _load_run(run, overrides)
-    from distrain.tools import evaluate as evaluation
+    with _explained_start(environment):
+        from distrain.tools import evaluate as evaluation
 
-    evaluation.evaluate_run(run, split, overrides, which, environment)
+        evaluation.evaluate_run(run, split, overrides, which, environment)
 
 
 @cli.command("report")
@@ -370,7 +381,12 @@ def status(run: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as_json: bool, device: str) -> None:
-    """Classify image files with the model of RUN. Its data set is not needed."""
+    """Classify image files with the model of RUN. Its data set is not needed.
+
+    Images are decoded, resized and cropped as by `prepare`. The output has one line per file: its name, and the --top
+    most probable classes with their probabilities. With --json: {"file": NAME, "classes": {CLASS: PROBABILITY}},
+    probabilities in 0 … 1.
+    """
     from distrain.tools import predict as prediction
 
     for one in prediction.predict(run, images, which, device):
@@ -387,9 +403,16 @@ def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as
 def export(run: Path, out: Path, which: str | None, force: bool) -> None:
     """Write the model of RUN as one file, for use without distrain.
 
-    It takes images as float32 [N, C, H, W] in 0 … 1, for any N, and returns logits [N, K]; the names of the classes are
-    in the file. The file is read back, and its outputs are compared with the model's. ONNX needs an extra: pip install
-    'distrain[onnx]'.
+    \b
+    input     images       float32 [N, C, H, W], any N: pixels / 255
+    output    logits       float32 [N, K]
+    metadata  classes      JSON list of the K names
+              image_shape  JSON list [C, H, W]
+              checkpoint   name of the checkpoint
+
+    Images must be resized and cropped as by `prepare`, but not normalised: the file does that. docs/extending.md has
+    examples that run. The file is read back, and its outputs are compared with the model's. ONNX needs an extra: pip
+    install 'distrain[onnx]'.
     """
     from distrain.tools import export as exporter
 
@@ -667,7 +690,7 @@ def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Calla
 def _describe(dataset: Any) -> str:
     manifest = dataset.manifest
     splits = ", ".join(
-        f"{name} {split.samples:,} in {len(split.shards)} shards of {split.lanes} lanes"
+        f"{name} {split.samples:,} in {plural(len(split.shards), 'shard')} of {plural(split.lanes, 'lane')}"
         for name, split in manifest.splits.items()
     )
-    return f"{splits}; {len(manifest.classes)} classes, {'×'.join(map(str, manifest.image_shape))}"
+    return f"{splits}; {plural(len(manifest.classes), 'class')}, {'×'.join(map(str, manifest.image_shape))}"

@@ -116,9 +116,7 @@ class Run(Section):
     )
     wait_seconds: Whole = _key(60, "longest wait for another job that still writes to run.dir", ge=0)
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: GPUs if there are any, else the CPU")
-    cpu_threads: Whole = _key(
-        1, "CPU threads per process; another number changes the last bits of results", ge=1, le=1024
-    )
+    cpu_threads: Whole = _key(1, "CPU threads per process; another number changes the rounding of sums", ge=1, le=1024)
 
 
 class Data(Section):

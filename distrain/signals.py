@@ -17,8 +17,8 @@ from types import FrameType
 
 from distrain.environment import Environment
 
-STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-"""Signals that ask a run to stop."""
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
+"""Signals that ask a run to stop; the kernel sends SIGXCPU at a limit of CPU time (`ulimit -t`)."""
 
 _PR_SET_PDEATHSIG = 1
 _requested: list[str] = []

@@ -1,4 +1,4 @@
-"""Text for messages: names and values that come from outside, and lists that may be long."""
+"""Text for messages: numbers, names and values that come from outside, and lists that may be long."""
 
 from __future__ import annotations
 
@@ -91,6 +91,24 @@ def counted(remarks: Iterable[tuple[str, Item]], name: Callable[[Item], str], li
         f"{len(items):,} × {printable(text.strip())}: {named(items, name, limit)}"
         for text, items in most_frequent_first
     ]
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1: `1 process`, `2,000 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
+def percent(fraction: float) -> str:
+    """Format a fraction as all messages show it, `96.7 %`: accuracies, probabilities, parts of a time."""
+    return f"{100 * fraction:.1f} %"
+
+
+def clock(seconds: float) -> str:
+    """Format a duration as 0:07 or 1:01:40: minutes and seconds, with hours if there are any."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def _escape(character: str) -> str:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import io
 import json
 import logging
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
+import terminal
 from PIL import Image
 from tqdm import tqdm
 
-from distrain import cli, console
+from distrain import cli, console, progress
 from distrain.errors import DataError
 from distrain.tools import status
 
@@ -171,22 +167,42 @@ def check_worst(command: str, code: int, result: str, paths: dict[str, str], fol
 ])  # fmt: skip
 def test_a_narrow_terminal(command: str, columns: int, paths: dict[str, str], tmp_path: Path) -> None:
     arguments = [fill_in(argument, {**paths, "OUT": str(tmp_path / "out")}) for argument in command.split()]
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environ = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distrain", *arguments], stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path,
-        env={**environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    os.close(slave)
-    shown = b""
-    with contextlib.suppress(OSError):  # EIO: all that had the terminal open are gone
-        while piece := os.read(master, 65536):
-            shown += piece
-    os.close(master)
-    assert process.wait(60) == 0, shown.decode()
+    code, shown = terminal.run(arguments, columns, tmp_path)
+    assert code == 0, shown.decode()
     assert shown
     assert b"Traceback" not in shown
+
+
+@pytest.mark.parametrize(("columns", "notes"), [(80, r"  [\d:]+ left  loss \d\.\d{4}"), (40, "")])
+def test_a_bar_fits_the_terminal_and_ctrl_c_leaves_one(
+    columns: int, notes: str, paths: dict[str, str], tmp_path: Path
+) -> None:
+    long = "train.max_steps=1000000 eval.every_steps=0 checkpoint.every_steps=0 log.every_steps=10"
+    keys = fill_in(KEYS, {**paths, "OUT": str(tmp_path / "out")}).replace("train.max_steps=3", long).split()
+    interrupt = rb"\| +\d\d+/1,?000,?000" + (rb"[^\r]*loss" if notes else b"")
+    code, shown = terminal.run(["train", *keys], columns, tmp_path, interrupt)
+    bars = [line for line in terminal.screen(shown, columns) if line.startswith("train") and "%|" in line]
+    assert len(bars) == 1, bars
+    assert code == 75, shown.decode()
+    match = re.match(rf"train   0%\|(.+)\| +\d+/1,000,000{notes}", bars[0])
+    assert match, bars
+    assert len(match[1]) >= (10 if columns == 80 else 4)
+    assert re.search("(?m)^distrain: stopped by SIGINT: step ", shown.decode().replace("\r\n", "\n"))
+
+
+@pytest.mark.parametrize("columns", [10, 20, 40, 80, 120, 400])
+@pytest.mark.parametrize("total", [1, 60, 1872, 90_000_000])
+def test_a_bar_drops_its_last_notes_first(columns: int, total: int) -> None:
+    notes = ["12:34:56 left", "loss 0.1234", "10,000,000 images/s", "lr 0.000123"]
+    line = progress.bar_format(columns, "train", total // 2, total, notes)
+    head, _, tail = line.partition("{bar}")
+    shown = [note for note in notes if note in line]
+    assert shown == notes[: len(shown)]
+    assert (len(shown) == 4) == (columns > 100)
+    if columns >= 20:
+        assert columns - len(head) - len(tail) >= columns // 8
+    if columns >= 80:
+        assert f"{total // 2:,}/{total:,}" in line
 
 
 def say(text: str = "a message", level: int = logging.INFO) -> None:

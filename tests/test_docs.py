@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import json
 import os
 import re
 import shlex
@@ -13,9 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import click.testing
 import manifests
 import pytest
 from datasets import make
+from PIL import Image, ImageDraw
 
 from benchmarks.__main__ import bench
 from distrain import cli, config
@@ -251,3 +255,49 @@ def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
             [*shell, block.text], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0, f"{block}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("module", ["torch.export", "onnxruntime"])
+def test_the_examples_of_exported_files_answer_like_predict(
+    module: str, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, image = paths
+    folder = image.parents[3]
+    monkeypatch.chdir(folder)
+    assert cli.main(["export", str(run), "--out", "tiny.onnx" if module == "onnxruntime" else "tiny.pt2"]) == 0
+    assert cli.main(["predict", str(run), str(image), "--json", "--top", "2"]) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])["classes"]
+    (example,) = (block.text for block in tagged("python run") if f"{module}." in block.text)
+    exec(compile(example, "extending.md", "exec"), {})
+    assert ast.literal_eval(capsys.readouterr().out) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on photos of circles and squares, and one of its test images."""
+    folder = tmp_path_factory.mktemp("photos")
+    for split, name, number in itertools.product(("train", "test"), ("circle", "square"), range(8)):
+        path = folder / "photos" / split / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", (48, 40), (20 * number, 60, 200))
+        ImageDraw.Draw(image).ellipse((8, 8, 30, 20 + number), fill=(255, 90, 90 if name == "circle" else 0))
+        image.save(path)
+    data, keys = folder / "data", ["train.max_steps=4", "train.global_batch_size=8", "log.report=false"]
+    assert cli.main(["prepare", "folder", str(folder / "photos"), "--lanes", "2", "--out", str(data)]) == 0
+    assert cli.main(["train", f"data.dir={data}", f"run.dir={folder / 'run'}", *keys]) == 0
+    return folder / "run", folder / "photos/test/circle/0.png"
+
+
+@pytest.mark.parametrize("command", ["export", "predict"])
+def test_the_help_of_commands_on_models_names_what_goes_in_and_out(command: str) -> None:
+    text = click.testing.CliRunner().invoke(cli.cli, [command, "--help"]).output
+    named = {"export": ["images", "[N, C, H, W]", "float32", "logits", "classes", "image_shape", "checkpoint"],
+             "predict": ["resized and cropped as by `prepare`", '"classes"']}[command]  # fmt: skip
+    assert [each for each in named if each not in " ".join(text.split())] == []
+
+
+def test_no_page_promises_the_same_weights_on_another_number_of_processes() -> None:
+    for page in PAGES:
+        text = " ".join(page.read_text().split())
+        assert "the same weights" not in text or page.name == "faults.md", page.name
+    assert "except for rounding" in (REPO / "README.md").read_text()

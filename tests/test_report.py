@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import distrain
 from distrain import cli
-from distrain.runs import folder
-from distrain.tools.report import charts
+from distrain.runs import folder, results
+from distrain.text import percent
+from distrain.tools.report import charts, page
 
 NAMES = [
     '<script>document.title="x"</script>',
@@ -73,15 +75,100 @@ def test_a_report_describes_the_run(runs: list[Path], tmp_path: Path) -> None:
     assert cli.main(["report", str(runs[1]), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "index.html").read_text()
     result = json.loads((runs[1] / "result.json").read_text())
-    assert f"<b>{result['accuracy']:.2%}</b>" in text
+    assert (
+        f"<b>{percent(result['accuracy'])}</b><span>accuracy on 40 test images, after step 60 (the last)</span>" in text
+    )
     assert "resumed after step" in text
     assert "mixup 0.3" in text
-    assert "Each of the 40 test images was evaluated exactly once." in text
     misclassified = folder.read_pictures(runs[1] / folder.MISCLASSIFIED)
     assert len(misclassified["ids"]) == min(24, result["total"] - result["correct"])
     assert text.count('title="test sample') == len(misclassified["ids"])
     assert not folder.read(runs[1]).exit_record  # there was no launcher to write one
     assert charts.restarts(folder.read(runs[1])) == [folder.read(runs[1]).attempts[1]["from_step"]]
+
+
+def checks(run: Path, out: Path) -> dict[str, list[str]]:
+    """The lines under Checks, by mark."""
+    assert cli.main(["report", str(run), "--out", str(out)]) == 0
+    marks: dict[str, list[str]] = {"good": [], "bad": [], "note": []}
+    for mark, text in re.findall(r'<li class="(\w+)">(.*?)</li>', (out / "index.html").read_text()):
+        marks[mark].append(text)
+    return marks
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def with_test(run: Path, samples: int) -> Any:
+    data = json.loads((run / "setup.json").read_text())["data"]
+    return {**data, "splits": {**data["splits"], "test": samples}}
+
+
+def test_only_what_was_checked_is_ticked(runs: list[Path], tmp_path: Path) -> None:
+    marks = checks(runs[0], tmp_path)
+    correct = json.loads((runs[0] / "result.json").read_text())["correct"]
+    assert marks["good"] == [
+        f"The confusion matrix counts 40 test images, as many as the manifest; {correct} are correct.",
+        "metrics.jsonl ends at the last step, 40, with the accuracy of the result.",
+        "The files of the evaluated checkpoint, step-00000040, are unchanged: their digests match.",
+    ]
+    assert marks["bad"] == []
+    assert any("its gradient is the same except for rounding" in text for text in marks["note"])
+    assert not any("weights" in text for text in marks["good"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: change(run / "result.json", correct=41), "The accuracy is not that of the confusion matrix"),
+        (lambda run: change(run / "result.json", accuracy=0.999), "The accuracy is not that of the confusion matrix"),
+        (lambda run: change(run / "setup.json", data=with_test(run, 41)), "counts 40 test images, the manifest 41."),
+        (lambda run: change(run / "result.json", steps=41), "metrics.jsonl ends at step 40, the result is of step 41."),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl ends at step 0"),
+        (lambda run: (run / "checkpoints/step-00000040/model.safetensors").write_bytes(b"x"), "cannot be read"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "The checkpoint of the result cannot be read"),
+        (lambda run: change(run / "result.json", val_accuracy=0.9), "is not the best of the evaluations on val"),
+    ],
+)
+def test_what_does_not_hold_is_marked(damage: Any, message: str, runs: list[Path], tmp_path: Path) -> None:
+    run = copied(runs[0], tmp_path / "run")
+    damage(run)
+    assert any(message in check.text for check in page._checks(folder.read(run)) if check.mark == "bad")
+
+
+def test_the_accuracy_is_shown_with_the_checkpoint_that_it_belongs_to(runs: list[Path], tmp_path: Path) -> None:
+    run = copied(runs[0], tmp_path / "run")
+    lines = folder.read_lines(run / "metrics.jsonl")
+    evaluated = [line for line in lines if "test/accuracy" in line]
+    for line in evaluated[:-1]:
+        line |= {"val/accuracy": 0.9 if line["step"] == 20 else 0.5}
+        del line["test/accuracy"], line["test/loss"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change(run / "result.json", checkpoint="step-00000020", val_accuracy=0.9, warnings=["<b>It collapsed.</b>", "Two"])
+    good = checks(run, tmp_path / "page")["good"]
+    assert "step-00000020 is the best on val, of 3 evaluations; test did not select it." in good
+    text = (tmp_path / "page/index.html").read_text()
+    assert "accuracy on 40 test images, after step 20 (the best on val, 90.0 %)" in text
+    first, second = '<p class="warning">&lt;b&gt;It collapsed.&lt;/b&gt;</p>', '<p class="warning">Two</p>'
+    assert 0 < text.index(first) < text.index(second) < text.index('<div class="tiles">')
+    for chart in charts.curves([folder.read(run)], ["run"]):
+        if chart.title in ("Accuracy by step", "Loss by step"):
+            figure = Figure()
+            chart.draw(figure, charts.Theme("light"))
+            (dot,) = (line for line in figure.axes[0].get_lines() if line.get_label() == "test")
+            assert list(dot.get_xdata()) == [20]
+
+
+def test_an_accuracy_has_the_same_digits_everywhere(runs: list[Path], capsys: Any) -> None:
+    result = json.loads((runs[1] / "result.json").read_text())
+    shown = percent(result["accuracy"])
+    assert results.accuracy_line("test", result["total"], result["accuracy"]).endswith(f"images: {shown}")
+    assert cli.main(["status", str(runs[1])]) == 0
+    assert f"\naccuracy {shown} on test" in capsys.readouterr().out
+    record = folder.read(runs[1])
+    assert page._tiles(record)[0][0] == shown
+    assert ("accuracy on test", [shown, shown]) in page._differences([record, record])
 
 
 def test_misclassified_images_are_those_of_the_data_set(runs: list[Path]) -> None:
@@ -213,7 +300,7 @@ def test_status_shows_the_progress_of_a_run(runs: list[Path], tmp_path: Path, ca
     assert cli.main(["status", str(run)]) == 0
     output = capsys.readouterr().out
     assert "not running; run the same command to resume" in output
-    assert "step     50 of 60 (83%)" in output
+    assert "step     50 of 60 (83 %)" in output
     assert re.search(r"images/s, \d+:\d\d left", output)
     assert re.search(r"\nattempts 2; the newest on ", output)
     assert cli.main(["status", str(tmp_path)]) == 78

@@ -356,7 +356,7 @@ def test_a_model_with_batch_norm_and_dropout_trains_with_a_warning(
     distrain.train(tree(small, tmp_path / "whole", **changes))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert any("has Dropout: what it learns depends on the number of processes" in message for message in warnings)
-    assert json.loads((tmp_path / "whole/result.json").read_text())["invariant"] is False
+    assert json.loads((tmp_path / "whole/result.json").read_text())["dependent_layers"] == ["Dropout"]
     distrain.train(tree(small, tmp_path / "cut", checkpoint={"every_steps": 5, "keep": 0}, **changes))
     shutil.rmtree(tmp_path / "cut/checkpoints/step-00000015")
     shutil.rmtree(tmp_path / "cut/checkpoints/step-00000010")

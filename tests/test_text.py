@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrain.text import NAME_LENGTH, printable, shortened, shown, without_controls
+from distrain.text import NAME_LENGTH, clock, percent, plural, printable, shortened, shown, without_controls
 
 ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=600)
 """Text with surrogates (undecodable bytes), control characters and marks that reverse the direction."""
@@ -76,3 +76,16 @@ def test_no_message_has_a_control_character_but_newlines_and_tabs(text: str) -> 
 )
 def test_a_long_list_is_shortened_and_says_by_how_much(items: list[str], expected: list[str]) -> None:
     assert shortened(items, 2) == expected
+
+
+def test_one_thing_is_singular_and_thousands_have_a_separator() -> None:
+    counts = [plural(0, "step"), plural(1, "process"), plural(2, "process"), plural(1000, "class"), plural(1, "node")]
+    assert counts == ["0 steps", "1 process", "2 processes", "1,000 classes", "1 node"]
+
+
+def test_fractions_have_one_decimal() -> None:
+    assert [percent(0.9675), percent(0.219), percent(1.0), percent(0.0)] == ["96.8 %", "21.9 %", "100.0 %", "0.0 %"]
+
+
+def test_a_duration_has_hours_only_where_there_are_some() -> None:
+    assert [clock(7), clock(59.6), clock(6100)] == ["0:07", "1:00", "1:41:40"]

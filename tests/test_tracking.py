@@ -78,10 +78,10 @@ def test_progress_is_logged_where_there_is_no_terminal(caplog: pytest.LogCapture
         progress.scores(step, "val", 0.5, 1.25)
     progress.close()
     assert caplog.messages == [
-        "step 50/100  epoch 0.50  loss 2.2500  lr 0.01  12,346 images/s  1:01:40 left",
-        "step 50/100  val: accuracy 50.00%  loss 1.2500",
-        "step 100/100  epoch 0.50  loss 2.2500  lr 0.01  12,346 images/s  1:01:40 left",  # too soon for those between
-        "step 100/100  val: accuracy 50.00%  loss 1.2500",
+        "step 50/100  epoch 0.50  loss 2.2500  12,346 images/s  lr 0.01  1:01:40 left",
+        "step 50/100  val: accuracy 50.0 %  loss 1.2500",
+        "step 100/100  epoch 0.50  loss 2.2500  12,346 images/s  lr 0.01  1:01:40 left",  # too soon for those between
+        "step 100/100  val: accuracy 50.0 %  loss 1.2500",
     ]
 
 
@@ -384,7 +384,7 @@ def test_names_of_classes_are_shown_unchanged(tmp_path: Path) -> None:
     files = path.parent / "files"
     table = json.loads((files / row["result/by_class.path"]).read_text())
     assert table["data"] == [[names[0], 0.25, 4], [names[1], 1.0, 2], [names[2], None, 0]]
-    assert row["result/misclassified.captions"] == [f"{names[0]} → {names[1]}, 87.5%"]
+    assert row["result/misclassified.captions"] == [f"{names[0]} → {names[1]}, 87.5 %"]
     with Image.open(files / row["result/misclassified.filenames"][0]) as shown:
         assert np.asarray(shown).tolist() == [[1] * 4] * 4
     assert not list(tmp_path.rglob("staging/*"))  # `wandb sync` needs nothing from outside the run's folder
@@ -475,7 +475,7 @@ def test_every_other_node_has_a_run_beside_the_main_one(small: Dataset, tmp_path
     for node in nodes:
         out, _ = node.communicate(timeout=240)
         assert node.returncode == 0, out
-        assert "warning" not in out
+        assert "warning" not in out.replace("warning: the accuracy on test, ", "")  # of four steps: at chance
     main_id = wandb_id(run)
     for path in wandb_files(run):
         (start,) = [record.run for record in records(path) if record.HasField("run")]

@@ -38,7 +38,7 @@ import tenacity
 from distrain import address, files
 from distrain.config import Data
 from distrain.errors import ConfigError
-from distrain.text import printable
+from distrain.text import plural, printable
 
 _EXTRAS: dict[str, str | None] = {"file": None, "http": None, "https": None, "s3": "s3", "gs": "gs", "hf": "hf"}
 """Supported schemes, and the extra of distrain that installs the package that fsspec needs for it."""
@@ -100,8 +100,9 @@ class FetchOptions:
 
     @classmethod
     def of(cls, data: Data, cached: bool = True) -> FetchOptions:
-        """Return the options that a configuration sets; `cached=False` turns the cache off."""
-        folder = cache_folder(data.cache_dir) if cached and data.cache_gib > 0 else None
+        """Return the options that a configuration sets; `cached=False` turns the cache off, as a local folder does."""
+        remote = data.dir is not None and address.scheme(data.dir) is not None
+        folder = cache_folder(data.cache_dir) if cached and remote and data.cache_gib > 0 else None
         return cls(folder, int(data.cache_gib * 2**30), data.fetch_retries, data.fetch_timeout_seconds)
 
 
@@ -201,7 +202,9 @@ class Remote:
             return retrying(self._attempt, self._url(name), max_bytes, check, stop)
         except _TransientError as error:
             attempts = retrying.statistics["attempt_number"]
-            raise FetchError(f"{error.reason} (tried {attempts} times)", error.cure, error.cure == _NETWORK) from None
+            raise FetchError(
+                f"{error.reason} (tried {plural(attempts, 'time')})", error.cure, error.cure == _NETWORK
+            ) from None
 
     def _attempt(self, url: str, max_bytes: int, check: Check, stop: threading.Event) -> bytes:
         try:

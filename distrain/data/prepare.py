@@ -25,7 +25,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from distrain import machine
 from distrain.data import manifest, pool, shards
@@ -35,7 +34,8 @@ from distrain.data.ownership import OutputFolder
 from distrain.data.remarks import FLAT, Remark, Sample, is_flat, report
 from distrain.data.sources import DepthWarning, Source, UnreadableError, recorded_warnings
 from distrain.errors import AgainError, ConfigError, CrashedError, DataError
-from distrain.text import printable, shortened
+from distrain.progress import Bar
+from distrain.text import plural, printable, shortened
 
 log = logging.getLogger("distrain")
 
@@ -162,7 +162,7 @@ def verify(dataset: Dataset) -> Iterator[str]:
     content = dataset.manifest
     entries = [(name, shard) for name, split in content.splits.items() for shard in split.shards]
     ids: dict[str, list[Ints]] = {}
-    for name, shard in tqdm(entries, desc="verify", unit="shard", disable=None):
+    for name, shard in Bar("verify", entries):
         try:
             blocks = shards.read(dataset.root, shard, content.image_shape, len(content.classes), ("sha256", "xxh3_128"))
         except DataError as error:
@@ -233,7 +233,10 @@ def layout(samples: int, sample_bytes: int, num_shards: int | None, lanes: int |
     if num_shards % lanes:
         raise ConfigError(f"--shards {num_shards} is not a multiple of --lanes {lanes}; choose a multiple of the lanes")
     if num_shards > samples:
-        raise ConfigError(f"{num_shards} shards for {samples} training samples; choose smaller --lanes or --shards")
+        raise ConfigError(
+            f"{plural(num_shards, 'shard')} for {plural(samples, 'training sample')};"
+            " choose smaller --lanes or --shards"
+        )
     return num_shards, lanes
 
 
@@ -458,7 +461,7 @@ def _run(source: Source, tasks: Sequence[_Task]) -> Iterator[_ShardResult]:
     workers = max(1, min(machine.cores(), len(tasks)))
     total = sum(len(task.ids) for task in tasks)
     try:
-        with tqdm(total=total, desc="prepare", unit="image", unit_scale=True, disable=None) as bar:
+        with Bar("prepare", total=total) as bar:
             for result, task in zip(pool.run(_write_shard, source, tasks, workers), tasks, strict=True):
                 bar.update(len(task.ids))
                 yield result

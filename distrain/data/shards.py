@@ -25,7 +25,7 @@ from distrain import files
 from distrain.data.fetch import FetchError, Remote
 from distrain.data.manifest import IDS, IMAGES, LABELS, Shard
 from distrain.errors import ShardError, UnreachableError
-from distrain.text import printable, shown
+from distrain.text import plural, printable, shown
 
 BLOCK_SAMPLES = 1024
 """Maximum number of samples in a block, which a plain WebDataset reader decodes at once."""
@@ -133,7 +133,7 @@ def read(
         raise ShardError(f"{root / shard.name}: not a shard of blocks: {printable(error)}; {_CURE}") from error
     samples = sum(len(block.ids) for block in blocks)
     if samples != shard.samples:
-        reason = f"has {samples} samples, the manifest says {shard.samples}"
+        reason = f"has {plural(samples, 'sample')}, the manifest says {shard.samples}"
         raise ShardError(f"{root / shard.name}: {reason}; {_CURE}")
     return blocks
 

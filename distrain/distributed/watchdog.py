@@ -139,7 +139,7 @@ class Watchdog:
     def _expire(self, limit: float) -> None:
         status = self.status
         self._dump_stacks()
-        message = f"no progress for {limit:g} s in phase {status.phase}, step {status.step}: {self._straggler()}"
+        message = f"no progress for {limit:g} s in phase {status.phase}, step {status.step:,}: {self._straggler()}"
         self._exit(failure_here(self._environment, "hang", EXIT_AGAIN, message))
 
     def _exit(self, why: Failure) -> NoReturn:

@@ -22,6 +22,7 @@ from distrain.launcher.verdict import Verdict
 from distrain.launcher.workers import EXIT_SECONDS
 from distrain.runs import attempts, checkpoint, exit_record, lease
 from distrain.runs.folder import EXIT, has_configuration
+from distrain.text import plural
 
 NODES = "nodes"
 _NODES_SECONDS = 2 * EXIT_SECONDS
@@ -185,4 +186,4 @@ def _node_file(run: Path, node: int) -> Path:
 
 
 def _without_progress(number: int) -> str:
-    return f"{number} attempts in a row without progress (launch.max_attempts_without_progress)"
+    return f"{plural(number, 'attempt')} in a row without progress (launch.max_attempts_without_progress)"

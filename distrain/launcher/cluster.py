@@ -89,7 +89,7 @@ def detect(variables: Mapping[str, str], options: Options, full_name: Callable[[
     port = detected.port if given.port is None else given.port
     address = given.host or detected.host
     if node >= nodes:
-        raise ConfigError(f"node {node} of {nodes} nodes (from {detected.source}): nodes are counted from 0")
+        raise ConfigError(f"node {node} of {nodes} (from {detected.source}): nodes are counted from 0")
     if nodes > 1 and not (port and (given.host or detected.nodes > 1)):
         raise ConfigError(
             f"{nodes} nodes: give --host (the first node's name), --port (the same on all) and --node, or start under"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -21,11 +22,15 @@ from pathlib import Path
 from distrain import signals
 from distrain.config import Config
 from distrain.environment import host_port
-from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK, PeerLostError
+from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK, AgainError, ConfigError, PeerLostError
 from distrain.launcher.attempt import AttemptRecord, NodeRecord, is_done
 from distrain.launcher.cluster import LOCAL, Topology
 from distrain.launcher.verdict import Verdict, decide
 from distrain.launcher.workers import StopRequests, Workers
+from distrain.text import plural
+
+PROCESSES_PER_CORE = 4
+"""More processes than these for each core are refused, unless they are wanted."""
 
 log = logging.getLogger("distrain")
 
@@ -89,10 +94,10 @@ def _run_workers(
             if topology.nodes > 1:
                 _wait_for_name(topology.host, config.timeouts.start_seconds, stops)
             with _store_socket(topology) as store:
-                workers = Workers(arguments, topology, processes, store, Path(folder), logs)
+                workers = Workers(arguments, topology, processes, store, Path(folder), logs, stops)
                 exits = workers.wait(stops, grace)
             return decide(exits, stops.first, record is None or record.can_resume())
-        except PeerLostError as error:
+        except AgainError as error:
             return Verdict(EXIT_AGAIN, str(error))
         except OSError as error:
             return Verdict(EXIT_FAULT, f"processes could not be started: {error}")
@@ -100,13 +105,52 @@ def _run_workers(
 
 def default_processes() -> int:
     """Return the number of GPUs of this node, or 1 if there is none."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    if not gpus():
         return 1
     # Without '', the current folder, which may hold a module with the name of one that torch imports.
     code = "import sys; sys.path[:] = filter(None, sys.path); import torch; print(torch.cuda.device_count())"
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return max(1, int(output)) if output.isdigit() else 1
+
+
+def gpus() -> int:
+    """Return the largest number of GPUs that processes here may see, without asking torch, which takes seconds."""
+    number = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return number if visible is None else min(number, _listed(visible))
+
+
+def _listed(visible: str) -> int:
+    """Return the number of devices in CUDA_VISIBLE_DEVICES; -1 ends the list."""
+    names = [name.strip() for name in visible.split(",")]
+    return len(names[: names.index("-1")] if "-1" in names else list(filter(None, names)))
+
+
+def check_number(processes: int, device: str, gpus: int, cores: int, oversubscribe: bool) -> None:
+    """Check that this node can run so many processes.
+
+    Args:
+        processes: their number.
+        device: `run.device`.
+        gpus: number of GPUs here.
+        cores: number of CPU cores here.
+        oversubscribe: whether more processes than the cores can run are wanted.
+
+    Raises:
+        ConfigError: there are too many.
+    """
+    if device != "cpu" and gpus and processes > gpus:
+        available = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise ConfigError(
+            f"launch: {processes} processes for {available}: each process needs one; lower --nproc, or set"
+            " run.device=cpu"
+        )
+    if processes > PROCESSES_PER_CORE * cores and not oversubscribe:
+        raise ConfigError(
+            f"launch: {processes} processes for {cores} cores, more than {PROCESSES_PER_CORE} for each: they would only"
+            " wait for each other; lower --nproc, or give --oversubscribe"
+        )
 
 
 @contextlib.contextmanager
@@ -164,5 +208,5 @@ def _wait_for_name(host: str, seconds: float, stops: StopRequests) -> None:
 def describe(topology: Topology, processes: int) -> str:
     """Describe what is about to start, in one line."""
     where = f", rendezvous at {host_port(topology.host, topology.port)}" if topology.nodes > 1 else ""
-    number = "1 process" if processes == 1 else f"{processes} processes"
+    number = plural(processes, "process")
     return f"distrain: node {topology.node} of {topology.nodes} ({topology.source}), {number} here{where}"

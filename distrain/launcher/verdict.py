@@ -108,7 +108,7 @@ def _reason(end: WorkerExit) -> str:
     if end.failure is not None:
         message = end.failure.message
         return message.partition("\n")[0] if end.failure.kind == "fault" else message
-    where = f"in phase {end.status.phase}, step {end.status.step}"
+    where = f"in phase {end.status.phase}, step {end.status.step:,}"
     if end.code < 0:
         memory = " (out of memory, or from outside)" if -end.code == signal.SIGKILL else ""
         return f"rank {end.rank} was ended by {signal.Signals(-end.code).name}{memory} {where}"
@@ -134,7 +134,7 @@ def _first_failure(end: WorkerExit) -> list[str]:
     if failure is None or failure.kind != "user" or step:
         # One that lost a peer, or a server, is not where the failure began.
         what = "ended" if failure is not None and failure.kind == "peer" else "failed first"
-        lines = [f"distrain: rank {rank} {what}", f"  host   {host}", f"  phase  {phase}, step {step}"]
+        lines = [f"distrain: rank {rank} {what}", f"  host   {host}", f"  phase  {phase}, step {step:,}"]
     elif host != socket.gethostname():
         lines = [f"distrain: on {host}:"]
     if failure is not None and failure.traceback:  # guard: show-traceback

@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, NoReturn
 
 from distrain.environment import LAUNCHER, STATUS_FOLDER, STORE_SOCKET
+from distrain.errors import Stopped
 from distrain.failure_report import is_unfinished, mark_unfinished, read_failure
 from distrain.launcher.cluster import Topology
 from distrain.launcher.verdict import WorkerExit
@@ -59,6 +60,10 @@ class Workers:
         store: socket on which rank 0 will serve the store; None on other nodes.
         folder: where workers report status and failures.
         logs: folder for the output of ranks other than 0; None: it goes where the launcher's goes.
+        stops: stop requests; one that arrives before all processes are started ends them at once.
+
+    Raises:
+        Stopped: a stop was requested before all were started.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Workers:
         store: socket.socket | None,
         folder: Path,
         logs: Path | None,
+        stops: StopRequests,
     ) -> None:
         self._folder = folder
         self._running: dict[int, subprocess.Popen[bytes]] = {}
@@ -92,6 +98,8 @@ class Workers:
         }
         inherited = {name: value for name, value in os.environ.items() if name not in (*group, "RANK", "LOCAL_RANK")}
         for local_rank in range(processes):
+            if stops.first is not None:
+                self._end_unfinished(stops.first)
             rank = first_rank + local_rank
             # A single process gets no group: accelerate would start a distributed run for it.
             variables = {**group, "RANK": rank, "LOCAL_RANK": local_rank} if size > 1 else {}
@@ -109,6 +117,13 @@ class Workers:
                     env={**inherited, **{name: str(value) for name, value in {**common, **variables}.items()}},
                     pass_fds=descriptors,
                 )
+
+    def _end_unfinished(self, signal_name: str) -> NoReturn:
+        """End a group that is not complete: none of its processes has anything to save."""
+        self._kill(self._running)
+        for process in self._running.values():
+            process.wait()
+        raise Stopped(f"stopped by {signal_name} while processes were started; nothing had to be saved")
 
     def wait(self, stops: StopRequests, grace: float) -> list[WorkerExit]:
         """Wait until all workers have ended, and forward stop requests to them.

@@ -174,6 +174,15 @@ def _check_name(path: Path, step: int) -> None:
         raise RenamedError(f"{path}: was renamed or copied, it holds step {step}; {copied}")
 
 
+def problem(path: Path) -> str | None:
+    """Return why a checkpoint cannot be read; None if its files have the right digests."""
+    try:
+        _read_verified(path)
+    except (DataError, AgainError) as error:
+        return str(error)
+    return None
+
+
 def set_aside(path: Path) -> None:
     """Rename a damaged checkpoint to `damaged-…`, so that a new one of that step can be saved.
 
@@ -222,11 +231,8 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def newest_verified(folder: Path) -> int | None:
     """Return the step of the newest checkpoint whose files have the right digests; None if there is none."""
     for step in steps(folder):
-        try:
-            _read_verified(path_of(folder, step))
-        except (DataError, AgainError):
-            continue
-        return step
+        if problem(path_of(folder, step)) is None:
+            return step
     return None
 
 

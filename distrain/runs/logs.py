@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from distrain.errors import DataError, FolderLostError
+from distrain.progress import Bar
 from distrain.runs import records
 from distrain.runs.folder import AUDIT, METRICS
 from distrain.runs.trackers import CLOSE_SECONDS, FinishedRun, Tracker
+from distrain.text import clock, percent
 
 log = logging.getLogger("distrain")
 
@@ -168,58 +167,39 @@ class Progress:
     """
 
     def __init__(self, show: bool, total: int, done: int) -> None:
-        self._show = show
-        self._bar: Any = None
-        if show and _has_bar():
-            self._bar = tqdm(total=total, initial=done, desc="train", unit="step", dynamic_ncols=True)
-        self._total = total
+        self._show, self._total = show, total
+        self._bar = Bar("train", total=total, done=done, show=show)
         self._train_shown = self._scores_shown = float("-inf")
 
     def step(self) -> None:
         """Advance the bar by one step."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def train(self, step: int, epoch: float, loss: float, lr: float, rate: float, seconds_left: float) -> None:
         """Show the loss since the last call, the learning rate, images per second and the time left."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2g}, {rate:,.0f} images/s")
-        elif step == self._total or time.monotonic() - self._train_shown >= _LINE_SECONDS:
+        notes = [f"loss {loss:.4f}", f"{rate:,.0f} images/s", f"lr {lr:.3g}"]
+        self._bar.notes = notes
+        due = step == self._total or time.monotonic() - self._train_shown >= _LINE_SECONDS
+        if self._bar.disable and due:
             self._train_shown = time.monotonic()
-            self._info(
-                f"step {step}/{self._total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
-                f"{rate:,.0f} images/s  {clock(seconds_left)} left"
-            )
+            self._info([self._position(step), f"epoch {epoch:.2f}", *notes, f"{clock(seconds_left)} left"])
 
     def scores(self, step: int, split: str, accuracy: float, loss: float) -> None:
         """Show the scores of an evaluation."""
         if step == self._total or time.monotonic() - self._scores_shown >= _LINE_SECONDS:
             self._scores_shown = time.monotonic()
-            self._info(f"step {step}/{self._total}  {split}: accuracy {accuracy:.2%}  loss {loss:.4f}")
+            self._info([self._position(step), f"{split}: accuracy {percent(accuracy)}", f"loss {loss:.4f}"])
 
-    def _info(self, message: str) -> None:
+    def _position(self, step: int) -> str:
+        return f"step {step:,}/{self._total:,}"
+
+    def _info(self, parts: Sequence[str]) -> None:
         if self._show:
-            log.info("%s", message)
+            log.info("%s", "  ".join(parts))
 
     def close(self) -> None:
         """Close the bar; it stays visible."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _has_bar() -> bool:
-    """Whether stderr is a terminal that can show a bar: some terminals have no columns."""
-    try:
-        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, ValueError):
-        return False
-
-
-def clock(seconds: float) -> str:
-    """Format a duration as 0:07 or 1:01:40: minutes and seconds, with hours if there are any."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+        self._bar.close()
 
 
 @dataclass

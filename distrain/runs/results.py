@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distrain.text import percent
+
 Ints = NDArray[np.int64]
 
 
@@ -127,7 +129,7 @@ def classes_of(result: dict[str, Any]) -> list[ClassAccuracy]:
 
 def accuracy_line(split: str, total: int, accuracy: float) -> str:
     """Format the accuracy on a split, as the commands print it."""
-    return f"Accuracy of the network on the {total} {split} images: {100 * accuracy:.1f} %"
+    return f"Accuracy of the network on the {total} {split} images: {percent(accuracy)}"
 
 
 def step_of(result: dict[str, Any]) -> int:
@@ -137,7 +139,7 @@ def step_of(result: dict[str, Any]) -> int:
 
 def describe_checkpoint(result: dict[str, Any]) -> str:
     """Say which checkpoint the accuracy in RUN/result.json belongs to, and why this one."""
-    why = "the last" if result["val_accuracy"] is None else f"the best on val, {100 * result['val_accuracy']:.1f} %"
+    why = "the last" if result["val_accuracy"] is None else f"the best on val, {percent(result['val_accuracy'])}"
     return f"step {step_of(result):,} ({why})"
 
 

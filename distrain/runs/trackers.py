@@ -24,6 +24,7 @@ from distrain.errors import AgainError, ConfigError, DataError
 from distrain.runs import records, results
 from distrain.runs.folder import AUGMENTED, METRICS, MISCLASSIFIED, TENSORBOARD, read_lines, read_pictures
 from distrain.runs.results import ClassAccuracy, Confusion
+from distrain.text import percent
 
 log = logging.getLogger("distrain")
 
@@ -66,7 +67,7 @@ class FinishedRun:
         columns = ("images", "labels", "predicted", "probabilities")
         arrays = (self.misclassified.get(name, ()) for name in columns)
         for image, label, predicted, probability in zip(*arrays, strict=True):
-            yield image, f"{self.classes[label]} → {self.classes[predicted]}, {probability:.1%}"
+            yield image, f"{self.classes[label]} → {self.classes[predicted]}, {percent(probability)}"
 
 
 def scalars(result: dict[str, Any]) -> dict[str, float]:

@@ -33,6 +33,7 @@ from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment, World
 from distrain.errors import AgainError, ConfigError, DataError, UserError
 from distrain.runs.trackers import check_tensorboard
+from distrain.text import plural
 from distrain.training.checkpointing import os_error_of
 from distrain.training.setup import (
     build_model,
@@ -149,11 +150,14 @@ def device(config: Config, environment: Environment) -> Iterator[Finding]:
         yield Finding("device", "ok", "CPU")
     elif count < processes:
         yield Finding(
-            "device", "bad", f"{count} GPUs for {processes} processes", "start as many processes as there are GPUs"
+            "device",
+            "bad",
+            f"{plural(count, 'GPU')} for {plural(processes, 'process')}",
+            "start as many processes as there are GPUs",
         )
     else:
         names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
-        yield Finding("device", "ok", f"{count} GPUs: {names}")
+        yield Finding("device", "ok", f"{plural(count, 'GPU')}: {names}")
 
 
 def cores(config: Config, environment: Environment) -> Iterator[Finding]:
@@ -258,7 +262,7 @@ def data(config: Config, environment: Environment) -> Iterator[Finding]:
     yield Finding(
         "memory",
         level,
-        f"{free / 2**30:,.1f} GiB, {needed / 2**30:,.1f} needed by {local} processes here",
+        f"{free / 2**30:,.1f} GiB, {needed / 2**30:,.1f} needed by {plural(local, 'process')} here",
         "lower data.read_ahead, set data.cache=auto, prepare with more --shards, or request more memory",
     )
 
@@ -438,7 +442,9 @@ def _probe(folder: Path) -> Iterator[Path]:
 def _check_group(config: Config, rt: Runtime) -> list[Finding]:
     findings = [
         Finding(
-            "processes", "ok", f"{rt.world.size} on {len(set(rt.collectives.from_all(socket.gethostname())))} nodes"
+            "processes",
+            "ok",
+            f"{rt.world.size} on {plural(len(set(rt.collectives.from_all(socket.gethostname()))), 'node')}",
         ),
         _same_versions(rt),
         *_all_reduce(rt),

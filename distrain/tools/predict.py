@@ -15,7 +15,7 @@ from distrain.data.sources import DepthWarning, UnreadableError, recorded_warnin
 from distrain.data.sources.images import Decoding, read_image
 from distrain.errors import ConfigError, DataError
 from distrain.files import read
-from distrain.text import counted, printable, shortened
+from distrain.text import counted, percent, printable, shortened
 from distrain.tools import loaded_model
 
 log = logging.getLogger("distrain")
@@ -84,5 +84,5 @@ def format_prediction(prediction: dict[str, Any], top: int, as_json: bool) -> st
     classes = dict(list(prediction["classes"].items())[:top])
     if as_json:
         return json.dumps({**prediction, "classes": classes})
-    text = ", ".join(f"{printable(name)} {probability:.1%}" for name, probability in classes.items())
+    text = ", ".join(f"{printable(name)} {percent(probability)}" for name, probability in classes.items())
     return f"{printable(prediction['file'])}  {text}"

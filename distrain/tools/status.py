@@ -9,7 +9,7 @@ from typing import Any
 
 from distrain.runs import attempts, checkpoint, folder, lease, results
 from distrain.runs.folder import RunRecord
-from distrain.runs.logs import clock
+from distrain.text import clock, percent, plural
 
 log = logging.getLogger("distrain")
 
@@ -54,7 +54,7 @@ def run_status(run: Path) -> dict[str, Any]:
 def format_status(status: dict[str, Any]) -> str:
     """Format what `run_status` returned for people, one value per line."""
     step, total = status["step"], status["steps"]
-    rows = [("step", f"{step:,}" + (f" of {total:,} ({step / total:.0%})" if total else ""))]
+    rows = [("step", f"{step:,}" + (f" of {total:,} ({100 * step / total:.0f} %)" if total else ""))]
     if status["epoch"] is not None:
         rows[0] = ("step", f"{rows[0][1]}, epoch {status['epoch']:.2f}")
     if status["images_per_second"] is not None:
@@ -62,10 +62,11 @@ def format_status(status: dict[str, Any]) -> str:
         rows.append(("rate", f"{status['images_per_second']:,.0f} images/s{left}"))
     if status["loss"] is not None:
         rows.append(("loss", f"{status['loss']:.4f}"))
-    if status["accuracy"] is not None:
-        why = status["accuracy"].get("why")
-        text = "{accuracy:.2%} on {split} after step {step:,}".format(**status["accuracy"])
-        rows.append(("accuracy", text + (f" ({why})" if why else "")))
+    result = status["accuracy"]
+    if result is not None:
+        why = f" ({result['why']})" if result.get("why") else ""
+        text = f"{percent(result['accuracy'])} on {result['split']} after step {result['step']:,}{why}"
+        rows.append(("accuracy", text))
     saved = status["checkpoint"]
     rows.append(("saved", f"step {saved['step']:,}, {clock(saved['age'])} ago" if saved else "nothing yet"))
     attempt = status["attempt"]
@@ -75,9 +76,11 @@ def format_status(status: dict[str, Any]) -> str:
 
 
 def _describe_attempt(attempt: dict[str, Any]) -> str:
+    size = attempt.get("world_size")
+    on_processes = f" on {plural(size, 'process')}" if size else ""
     return (
         f"the newest on {attempt.get('host')}, process {attempt.get('process')}, from step"
-        f" {attempt.get('from_step') or 0:,} on {attempt.get('world_size') or '?'} process(es),"
+        f" {attempt.get('from_step') or 0:,}{on_processes},"
         f" since {attempt.get('start')}"
     )
 

@@ -9,6 +9,7 @@ from distrain.config import public
 from distrain.errors import AgainError, ConfigError
 from distrain.runs import folder, trackers
 from distrain.runs.trackers import WandbMirror, WandbRun
+from distrain.text import plural
 
 _CLOSE_SECONDS = 600.0
 """Longer than for a run that is training: only this command waits for the server."""
@@ -55,7 +56,9 @@ def send(run: Path, online: bool, out: Path | None) -> str:
     mirror.close(trackers.scalars(record.result or {}), _CLOSE_SECONDS)
     if problems:
         raise (AgainError if online else ConfigError)("\n".join(problems))
-    content = f"{len(record.lines)} lines" + (" and the result" if record.result is not None else "; no result yet")
+    content = plural(len(record.lines), "line") + (
+        " and the result" if record.result is not None else "; no result yet"
+    )
     return f"{run}: {content}: {location}" + ("" if online else f"\nto send it: wandb sync {location}")
 
 

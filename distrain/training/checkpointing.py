@@ -94,7 +94,7 @@ class Checkpointer:
         if not errors:
             self.saved_step = step
         elif self._job.runtime.is_main:
-            log.warning("step %d: no checkpoint could be saved: %s; training continues", step, errors[0])
+            log.warning("step %s: no checkpoint could be saved: %s; training continues", f"{step:,}", errors[0])
         self.start_clock()
         return True
 

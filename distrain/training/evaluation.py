@@ -15,13 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from distrain import startup
 from distrain.data.manifest import Dataset
 from distrain.data.stream import EvaluationBatches
 from distrain.distributed.collectives import POLL_SECONDS
 from distrain.distributed.runtime import Runtime
 from distrain.errors import DataError
+from distrain.progress import Bar
 from distrain.runs import results
 from distrain.runs.results import Confusion
 from distrain.training.augment import normalize
@@ -115,6 +116,7 @@ def evaluate(
         DataError: on all processes: a shard cannot be read, or the number of samples scored is not the manifest's.
         StopAgreed: on all processes, if one was asked to stop.
     """
+    startup.waits_for(None)
     counter = _PairCounter(len(dataset.manifest.classes))
     loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
 
@@ -131,7 +133,7 @@ def evaluate(
     with (
         runtime.watchdog.phase("evaluate"),
         closing(EvaluationBatches(dataset, split, runtime.world, batch_size)) as batches,
-        closing(tqdm(desc=split, unit="batch", leave=False, disable=None if runtime.is_main else True)) as bar,
+        closing(Bar(split, unit="batches", leave=False, show=runtime.is_main)) as bar,
     ):
         _for_each(batches, score, runtime, bar)
     model.train(training)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from distrain.runs.results import Confusion
-from distrain.text import printable
+from distrain.text import percent, printable
 
 _CURE = "Lower train.lr, or set train.clip_norm"
 
@@ -57,15 +57,15 @@ def collapse_warning(
     accuracy, predicted = confusion.correct / confusion.total, np.unique(confusion.predicted)
     only = f"; all images are predicted as {printable(classes[predicted[0]])}" if len(predicted) == 1 else ""
     return (
-        f"training collapsed: after step {step:,} the accuracy on {split} is {_percent(accuracy)}"
-        f" ({_percent(chance(confusion))} is chance{only}); it was {_percent(best)} after step {best_step:,}. {_CURE}"
+        f"training collapsed: after step {step:,} the accuracy on {split} is {percent(accuracy)}"
+        f" ({percent(chance(confusion))} is chance{only}); it was {percent(best)} after step {best_step:,}. {_CURE}"
     )
 
 
 def drop_warning(accuracy: float, best_step: int, best: float) -> str:
     """Return the warning about last weights that are far worse than earlier ones, in a run without a val split."""
     return (
-        f"the last weights reach {_percent(accuracy)} on test, those after step {best_step:,} had {_percent(best)}."
+        f"the last weights reach {percent(accuracy)} on test, those after step {best_step:,} had {percent(best)}."
         " Without a val split the last weights are the result; with one (distrain prepare … --val-fraction 0.1) it is"
         " the best checkpoint on val"
     )
@@ -75,11 +75,7 @@ def chance_warning(confusion: Confusion) -> str:
     """Return the warning about a result that is not clearly above chance."""
     accuracy = confusion.correct / confusion.total
     return (
-        f"the accuracy on test, {_percent(accuracy)} of {confusion.total:,} images, is not clearly above chance"
-        f" ({_percent(chance(confusion))}, always the largest class): nothing shows that the model has learnt. Train"
+        f"the accuracy on test, {percent(accuracy)} of {confusion.total:,} images, is not clearly above chance"
+        f" ({percent(chance(confusion))}, always the largest class): nothing shows that the model has learnt. Train"
         " longer, change train.lr, or check the labels"
     )
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"

@@ -110,6 +110,6 @@ def diverged(job: Job, step: int, what: str) -> DivergedError:
     good = [done for done in checkpoint.steps(job.checkpoints) if done < max(step, 1)]
     path = checkpoint.path_of(job.checkpoints, good[0]) if good else "none"
     return DivergedError(
-        f"{what} at step {step + 1}, at learning rate {job.learning_rate(step):.3g};"
+        f"{what} at step {step + 1:,}, at learning rate {job.learning_rate(step):.3g};"
         f" last good checkpoint: {path}. Lower train.lr, or set train.clip_norm"
     )

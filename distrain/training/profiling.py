@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
+from distrain.text import percent
+
 Phase = Literal["start", "data", "copy", "log"]
 
 _ADVICE = {
@@ -79,7 +81,7 @@ def advice(fractions: dict[str, float], cached: bool) -> list[str]:
 
 def format_fractions(fractions: dict[str, float]) -> str:
     """Format the fraction of each phase in one line."""
-    return ", ".join(f"{name} {fraction:.1%}" for name, fraction in fractions.items())
+    return ", ".join(f"{name} {percent(fraction)}" for name, fraction in fractions.items())
 
 
 class Tracer(Protocol):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from distrain import models
+from distrain import address, models, startup
 from distrain.config import Config, identity, public
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
@@ -35,7 +35,7 @@ from distrain.runs import checkpoint
 from distrain.runs.choice import choose
 from distrain.runs.folder import STACKS
 from distrain.runs.trackers import check_tensorboard
-from distrain.text import shortened
+from distrain.text import plural, shortened
 from distrain.training import optim
 from distrain.training.job import Job, TrainedModel
 
@@ -61,6 +61,8 @@ def start_watchdog(config: Config, environment: Environment) -> Watchdog:
 def start_runtime(config: Config, environment: Environment, watchdog: Watchdog) -> Runtime:
     """Join the other processes of the run."""
     run, train = config.run, config.train
+    if environment.world.size > 1:
+        startup.waits_for(f"waiting for all {environment.world.size:,} processes at {environment.rendezvous}")
     options = runtime.Options(
         run.device, train.precision, run.cpu_threads, train.deterministic, config.timeouts.start_seconds
     )
@@ -86,6 +88,7 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
         collectives.all_or_none(lambda: check_tensorboard() if runtime.is_main else None)
     dataset = collectives.all_or_none(lambda: read_data(config, "train", "test"))
     check_same_data(runtime, dataset, list(dataset.manifest.splits))
+    startup.waits_for(f"building model {config.model.name}, and trying it")
     job = _build(config, dataset, runtime, started)
     _warm_up(job)
     collectives.stop_if_requested()
@@ -114,6 +117,7 @@ def read_data(config: Config, *splits: str) -> Dataset:
     Raises:
         UserError: it cannot be read, or lacks one of the splits.
     """
+    startup.waits_for(f"reading the description of {address.without_secrets(config.data.dir)}")
     dataset = manifest.read(config.data.dir, FetchOptions.of(config.data))
     for split in splits:
         dataset.split(split)
@@ -248,8 +252,8 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
     order = Order(len(split.shards), split.lanes, min(shard.samples for shard in split.shards), batch, config.run.seed)
     if world_size > split.lanes:
         raise ConfigError(
-            f"{world_size} processes for {split.lanes} lanes of {dataset.root}: start at most {split.lanes},"
-            f" or prepare the data set with --lanes {world_size} or more"
+            f"{plural(world_size, 'process')} for {plural(split.lanes, 'lane')} of {dataset.root}: start at most"
+            f" {split.lanes}, or prepare the data set with --lanes {world_size} or more"
         )
     if world_size > batch:
         raise ConfigError(
@@ -258,7 +262,7 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
         )
     if order.steps_per_epoch == 0:
         raise ConfigError(
-            f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard} samples"
+            f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard:,} samples"
             f" that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
         )
     return order

@@ -11,8 +11,7 @@ from distrain import files, machine
 from distrain.data.stream import memory
 from distrain.runs import records, results
 from distrain.runs.folder import SETUP
-from distrain.runs.logs import clock
-from distrain.text import printable
+from distrain.text import clock, percent, plural, printable
 from distrain.training import optim, profiling
 from distrain.training.checkpointing import os_error_of
 from distrain.training.job import Job
@@ -122,7 +121,7 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
     named = f" ({processes['device_name']})" if processes["device_name"] else ""
     on_nodes = f" on {processes['nodes']} nodes" if processes["nodes"] > 1 else ""
     lines = (
-        ("data", f"{data['dir']}: {splits}; {len(data['classes'])} classes, {shape}"),
+        ("data", f"{data['dir']}: {splits}; {plural(len(data['classes']), 'class')}, {shape}"),
         ("model", f"{model['name']}, {model['parameters']:,} parameters; {config.train.optimizer},"
                   f" {config.train.precision}"),
         ("devices", f"{processes['number']} × {processes['device']}{named}{on_nodes}"
@@ -140,15 +139,14 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
 def _format_batch(processes: int, batch: dict[str, Any]) -> str:
     sizes = f"{batch['most']}" if batch["fewest"] == batch["most"] else f"{batch['fewest']} to {batch['most']}"
     accumulation = f" in {batch['grad_accum']} micro-batches" if batch["grad_accum"] > 1 else ""
-    return (
-        f"{batch['global']:,} images a step = {processes} × {sizes}{accumulation}; the largest local batch is"
-        f" {batch['most'] / batch['ideal']:.2f} × the ideal of {batch['ideal']:.4g}"
-    )
+    ratio = batch["most"] / batch["ideal"]
+    uneven = f"; the largest local batch is {ratio:.2f} × the ideal of {batch['ideal']:.4g}" if ratio > 1 else ""
+    return f"{plural(batch['global'], 'image')} a step = {processes} × {sizes}{accumulation}{uneven}"
 
 
 def _format_steps(setup: dict[str, Any]) -> str:
     unused = setup["data"]["splits"]["train"] - setup["steps_per_epoch"] * setup["batch"]["global"]
-    dropped = f" ({unused:,} images dropped from each, others in turn)" if unused else ""
+    dropped = f" ({plural(unused, 'image')} dropped from each, others in turn)" if unused else ""
     resumed = f", resuming after step {setup['from_step']:,}" if setup["from_step"] else ""
     if setup["from_step"] == setup["steps"]:
         resumed = ": all done already"
@@ -157,8 +155,8 @@ def _format_steps(setup: dict[str, Any]) -> str:
 
 def _format_saves(job: Job) -> str:
     settings = job.config.checkpoint
-    saves = [f"every {settings.every_steps:,} steps"] if settings.every_steps else []
-    saves += [f"every {settings.every_minutes:g} minutes"] if settings.every_minutes else []
+    saves = [f"every {plural(settings.every_steps, 'step')}"] if settings.every_steps else []
+    saves += [f"every {settings.every_minutes:g} min"] if settings.every_minutes else []
     return f"{', '.join(saves) or 'none'}, and at the end or when stopped"
 
 
@@ -175,15 +173,15 @@ def log_result(job: Job, result: dict[str, Any]) -> None:
     """Log what a run did: steps, speed, time by phase with advice, lowest accuracies, checkpoint, warnings."""
     fractions, rate = result["profile"], f"{result['images_per_second']:,.0f}"
     log.info(
-        "trained  %s steps in %s, %s images/s while training", f"{result['steps']:,}", clock(result["seconds"]), rate
+        "trained  %s in %s, %s images/s while training", plural(result["steps"], "step"), clock(result["seconds"]), rate
     )
     if fractions:
         log.info("time     %s", profiling.format_fractions(fractions))
     for line in profiling.advice(fractions, cached=job.cache is not None):
         log.info("         %s", line)
     by_class = results.lowest_first(results.classes_of(result))
-    lowest = [row for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
-    log.info("lowest   %s", ", ".join(f"{printable(row.name)} {row.accuracy:.1%}" for row in lowest))
+    lowest = [(row.name, row.accuracy) for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
+    log.info("lowest   %s", ", ".join(f"{printable(name)} {percent(accuracy)}" for name, accuracy in lowest))
     log.info("result   of the checkpoint of %s", results.describe_checkpoint(result))
     for warning in result["warnings"]:
         log.warning("%s", warning)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distrain import signals
+from distrain import signals, startup
 from distrain.config import Config, from_tree, load
 from distrain.environment import Environment
 from distrain.training import setup
@@ -23,7 +23,7 @@ from distrain.training.trainer import Trainer
 def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environment: Environment) -> dict[str, Any]:
     """Train, evaluate and save a run, as `distrain train` does.
 
-    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are stop requests while it runs.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are stop requests while it runs.
 
     Args:
         config: a `Config`, nested mappings of its keys, or the path of a YAML file.
@@ -51,6 +51,7 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environme
     ):
         job = setup.set_up(config, started, runtime)
         with closing(Checkpointer(job)) as checkpointer:
+            startup.waits_for(f"opening {job.folder}")
             state = checkpointer.resume()
             announce(job, state.get("step", 0))
             return Trainer(job, checkpointer, state).run()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, NoReturn
 
+from distrain import startup
 from distrain.data.stream import Batch, TrainingBatches
 from distrain.distributed.collectives import StopAgreed
 from distrain.errors import DataError, SaveError, Stopped
@@ -102,6 +103,7 @@ class Trainer:
         """Train the steps that are left."""
         job, watchdog, first = self.job, self.job.runtime.watchdog, self.step
         watchdog.enter("first step")
+        startup.waits_for("the first step, which reads shards, and compiles with train.compile")
         watchdog.step(first)
         self.checkpointer.start_clock()
         self.losses.restart_clock()
@@ -120,6 +122,7 @@ class Trainer:
                     feed.prefetch(self.step)
                 if self.step == first + 1:
                     watchdog.enter("train")
+                    startup.waits_for(None)
                 watchdog.step(self.step)
                 self.logs.progress.step()
                 tracer.step()
@@ -290,9 +293,9 @@ class Trainer:
         self.job.runtime.watchdog.enter("end")
         if self.checkpointer.error is not None:
             raise SaveError(
-                f"stopped{stop.by} at step {self.step}, but it could not be saved: {self.checkpointer.error}"
+                f"stopped{stop.by} at step {self.step:,}, but it could not be saved: {self.checkpointer.error}"
             )
-        raise Stopped(f"stopped{stop.by}: step {self.step} is saved; the same command resumes there")
+        raise Stopped(f"stopped{stop.by}: step {self.step:,} is saved; the same command resumes there")
 
     def _record_batch(self, batch: Batch) -> None:
         """Record a batch: its ids if `data.audit` is on, and pictures if it is the first batch of the run."""
@@ -326,7 +329,7 @@ class Trainer:
             "val_accuracy": self.best["accuracy"] if self.best else None,
             "precision": job.config.train.precision,
             "device": str(job.runtime.device.type),
-            "invariant": not job.dependent_layers,
+            "dependent_layers": job.dependent_layers,
             "warnings": self._warnings,
             "profile": {name: round(part, 5) for name, part in self.profile.total().items()},
         }

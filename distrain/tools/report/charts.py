@@ -178,6 +178,10 @@ def _series(record: RunRecord, key: str, x: str, scale: float) -> NDArray[np.flo
     """Return at most `_MAX_POINTS` points of a metric: x, mean, lowest and highest value, fp64 [4, n]."""
     x_key = "seconds" if x == "time" else "step"
     lines = [line for line in record.lines if key in line and x_key in line]
+    if key.startswith("test/") and lines and record.result is not None:
+        # The last line was written at the end of the run, and is about the checkpoint that was best on val.
+        step = results.step_of(record.result)
+        lines[-1] = {**lines[-1], "step": step, "seconds": float(_seconds_of_steps(record)([step])[0])}
     if key.startswith("train/") and lines:
         # Before an evaluation or a save, a line may average over one or two steps: noise that looks like an event.
         covered = np.diff([0, *(line["step"] for line in lines)])

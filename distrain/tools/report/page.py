@@ -7,19 +7,19 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from distrain import __version__, config, files
 from distrain.errors import ConfigError
-from distrain.runs import results
+from distrain.progress import Bar
+from distrain.runs import checkpoint, results
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED, RunRecord, read_pictures
-from distrain.runs.logs import clock
+from distrain.text import clock, percent, plural
 from distrain.tools.report import charts
 from distrain.tools.report.charts import Chart
 
@@ -43,14 +43,26 @@ class EmbeddedChart:
     width: int
 
 
+class Check(NamedTuple):
+    """A line under Checks.
+
+    Attributes:
+        mark: good: it was checked in the files of the run, and holds; bad: it does not; note: it was not checked.
+        text: what was checked.
+    """
+
+    mark: Literal["good", "bad", "note"]
+    text: str
+
+
 @dataclass(frozen=True)
 class Section:
     """The part of the page about one run."""
 
     name: str
     tiles: list[tuple[str, str]]
-    checks: list[tuple[bool, str]]
-    warning: str | None
+    warnings: list[str]
+    checks: list[Check]
     classes: list[EmbeddedChart] = field(default_factory=list)
     confusions: list[dict[str, Any]] = field(default_factory=list)
     by_class: list[tuple[str, str, str]] = field(default_factory=list)
@@ -73,7 +85,7 @@ def write(records: Sequence[RunRecord], out: Path) -> Path:
     pictures: dict[str, bytes] = {}
     curves = [_embed(chart, pictures) for chart in charts.curves(records, names)]
     sections = []
-    progress = tqdm(records, "runs", leave=False, disable=None if len(records) > 1 else True)
+    progress = Bar("runs", records, leave=False, show=len(records) > 1)
     for number, (record, name) in enumerate(zip(progress, names, strict=True)):
         class_charts = []
         if record.result is not None and record.classes:
@@ -149,8 +161,8 @@ def _section(record: RunRecord, name: str, classes: list[EmbeddedChart]) -> Sect
     return Section(
         name,
         _tiles(record),
+        _warnings(record),
         _checks(record),
-        _warning_text(record),
         classes,
         _confusions(record),
         _by_class(record),
@@ -169,12 +181,18 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     device = processes["device_name"] or processes["device"].upper()
     tiles = []
     if result is not None:
-        tiles.append((f"{result['accuracy']:.2%}", f"accuracy on {result['total']:,} test images"))
+        tested = plural(result["total"], "test image")
+        tiles.append(
+            (percent(result["accuracy"]), f"accuracy on {tested}, after {results.describe_checkpoint(result)}")
+        )
     else:
-        scores = [line for line in record.lines if "val/accuracy" in line or "test/accuracy" in line]
-        if scores:
-            newest = scores[-1].get("val/accuracy", scores[-1].get("test/accuracy"))
-            tiles.append((f"{newest:.2%}", f"accuracy after step {scores[-1]['step']:,}"))
+        scores = [
+            (line[f"{split}/accuracy"], f"accuracy on {split} after step {line['step']:,}")
+            for line in record.lines
+            for split in ("val", "test")
+            if f"{split}/accuracy" in line
+        ]
+        tiles += [(percent(accuracy), meaning) for accuracy, meaning in scores[-1:]]
     rates = [line["train/images_per_second"] for line in record.lines if "train/images_per_second" in line]
     rate = result["images_per_second"] if result is not None else (rates[-1] if rates else None)
     seconds = max((line.get("seconds", 0.0) for line in record.lines), default=0.0)
@@ -182,9 +200,10 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     tiles.append((clock(result["seconds"] if result is not None else seconds), "wall time of all attempts"))
     if rate is not None:
         tiles.append((f"{rate:,.0f}", "images/s in training"))
-    tiles.append((f"{done:,}", f"of {setup['steps']:,} steps, {setup['steps_per_epoch']:,} per epoch"))
+    tiles.append((f"{done:,}", f"of {plural(setup['steps'], 'step')}, {setup['steps_per_epoch']:,} per epoch"))
     tiles.append((f"{processes['number']} × {device}", f"{setup['model']['name']}, {_millions(setup)} parameters"))
-    tiles.append((str(len(charts.restarts(record))), "restarts"))
+    number = len(charts.restarts(record))
+    tiles.append((f"{number:,}", "restart" if number == 1 else "restarts"))
     return tiles
 
 
@@ -193,45 +212,97 @@ def _millions(setup: dict[str, Any]) -> str:
     return f"{number / 1e6:.1f} M" if number >= 10**6 else f"{number:,}"
 
 
-def _warning_text(record: RunRecord) -> str | None:
+def _warnings(record: RunRecord) -> list[str]:
+    """Return what a reader must know before the figures."""
     if record.result is not None:
-        return None
+        return list(record.result.get("warnings", []))
     done = max((line["step"] for line in record.lines), default=0)
     line = f"This run is not done: step {done:,} of {record.setup['steps']:,}."
     code = record.exit_record.get("code")
-    return line if code is None else f"{line} It exited with code {code}: {record.exit_record['reason']}"
+    return [line if code is None else f"{line} It exited with code {code}: {record.exit_record['reason']}"]
 
 
-def _checks(record: RunRecord) -> list[tuple[bool, str]]:
-    """Return facts that show whether the result can be trusted; False marks a warning."""
+def _checks(record: RunRecord) -> list[Check]:
+    """Return what was checked in the files of the run, and what a reader should know beside it."""
     result, setup = record.result, record.setup
     checks = []
-    dependent = setup["model"]["dependent"]
-    if dependent:
-        layers = ", ".join(dependent)
-        checks.append((False, f"The result depends on the number of processes, because the model has {layers}."))
-    else:
-        checks.append((True, "The result depends on data, configuration and seed only, not on the number of processes"
-                             " or on restarts."))  # fmt: skip
     if result is not None:
-        expected = setup["data"]["splits"].get("test")
-        if result["total"] == expected:
-            checks.append((True, f"Each of the {expected:,} test images was evaluated exactly once."))
-        else:
-            checks.append(
-                (False, f"{result['total']:,} test images were evaluated; the data set now has {expected:,}.")
-            )
-        checks.append((True, f"Every shard was checked against its digest; {result['dropped_per_epoch']:,} of"
-                             f" {setup['data']['splits']['train']:,} training images are dropped in each epoch,"
-                             " different ones each time."))  # fmt: skip
+        checks += [_check_counts(result, setup), _check_metrics(record, result), _check_checkpoint(record, result)]
         if result["val_accuracy"] is not None:
-            checks.append((True, f"The checkpoint ({result['checkpoint']}) was selected on val, not on test."))
+            checks.append(_check_selection(record, result))
+        if result["dropped_per_epoch"]:
+            dropped = f"{result['dropped_per_epoch']:,} of {setup['data']['splits']['train']:,} training images"
+            checks.append(Check("note", f"Each epoch drops {dropped}, different ones each time."))
     restarts = charts.restarts(record)
     if restarts:
         steps = ", ".join(f"{step:,}" for step in restarts[:8]) + (" …" if len(restarts) > 8 else "")
-        message = f"The run was interrupted and resumed after step {steps}; the result is the same as without that."
-        checks.append((True, message))
+        checks.append(Check("note", f"The run was interrupted and resumed after step {steps}. {_effect(record)}"))
+    dependent = setup["model"]["dependent"]
+    if dependent:
+        layers = ", ".join(dependent)
+        text = f"The model has {layers}: on another number of processes, such layers compute something else."
+        checks.append(Check("bad", text))
+    else:
+        checks.append(Check("note", _OTHER_NUMBER))
     return checks
+
+
+_OTHER_NUMBER = (
+    "On another number of processes, each step trains the same samples, and its gradient is the same except for"
+    " rounding. Training amplifies rounding: weights and accuracy differ a little, as between two seeds."
+)
+
+
+def _effect(record: RunRecord) -> str:
+    sizes = {attempt.get("world_size") for attempt in record.attempts if attempt.get("from_step") is not None}
+    if len(sizes) > 1:
+        return "The number of processes changed: the samples are the same, the weights differ as described below."
+    return "On CPUs, an interruption changes no bit of the result if the number of processes stays the same."
+
+
+def _check_counts(result: dict[str, Any], setup: dict[str, Any]) -> Check:
+    """Compare the counts of the classes with the manifest's number of test images and with the accuracy."""
+    rows = results.classes_of(result)
+    total, expected = sum(row.samples for row in rows), setup["data"]["splits"].get("test", 0)
+    correct = round(sum((row.accuracy or 0.0) * row.samples for row in rows))
+    if total != expected:
+        return Check("bad", f"The confusion matrix counts {total:,} test images, the manifest {expected:,}.")
+    counts = (result["total"], result["correct"])
+    if counts != (total, correct) or abs(result["accuracy"] - correct / max(total, 1)) > 1e-9:
+        return Check("bad", f"The accuracy is not that of the confusion matrix, {correct:,} of {total:,}.")
+    images = plural(total, "test image")
+    return Check("good", f"The confusion matrix counts {images}, as many as the manifest; {correct:,} are correct.")
+
+
+def _check_metrics(record: RunRecord, result: dict[str, Any]) -> Check:
+    """Compare the last lines of the metrics with the result."""
+    last = max((line["step"] for line in record.lines), default=0)
+    if last != result["steps"]:
+        return Check("bad", f"metrics.jsonl ends at step {last:,}, the result is of step {result['steps']:,}.")
+    tested = [line["test/accuracy"] for line in record.lines if "test/accuracy" in line]
+    if not tested or tested[-1] != result["accuracy"]:
+        return Check("bad", "The last test accuracy in metrics.jsonl is not that of the result.")
+    return Check("good", f"metrics.jsonl ends at the last step, {last:,}, with the accuracy of the result.")
+
+
+def _check_checkpoint(record: RunRecord, result: dict[str, Any]) -> Check:
+    """Compare the files of the result's checkpoint with their digests."""
+    name = result["checkpoint"]
+    problem = checkpoint.problem(record.folder / checkpoint.FOLDER / name)
+    if problem is not None:
+        return Check("bad", f"The checkpoint of the result cannot be read: {problem}")
+    return Check("good", f"The files of the evaluated checkpoint, {name}, are unchanged: their digests match.")
+
+
+def _check_selection(record: RunRecord, result: dict[str, Any]) -> Check:
+    """Compare the selected checkpoint with all evaluations on val."""
+    scores = [(line["val/accuracy"], line["step"]) for line in record.lines if "val/accuracy" in line]
+    best = max((accuracy for accuracy, _ in scores), default=None)
+    step = results.step_of(result)
+    if best is None or (best, step) not in scores or best != result["val_accuracy"]:
+        return Check("bad", f"{result['checkpoint']} is not the best of the evaluations on val in metrics.jsonl.")
+    number = plural(len(scores), "evaluation")
+    return Check("good", f"{result['checkpoint']} is the best on val, of {number}; test did not select it.")
 
 
 def _confusions(record: RunRecord) -> list[dict[str, Any]]:
@@ -245,7 +316,7 @@ def _confusions(record: RunRecord) -> list[dict[str, Any]]:
             "true": record.classes[true],
             "predicted": record.classes[predicted],
             "count": f"{count:,}",
-            "fraction": f"{count / samples[true]:.1%}",
+            "fraction": percent(count / samples[true]),
         }
         for true, predicted, count in confusion.most_frequent_mistakes(_MAX_CONFUSIONS)
     ]
@@ -256,7 +327,7 @@ def _by_class(record: RunRecord) -> list[tuple[str, str, str]]:
     if record.result is None:
         return []
     return [
-        (row.name, f"{row.samples:,}", "–" if row.accuracy is None else f"{row.accuracy:.1%}")
+        (row.name, f"{row.samples:,}", "–" if row.accuracy is None else percent(row.accuracy))
         for row in results.lowest_first(results.classes_of(record.result))[:_MAX_CLASSES]
     ]
 
@@ -271,7 +342,7 @@ def _misclassified(record: RunRecord) -> list[dict[str, str]]:
             "picture": _data_url("image/png", _png(image)),
             "true": record.classes[label],
             "predicted": record.classes[predicted],
-            "probability": f"{probability:.1%}",
+            "probability": percent(probability),
             "id": str(id_),
         }
         for image, id_, label, predicted, probability in zip(*columns, strict=True)
@@ -353,7 +424,7 @@ def _facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
         ("manifest's sha256", data["manifest"]),
     ]
     machine_rows = [
-        ("processes", f"{processes['number']} on {processes['nodes']} node(s)"),
+        ("processes", f"{processes['number']:,} on {plural(processes['nodes'], 'node')}"),
         ("device", processes["device_name"] or processes["device"]),
         ("processor", machine["processor"]),
         ("cores", str(machine["cores"])),
@@ -378,7 +449,8 @@ def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     if len(records) < 2:
         return []
     rows: list[tuple[str, list[str]]] = [
-        ("accuracy on test", [f"{r.result['accuracy']:.2%}" if r.result else "not done" for r in records]),
+        ("accuracy on test", [percent(r.result["accuracy"]) if r.result else "not done" for r in records]),
+        ("of checkpoint", [results.describe_checkpoint(r.result) if r.result else "not done" for r in records]),
         ("wall time", [clock(r.result["seconds"]) if r.result else "not done" for r in records]),
         ("images/s", [f"{r.result['images_per_second']:,.0f}" if r.result else "not done" for r in records]),
     ]
@@ -396,5 +468,5 @@ def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     ]
     for name in setups[0]["versions"]:
         rows.append((name, [setup["versions"].get(name, "") for setup in setups]))
-    always = {"accuracy on test", "wall time", "images/s"}
+    always = {"accuracy on test", "of checkpoint", "wall time", "images/s"}
     return [(name, values) for name, values in rows if name in always or len(set(values)) > 1]
