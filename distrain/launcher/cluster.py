@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from distrain.environment import TORCHRUN, host, integer, is_host, several_processes
 from distrain.errors import ConfigError
+from distrain.text import printable
 
 LOCAL = "127.0.0.1"
 _KUBERNETES_PORT = 29400
-_MAX_JOB = 200
 _ALONE = "or give --nodes 1 for a run on this node alone"
 
 
@@ -95,7 +95,7 @@ def detect(variables: Mapping[str, str], options: Options, full_name: Callable[[
             f"{nodes} nodes: give --host (the first node's name), --port (the same on all) and --node, or start under"
             " srun, as a Kubernetes Indexed Job or as a Kubeflow job"
         )
-    job = variables.get("DISTRAIN_JOB", "")[:_MAX_JOB] or None
+    job = printable(variables.get("DISTRAIN_JOB", "")) or None
     return replace(detected, nodes=nodes, node=node, host=address if nodes > 1 else LOCAL, port=port, job=job)
 
 
