@@ -18,6 +18,7 @@ from manifests import FOLDERS, K8S, arguments, environ, job_specs, pods, render
 from distrain import cli
 from distrain.config import Config, load
 from distrain.data.manifest import Dataset
+from distrain.launcher.cluster import Options, detect
 
 OVERLAYS = sorted(name for name in FOLDERS if name.startswith("overlays/"))
 CUSTOM = {"JobSet", "TrainJob", "TrainingRuntime"}
@@ -375,6 +376,29 @@ def test_a_jobset_does_not_restart_what_its_job_gave_up() -> None:
     assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 0}
     assert jobset["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
     assert "ttlSecondsAfterFinished" not in training(render(K8S / "overlays/jobset"))
+
+
+KUBEFLOW = {
+    "PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": "1",
+    "PET_MASTER_ADDR": "distrain-node-0-0.distrain", "PET_MASTER_PORT": "29400",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overlay", "pod", "added", "first"),
+    [
+        ("gpu-multi-node", "distrain-1.distrain", {}, "distrain-0.distrain.ns.svc"),
+        ("jobset", "distrain-node-0-1.distrain", {}, "distrain-node-0-0.distrain.ns.svc"),
+        ("trainjob", "distrain-node-0-1.distrain", KUBEFLOW, "distrain-node-0-0.distrain"),
+    ],
+)
+def test_each_kind_of_job_tells_its_pods_where_the_first_one_is(
+    overlay: str, pod: str, added: dict[str, str], first: str
+) -> None:
+    objects = render(K8S / "overlays" / overlay)
+    variables = {**environ(training(objects)["template"], trainer(objects)), "JOB_COMPLETION_INDEX": "1", **added}
+    topology = detect(variables, Options(), lambda: f"{pod}.ns.svc")
+    assert (topology.nodes, topology.node, topology.host, topology.port, topology.job) == (2, 1, first, 29400, "uid")
 
 
 @pytest.mark.parametrize("overlay", ["gpu-1-node", "gpu-multi-node", "kueue", "jobset", "trainjob"])
