@@ -225,6 +225,17 @@ def test_messages_name_images_of_one_colour_and_options_without_effect(tmp_path:
     assert "--bit-depth has no effect: no image has pixels of 16 bits" in error
 
 
+@pytest.mark.parametrize(("brightest", "said"), [(1, True), (15, True), (16, False)])
+def test_a_message_says_that_no_pixel_of_the_set_is_bright(
+    brightest: int, said: bool, tmp_path: Path, capsys: Capture
+) -> None:
+    numbers = np.arange(64, dtype=np.uint8).reshape(8, 8) % (brightest + 1)
+    top = folder(tmp_path / "photos", every_class(encoded(Image.fromarray(numbers))))
+    assert prepare(top, "--image-size", 8, "--out", tmp_path / "out") == 0
+    message = f"all images are almost black: the largest pixel has the value {brightest} of 255"
+    assert (message in capsys.readouterr().err) == said
+
+
 def test_warnings_of_the_decoder_are_counted_with_names_not_printed(tmp_path: Path, capfd: Any) -> None:
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\xff\xff\0\0\0\x10\0\0\0\0\0\0"  # a tag beyond the end
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))

@@ -316,6 +316,7 @@ def _write(
         {sample: remarks[sample] for sample in sorted(remarks) if sample in used},
         lambda sample: source.name(*sample),
         sum(len(task.ids) for task in tasks),
+        max(int(np.flatnonzero(result.histogram.sum(0))[-1]) for result in results),
         source_options,
     )
     _report_limits(chosen, lanes, source, options)
