@@ -297,6 +297,15 @@ def test_a_bad_manifest_is_one_short_line(values: dict[str, object], dataset: Pa
     assert shown("verify", str(tmp_path)).count("\n") == 1
 
 
+def test_a_manifest_whose_test_split_is_trained_on_is_refused(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / manifest.NAME).write_bytes((dataset / manifest.NAME).read_bytes())
+    tree = json.loads((dataset / manifest.NAME).read_text())
+    change_manifest(tmp_path, splits={**tree["splits"], "test": tree["splits"]["train"]})
+    assert "test has shards of another split; prepare the data set again" in shown("verify", str(tmp_path))
+    change_manifest(tmp_path, splits=tree["splits"], classes=[tree["classes"][0]] * len(tree["classes"]))
+    assert "a class is named twice; prepare the data set again" in shown("verify", str(tmp_path))
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "\x1b[31m\n"])
 def test_a_manifest_that_is_not_json_is_one_short_line(text: str, tmp_path: Path) -> None:
     (tmp_path / manifest.NAME).write_text(text)
