@@ -29,7 +29,7 @@ _CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _NO_LETTERS = re.compile(r"[\W\d_]+")
 _ARCHIVE_SUFFIX = re.compile(r"\.(?:zip|tgz|tbz2?|txz|tar(?:\.\w+)?)$", re.IGNORECASE)
 
-_SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
+_SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r"}
 _SYSTEM_NAMES |= {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
 _DOT_FOLDERS = {".ipynb_checkpoints", ".git", ".hg", ".svn", ".dvc", ".cache", ".idea", ".vscode", ".venv", ".partial"}
 _DOT_FOLDERS |= {".thumbnails", ".thumbs", ".@__thumb", ".xvpics", ".picasaoriginals", ".snapshot", ".snapshots"}
@@ -67,9 +67,9 @@ def similar_splits(names: Iterable[str]) -> list[str]:
     """Return names that differ only in the split that they contain, and in numbers: 1_train and 2_test."""
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
-        words = _CAPITAL.sub("_", _ARCHIVE_SUFFIX.sub("", normal(name))).casefold()
-        for match in _SPLIT_PART.finditer(words):
-            rest = _NO_LETTERS.sub("", words[: match.start()] + words[match.end() :])
+        text = _CAPITAL.sub("_", _ARCHIVE_SUFFIX.sub("", normal(name))).casefold()
+        for match in _SPLIT_PART.finditer(text):
+            rest = _NO_LETTERS.sub("", text[: match.start()] + text[match.end() :])
             groups[rest].setdefault(_SPLITS[match[1]], printable(name))
     return next((sorted(group.values()) for group in groups.values() if len(group) > 1), [])
 
