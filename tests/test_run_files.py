@@ -342,6 +342,10 @@ def test_a_renamed_checkpoint_is_said_to_be_that_and_left_alone(run: Path, comma
     assert code == 78
     assert f"{other}: was renamed or copied, it holds step 6; rename it back to step-00000006" in output
     assert other.is_dir()
+    code, output = command(*status(run))
+    assert code == 0
+    assert output.count(f"{other}: was renamed or copied") == 1
+    assert "saved    step 4," in output
     code, output = command(*predict(run, "--checkpoint", "last"))
     assert code == 0
     assert f"skipped {other}: was renamed or copied" in output
@@ -349,6 +353,31 @@ def test_a_renamed_checkpoint_is_said_to_be_that_and_left_alone(run: Path, comma
     assert other.is_dir()
     other.rename(run / CHECKPOINT)
     assert command(*train(run))[0] == 0
+
+
+def test_a_checkpoint_of_a_run_on_other_data_predicts_no_classes_of_this_one(run: Path, command: Commands) -> None:
+    state = run / CHECKPOINT / "state.json"
+    content = json.loads(state.read_text())
+    content["identity"]["data.manifest"] = "that of another data set"
+    state.write_text(json.dumps(content))
+    digests = json.loads((run / CHECKPOINT / "digests.json").read_text())
+    digests["files"]["state.json"] = xxhash.xxh3_128_hexdigest(state.read_bytes())
+    (run / CHECKPOINT / "digests.json").write_text(json.dumps(digests))
+    code, output = command(*predict(run))
+    assert code == 78
+    assert f"was not trained on the data set that {run / 'setup.json'} describes: its classes may be others" in output
+
+
+def test_initial_weights_from_a_folder_that_is_no_run_are_refused_by_that_name(run: Path, command: Commands) -> None:
+    other = run.parent / "other"
+    other.mkdir()
+    shutil.copy(run / CHECKPOINT / "model.safetensors", other)
+    for folder_ in (other, run / "checkpoints", run.parent):
+        code, output = command(*train(run.parent / "new", f"model.init={folder_}"))
+        assert code == 78
+        assert (
+            f"model.init={folder_}: is neither a run's folder nor a checkpoint; give one of these, or a file" in output
+        )
 
 
 def test_a_copied_checkpoint_can_be_used_by_its_name_but_not_as_another_step(run: Path, command: Commands) -> None:

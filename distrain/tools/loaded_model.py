@@ -60,6 +60,11 @@ def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
     for line in skipped:
         log.warning("skipped %s", line)
     saved = checkpoint.load(path)
+    if saved.state["identity"].get("data.manifest") != data["manifest"]:
+        raise DataError(
+            f"{path}: was not trained on the data set that {run / folder.SETUP} describes: its classes may be others;"
+            " choose another checkpoint, or bring back the one that was here"
+        )
     height, width, channels = data["image_shape"]
     classes, settings = data["classes"], config.model
     model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed)
