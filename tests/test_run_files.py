@@ -355,14 +355,29 @@ def test_a_renamed_checkpoint_is_said_to_be_that_and_left_alone(run: Path, comma
     assert command(*train(run))[0] == 0
 
 
+def sign(path: Path) -> None:
+    """Write the digests of a checkpoint's files as they are now."""
+    digests = json.loads((path / "digests.json").read_text())
+    digests["files"] = {name: xxhash.xxh3_128_hexdigest((path / name).read_bytes()) for name in digests["files"]}
+    (path / "digests.json").write_text(json.dumps(digests))
+
+
+def test_logits_that_are_not_finite_are_no_answer(run: Path, command: Commands) -> None:
+    path = run / CHECKPOINT / "model.safetensors"
+    save_file({name: value * 0 + 3e38 for name, value in load_file(path).items()}, path)
+    sign(path.parent)
+    for arguments in (predict(run), ["export", str(run), "--out", str(run.parent / "model.pt2")]):
+        code, output = command(*arguments)
+        assert code == 78
+        assert "step-00000006: its model gives logits that are not finite; use another checkpoint" in output
+
+
 def test_a_checkpoint_of_a_run_on_other_data_predicts_no_classes_of_this_one(run: Path, command: Commands) -> None:
     state = run / CHECKPOINT / "state.json"
     content = json.loads(state.read_text())
     content["identity"]["data.manifest"] = "that of another data set"
     state.write_text(json.dumps(content))
-    digests = json.loads((run / CHECKPOINT / "digests.json").read_text())
-    digests["files"]["state.json"] = xxhash.xxh3_128_hexdigest(state.read_bytes())
-    (run / CHECKPOINT / "digests.json").write_text(json.dumps(digests))
+    sign(run / CHECKPOINT)
     code, output = command(*predict(run))
     assert code == 78
     assert f"was not trained on the data set that {run / 'setup.json'} describes: its classes may be others" in output

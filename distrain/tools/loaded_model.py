@@ -37,10 +37,24 @@ class LoadedModel:
     """Name of the checkpoint's folder."""
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return the probabilities fp32 [N, K] of the classes for images uint8 [N, H, W, C]."""
+        """Return the probabilities fp32 [N, K] of the classes for images uint8 [N, H, W, C].
+
+        Raises:
+            DataError: logits are not finite.
+        """
         with torch.inference_mode():
             logits: Tensor = self.model(normalize(images.to(self.mean.device), self.mean, self.std))
+            self.check_logits(logits)
             return logits.softmax(1).cpu()
+
+    def check_logits(self, logits: Tensor) -> None:
+        """Check that logits are finite: finite weights can be so large that they are not.
+
+        Raises:
+            DataError: they are not.
+        """
+        if not logits.isfinite().all():
+            raise DataError(f"{self.checkpoint}: its model gives logits that are not finite; use another checkpoint")
 
 
 def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
