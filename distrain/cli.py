@@ -321,6 +321,7 @@ _DOCTOR = ("timeouts.start_seconds=20", "timeouts.step_seconds=15")
 def show_config() -> None:
     """Print every key with its default and meaning, as YAML."""
     print(config.commented_yaml(), end="")
+    console.check_answer()
 
 
 @cli.command()
@@ -369,6 +370,7 @@ def status(run: Path, as_json: bool) -> None:
 
     progress = run_status(run)
     console.show(json.dumps(progress) if as_json else format_status(progress))
+    console.check_answer()
 
 
 @cli.command()
@@ -391,6 +393,7 @@ def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as
 
     for one in prediction.predict(run, images, which, device):
         console.show(prediction.format_prediction(one, top, as_json))
+    console.check_answer()
 
 
 @cli.command()
