@@ -9,7 +9,10 @@ if __name__ == "__main__":
     if not getattr(sys.flags, "safe_path", False):
         del sys.path[0]
     sys.modules.pop("distrain", None)
-    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # used if distrain is not installed
+    import importlib.util
+
+    if importlib.util.find_spec("distrain") is None:  # not installed: this file's folder has it
+        sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import contextlib
 import importlib

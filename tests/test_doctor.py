@@ -74,7 +74,7 @@ def test_without_problems_nothing_is_left_on_disk(data: Path, tmp_path: Path) ->
     assert time.monotonic() - start < 30
     assert "bad " not in output
     for subject in ("versions", "device", "cores", "open files", "/dev/shm", "data", "memory", "model",
-                    "run folder", "grace", "processes   2 on 1 nodes", "all-reduce  correct",
+                    "run folder", "grace", "processes   2 on 1 node", "all-reduce  correct",
                     "seen by all"):  # fmt: skip
         assert subject in output, subject
     assert list(tmp_path.iterdir()) == []

@@ -171,4 +171,4 @@ def test_doctor_under_other_launchers(name: str, small: Dataset, tmp_path: Path)
         capture_output=True, text=True, timeout=120, env=environ(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "processes   2 on 1 nodes" in done.stdout
+    assert "processes   2 on 1 node" in done.stdout
