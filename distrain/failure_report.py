@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distrain import text
 from distrain.environment import Environment
 from distrain.errors import EXIT_FAULT, AgainError, Kind, SaveError, UserError
 from distrain.worker_status import WorkerStatus, read_status
@@ -78,6 +79,7 @@ def failure_here(environment: Environment, kind: Kind, code: int, message: str, 
     """Build a failure of this process, in its present phase and step."""
     rank, folder = environment.world.rank, environment.status_folder
     status = read_status(folder, rank) if folder is not None else WorkerStatus()
+    message, trace = text.message(message), text.message(trace)  # of a bounded length: they are kept in exit.json
     return Failure(kind, code, rank, socket.gethostname(), status.phase, status.step, message, trace, time.time())
 
 

@@ -190,6 +190,7 @@ def test_the_files_of_cifar10_are_regular_files(
         f"train: {{lr: {'x' * 200_000}}}",
         f"train: {{epochs: {'9' * 200_000}}}",
         f"train: {{betas: [{'x,' * 10_000}]}}",
+        f"data: {{mean: [{'1,' * 100_000}]}}",
         f"? {'k' * 200_000}\n: 1\n",
         "".join(f"k{number}: 1\n" for number in range(2_000)),
         '"a\\e[31m\\nb": 1',
