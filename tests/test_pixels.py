@@ -298,3 +298,10 @@ def test_decoding_a_large_photo_is_much_cheaper_than_in_full(monkeypatch: pytest
     fast = min(seconds() for _ in range(3))
     monkeypatch.setattr(decoding_module, "_DRAFT", 10**6)
     assert min(seconds() for _ in range(3)) > 1.5 * fast  # measured: 4 to 5 times
+
+
+def test_a_file_that_another_program_would_interpret_is_not_read() -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(postscript)).format == "EPS"
+    with pytest.raises(UnreadableError, match="not an image of a known format"):
+        read_image(postscript, (8, 8, 3))
