@@ -69,7 +69,7 @@ def failure_of(error: BaseException, environment: Environment) -> Failure:
     if isinstance(error, (UserError, AgainError, SaveError)):
         return failure_here(environment, error.kind, error.exit_code, str(error))
     trace = "".join(traceback.format_exception(error))
-    message = f"{type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}".removesuffix(": ")  # of an error without a text
     if isinstance(error, SystemExit):
         message = f"sys.exit({error.code!r}) was called before the command was done"
     return failure_here(environment, "fault", EXIT_FAULT, message, trace)
