@@ -6,7 +6,8 @@
 # The image runs under any user id, with a read-only root (it needs a writable /tmp), no capabilities and no network.
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim
 
-# The dependencies, torch included, change seldom: this layer is not rebuilt when the code changes.
+# The dependencies (torch, and the clients for data at s3://, gs:// and hf://) change seldom: this layer is not rebuilt
+# when the code changes.
 FROM ${BASE_IMAGE} AS dependencies
 COPY requirements.lock /build/
 # Neither pip nor its cache is in the image.

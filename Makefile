@@ -75,9 +75,9 @@ gpu: test-gpu test-ranks ## Run the tests and benchmarks for GPUs, into bench-ou
 docs: $(VENV)/installed-dev ## Write docs/configuration.md from the code
 	$(BIN)/python docs/write_configuration.py
 
-lock: $(VENV)/installed-dev ## Update the locked versions of the image
+lock: $(VENV)/installed-dev ## Update the locked versions of the image, which can read data from s3://, gs:// and hf://
 	$(BIN)/uv pip compile pyproject.toml --native-tls --universal --python-version 3.10 --generate-hashes \
-		--no-annotate --no-header --upgrade -o requirements.lock
+		--no-annotate --no-header --upgrade --extra s3 --extra gs --extra hf -o requirements.lock
 
 lint: $(VENV)/installed-dev ## Check style, types and imports between modules
 	$(BIN)/ruff check .

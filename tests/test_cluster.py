@@ -27,6 +27,12 @@ def test_one_machine() -> None:
     assert topology({}) == Topology(1, 0, "127.0.0.1", 0, "this machine")
 
 
+@pytest.mark.parametrize(("value", "job"), [("", None), ("3f2a-9", "3f2a-9"), ("a\x1b[2J\udcff", "a\\x1b[2J\\udcff")])
+def test_a_job_has_the_identity_that_its_scheduler_gives_it(value: str, job: str | None) -> None:
+    assert topology({"DISTRAIN_JOB": value}).job == job
+    assert topology({**SLURM, "DISTRAIN_JOB": value}).job == job
+
+
 def test_an_sbatch_script_without_srun_is_one_machine() -> None:
     batch = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "4"}
     assert topology({**batch, "WORLD_SIZE": "1"}) == Topology(1, 0, "127.0.0.1", 0, "this machine")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import click
 import click.testing
+import manifests
 import pytest
 from datasets import make
 from PIL import Image, ImageDraw
@@ -127,20 +128,46 @@ def check(arguments: list[str]) -> None:
 
 
 def check_kubectl(arguments: list[str]) -> None:
-    """The overlay that is applied exists; a job whose pods are selected is one of an overlay's."""
+    """Folders exist, and the folders of k8s/ have the objects, labels and mounted paths that a command names."""
+    objects = [each for folder in manifests.FOLDERS for each in manifests.render(manifests.K8S / folder)]
+    names = {(each["kind"].lower(), each["metadata"]["name"]) for each in objects}
+    given = [each for option, each in pairwise(arguments) if not each.startswith("-") and option not in ("-k", "-l")]
     if "-k" in arguments:
         assert (REPO / arguments[arguments.index("-k") + 1] / "kustomization.yaml").is_file()
     if "-l" in arguments:
-        (job,) = re.findall(r"batch.kubernetes.io/job-name=([a-z-]+)", arguments[arguments.index("-l") + 1])
-        kubectl = Path(sys.executable).with_name("kubectl")
-        rendered = subprocess.run(
-            [kubectl, "kustomize", REPO / "k8s/overlays/cpu-demo"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        assert f"name: {job}\n" in rendered.stdout
+        labels = dict(each.split("=") for each in arguments[arguments.index("-l") + 1].split(","))
+        labels.pop("batch.kubernetes.io/job-completion-index", None)  # the Job adds it
+        templates = [spec["template"]["metadata"]["labels"] for spec in manifests.job_specs(objects)]
+        assert any(labels.items() <= template.items() for template in templates), labels
+    for each in given:
+        if match := re.fullmatch(r"(job|pod)/([a-z-]+)", each):
+            assert match.groups() in names
+        elif match := re.fullmatch(r"([a-z-]+):/(runs|tmp)/.+", each):
+            assert ("pod", match[1]) in names
+    if given[0] == "delete" and len(given) > 2:
+        assert (given[1], given[2]) in names
+    if given[0] == "exec":
+        assert ("pod", given[1]) in names
+        check_distrain(arguments[arguments.index("distrain") + 1 :])
+
+
+def test_commands_of_kubectl_in_sentences_fit_the_manifests() -> None:
+    page = (REPO / "docs/launching.md").read_text()
+    quoted = [" ".join(match.split()) for match in re.findall(r"`(kubectl [^`]+)`", page)]
+    complete = [command for command in quoted if "…" not in command and len(command.split()) > 3]
+    assert len(complete) >= 5
+    for command in complete:
+        check(shlex.split(command))
+
+
+def test_what_deletes_checkpoints_says_so() -> None:
+    """Volumes are deleted by two folders of k8s/ alone; each command that does so stands beside a warning."""
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            for folder in re.findall(r"kubectl delete -k (k8s/[\w/-]+)", line):
+                kinds = {each["kind"] for each in manifests.render(REPO / folder)}
+                assert "PersistentVolumeClaim" not in kinds or "**all data sets, checkpoints and results**" in line
+            assert not re.search(r"kubectl delete (pvc|persistentvolumeclaim|namespace|all)", line)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

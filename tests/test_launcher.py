@@ -13,8 +13,8 @@ import pytest
 from distrain import cli, config
 from distrain.distributed.watchdog import straggler
 from distrain.failure_report import Failure
-from distrain.launcher.attempt import AttemptRecord, record_node
-from distrain.launcher.verdict import WorkerExit, decide, format_verdict
+from distrain.launcher.attempt import AttemptRecord, NodeRecord
+from distrain.launcher.verdict import Verdict, WorkerExit, decide, format_verdict
 from distrain.worker_status import WorkerStatus
 
 
@@ -102,9 +102,10 @@ def test_a_process_that_lost_a_peer_is_not_named_as_the_first_to_fail() -> None:
 def test_what_happened_to_a_process_is_taken_from_its_own_node(
     code: int, first: WorkerExit, reason: str, tmp_path: Path
 ) -> None:
-    record = AttemptRecord(config.load(None, [f"run.dir={tmp_path}", "data.dir=d"]))
+    resolved = config.load(None, [f"run.dir={tmp_path}", "data.dir=d"])
+    record = AttemptRecord(resolved)
     for node, ends in ((1, [end(1, 75, "peer")]), (2, [first])):
-        record_node(tmp_path, node, decide(ends, None, True))
+        NodeRecord(resolved, node).close(decide(ends, None, True))
     verdict = record.crash_elsewhere(3, decide([end(0, 75, "peer")], None, True))
     assert verdict.code == code
     assert verdict.reason.startswith(f"{socket.gethostname()}: {reason}")
@@ -112,10 +113,62 @@ def test_what_happened_to_a_process_is_taken_from_its_own_node(
 
 
 def test_without_a_cause_on_another_node_the_verdict_stays(tmp_path: Path) -> None:
-    record = AttemptRecord(config.load(None, [f"run.dir={tmp_path}", "data.dir=d"]))
-    record_node(tmp_path, 1, decide([end(1, 75, "peer")], None, True))
+    resolved = config.load(None, [f"run.dir={tmp_path}", "data.dir=d"])
+    record = AttemptRecord(resolved)
+    NodeRecord(resolved, 1).close(decide([end(1, 75, "peer")], None, True))
     for here in (end(0, 75, "peer"), end(0, KILL)):
         assert record.crash_elsewhere(2, decide([here], None, True)).first == here
+
+
+AGAIN = Verdict(75, "waited 900 s")
+
+
+def attempt(run: Path, node: int, job: str | None, verdict: Verdict = AGAIN) -> Verdict:
+    """Return the verdict of a node's launcher whose processes end like this, if it starts them."""
+    resolved = config.load(None, [f"run.dir={run}", "data.dir=d"])
+    record = NodeRecord(resolved, node, job) if node else AttemptRecord(resolved, job)
+    return record.close(record.exhausted or verdict)
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_job_that_gave_up_ends_at_once_when_it_is_started_again(node: int, tmp_path: Path) -> None:
+    """Kubernetes replaces the pods of a job that ended with 1: pods that never meet must not wait for hours."""
+    run = tmp_path / "run"
+    codes = [attempt(run, node, "job-1").code for _ in range(8)]
+    assert codes.index(1) == (3 if node else 2)
+    assert set(codes[codes.index(1) :]) == {1}
+    last = attempt(run, node, "job-1", Verdict(0, "not started"))
+    assert last.code == 1
+    assert last.reason == "3 attempts in a row without progress (launch.max_attempts_without_progress); waited 900 s"
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_another_job_is_not_bound_by_the_attempts_of_the_first(node: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for job in ("job-1", "job-2"):
+        assert [attempt(run, node, job).code for _ in range(2)] == [75, 75]
+    while attempt(run, node, "job-2").code == 75:
+        pass
+    assert attempt(run, node, "job-3").code == 75
+    assert attempt(run, node, "job-3", Verdict(0, "done")) == Verdict(0, "done")
+
+
+def test_without_an_identity_of_the_job_attempts_are_counted_from_0_after_a_fault(tmp_path: Path) -> None:
+    assert [attempt(tmp_path / "run", 0, None).code for _ in range(6)] == [75, 75, 1, 75, 75, 1]
+    assert [attempt(tmp_path / "run", 1, None).code for _ in range(6)] == [75] * 6
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_fault_of_the_program_is_not_an_attempt_without_progress(node: int, tmp_path: Path) -> None:
+    ends = [AGAIN, AGAIN, Verdict(1, "a crash"), AGAIN, AGAIN]
+    assert [attempt(tmp_path / "run", node, "job", end).code for end in ends] == [75, 75, 1, 75, 75]
+
+
+def test_a_new_checkpoint_is_progress_for_all_nodes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in range(1, 7):
+        assert attempt(run, 1, "job").code == 75
+        (run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
 
 
 @pytest.mark.parametrize(

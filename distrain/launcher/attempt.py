@@ -1,6 +1,10 @@
 """RUN/exit.json: how this attempt ended, and how many attempts ended without progress before it.
 
 The launchers of other nodes leave theirs in RUN/nodes/, for the launcher of the first node.
+
+A scheduler such as Kubernetes replaces a pod by itself, also after exit code 1. It gives the job an identity
+(DISTRAIN_JOB): a job that has given up ends at once when it is started again; the attempts of another job are counted
+from 0, because a person has started it.
 """
 
 from __future__ import annotations
@@ -30,29 +34,32 @@ log = logging.getLogger("distrain")
 class AttemptRecord:
     """RUN/exit.json, written by the launcher of the first node: when the attempt starts, and when it ends."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, job: str | None = None) -> None:
         self._run, self._limit = Path(config.run.dir), config.launch.max_attempts_without_progress
-        self._resume = config.run.resume
+        self._resume, self._job = config.run.resume, job
         self._checkpoints = self._run / checkpoint.FOLDER
-        before = exit_record.read(self._run / EXIT)
+        self._before = before = exit_record.read(self._run / EXIT)
         # Attempts are counted by leases: one that ended before it had a lease does not change their number.
         self._attempt = attempts.newest_attempt(self._run) + 1
         self._launch = int(before.get("launch", 0)) + 1
         self._nodes_before = [exit_record.read_node(path) for path in (self._run / NODES).glob("*.json")]
         self._step = before.get("step") or 0
-        self._idle = int(before.get("attempts_without_progress", 0))
+        is_same_job = job is None or before.get("job") == job
+        self._idle = int(before.get("attempts_without_progress", 0)) if is_same_job else 0
         if self._run.is_dir() and lease.owner(self._run) is None:
             step = checkpoint.newest_verified(self._checkpoints)
-            if before.get("code", 0) is None:  # that launcher was killed before it could record its end
+            if before.get("code", 0) is None and is_same_job:  # that launcher was killed before it could record its end
                 self._idle = 0 if (step or 0) > self._step else self._idle + 1
             self._step = step or 0
             self._write(None, "running", step, self._attempt, self._idle)
 
     @property
     def exhausted(self) -> Verdict | None:
-        """The verdict to give up, if launchers were killed again and again without progress; None otherwise."""
+        """The verdict to give up, if this job has given up before, or its launchers were killed again and again."""
         if self._idle < self._limit:
             return None
+        if self._before.get("code") == EXIT_FAULT:
+            return Verdict(EXIT_FAULT, str(self._before["reason"]))
         return Verdict(EXIT_FAULT, f"{_without_progress(self._idle)}, each killed without a report")
 
     def crash_elsewhere(self, nodes: int, verdict: Verdict) -> Verdict:
@@ -85,12 +92,15 @@ class AttemptRecord:
         """Record the verdict; after too many attempts without progress, `run it again` becomes a fault."""
         step = self._newest_at_end
         idle = 0 if (step or 0) > self._step or verdict.code == EXIT_OK else self._idle + 1
+        gave_up = self.exhausted is not None
         if verdict.code == EXIT_AGAIN and idle >= self._limit:  # guard: attempts-limit
             verdict = Verdict(EXIT_FAULT, f"{_without_progress(idle)}; {verdict.reason}", verdict.first)
+            gave_up = True
         if (self._run.is_dir() or verdict.code == EXIT_AGAIN) and lease.owner(self._run) is None:
             attempt = max(attempts.newest_attempt(self._run), self._attempt)
-            idle = idle if verdict.code == EXIT_AGAIN else 0  # after a fault a person looks, and the count restarts
-            self._write(verdict.code, verdict.reason, step, attempt, idle)
+            # After a fault a person looks, and the count restarts; without one, the same job would try again.
+            is_counted = verdict.code == EXIT_AGAIN or (gave_up and self._job is not None)
+            self._write(verdict.code, verdict.reason, step, attempt, idle if is_counted else 0)
         return verdict
 
     @functools.cached_property
@@ -106,6 +116,7 @@ class AttemptRecord:
             "reason": reason,
             "step": step,
             "attempt": attempt,
+            "job": self._job,
         }
         try:
             self._run.mkdir(parents=True, exist_ok=True)
@@ -114,20 +125,49 @@ class AttemptRecord:
             log.warning("%s: cannot be written: %s", self._run / EXIT, error.strerror)
 
 
-def record_node(run: Path, node: int, verdict: Verdict) -> None:
-    """Leave the verdict of a node other than the first one for the first node's launcher, if the run has a folder."""
-    if not run.is_dir():
-        return
-    content = {
-        "code": verdict.code,
-        "reason": verdict.reason,
-        "killed": _was_killed(verdict),
-        "host": socket.gethostname(),
-        "time": time.time(),
-    }
-    with contextlib.suppress(OSError):
-        (run / NODES).mkdir(exist_ok=True)
-        exit_record.write(_node_file(run, node), content)
+class NodeRecord:
+    """RUN/nodes/00001.json, written by the launcher of another node than the first one when its attempt ends.
+
+    It counts the attempts of the same job without a newer checkpoint too: the first node may never start.
+    """
+
+    def __init__(self, config: Config, node: int, job: str | None = None) -> None:
+        self._run, self._limit, self._job = Path(config.run.dir), config.launch.max_attempts_without_progress, job
+        self._path = _node_file(self._run, node)
+        self._before = before = exit_record.read_node(self._path)
+        # Seen at the start, when the checkpoint at the end of the attempt before is visible on all nodes.
+        self._step = next(iter(checkpoint.steps(self._run / checkpoint.FOLDER)), 0)
+        self._idle = 0
+        if job is not None and before.get("job") == job and self._step <= before["step"]:
+            idle = int(before["attempts_without_progress"])
+            self._idle = idle + 1 if before["code"] == EXIT_AGAIN else idle if idle >= self._limit else 0
+
+    @property
+    def exhausted(self) -> Verdict | None:
+        """The verdict to give up after too many attempts of this job without progress; None otherwise."""
+        if self._idle < self._limit:
+            return None
+        reason = str(self._before["reason"])
+        gave_up = self._before["code"] == EXIT_FAULT
+        return Verdict(EXIT_FAULT, reason if gave_up else f"{_without_progress(self._idle)}; {reason}")
+
+    def close(self, verdict: Verdict) -> Verdict:
+        """Record the verdict; a job that may be started again also where the run has no folder yet."""
+        content = {
+            "code": verdict.code,
+            "reason": verdict.reason,
+            "killed": _was_killed(verdict),
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "job": self._job,
+            "step": self._step,
+            "attempts_without_progress": self._idle,
+        }
+        if self._run.is_dir() or self._job is not None:
+            with contextlib.suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                exit_record.write(self._path, content)
+        return verdict
 
 
 def _was_killed(verdict: Verdict) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from distrain.environment import TORCHRUN, check_rank, host, integer, is_host, several_processes
 from distrain.errors import ConfigError
+from distrain.text import printable
 
 LOCAL = "127.0.0.1"
 _KUBERNETES_PORT = 29400
@@ -30,6 +31,7 @@ class Topology:
         port: port of the store; 0: any free one.
         source: what the topology was detected from, for messages.
         processes: number of processes of each node, if the scheduler says it; else None.
+        job: identity of a job that a scheduler starts again by itself (DISTRAIN_JOB); None: a person does.
     """
 
     nodes: int
@@ -38,6 +40,7 @@ class Topology:
     port: int
     source: str
     processes: int | None = None
+    job: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def detect(variables: Mapping[str, str], options: Options, full_name: Callable[[
             f"{nodes} nodes: give --host (the first node's name), --port (the same on all) and --node, or start under"
             " srun, as a Kubernetes Indexed Job or as a Kubeflow job"
         )
-    return replace(detected, nodes=nodes, node=node, host=address if nodes > 1 else LOCAL, port=port)
+    job = printable(variables.get("DISTRAIN_JOB", "")) or None
+    return replace(detected, nodes=nodes, node=node, host=address if nodes > 1 else LOCAL, port=port, job=job)
 
 
 def _detect(variables: Mapping[str, str], given: Options, full_name: Callable[[], str]) -> Topology:

@@ -23,7 +23,7 @@ from distrain import signals
 from distrain.config import Config
 from distrain.environment import host_port
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK, AgainError, ConfigError, PeerLostError
-from distrain.launcher.attempt import AttemptRecord, is_done, record_node
+from distrain.launcher.attempt import AttemptRecord, NodeRecord, is_done
 from distrain.launcher.cluster import LOCAL, Topology
 from distrain.launcher.verdict import Verdict, decide
 from distrain.launcher.workers import StopRequests, Workers
@@ -61,12 +61,14 @@ def launch(
         # A pod that was lost at the very end is restarted, and the others never come back.
         log.info("%s: the run is done", config.run.dir)
         return Verdict(EXIT_OK, "the run is done")
-    record = AttemptRecord(config) if trains and topology.node == 0 else None
-    if record is not None and record.exhausted is not None:
-        return record.close(record.exhausted)
+    record = AttemptRecord(config, topology.job) if trains and topology.node == 0 else None
+    other = NodeRecord(config, topology.node, topology.job) if trains and topology.node else None
+    for each in (record, other):
+        if each is not None and each.exhausted is not None:
+            return each.close(each.exhausted)
     verdict = _run_workers(arguments, config, topology, processes, grace, logs, record)
-    if trains and topology.node and not verdict.is_busy:
-        record_node(Path(config.run.dir), topology.node, verdict)
+    if other is not None and not verdict.is_busy:
+        return other.close(verdict)
     if record is None or verdict.is_busy:
         return verdict
     if verdict.code == EXIT_AGAIN and verdict.first is not None and topology.nodes > 1:

@@ -85,6 +85,7 @@ class Exit(Record):
     reason: str
     step: Count | None
     attempt: Count
+    job: str | None = None
 
 
 class NodeExit(Record):
@@ -95,6 +96,9 @@ class NodeExit(Record):
     host: str
     killed: bool
     time: Amount
+    job: str | None = None
+    step: Count = 0
+    attempts_without_progress: Count = 0
 
 
 class _SetupData(Part):

@@ -32,6 +32,10 @@ def test_the_image_has_the_program_and_no_compiler(engine: Engine, image: str) -
     code, output = engine.run(image, "-c", script, options=["--entrypoint", "sh", *ANY_USER, *RESTRICTED])
     assert code == 0, output
     assert output.split() == ["12345", "/opt/app/distrain/__init__.py"]  # no compiler, no git
+    code, output = engine.run(
+        image, "-c", "import s3fs, gcsfs, huggingface_hub", options=["--entrypoint", "python", *ANY_USER, *RESTRICTED]
+    )
+    assert code == 0, output
 
 
 def test_a_restricted_job_trains_and_saves_when_it_is_stopped(engine: Engine, image: str, folder: Path) -> None:

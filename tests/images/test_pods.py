@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import manifests
 import pytest
-import yaml
-from engine import REPO, RESTRICTED, Engine
+from engine import RESTRICTED, Engine
 from harness import newest_step, trained, until
 
 pytestmark = pytest.mark.images
@@ -23,26 +21,32 @@ class Pods:
     def __init__(self, engine: Engine, image: str, folder: Path) -> None:
         self._engine, self._image, self._folder = engine, image, folder
         self._network, self._addresses = engine.network()
-        kubectl = Path(sys.executable).with_name("kubectl")
-        text = subprocess.run(
-            [kubectl, "kustomize", REPO / "k8s/overlays/cpu-demo"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        ).stdout
-        objects = list(yaml.safe_load_all(text))
+        objects = manifests.render(manifests.K8S / "overlays/cpu-demo")
         (self._job,) = (each for each in objects if each["kind"] == "Job")
         (self._config,) = (each["data"] for each in objects if each["kind"] == "ConfigMap")
-        self._pod = self._job["spec"]["template"]["spec"]
+        self._template = self._job["spec"]["template"]
+        self._pod = self._template["spec"]
 
     def start(self, index: int, *keys: str) -> str:
         """Start a pod: run its init container, then start its container; the container's name."""
         for init in self._pod["initContainers"]:
-            code, output = self._engine.run(self._image, *init["command"][1:], options=self._options(index, init))
+            code, output = self._engine.run(self._image, *init["args"], options=self._options(index, init))
             assert code == 0, output
         (container,) = self._pod["containers"]
-        return self._engine.start(self._image, *container["args"], *keys, options=self._options(index, container))
+        arguments = manifests.arguments(self._template, container)
+        return self._engine.start(self._image, *arguments, *keys, options=self._options(index, container))
+
+    def show(self, *command: str) -> tuple[int, str]:
+        """Run a command in the pod of k8s/files; its exit code and output."""
+        (pod,) = manifests.pods(manifests.render(manifests.K8S / "files"))
+        (container,) = pod["containers"]
+        (mount,) = (each for each in container["volumeMounts"] if each["name"] == "runs")
+        assert mount["readOnly"]
+        options = [
+            *RESTRICTED, "--user", "1000:1000", "--network", "none", "--tmpfs", "/tmp:rw,mode=1777",
+            "-v", f"{self._folder}/runs:/runs:ro", "--entrypoint", command[0],
+        ]  # fmt: skip
+        return self._engine.run(self._image, *command[1:], options=options)
 
     def _options(self, index: int, container: dict[str, Any]) -> list[str]:
         host = f"{self._job['metadata']['name']}-{index}"
@@ -57,9 +61,10 @@ class Pods:
             "--network", f"{self._network}:ip={address},alias={name}",  # in place of the Service: a name while it runs
             "--memory", limits["memory"].lower().rstrip("i"), "-e", f"JOB_COMPLETION_INDEX={index}",
         ]  # fmt: skip
-        for variable in container.get("env", []):
-            if "value" in variable:
-                options += ["-e", f"{variable['name']}={variable['value']}"]
+        for name, value in manifests.environ(self._template, container).items():
+            options += ["-e", f"{name}={value}"]
+        if "workingDir" in container:
+            options += ["--workdir", container["workingDir"]]
         volumes = {volume["name"]: volume for volume in self._pod["volumes"]}
         for mount in container["volumeMounts"]:
             options += self._mount(index, mount, volumes[mount["name"]])
@@ -82,7 +87,7 @@ class Pods:
 
 def test_a_job_whose_pods_are_deleted_and_killed_trains_the_same(engine: Engine, image: str, folder: Path) -> None:
     pods = Pods(engine, image, folder)
-    run = folder / "runs/demo"
+    run = folder / "runs/distrain-demo"
     undisturbed = [pods.start(index, *SHORT, "run.dir=/runs/undisturbed") for index in range(2)]
     assert [engine.wait(pod) for pod in undisturbed] == [0, 0], engine.logs(undisturbed[0])
 
@@ -104,3 +109,12 @@ def test_a_job_whose_pods_are_deleted_and_killed_trains_the_same(engine: Engine,
     late = pods.start(1, *SHORT)  # a pod that was lost at the end of the run is started again alone
     assert engine.wait(late) == 0
     assert "the run is done" in engine.logs(late)
+
+    code, output = pods.show("distrain", "status", "/runs/distrain-demo")
+    assert code == 0, output
+    code, output = pods.show("distrain", "export", "/runs/distrain-demo", "--out", "/tmp/demo.pt2")
+    assert code == 0, output
+    code, output = pods.show(
+        "sh", "-c", "command -v tar sleep && ! touch /runs/distrain-demo/x"
+    )  # kubectl cp needs tar
+    assert code == 0, output
