@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,12 @@ def _shown_by_click(error: click.ClickException) -> str:
 
 
 class _CommandError(Exception):
-    """An error that click would handle itself: EOFError as Ctrl-C, and EPIPE, of any socket, as a quiet exit."""
+    """An error that click would handle itself: EOFError as Ctrl-C, and EPIPE, of any socket, as a quiet exit.
 
-    def __init__(self, cause: Exception) -> None:
+    Code that a run calls, such as a model, may even raise click's own exceptions; its `Exit` would end the run with 0.
+    """
+
+    def __init__(self, cause: BaseException) -> None:
         super().__init__(cause)
         self.cause = cause
 
@@ -105,7 +108,7 @@ def _end(error: BaseException, environment: Environment) -> int:
     trace = None if isinstance(error, failure_report.PeerFailedError) else failure.traceback
     if isinstance(error, SystemExit):
         trace = f"{trace}distrain: error: {failure.message}"
-    console.show_error(trace or f"distrain: {prefix}{error}")
+    console.show_error((trace or f"distrain: {prefix}{error}").rstrip("\n"))
     return failure.code
 
 
@@ -164,7 +167,7 @@ def train(environment: Environment, file: Path | None, overrides: tuple[str, ...
     section.key=value.
     """
     resolved = _load(file, overrides)
-    with _explained_start(environment):
+    with _running(environment):
         from distrain.runs import results
         from distrain.training import train as training
 
@@ -177,9 +180,14 @@ def train(environment: Environment, file: Path | None, overrides: tuple[str, ...
             _write_report(Path(resolved.run.dir))
 
 
-def _explained_start(environment: Environment) -> contextlib.AbstractContextManager[None]:
-    """Say what a start that takes long waits for, in the first process of each node."""
-    return startup.explained("importing torch") if environment.local_rank == 0 else contextlib.nullcontext()
+@contextlib.contextmanager
+def _running(environment: Environment) -> Iterator[None]:
+    """Run a model: click does not see what its code raises; the first process of each node explains a long start."""
+    try:
+        with startup.explained("importing torch") if environment.local_rank == 0 else contextlib.nullcontext():
+            yield
+    except BaseException as error:
+        raise _CommandError(error) from error
 
 
 def _load(file: Path | None, overrides: Sequence[str]) -> config.Config:
@@ -321,6 +329,7 @@ _DOCTOR = ("timeouts.start_seconds=20", "timeouts.step_seconds=15")
 def show_config() -> None:
     """Print every key with its default and meaning, as YAML."""
     print(config.commented_yaml(), end="")
+    console.check_answer()
 
 
 @cli.command()
@@ -332,7 +341,7 @@ def show_config() -> None:
 def evaluate(environment: Environment, run: Path, overrides: tuple[str, ...], split: str, which: str | None) -> None:
     """Evaluate a checkpoint of RUN, on any number of processes."""
     _load_run(run, overrides)
-    with _explained_start(environment):
+    with _running(environment):
         from distrain.tools import evaluate as evaluation
 
         evaluation.evaluate_run(run, split, overrides, which, environment)
@@ -369,6 +378,7 @@ def status(run: Path, as_json: bool) -> None:
 
     progress = run_status(run)
     console.show(json.dumps(progress) if as_json else format_status(progress))
+    console.check_answer()
 
 
 @cli.command()
@@ -391,6 +401,7 @@ def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as
 
     for one in prediction.predict(run, images, which, device):
         console.show(prediction.format_prediction(one, top, as_json))
+    console.check_answer()
 
 
 @cli.command()

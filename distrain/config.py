@@ -21,12 +21,14 @@ from distrain import address, files
 from distrain.errors import ConfigError
 from distrain.text import Values, printable, shortened
 
-_MAX_BYTES = 2**18
-"""Maximum size of a YAML file: parsing it takes seconds. All keys with their meanings are a twentieth of this."""
+_MAX_BYTES = 2**16
+"""Maximum size of a YAML file: parsing it may take seconds. All keys with their meanings are an eighth of this."""
 _MAX_DEPTH = 10
 """Maximum depth of brackets and indents; a key's value has depth 3."""
 _MAX_PROBLEMS = 20
 """Maximum number of problems that a message names."""
+_MAX_NUMBER = 10**9
+"""Maximum of whole numbers: no run has more steps, and no clock or file format has a problem with such a number."""
 _MAX_FILE_NAME, _MAX_PATH = 255, 4095
 """Maximum bytes of a file's name and of its path, on Linux's file systems."""
 
@@ -51,6 +53,14 @@ def _whole(value: Any) -> Any:
             return value
         return int(number) if number.is_integer() else value
     return value
+
+
+def _limited(value: Any) -> Any:
+    """Convert a number as `_whole` does, and refuse one that is too large for any key."""
+    number = _whole(value)
+    if isinstance(number, int) and number > _MAX_NUMBER:
+        raise ValueError(f"should be at most {_MAX_NUMBER:,}")
+    return number
 
 
 def _off(value: Any) -> Any:
@@ -83,7 +93,8 @@ def _local(value: Any) -> Any:
 
 LocalPath = Annotated[str, BeforeValidator(_local)]
 PathOrAddress = Annotated[str, BeforeValidator(_path)]
-Whole = Annotated[int, BeforeValidator(_whole)]
+Seed = Annotated[int, BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(_limited)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
 
@@ -102,7 +113,7 @@ class Run(Section):
         "folder of the run, for checkpoints, metrics and the result; all processes must see the same folder",
         min_length=1,
     )
-    seed: Whole = _key(
+    seed: Seed = _key(
         0,
         "random seed of the initial weights, the order of the samples and augmentation",
         identity=True,
@@ -460,7 +471,7 @@ def _scalar(value: Any) -> str:
 class _Loader(yaml.BaseLoader):
     """A YAML loader that keeps scalars as text: PyYAML's own rules read `1e-3` as a string and `no` as false.
 
-    It refuses aliases, whose values can grow without bound, and deep nesting.
+    It refuses aliases, whose values can grow without bound, deep nesting, and tags, which it would pass over.
     """
 
     _depth = 0
@@ -470,6 +481,8 @@ class _Loader(yaml.BaseLoader):
         problem = None
         if getattr(event, "anchor", None) is not None:
             problem = "anchors and aliases (&name, *name) are not supported; write the value itself"
+        elif getattr(event, "tag", None) is not None:
+            problem = "tags (!name) are not supported; write the value itself"
         elif self._depth == _MAX_DEPTH:
             problem = "brackets or indents are nested too deeply"
         if problem is not None:
@@ -566,6 +579,9 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         known = [f"{section}.{name}" for section, name, *_ in every_key()] if "." in path else list(Config.model_fields)
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+        if len(item["loc"]) == 1 and path in known:
+            section, _, name = path.partition(".")
+            return f"{path}: in a file, write {section}: with {name}: in an indented line below it"
         name = path.rpartition(".")[2]
         in_other_section = [k for k in known if k.endswith(f".{name}")]
         matches = in_other_section or close

@@ -1,12 +1,13 @@
 """Output of commands for people: standard streams that never end a command, and log messages on stderr.
 
 Text that cannot be written (the stream is closed, the disk is full, the reader has exited) is dropped. The files of
-a run hold everything that counts.
+a run hold everything that counts; a command whose answer is nowhere else calls `check_answer` at its end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 from distrain import text
+from distrain.errors import ConfigError
 
 LOGGER = logging.getLogger("distrain")
 """The logger of the whole package. Only the command line installs a handler."""
@@ -43,6 +45,19 @@ def set_up() -> None:
 def show(answer: object) -> None:
     """Print what a command answers to stdout. No control sequence in a name reaches the terminal."""
     print(text.without_controls(str(answer)), flush=True)
+
+
+def check_answer() -> None:
+    """Check that what a command answered is in the file that stdout is redirected to.
+
+    Raises:
+        ConfigError: a part was dropped, because there was no space for it.
+    """
+    sys.stdout.flush()
+    buffer = getattr(sys.stdout, "buffer", None)
+    lost = getattr(getattr(buffer, "raw", buffer), "lost", None)
+    if lost is not None:
+        raise ConfigError(f"the answer could not be written to standard output: {lost}; make room there")
 
 
 def show_error(message: object) -> None:
@@ -86,18 +101,29 @@ def set_level(name: str) -> None:
     LOGGER.setLevel(name.upper())
 
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 class _TolerantFile(io.FileIO):
     """A file descriptor that drops what it cannot write."""
+
+    lost: str | None = None
+    """Why something was dropped that was to be kept in a file; None if nothing was."""
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         written = 0
-        with contextlib.suppress(OSError, ValueError):
+        try:
             while written < len(view):
                 count = super().write(view[written:])
                 if count is None:  # a non-blocking descriptor that takes nothing at the moment
                     select.select([], [self], [])
                 written += count or 0
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                self.lost = error.strerror
+        except ValueError:
+            pass
         return len(view)
 
 

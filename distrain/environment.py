@@ -205,6 +205,19 @@ def several_processes(variables: Mapping[str, str]) -> str | None:
     return None
 
 
+def check_rank(variables: Mapping[str, str]) -> None:
+    """Check that a process has no rank among several, if their number is not known.
+
+    Raises:
+        ConfigError: it has one, and would train alone.
+    """
+    for name in ("RANK", "LOCAL_RANK"):
+        if not variables.get("WORLD_SIZE") and integer(variables, name, 0):
+            raise ConfigError(
+                f"{name}={variables[name]} is set, but not WORLD_SIZE, the number of processes: set it, or unset {name}"
+            )
+
+
 def hide_group(variables: MutableMapping[str, str]) -> None:
     """Remove the variables for which accelerate would start a group, in a process that is alone."""
     for name in ("LOCAL_RANK", *_SIZES):
@@ -217,12 +230,7 @@ def _check_alone(variables: Mapping[str, str]) -> None:
     Raises:
         ConfigError: several were started, and each would train alone.
     """
-    for name in ("RANK", "LOCAL_RANK"):
-        if integer(variables, name, 0):
-            raise ConfigError(
-                f"{name}={variables[name]} is set, but not WORLD_SIZE: start with distrain launch, torchrun or"
-                f" accelerate launch, or unset {name}"
-            )
+    check_rank(variables)
     started = several_processes(variables)
     if started:
         raise ConfigError(
@@ -230,7 +238,7 @@ def _check_alone(variables: Mapping[str, str]) -> None:
             " `distrain launch --nproc N -- …`, which starts the others (with --nodes 1 for a run of its own each)"
         )
     nodes = variables.get("PET_NNODES", "")
-    if nodes not in ("", "1"):
+    if nodes and set(nodes.split(":")) != {"1"}:  # a range has a colon
         raise ConfigError(
             f"PET_NNODES={nodes[:40]!r}: this is one of several nodes, and each would train alone: start with"
             " `distrain launch -- …`, or unset PET_NNODES"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distrain import text
 from distrain.environment import Environment
 from distrain.errors import EXIT_FAULT, AgainError, Kind, SaveError, UserError
 from distrain.worker_status import WorkerStatus, read_status
@@ -68,7 +69,7 @@ def failure_of(error: BaseException, environment: Environment) -> Failure:
     if isinstance(error, (UserError, AgainError, SaveError)):
         return failure_here(environment, error.kind, error.exit_code, str(error))
     trace = "".join(traceback.format_exception(error))
-    message = f"{type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}".removesuffix(": ")  # of an error without a text
     if isinstance(error, SystemExit):
         message = f"sys.exit({error.code!r}) was called before the command was done"
     return failure_here(environment, "fault", EXIT_FAULT, message, trace)
@@ -78,6 +79,7 @@ def failure_here(environment: Environment, kind: Kind, code: int, message: str, 
     """Build a failure of this process, in its present phase and step."""
     rank, folder = environment.world.rank, environment.status_folder
     status = read_status(folder, rank) if folder is not None else WorkerStatus()
+    message, trace = text.message(message), text.message(trace)  # of a bounded length: they are kept in exit.json
     return Failure(kind, code, rank, socket.gethostname(), status.phase, status.step, message, trace, time.time())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -84,6 +85,17 @@ def write(path: Path, content: bytes) -> None:
 def replace(path: Path, content: str | bytes) -> None:
     """Write a file atomically: after a crash it has either the new content or the old one."""
     partial = path.with_name(f".{path.name}.partial")
-    write(partial, content if isinstance(content, bytes) else content.encode())
-    partial.replace(path)
+    try:
+        write(partial, content if isinstance(content, bytes) else content.encode())
+        partial.replace(path)
+    except OSError:  # no space: what was written would take more of it
+        _remove_partial(partial)
+        raise
     sync(path.parent)
+
+
+def _remove_partial(path: Path) -> None:
+    """Remove what an interrupted `write` left; not a link or FIFO of this name, which it refuses to write to."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()

@@ -18,7 +18,7 @@ if [ -z "$PROCESSES" ]; then
   if compgen -G '/dev/nvidia[0-9]*' >/dev/null; then PROCESSES=gpu; fi
 fi
 rendezvous=(--standalone)
-if [ "$NODES" -gt 1 ]; then
+if [ "$NODES" != 1 ]; then
   rendezvous=(--nnodes "$NODES" --node-rank "$NODE" --master-addr "${HOST:?the name of the first machine}" --master-port "$PORT")
 fi
 # As variables: only torchrun 2.12 and later has these options.

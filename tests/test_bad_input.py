@@ -190,6 +190,7 @@ def test_the_files_of_cifar10_are_regular_files(
         f"train: {{lr: {'x' * 200_000}}}",
         f"train: {{epochs: {'9' * 200_000}}}",
         f"train: {{betas: [{'x,' * 10_000}]}}",
+        f"data: {{mean: [{'1,' * 100_000}]}}",
         f"? {'k' * 200_000}\n: 1\n",
         "".join(f"k{number}: 1\n" for number in range(2_000)),
         '"a\\e[31m\\nb": 1',
@@ -295,6 +296,15 @@ def test_a_bad_manifest_is_one_short_line(values: dict[str, object], dataset: Pa
     (tmp_path / manifest.NAME).write_bytes((dataset / manifest.NAME).read_bytes())
     change_manifest(tmp_path, **values)
     assert shown("verify", str(tmp_path)).count("\n") == 1
+
+
+def test_a_manifest_whose_test_split_is_trained_on_is_refused(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / manifest.NAME).write_bytes((dataset / manifest.NAME).read_bytes())
+    tree = json.loads((dataset / manifest.NAME).read_text())
+    change_manifest(tmp_path, splits={**tree["splits"], "test": tree["splits"]["train"]})
+    assert "test has shards of another split; prepare the data set again" in shown("verify", str(tmp_path))
+    change_manifest(tmp_path, splits=tree["splits"], classes=[tree["classes"][0]] * len(tree["classes"]))
+    assert "a class is named twice; prepare the data set again" in shown("verify", str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "\x1b[31m\n"])

@@ -116,6 +116,7 @@ def test_what_is_given_by_hand_goes_before_what_is_detected() -> None:
         assert topology({**variables, "DISTRAIN_NODES": "1"}) == topology(variables, nodes=1)
         assert topology(variables, nodes=2, node=0, host="a", port=5) == Topology(2, 0, "a", 5, "as given")
     assert topology({"DISTRAIN_NODES": "4", **sweep}, nodes=1).nodes == 1
+    assert topology({"DISTRAIN_NODES": "4", "DISTRAIN_NODE": "3", "DISTRAIN_HOST": "a"}, nodes=1).nodes == 1
     assert topology(PYTORCHJOB, port=5).port == 5
     assert topology({}, nodes=2, node=0, host="127.0.0.1", port=5).host == "127.0.0.1"
 
@@ -133,6 +134,11 @@ WRONG = {
     "job": ({**SLURM, "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x' is not a whole number"),
     "node": ({**SLURM, "SLURM_NODEID": "2"}, "SLURM_NODEID='2' should be 0 to 1"),
     "list": ({**SLURM, "SLURM_STEP_NODELIST": "["}, r"SLURM_STEP_NODELIST='\[' is no name or address of a host"),
+    "no node": ({**SLURM, "SLURM_NODEID": ""}, "the step has 2 nodes, but SLURM_NODEID is not set: start with srun"),
+    "colon": ({"PET_NNODES": ":"}, "PET_NNODES=':' is not a whole number"),
+    "rank alone": ({"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5"}, "RANK=1 is set, but not WORLD_SIZE"),
+    "local rank alone": ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is set, but not WORLD_SIZE"),
+    "rank of one": ({"WORLD_SIZE": "1", "RANK": "3"}, "RANK='3' should be 0 to 0, because WORLD_SIZE=1"),
     "index": ({"JOB_COMPLETION_INDEX": "x"}, "JOB_COMPLETION_INDEX='x' is not a whole number"),
     "given": ({"DISTRAIN_NODES": "x"}, "DISTRAIN_NODES='x' is not a whole number"),
     "none given": ({"DISTRAIN_NODES": "0"}, "DISTRAIN_NODES='0' should be 1 or more"),

@@ -93,7 +93,9 @@ def test_the_nearest_key_is_suggested(key: str, meant: str) -> None:
         ("- 1\n", "should have sections with keys"),
         ("train: 3\n", "train: should have the keys of section Train"),
         ("? [a, b]\n: 1\n", "a key must be a word"),
-        ("a: !!python/object/apply:os.system [exit]\n", "a: unknown key"),  # tags build nothing
+        ("train: !!python/object/apply:os.system [exit]\n", "a.yaml:1: tags (!name) are not supported"),
+        ("run:\n  dir: !!binary cnVucw==\n", "a.yaml:2: tags (!name) are not supported"),
+        ("train.lr: 1\n", "train.lr: in a file, write train: with lr: in an indented line below it"),
     ],
 )
 def test_the_error_for_a_bad_file_has_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -115,6 +117,8 @@ def test_a_missing_file_is_reported() -> None:
         (["train.epochs=2.5"], "valid integer"),
         (["train.epochs=true"], "valid integer"),
         (["train.lr=nan"], "finite"),
+        (["train.max_steps=1e300"], "train.max_steps: should be at most 1,000,000,000; got '1e300'"),
+        (["timeouts.start_seconds=1e12"], "timeouts.start_seconds: should be at most 1,000,000,000"),
         (["train.lr=0"], "greater than 0"),
     ],
 )

@@ -118,6 +118,7 @@ def test_one_of_several_processes_that_would_train_alone_is_refused(name: str) -
         {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_NNODES": "1"},  # the script of an sbatch job
         {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
         {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "4"},
+        {"PET_NNODES": "1:1"},
         {"JOB_COMPLETION_INDEX": "3"},
     ],
 )

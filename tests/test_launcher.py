@@ -171,13 +171,30 @@ def test_a_new_checkpoint_is_progress_for_all_nodes(tmp_path: Path) -> None:
         (run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
 
 
-@pytest.mark.parametrize("how", ["0", "3", "'not now'", ""])
-def test_a_model_that_calls_sys_exit_fails_the_command(
-    how: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("sys.exit(0)", "distrain: error: sys.exit(0) was called before the command was done"),
+        ("sys.exit(200)", "distrain: error: sys.exit(200) was called before the command was done"),
+        ("sys.exit('not now')", "distrain: error: sys.exit('not now') was called before the command was done"),
+        ("sys.exit()", "distrain: error: sys.exit(None) was called before the command was done"),
+        ("raise click.exceptions.Exit(0)", "click.exceptions.Exit: 0"),
+        ("raise click.UsageError('mine')", "click.exceptions.UsageError: mine"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ],
+)
+def test_a_model_that_leaves_fails_the_command(
+    how: str,
+    message: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "leaving.py").write_text(
-        "import sys\nfrom models_for_tests import Faulty\nclass Leaving(Faulty):\n    def forward(self, images):\n"
-        f"        if self.pass_count == 4:\n            sys.exit({how})\n        return super().forward(images)\n"
+        "import click, sys\nfrom models_for_tests import Faulty\nclass Leaving(Faulty):\n"
+        "    def forward(self, images):\n"
+        f"        if self.pass_count == 4:\n            {how}\n        return super().forward(images)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "leaving", raising=False)
@@ -185,8 +202,7 @@ def test_a_model_that_calls_sys_exit_fails_the_command(
     assert cli.main(["train", *keys, "train.global_batch_size=16", "log.report=false"]) == 1
     shown = capfd.readouterr().err
     assert shown.count("Traceback") == 1
-    value = how or "None"
-    assert shown.endswith(f"distrain: error: sys.exit({value}) was called before the command was done\n")
+    assert shown.endswith(f"{message}\n")
 
 
 def entry(collectives: int, waits_for: str | None = None) -> dict[str, object]:

@@ -149,7 +149,18 @@ def test_splits_below_the_classes_are_refused(tmp_path: Path) -> None:
     assert f"{top}/cat/test, {top}/cat/train, {top}/dog/Training, and 1 more: splits are below the classes" in message
 
 
-@pytest.mark.parametrize("pair", [("seg_train", "seg_test"), ("train2017", "val2017"), ("my-training", "my-testing")])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("seg_train", "seg_test"),
+        ("train2017", "val2017"),
+        ("my-training", "my-testing"),
+        ("1_train", "2_val"),
+        ("train_2023", "test_2024"),
+        ("trainA", "testA"),
+        ("PhotosTrain", "PhotosTest"),
+    ],
+)
 @pytest.mark.parametrize("given", ["one", "both"])
 def test_folders_that_seem_to_be_splits_do_not_become_classes(
     pair: tuple[str, str], given: str, tmp_path: Path
@@ -353,13 +364,11 @@ def test_classes_with_one_image_and_similar_classes_are_named(tmp_path: Path, ca
     assert "classes that differ only in capital letters or spaces: 'Cat', 'cat'" in caplog.text
 
 
-def test_classes_that_all_have_the_same_folders_are_doubted(tmp_path: Path, caplog: Log) -> None:
-    top = write(tmp_path / "top", *images("amazon/chair", "amazon/desk", "webcam/chair", "webcam/desk"))
-    assert opened(tmp_path, top).classes == ["amazon", "webcam"]
-    assert (
-        "amazon, webcam become the classes, but all have the folders chair, desk; if those are the classes"
-        in caplog.text
-    )
+@pytest.mark.parametrize("last", [[], ["dslr/chair"]])
+def test_classes_that_have_the_same_folders_are_doubted(last: list[str], tmp_path: Path, caplog: Log) -> None:
+    top = write(tmp_path / "top", *images("amazon/chair", "amazon/desk", "webcam/chair", "webcam/desk", *last))
+    assert opened(tmp_path, top).classes == sorted({"amazon", "webcam", *(path[:4] for path in last)})
+    assert "webcam become the classes, but have the same folders chair, desk; if those are the classes" in caplog.text
 
 
 PATHS = st.lists(
@@ -446,6 +455,11 @@ def test_every_file_is_a_sample_or_passed_over_or_an_error(
             images("training_set/training_set/cat", "test/cat"),
             "give the inner folders: {top}/training_set/training_set",
         ),
+        (
+            images(*(f"train/{split}/{name}" for split in ("train", "test") for name in ("cat", "dog"))),
+            "{top}/train: has only folders that are splits themselves; give the inner folders: {top}/train/test {top}/",
+        ),
+        (images("train", "test"), "{top}/test/0.png: is not in a class folder (4 such images)"),
         ([*images("images/train", "images/val"), "labels/train/0.txt"], "data sets for object detection have their"),
         (
             images(".cat", ".dog"),

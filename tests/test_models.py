@@ -287,3 +287,6 @@ def test_only_the_head_may_be_re_initialised(tmp_path: Path) -> None:
     torch.save(model(5).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ConfigError, match="weights of another model; they differ in fc1"):
         models.initialise(model(6), tmp_path / "weights.pt", list("abc"))
+    torch.save({f"backbone.{name}": value for name, value in model(6).state_dict().items()}, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match=r"differ in fc1\.weight, .*; the file alone has backbone\.fc1\.weight, "):
+        models.initialise(model(6), tmp_path / "other.pt", list("abc"))

@@ -225,6 +225,17 @@ def test_messages_name_images_of_one_colour_and_options_without_effect(tmp_path:
     assert "--bit-depth has no effect: no image has pixels of 16 bits" in error
 
 
+@pytest.mark.parametrize(("brightest", "said"), [(1, True), (15, True), (16, False)])
+def test_a_message_says_that_no_pixel_of_the_set_is_bright(
+    brightest: int, said: bool, tmp_path: Path, capsys: Capture
+) -> None:
+    numbers = np.arange(64, dtype=np.uint8).reshape(8, 8) % (brightest + 1)
+    top = folder(tmp_path / "photos", every_class(encoded(Image.fromarray(numbers))))
+    assert prepare(top, "--image-size", 8, "--out", tmp_path / "out") == 0
+    message = f"all images are almost black: the largest pixel has the value {brightest} of 255"
+    assert (message in capsys.readouterr().err) == said
+
+
 def test_warnings_of_the_decoder_are_counted_with_names_not_printed(tmp_path: Path, capfd: Any) -> None:
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\xff\xff\0\0\0\x10\0\0\0\0\0\0"  # a tag beyond the end
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
@@ -287,3 +298,10 @@ def test_decoding_a_large_photo_is_much_cheaper_than_in_full(monkeypatch: pytest
     fast = min(seconds() for _ in range(3))
     monkeypatch.setattr(decoding_module, "_DRAFT", 10**6)
     assert min(seconds() for _ in range(3)) > 1.5 * fast  # measured: 4 to 5 times
+
+
+def test_a_file_that_another_program_would_interpret_is_not_read() -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(postscript)).format == "EPS"
+    with pytest.raises(UnreadableError, match="not an image of a known format"):
+        read_image(postscript, (8, 8, 3))

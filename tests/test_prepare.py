@@ -718,6 +718,18 @@ def test_fractions_that_leave_nothing_are_refused(tmp_path: Path, capsys: Captur
     assert "no training samples are left" in refused(capsys, tmp_path / "out", "folder", pets, *options)
 
 
+def test_classes_that_a_drawn_split_lacks_are_named_with_the_cure(tmp_path: Path, capsys: Capture) -> None:
+    pets = (tree(tmp_path / "all", {"train": 2}) / "train").rename(tmp_path / "pets")
+    error = refused(capsys, tmp_path / "out", "folder", pets, "--test-fraction", 0.5, "--limit", 2)
+    assert re.search(r"train has no image of 1 class \(\w+\); use more images or a smaller --test-fraction or a", error)
+    error = refused(capsys, tmp_path / "out", "folder", pets, "--test-fraction", 0.7)
+    assert re.search(r"train has no image of 1 class \(\w+\); use more images or a smaller --test-fraction\n", error)
+    assert run("prepare", "folder", pets, "--test-fraction", 0.2, "--out", tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert re.search(r"test has no image of 2 classes \(\w+, \w+\), which are not scored there; use more", error)
+    assert error.rstrip().endswith("a larger --test-fraction")
+
+
 # The user's own class
 
 USER_MODULE = """\
@@ -1265,6 +1277,19 @@ def test_files_of_the_user_are_kept_whatever_happens_to_the_data_set(user_folder
     (user_folder / "foreign/.partial/thesis.txt").write_text("mine")
     assert run("prepare", "source", "dots_for_test:Dots", "--out", "foreign") == 78
     assert files(user_folder / "foreign") == {".partial/thesis.txt": b"mine"}
+    (user_folder / "foreign/.partial/owner").write_text("mine")
+    (user_folder / "linked").mkdir()
+    (user_folder / "linked/.partial").symlink_to("../foreign/.partial")
+    assert run("prepare", "source", "dots_for_test:Dots", "--out", "linked") == 78
+    assert files(user_folder / "foreign") == {".partial/thesis.txt": b"mine", ".partial/owner": b"mine"}
+
+
+@pytest.mark.parametrize("out", ["new/below/out", "https://host/set", "s3://bucket/set"])
+def test_a_command_that_fails_leaves_no_folder(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("prepare", "folder", "missing", "--out", out) == 78
+    assert run("prepare", "synthetic", *SMALL, "--shards", 7, "--out", out) == 78
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_locks_a_leftover_is_named_and_never_taken(

@@ -342,6 +342,10 @@ def test_a_renamed_checkpoint_is_said_to_be_that_and_left_alone(run: Path, comma
     assert code == 78
     assert f"{other}: was renamed or copied, it holds step 6; rename it back to step-00000006" in output
     assert other.is_dir()
+    code, output = command(*status(run))
+    assert code == 0
+    assert output.count(f"{other}: was renamed or copied") == 1
+    assert "saved    step 4," in output
     code, output = command(*predict(run, "--checkpoint", "last"))
     assert code == 0
     assert f"skipped {other}: was renamed or copied" in output
@@ -349,6 +353,46 @@ def test_a_renamed_checkpoint_is_said_to_be_that_and_left_alone(run: Path, comma
     assert other.is_dir()
     other.rename(run / CHECKPOINT)
     assert command(*train(run))[0] == 0
+
+
+def sign(path: Path) -> None:
+    """Write the digests of a checkpoint's files as they are now."""
+    digests = json.loads((path / "digests.json").read_text())
+    digests["files"] = {name: xxhash.xxh3_128_hexdigest((path / name).read_bytes()) for name in digests["files"]}
+    (path / "digests.json").write_text(json.dumps(digests))
+
+
+def test_logits_that_are_not_finite_are_no_answer(run: Path, command: Commands) -> None:
+    path = run / CHECKPOINT / "model.safetensors"
+    save_file({name: value * 0 + 3e38 for name, value in load_file(path).items()}, path)
+    sign(path.parent)
+    for arguments in (predict(run), ["export", str(run), "--out", str(run.parent / "model.pt2")]):
+        code, output = command(*arguments)
+        assert code == 78
+        assert "step-00000006: its model gives logits that are not finite; use another checkpoint" in output
+
+
+def test_a_checkpoint_of_a_run_on_other_data_predicts_no_classes_of_this_one(run: Path, command: Commands) -> None:
+    state = run / CHECKPOINT / "state.json"
+    content = json.loads(state.read_text())
+    content["identity"]["data.manifest"] = "that of another data set"
+    state.write_text(json.dumps(content))
+    sign(run / CHECKPOINT)
+    code, output = command(*predict(run))
+    assert code == 78
+    assert f"was not trained on the data set that {run / 'setup.json'} describes: its classes may be others" in output
+
+
+def test_initial_weights_from_a_folder_that_is_no_run_are_refused_by_that_name(run: Path, command: Commands) -> None:
+    other = run.parent / "other"
+    other.mkdir()
+    shutil.copy(run / CHECKPOINT / "model.safetensors", other)
+    for folder_ in (other, run / "checkpoints", run.parent):
+        code, output = command(*train(run.parent / "new", f"model.init={folder_}"))
+        assert code == 78
+        assert (
+            f"model.init={folder_}: is neither a run's folder nor a checkpoint; give one of these, or a file" in output
+        )
 
 
 def test_a_copied_checkpoint_can_be_used_by_its_name_but_not_as_another_step(run: Path, command: Commands) -> None:

@@ -47,6 +47,44 @@ def test_an_array_that_cannot_work_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("attempt", "killed", "record", "requeued"),
+    [
+        ("0", True, None, True),
+        ("3", True, None, False),
+        ("0", False, None, False),
+        ("0", True, r'"launch": 1,\n"code": 78,\n', False),
+    ],
+)
+def test_a_launcher_that_is_killed_before_it_could_record_anything_is_requeued(
+    attempt: str, killed: bool, record: str | None, requeued: bool, tmp_path: Path
+) -> None:
+    ends = "kill -KILL $$" if killed else "exit 1"
+    writes = f"mkdir -p runs/a && printf '{record}' >runs/a/exit.json; " if record else ""
+    for name, script in (("srun", f"{writes}{ends}"), ("scontrol", 'echo "$@" >requeued')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "a.yaml"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1",
+             "SLURM_RESTART_COUNT": attempt},
+    )  # fmt: skip
+    assert (tmp_path / "requeued").exists() == requeued, done.stdout
+    assert done.returncode == (75 if requeued else 78 if record else 137 if killed else 1)
+
+
+def test_a_number_of_nodes_that_is_none_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROCESSES": "1", "NODES": "two", "HOST": "a"}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "torchrun.sh")], env=environ, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout.startswith("--nnodes two ")  # torchrun refuses it; --standalone would run on this node alone
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sbatch")), ids=lambda path: path.name)
 def test_directives_precede_the_first_command(script: Path) -> None:
     # SLURM stops reading at the first command and silently ignores later directives.

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distrain import failure_report
+from distrain.environment import Environment
 from distrain.text import NAME_LENGTH, clock, percent, plural, printable, shortened, shown, without_controls
 
 ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=600)
@@ -89,3 +91,10 @@ def test_fractions_have_one_decimal() -> None:
 
 def test_a_duration_has_hours_only_where_there_are_some() -> None:
     assert [clock(7), clock(59.6), clock(6100)] == ["0:07", "1:00", "1:41:40"]
+
+
+def test_the_message_and_the_traceback_of_a_failure_are_bounded() -> None:
+    failure = failure_report.failure_of(RuntimeError("x" * 1_000_000 + "\x1b[2J"), Environment())
+    assert len(failure.message) <= 2000
+    assert len(failure.traceback) <= 5000
+    assert "\x1b" not in failure.message + failure.traceback

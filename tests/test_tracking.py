@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -67,6 +68,26 @@ def test_lines_are_appended(tmp_path: Path) -> None:
         file.sync()
         file.close()
     assert lines(tmp_path / "a.jsonl") == [1, 2]
+
+
+def test_lines_of_a_file_that_was_deleted_are_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "run/metrics.jsonl"
+    metrics = JsonLines(path)
+    metrics.write({"step": 1})
+    metrics.sync()
+    path.unlink()
+    metrics.write({"step": 2})
+    metrics.sync()
+    metrics.write({"step": 3})
+    metrics.flush()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert "was deleted while the run writes it" in caplog.text
+    shutil.rmtree(path.parent)
+    metrics.write({"step": 4})
+    with pytest.raises(FileNotFoundError):
+        metrics.sync()
+    assert not path.parent.exists()
+    metrics.close()
 
 
 def test_progress_is_logged_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:

@@ -352,6 +352,11 @@ def test_a_collapse_is_a_fall_to_chance_from_well_above(best: float, now: float,
     assert health.has_collapsed(confusion(now), best) == collapsed
 
 
+@pytest.mark.parametrize(("best", "now", "collapsed"), [(0.7, 0.4, False), (0.7, 0.35, False), (0.95, 0.25, True)])
+def test_the_noise_of_a_small_split_is_no_collapse(best: float, now: float, collapsed: bool) -> None:
+    assert health.has_collapsed(confusion(now, samples=20, classes=4), best) == collapsed
+
+
 def test_chance_is_the_share_of_the_largest_class() -> None:
     # 90 % of the samples are of one class: 90.5 % is chance, and small test splits say little.
     counts = Confusion.of_codes(np.array([0, 2]), np.array([900, 100]), 2)

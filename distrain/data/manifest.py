@@ -88,7 +88,11 @@ class Manifest(_Record):
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} stds for {channels} channels")
         if not all(0 < value < math.inf for value in self.std) or not all(map(math.isfinite, self.mean)):
             raise ValueError("means and stds must be finite, stds above 0")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("a class is named twice")
         for name, split in self.splits.items():
+            if not all(shard.name.startswith(f"{name}/") for shard in split.shards):
+                raise ValueError(f"{name} has shards of another split")
             if any(shard.bytes < shard.samples * self.sample_bytes for shard in split.shards):
                 raise ValueError(f"a shard of {name} is smaller than its samples")
         return self

@@ -42,11 +42,13 @@ class OutputFolder:
             ConfigError: it holds something else, or cannot be created.
         """
         self.path, self.work = path, path / ".partial"
-        self._created = not path.exists()
+        self._created = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._moved: dict[str, int] = {}
         """Splits that are in `path` already → their inodes, by which they are known again after a restart."""
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path}: is a file; choose another --out")
+        if self.work.is_symlink():
+            raise ConfigError(f"{self.work}: is a link; delete it, or choose another --out")
         if not (self.work / _OWNER).exists():
             self._check_content()
         self._lock = self._acquire()
@@ -83,9 +85,9 @@ class OutputFolder:
             (self.path / manifest.NAME).unlink(missing_ok=True)  # first: without it, the folder is not a data set
         self._clear()
         self._release()
-        if self._created:
-            with contextlib.suppress(OSError):  # it holds something that this process did not write
-                self.path.rmdir()
+        with contextlib.suppress(OSError):  # it holds something that this process did not write
+            for folder in self._created:
+                folder.rmdir()
 
     def _acquire(self) -> int:
         deadline = time.monotonic() + _WAIT_SECONDS

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -35,7 +36,7 @@ from distrain.data.remarks import FLAT, Remark, Sample, is_flat, report
 from distrain.data.sources import DepthWarning, Source, UnreadableError, recorded_warnings
 from distrain.errors import AgainError, ConfigError, CrashedError, DataError
 from distrain.progress import Bar
-from distrain.text import plural, printable, shortened
+from distrain.text import named, plural, printable, shortened
 
 log = logging.getLogger("distrain")
 
@@ -127,6 +128,8 @@ def prepare(
     request = {"kind": kind, **source_options, **{k: v for k, v in vars(options).items() if k != "skip_bad"}}
     if options.test_fraction is None:
         request["test_fraction"] = DEFAULT_TEST_FRACTION
+    if re.match(r"\w+:/", str(out)):
+        raise ConfigError(f"--out {printable(out)}: is an address; choose a folder, and upload it when it is complete")
     if (out / manifest.NAME).exists():
         return _existing(out, request, open_source), False
     folder = OutputFolder(out)
@@ -292,7 +295,7 @@ def _write(
     for attempt in itertools.count():
         root, previous = (folder.work / f"attempt-{number}" for number in (attempt, attempt - 1))
         chosen = choose(source.labels, unreadable, options)
-        _check_chosen(source, chosen)
+        _check_chosen(source, chosen, options)
         lanes, tasks = _assign(source, chosen, root, options)
         if not _has_space(folder.path, source, tasks, required=attempt == 0):
             shutil.rmtree(previous)
@@ -316,6 +319,7 @@ def _write(
         {sample: remarks[sample] for sample in sorted(remarks) if sample in used},
         lambda sample: source.name(*sample),
         sum(len(task.ids) for task in tasks),
+        max(int(np.flatnonzero(result.histogram.sum(0))[-1]) for result in results),
         source_options,
     )
     _report_limits(chosen, lanes, source, options)
@@ -326,20 +330,29 @@ def _count(unreadable: Mapping[str, Mapping[int, str]]) -> int:
     return sum(len(reasons) for reasons in unreadable.values())
 
 
-def _check_chosen(source: Source, chosen: Mapping[SplitName, _Selection]) -> None:
+def _check_chosen(source: Source, chosen: Mapping[SplitName, _Selection], options: Options) -> None:
     """Check that all splits have samples, and train has some of each class."""
     if "train" not in chosen or not len(chosen["train"].ids):
         raise DataError("no training samples are left; use more images or smaller fractions")
     for split, part in chosen.items():
         if not len(part.ids):
             raise DataError(f"no samples are left for {split}; use more images or a larger --{split}-fraction")
-    train = chosen["train"]
-    present = np.bincount(source.labels[train.source_split][train.ids], minlength=len(source.classes))
-    if not present.all():
-        raise DataError(
-            f"class {source.classes[int(present.argmin())]!r} has no training sample; use more images or a"
-            " larger --limit"
-        )
+    missing = _missing_classes(source, chosen["train"])
+    if missing:
+        drawn = [f"--{split}-fraction" for split in chosen if split != "train" and split not in source.labels]
+        cures = [f"a smaller {' or '.join(drawn)}"] if drawn else []
+        cures += [] if options.limit is None else ["a larger --limit"]
+        raise DataError(f"train has no image of {_named_classes(missing)}; use {' or '.join(['more images', *cures])}")
+
+
+def _missing_classes(source: Source, part: _Selection) -> list[str]:
+    """Return the classes of which a split has no sample."""
+    counts = np.bincount(source.labels[part.source_split][part.ids], minlength=len(source.classes))
+    return [source.classes[label] for label in np.flatnonzero(counts == 0)]
+
+
+def _named_classes(names: Sequence[str]) -> str:
+    return f"{plural(len(names), 'class')} ({named(names, str)})"
 
 
 def _has_space(out: Path, source: Source, tasks: Sequence[_Task], required: bool) -> bool:
@@ -410,10 +423,16 @@ def _listed(source: Source) -> dict[str, Any]:
 def _report_limits(
     chosen: Mapping[SplitName, _Selection], lanes: Mapping[SplitName, int], source: Source, options: Options
 ) -> None:
-    """Log which of the limits that were given had no effect, or not the whole one."""
+    """Log which of the limits that were given had no effect, or not the whole one, and which classes are not scored."""
     largest = max(len(part.ids) for part in chosen.values())
     if options.limit is not None and largest < options.limit:
         log.warning("--limit %d has no effect: the largest split has %d samples", options.limit, largest)
+    for split, part in chosen.items():
+        missing = _missing_classes(source, part)
+        if missing:
+            drawn = f"; use more images or a larger --{split}-fraction" if split not in source.labels else ""
+            cure = "; use a larger --limit" if len(part.ids) == options.limit else drawn
+            log.warning("%s has no image of %s, which are not scored there%s", split, _named_classes(missing), cure)
     for split, number in lanes.items():
         if options.lanes is not None and number != options.lanes:
             log.info(

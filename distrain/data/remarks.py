@@ -32,9 +32,13 @@ def report(
     remarks: Mapping[Sample, Sequence[Remark]],
     name: Callable[[Sample], str],
     total: int,
+    brightest: int,
     source_options: Mapping[str, Any],
 ) -> None:
-    """Log what was remarked on `total` samples, and the options of their decoding that had no effect."""
+    """Log what was remarked on `total` samples, and the options of their decoding that had no effect.
+
+    `brightest` is the largest value of a pixel in all of them.
+    """
     every = [(remark, sample) for sample, of_sample in remarks.items() for remark in of_sample]
     texts = [(remark, sample) for remark, sample in every if isinstance(remark, str) and remark != FLAT]
     lines = counted(texts, name)
@@ -49,6 +53,12 @@ def report(
     depths = [(remark, sample) for remark, sample in every if isinstance(remark, DepthWarning)]
     for adjustable in (True, False):
         _report_dark([(depth, sample) for depth, sample in depths if depth.adjustable == adjustable], name)
+    if not depths and brightest * _DARK < 2**8:
+        log.warning(
+            "all images are almost black: the largest pixel has the value %d of 255. Numbers such as 0 … 1 or classes"
+            " were probably saved as pixels; multiply them before they are saved",
+            brightest,
+        )
     shown_on_background = any("--background" in text for text, _ in texts)
     if source_options.get("background", "#ffffff") != "#ffffff" and not shown_on_background:
         log.warning("--background has no effect: no image has transparent pixels")

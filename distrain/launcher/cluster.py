@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from distrain.environment import TORCHRUN, host, integer, is_host, several_processes
+from distrain.environment import TORCHRUN, check_rank, host, integer, is_host, several_processes
 from distrain.errors import ConfigError
 from distrain.text import printable
 
@@ -60,6 +60,8 @@ class Options:
         """
         if self.host is not None and not is_host(self.host):
             raise ConfigError(f"--host {self.host[:80]!r} is no name or address of a host (give --port separately)")
+        if self.nodes == 1 and self.node is None:
+            return Options(nodes=1, node=0)
         return Options(
             nodes=self.nodes if self.nodes is not None else integer(variables, "DISTRAIN_NODES", 1),
             node=self.node if self.node is not None else integer(variables, "DISTRAIN_NODE", 0),
@@ -89,7 +91,7 @@ def detect(variables: Mapping[str, str], options: Options, full_name: Callable[[
     port = detected.port if given.port is None else given.port
     address = given.host or detected.host
     if node >= nodes:
-        raise ConfigError(f"node {node} of {nodes} (from {detected.source}): nodes are counted from 0")
+        raise ConfigError(f"node {node} of {nodes} ({detected.source}): nodes are counted from 0")
     if nodes > 1 and not (port and (given.host or detected.nodes > 1)):
         raise ConfigError(
             f"{nodes} nodes: give --host (the first node's name), --port (the same on all) and --node, or start under"
@@ -112,6 +114,8 @@ def _detect(variables: Mapping[str, str], given: Options, full_name: Callable[[]
         return _kubeflow(variables)
     if size > 1:
         return _one_of(size, variables, ("RANK",), ("MASTER_ADDR",), ("MASTER_PORT",), f"WORLD_SIZE={size}")
+    check_rank(variables)
+    integer(variables, "RANK", 0, size - 1, f"WORLD_SIZE={size}")
     if variables.get("JOB_COMPLETION_INDEX"):
         return _kubernetes(variables, given, full_name)
     allocated = integer(variables, "SLURM_NNODES", 0) or 1
@@ -137,9 +141,11 @@ def _slurm(variables: Mapping[str, str]) -> Topology:
             f" --nproc start the processes, {_ALONE}"
         )
     job = integer(variables, "SLURM_JOB_ID", 0) or 0
-    node = integer(variables, "SLURM_NODEID", 0, nodes - 1, f"the step has {nodes} nodes") or 0
     if nodes == 1:
         return Topology(1, 0, LOCAL, 0, f"SLURM job {job}")
+    node = integer(variables, "SLURM_NODEID", 0, nodes - 1, f"the step has {nodes} nodes")
+    if node is None:
+        raise ConfigError(f"SLURM job {job}: the step has {nodes} nodes, but SLURM_NODEID is not set: start with srun")
     port = 20000 + job % 20000  # jobs that share a node get different ports
     first = host({"SLURM_STEP_NODELIST": first_host(variables["SLURM_STEP_NODELIST"])}, "SLURM_STEP_NODELIST")
     return Topology(nodes, node, first or LOCAL, port, f"SLURM job {job}")
@@ -159,7 +165,7 @@ def _kubeflow(variables: Mapping[str, str]) -> Topology:
             f"PET_NNODES={variables['PET_NNODES'][:40]!r} is a range, but a run has a fixed number of nodes: remove the"
             " job's elasticPolicy, or give --nodes, --node, --host and --port"
         )
-    nodes = integer({"PET_NNODES": least}, "PET_NNODES", 1) or 1
+    nodes = integer({"PET_NNODES": least or colon}, "PET_NNODES", 1) or 1
     per_node = variables.get("PET_NPROC_PER_NODE")
     processes = None if per_node in ("auto", "gpu", "cpu") else integer(variables, "PET_NPROC_PER_NODE", 1)
     topology = Topology(1, 0, LOCAL, 0, "a Kubeflow job")

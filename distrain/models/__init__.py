@@ -164,8 +164,9 @@ def initialise(model: nn.Module, path: Path, classes: Sequence[str]) -> list[str
     differing = [name for name in state if name not in weights or weights[name].shape != state[name].shape]
     unexpected = [name for name in weights if name not in state]
     if unexpected or not all(_is_other_head(name, head, weights.get(name), state[name]) for name in differing):
-        names = ", ".join(shortened([*differing, *unexpected], 5))
-        raise ConfigError(f"model.init={path}: has the weights of another model; they differ in {names}")
+        names = f"differ in {', '.join(shortened(differing, 5))}" if differing else "fit"
+        more = f"; the file alone has {', '.join(shortened(list(map(printable, unexpected)), 5))}" if unexpected else ""
+        raise ConfigError(f"model.init={path}: has the weights of another model; they {names}{more}")
     retained, note = _compare_classes(f"model.init={path}", state, head, differing, weights, file.classes, classes)
     weights = {name: value if name in retained else state[name] for name, value in weights.items()}
     casts = _check_types(f"model.init={path}", weights, state)

@@ -152,7 +152,8 @@ def _explain(path: Path, message: str) -> str:
         return f"torch.load cannot read it ({printable(first)}); save `model.state_dict()` by torch.save"
     return (
         f"it holds Python objects ({printable(objects[1])[:100]}), which could run code; if you trust it, save its"
-        f" tensors: torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'weights.pt')"
+        f" state dict alone: content = torch.load({str(path)!r}, weights_only=False), and torch.save what is"
+        " content['state_dict'], or content.state_dict() of a whole model"
     )
 
 

@@ -174,6 +174,11 @@ def _check_name(path: Path, step: int) -> None:
         raise RenamedError(f"{path}: was renamed or copied, it holds step {step}; {copied}")
 
 
+def is_one(path: Path) -> bool:
+    """Whether a folder is a checkpoint, complete or not; a file model.safetensors alone may come from elsewhere."""
+    return (path / MODEL).exists() and ((path / _DIGESTS).exists() or (path / _STATE).exists())
+
+
 def problem(path: Path) -> str | None:
     """Return why a checkpoint cannot be read; None if its files have the right digests."""
     try:
@@ -200,14 +205,14 @@ def steps(folder: Path) -> list[int]:
     return sorted((step for step in numbers if path_of(folder, step).is_dir()), reverse=True)
 
 
-def renamed(folder: Path) -> list[str]:
-    """Return one message for each checkpoint whose folder has the name of another step."""
-    messages = []
+def renamed(folder: Path) -> dict[int, str]:
+    """Return a message for each step whose checkpoint's folder holds another step."""
+    messages = {}
     for step in steps(folder):
         try:
             _check_name(path_of(folder, step), (read_state(path_of(folder, step)) or {}).get("step", step))
         except RenamedError as error:
-            messages.append(str(error))
+            messages[step] = str(error)
     return messages
 
 

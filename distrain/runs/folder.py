@@ -51,7 +51,7 @@ class RunRecord:
     attempts: list[dict[str, Any]]
     """The files in RUN/attempts, oldest first."""
     checkpoints: list[int]
-    """Steps of the checkpoints in the folder, ascending."""
+    """Steps of the checkpoints in the folder, ascending, without those that were renamed or copied."""
     exit_record: dict[str, Any]
     """RUN/exit.json; empty if there is none."""
     problems: list[str]
@@ -209,7 +209,9 @@ def read(folder: Path, required: Collection[str] = ()) -> RunRecord:
     if number > attempts.MOST_READ:
         problems.append(f"{folder / attempts.FOLDER}: only the newest {attempts.MOST_READ:,} of {number:,} are shown")
     ended = record(EXIT, records.Exit) or {}
-    checkpoints = sorted(checkpoint.steps(folder / checkpoint.FOLDER))
+    renamed = checkpoint.renamed(folder / checkpoint.FOLDER)
+    problems += renamed.values()
+    checkpoints = sorted(set(checkpoint.steps(folder / checkpoint.FOLDER)) - renamed.keys())
     return RunRecord(folder, settings, setup or {}, lines, result, history, checkpoints, ended, problems)
 
 

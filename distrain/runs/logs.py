@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distrain import files
 from distrain.errors import DataError, FolderLostError
 from distrain.progress import Bar
 from distrain.runs import records
@@ -36,7 +37,8 @@ class JsonLines:
 
     def __init__(self, path: Path, lines: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._path = path
+        self._descriptor = _open(path)
         self._pending: list[bytes] = []
         self._unsynced: list[bytes] = []
         self._synced = os.fstat(self._descriptor).st_size
@@ -54,6 +56,8 @@ class JsonLines:
         Raises:
             OSError: they could not be written; the file is unchanged, and the lines stay in memory.
         """
+        if not self._path.exists():
+            self._write_again()
         data = b"".join(self._pending)
         before = os.fstat(self._descriptor).st_size
         try:
@@ -85,6 +89,19 @@ class JsonLines:
     def close(self) -> None:
         """Close the file; lines that were not flushed are lost."""
         os.close(self._descriptor)
+
+    def _write_again(self) -> None:
+        """Write a file that was deleted once more, with its lines, which the open descriptor still has."""
+        with open(os.dup(self._descriptor), "rb") as deleted:
+            deleted.seek(0)
+            files.replace(self._path, deleted.read())
+        os.close(self._descriptor)
+        self._descriptor = _open(self._path)
+        log.warning("%s: was deleted while the run writes it; its lines are written again", self._path)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def cut_back(run: Path, steps_done: int, metrics_lines: int, batch_size: int = 0) -> tuple[int, list[str]]:

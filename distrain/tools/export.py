@@ -81,6 +81,8 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> dict[str, An
     loaded = loaded_model.load(run, which)
     program = Program(loaded).eval()
     height, width, channels = loaded.image_shape
+    with torch.inference_mode():
+        loaded.check_logits(program(torch.rand(2, channels, height, width)))
     metadata = {
         "classes": json.dumps(loaded.classes),
         "image_shape": json.dumps([channels, height, width]),

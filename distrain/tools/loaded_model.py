@@ -37,10 +37,24 @@ class LoadedModel:
     """Name of the checkpoint's folder."""
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return the probabilities fp32 [N, K] of the classes for images uint8 [N, H, W, C]."""
+        """Return the probabilities fp32 [N, K] of the classes for images uint8 [N, H, W, C].
+
+        Raises:
+            DataError: logits are not finite.
+        """
         with torch.inference_mode():
             logits: Tensor = self.model(normalize(images.to(self.mean.device), self.mean, self.std))
+            self.check_logits(logits)
             return logits.softmax(1).cpu()
+
+    def check_logits(self, logits: Tensor) -> None:
+        """Check that logits are finite: finite weights can be so large that they are not.
+
+        Raises:
+            DataError: they are not.
+        """
+        if not logits.isfinite().all():
+            raise DataError(f"{self.checkpoint}: its model gives logits that are not finite; use another checkpoint")
 
 
 def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
@@ -60,6 +74,11 @@ def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
     for line in skipped:
         log.warning("skipped %s", line)
     saved = checkpoint.load(path)
+    if saved.state["identity"].get("data.manifest") != data["manifest"]:
+        raise DataError(
+            f"{path}: was not trained on the data set that {run / folder.SETUP} describes: its classes may be others;"
+            " choose another checkpoint, or bring back the one that was here"
+        )
     height, width, channels = data["image_shape"]
     classes, settings = data["classes"], config.model
     model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed)

@@ -246,7 +246,7 @@ def _choose(job: Job) -> Checkpoint | None:
         raise ConfigError(f"{folder}: already holds a run; resume it with run.resume=auto, or choose another run.dir")
     renamed = checkpoint.renamed(job.checkpoints)
     if renamed:
-        raise DataError("\n  ".join([f"{folder}: checkpoints have wrong names:", *renamed]))
+        raise DataError("\n  ".join([f"{folder}: checkpoints have wrong names:", *renamed.values()]))
     saved, skipped = checkpoint.newest(job.checkpoints)
     for line in skipped:
         log.warning("skipped %s", line)

@@ -37,11 +37,16 @@ def is_near(accuracy: float, level: float, samples: int) -> bool:
 
 
 def has_collapsed(confusion: Confusion, best: float) -> bool:
-    """Whether the accuracy is back at chance, or lost nine tenths of its lead, after `best` was well above it."""
+    """Whether the accuracy is back at chance, or lost nine tenths of its lead, after `best` was well above it.
+
+    In a small split, an accuracy that is near chance may still be that of the same model by chance.
+    """
     level, samples = chance(confusion), confusion.total
     accuracy = confusion.correct / samples
-    return is_well_above(best, level, samples) and (
-        is_near(accuracy, level, samples) or accuracy <= level + 0.1 * (best - level)
+    return (
+        is_well_above(best, level, samples)
+        and has_dropped(accuracy, best, samples)
+        and (is_near(accuracy, level, samples) or accuracy <= level + 0.1 * (best - level))
     )
 
 

@@ -33,7 +33,7 @@ from distrain.failure_report import PeerFailedError
 from distrain.models.batch_norm import can_be_synchronised
 from distrain.runs import checkpoint
 from distrain.runs.choice import choose
-from distrain.runs.folder import STACKS
+from distrain.runs.folder import CONFIG, STACKS
 from distrain.runs.trackers import check_tensorboard
 from distrain.text import plural, shortened
 from distrain.training import optim
@@ -215,7 +215,12 @@ def _load_initial(module: nn.Module, path: Path, classes: Sequence[str]) -> list
     """Load weights from a file, a checkpoint, or the checkpoint of a run that its result is of."""
     if not path.is_dir():
         return models.initialise(module, path, classes)
-    chosen, skipped = (path, []) if (path / checkpoint.MODEL).exists() else choose(path, None)
+    is_checkpoint = checkpoint.is_one(path)
+    if not is_checkpoint and not (path / CONFIG).exists():
+        raise ConfigError(
+            f"model.init={path}: is neither a run's folder nor a checkpoint; give one of these, or a file of weights"
+        )
+    chosen, skipped = (path, []) if is_checkpoint else choose(path, None)
     checkpoint.load(chosen)  # compares its files with their digests
     which = f"{chosen.name} is taken, the checkpoint of the run's result: the best on val, or without val the last"
     return [

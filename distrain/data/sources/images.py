@@ -31,6 +31,12 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 
 _CONVERT = "convert it to 8 bits"
 
+_FORMATS = (
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "SUN", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
+"""Formats that are read. Of Pillow's others, EPS runs Ghostscript on the file, and some hold no pixels."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -74,7 +80,7 @@ def read_image(
             without a defined maximum.
     """
     try:
-        with _limited_to(decoding.max_pixels), Image.open(io.BytesIO(data)) as image:
+        with _limited_to(decoding.max_pixels), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return _decode(image, data, image_shape, decoding)
     except MemoryError:
         raise

@@ -8,7 +8,7 @@ folders below a class belong to it.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -89,7 +89,7 @@ def describe(layout: Layout, trees: Sequence[Tree]) -> Iterator[str]:
         total = _count(sum(counts.values()), "image")
         yield f"{split}: {total}, {_counts(counts)}; from {_list(layout.folders[split], 3)}"
     if "test" not in layout.splits:
-        yield "no test/: a part of train becomes test (--test-fraction)"
+        yield "no test/: --test-fraction is the part of train that becomes test"
         single = [name for name in classes if len(layout.images["train", name]) == 1]
         if single:
             yield f"one image alone cannot be in train and in test; add some to {_list(single, 3)}, or a folder test/"
@@ -217,16 +217,16 @@ def _check_splits(tree: Tree) -> None:
 
 
 def _check_inner_splits(tree: Tree) -> None:
-    """Check that no split has only one folder with the name of the same split, such as training_set/training_set/."""
-    inner = {}
+    """Check that not all folders of a split are splits, such as training_set/training_set/CLASS/."""
     for folder in tree.split_folders():
         depth = len(folder)
         below = {parts[depth] for parts in tree.files if parts[:depth] == folder and len(parts) > depth + 1}
-        if len(below) == 1 and split_of(min(below)) == split_of(folder[-1]):
-            inner[folder] = tree.label((*folder, min(below)))
-    if inner:
-        cure = "pack these alone" if tree.is_archive else f"give the inner folders: {' '.join(inner.values())}"
-        raise DataError(f"{tree.label(min(inner))}: has only {printable(inner[min(inner)])}, of the same split; {cure}")
+        with_folders = {parts[depth] for parts in tree.files if parts[:depth] == folder and len(parts) > depth + 2}
+        same = len(below) == 1 and split_of(min(below)) == split_of(folder[-1])
+        if same or (len(below) > 1 and below == with_folders and all(map(split_of, below))):
+            inner = " ".join(tree.label((*folder, name)) for name in sorted(below))
+            cure = "pack these alone" if tree.is_archive else f"give the inner folders: {inner}"
+            raise DataError(f"{tree.label(folder)}: has only folders that are splits themselves; {cure}")
 
 
 def _check_plain(tree: Tree) -> None:
@@ -239,16 +239,15 @@ def _check_plain(tree: Tree) -> None:
         cure = _DETECTION if labels else "put them above: train/CLASS/, test/CLASS/"
         raise DataError(f"{_list(names, 3)}: splits are below the classes; {cure}")
     classes = {parts[0] for parts in images if len(parts) > 1}
+    splits = sorted(name for name in classes if split_of(name))
+    if splits and len(splits) == len(classes):
+        raise DataError(_loose(tree, sorted(parts for parts in images if parts[0] in splits)))
     similar = similar_splits(classes)
     if similar:
         raise DataError(f"{tree.label()}: {_list(similar, 4)} seem to be splits, not classes; call them train and test")
     _warn_of_repeated_folders(tree, images)
-    splits = sorted(name for name in classes if split_of(name))
     if not splits:
         return
-    loose = sorted(parts for parts in images if parts[0] in splits)
-    if len(splits) == len(classes):
-        raise DataError(_loose(tree, loose))
     raise DataError(
         f"{tree.label((splits[0],))}: has the name of a split, but is beside the classes. If it is a class, put all"
         f" class folders into train/, such as train/{printable(splits[0])}/; if it is a split, put its classes into it"
@@ -256,16 +255,17 @@ def _check_plain(tree: Tree) -> None:
 
 
 def _warn_of_repeated_folders(tree: Tree, images: Sequence[Parts]) -> None:
-    """Warn if all classes consist of folders with the same names, such as amazon/chair/ and webcam/chair/."""
+    """Warn if the classes consist of folders with the same names, such as amazon/chair/ and webcam/chair/."""
     folders: dict[str, set[str]] = defaultdict(set)
     for parts in images:
         folders[parts[0]].add(parts[1] if len(parts) > 2 else "")
-    common = set.intersection(*folders.values()) if len(folders) > 1 else set()
-    if len(common) > 1 and "" not in set.union(*folders.values()):
+    counts = Counter(name for names in folders.values() for name in names)
+    repeated = {name for name, count in counts.items() if count > 1}
+    if len(repeated) > 1 and "" not in counts and all(names & repeated for names in folders.values()):
         outer = _list([printable(name) for name in sorted(folders)], 4)
-        inner = _list([printable(name) for name in sorted(common)], 4)
+        inner = _list([printable(name) for name in sorted(repeated)], 4)
         tree.warnings.append(
-            f"{tree.label()}: {outer} become the classes, but all have the folders {inner}; if those are the classes,"
+            f"{tree.label()}: {outer} become the classes, but have the same folders {inner}; if those are the classes,"
             " give the folders above them one by one"
         )
 

@@ -24,10 +24,12 @@ _SPLITS = {
 }
 _ANY_SPLIT = "|".join(sorted(_SPLITS, key=len, reverse=True))
 _SPLIT_NAME = re.compile(rf"({_ANY_SPLIT})(?:[-_ ]?(?:set|split|data|images))?")
-_SPLIT_PART = re.compile(rf"(?<![a-z])(?:{_ANY_SPLIT})(?:set)?(?![a-z])")
+_SPLIT_PART = re.compile(rf"(?<![a-z])({_ANY_SPLIT})(?:set)?(?![a-z])")
+_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_NO_LETTERS = re.compile(r"[\W\d_]+")
 _ARCHIVE_SUFFIX = re.compile(r"\.(?:zip|tgz|tbz2?|txz|tar(?:\.\w+)?)$", re.IGNORECASE)
 
-_SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
+_SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r"}
 _SYSTEM_NAMES |= {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
 _DOT_FOLDERS = {".ipynb_checkpoints", ".git", ".hg", ".svn", ".dvc", ".cache", ".idea", ".vscode", ".venv", ".partial"}
 _DOT_FOLDERS |= {".thumbnails", ".thumbs", ".@__thumb", ".xvpics", ".picasaoriginals", ".snapshot", ".snapshots"}
@@ -62,13 +64,14 @@ def split_of(name: str) -> str | None:
 
 
 def similar_splits(names: Iterable[str]) -> list[str]:
-    """Return names that differ only in the split that they contain, such as seg_train and seg_test."""
-    groups: dict[str, set[str]] = defaultdict(set)
+    """Return names that differ only in the split that they contain, and in numbers: 1_train and 2_test."""
+    groups: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
-        pattern, count = _SPLIT_PART.subn("*", name.casefold())
-        if count:
-            groups[pattern].add(name)
-    return next((sorted(printable(name) for name in group) for group in groups.values() if len(group) > 1), [])
+        text = _CAPITAL.sub("_", _ARCHIVE_SUFFIX.sub("", normal(name))).casefold()
+        for match in _SPLIT_PART.finditer(text):
+            rest = _NO_LETTERS.sub("", text[: match.start()] + text[match.end() :])
+            groups[rest].setdefault(_SPLITS[match[1]], printable(name))
+    return next((sorted(group.values()) for group in groups.values() if len(group) > 1), [])
 
 
 def classes_in(file_names: Iterable[str]) -> list[str]:
