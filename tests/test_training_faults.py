@@ -300,7 +300,7 @@ class Settings:
         ({"state_dict": {}}, "is not a state dict"),
         ({}, r"is not a state dict \(it is empty\)"),
         ({"epoch": 3, "fc.weight": torch.ones(2)}, r"is not a state dict \(it holds epoch\)"),
-        ({"state_dict": {"w": torch.ones(1)}, "x": Settings()}, "holds Python objects .*Settings.* save its state dict"),
+        ({"state_dict": {"w": torch.ones(1)}, "x": Settings()}, "holds Python objects .*Settings.* save its state"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_weights_are_described(content: Any, message: str, tmp_path: Path) -> None:
