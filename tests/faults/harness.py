@@ -6,15 +6,18 @@ Events are read from the status of the worker processes (`distrain.worker_status
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,30 @@ def small_run(data: Path, run: Path, /, **sections: dict[str, Any]) -> dict[str,
     for section, values in sections.items():
         tree.setdefault(section, {}).update(values)
     return tree
+
+
+@contextlib.contextmanager
+def served(dataset: Path) -> Iterator[tuple[str, threading.Event]]:
+    """Serve a data set on the loopback; yield its address, and an event from which on no shard is answered."""
+    silent, over = threading.Event(), threading.Event()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if silent.is_set() and self.path.endswith(".tar"):
+                over.wait(SECONDS)
+            with contextlib.suppress(ConnectionError):  # the job has ended
+                super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(dataset))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", silent
+        over.set()
+        server.shutdown()
 
 
 class Job:

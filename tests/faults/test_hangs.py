@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
@@ -10,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Job, exit_file, small_run, until
-
-from distrain.data import manifest
+from harness import Job, exit_file, served, small_run, until
 
 pytestmark = pytest.mark.faults
 QUICK = {"start_seconds": 60, "step_seconds": 5, "eval_seconds": 5, "save_seconds": 5}
@@ -71,14 +68,13 @@ def test_a_process_that_never_releases_the_interpreter_lock(data: Path, tmp_path
         assert "models_for_tests.py" in job.output  # its stack traces, written without the interpreter lock
 
 
-def test_a_shard_that_never_arrives(data: Path, tmp_path: Path, copied: Any) -> None:
-    dataset = copied(data)
-    victim = dataset / manifest.read(dataset).split("train").shards[1].name
-    with Job(small_run(dataset, tmp_path / "run", timeouts=QUICK), tmp_path) as job:
-        job.wait_for("train", 1)
-        victim.unlink()
-        os.mkfifo(victim)  # opening it blocks until a writer arrives, which never does
-        reason = reason_in_time(job)
+def test_a_shard_that_never_arrives(data: Path, tmp_path: Path) -> None:
+    with served(data) as (address, silent):
+        remote = {"dir": address, "cache_gib": 0, "fetch_timeout_seconds": 600}
+        with Job(small_run(data, tmp_path / "run", timeouts=QUICK, data=remote), tmp_path) as job:
+            job.wait_for("train", 1)
+            silent.set()
+            reason = reason_in_time(job)
     assert "waits for its data" in reason
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -12,9 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import Job, TrainedRun, exit_file, newest_step, small_run, trained, until
-
-from distrain.data import manifest
+from harness import Job, TrainedRun, exit_file, newest_step, served, small_run, until
 
 pytestmark = pytest.mark.faults
 PHASES: dict[str, tuple[str, int]] = {
@@ -102,23 +99,17 @@ def test_stop_in_a_long_evaluation(data: Path, tmp_path: Path, undisturbed: Any,
     finish(job.run, **one_by_one).same_as(expected)
 
 
-def test_stop_while_data_does_not_arrive(data: Path, tmp_path: Path, copied: Any, undisturbed: Any) -> None:
+def test_stop_while_data_does_not_arrive(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
     expected = undisturbed()
-    dataset = copied(data)
-    victim = dataset / manifest.read(dataset).split("train").shards[1].name
-    content = victim.read_bytes()
-    with Job(small_run(dataset, tmp_path / "run"), tmp_path) as job:
-        job.wait_for("train", 1)
-        victim.unlink()
-        os.mkfifo(victim)
-        job.wait_until_stuck()
-        job.signal("rank0")
-        check_code(job)
-    victim.unlink()
-    victim.write_bytes(content)
-    with Job(small_run(dataset, tmp_path / "run"), tmp_path) as job:
-        assert job.wait() == 0, job.output
-    trained(job.run).same_as(expected)
+    with served(data) as (address, silent):
+        remote = {"dir": address, "cache_gib": 0, "fetch_timeout_seconds": 600}
+        with Job(small_run(data, tmp_path / "run", data=remote), tmp_path) as job:
+            job.wait_for("train", 1)
+            silent.set()
+            job.wait_until_stuck()
+            job.signal("rank0")
+            check_code(job)
+    finish(job.run).same_as(expected)
 
 
 def test_more_signals_do_not_break_a_save(data: Path, tmp_path: Path, undisturbed: Any, finish: Any) -> None:
