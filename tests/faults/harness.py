@@ -68,12 +68,12 @@ def small_run(data: Path, run: Path, /, **sections: dict[str, Any]) -> dict[str,
 
 @contextlib.contextmanager
 def served(dataset: Path) -> Iterator[tuple[str, threading.Event]]:
-    """Serve a data set on the loopback; yield its address, and an event from which on no shard is answered."""
+    """Serve a data set on the loopback; yield its address, and an event from which on no shard of train is answered."""
     silent, over = threading.Event(), threading.Event()
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
-            if silent.is_set() and self.path.endswith(".tar"):
+            if silent.is_set() and self.path.startswith("/train/"):
                 over.wait(SECONDS)
             with contextlib.suppress(ConnectionError):  # the job has ended
                 super().do_GET()
