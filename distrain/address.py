@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 _SECRET = re.compile("(token|secret|passw|credential|key$)", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
@@ -15,6 +16,11 @@ def scheme(text: str) -> str | None:
     """Return the scheme of an address (the part before `://`) in lower case; None if the text is a path."""
     match = _SCHEME.match(text)
     return match[0].lower() if match else None
+
+
+def is_address(path: Path) -> bool:
+    """Whether a path was an address: pathlib makes `https:/host` of `https://host`."""
+    return re.match(r"\w+:/", str(path)) is not None
 
 
 def without_secrets(text: str) -> str:

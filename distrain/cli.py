@@ -485,51 +485,59 @@ def _folder(_context: click.Context, _option: click.Parameter, text: str) -> Pat
     return Path(text)
 
 
-def _prepare_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that all sources share."""
-    for option in (
-        click.option(
-            "--skip-bad",
-            default=0,
-            show_default=True,
-            type=click.IntRange(0),
-            help="How many unreadable images to drop; more are an error.",
-        ),
-        click.option(
-            "--test-fraction",
-            type=click.FloatRange(0, 1, max_open=True),
-            help="Part of train that becomes test, if the source has no test split; stratified.  [default: 0.1]",
-        ),
-        click.option(
-            "--val-fraction",
-            default=0.0,
-            show_default=True,
-            type=click.FloatRange(0, 1, max_open=True),
-            help="Part of train that becomes val, which the best checkpoint is chosen on; stratified.",
-        ),
-        click.option("--limit", type=click.IntRange(1), help="Maximum number of samples of each split; stratified."),
-        click.option(
-            "--lanes",
-            type=click.IntRange(1),
-            help="Parallel streams of an epoch, and so the maximum number of processes.  [default: 64, or fewer for"
-            " some hundreds of images]",
-        ),
-        click.option(
-            "--shards",
-            type=click.IntRange(1),
-            help="Tar files of each split, a multiple of the lanes.  [default: files of at most 32 MiB]",
-        ),
-        click.option(
-            "--seed",
-            default=0,
-            show_default=True,
-            type=click.IntRange(0, 2**63 - 1),
-            help="Seed of the splits, the shuffle and the generated pictures.",
-        ),
-        click.option("--out", required=True, callback=_folder, metavar="PATH", help="Folder to write."),
-    ):
-        command = option(command)
-    return command
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a decorator that adds options to a command."""
+
+    def add(command: Any) -> Any:
+        for option in options:
+            command = option(command)
+        return command
+
+    return add
+
+
+_prepare_options = _options(
+    click.option(
+        "--skip-bad",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0),
+        help="How many unreadable images to drop; more are an error.",
+    ),
+    click.option(
+        "--test-fraction",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Part of train that becomes test, if the source has no test split; stratified.  [default: 0.1]",
+    ),
+    click.option(
+        "--val-fraction",
+        default=0.0,
+        show_default=True,
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Part of train that becomes val, which the best checkpoint is chosen on; stratified.",
+    ),
+    click.option("--limit", type=click.IntRange(1), help="Maximum number of samples of each split; stratified."),
+    click.option(
+        "--lanes",
+        type=click.IntRange(1),
+        help="Parallel streams of an epoch, and so the maximum number of processes.  [default: 64, or fewer for"
+        " some hundreds of images]",
+    ),
+    click.option(
+        "--shards",
+        type=click.IntRange(1),
+        help="Tar files of each split, a multiple of the lanes.  [default: files of at most 32 MiB]",
+    ),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, 2**63 - 1),
+        help="Seed of the splits, the shuffle and the generated pictures.",
+    ),
+    click.option("--out", required=True, callback=_folder, metavar="PATH", help="Folder to write."),
+)
+"""The options that all sources share."""
 
 
 @prepare_group.command("cifar10")
@@ -564,33 +572,30 @@ def _colour(_context: click.Context, _option: click.Parameter, text: str) -> str
     return "#" + bytes(colour).hex()
 
 
-def _decoding_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that decide how image files become pixels, the fields of `images.Decoding`."""
-    for option in (
-        click.option(
-            "--max-pixels",
-            default=89_478_485,
-            show_default=True,
-            type=click.IntRange(1),
-            help="Images with more pixels are unreadable, as they may be made to exhaust the memory.",
-        ),
-        click.option(
-            "--bit-depth",
-            default=16,
-            show_default=True,
-            type=click.IntRange(1, 16),
-            help="Bits of the pixels in grey images of 16 bits that do not state it (12: scientific cameras, DICOM).",
-        ),
-        click.option(
-            "--background",
-            default="white",
-            show_default=True,
-            callback=_colour,
-            help="Colour behind transparent pixels: a name, or #rrggbb.",
-        ),
-    ):
-        command = option(command)
-    return command
+_decoding_options = _options(
+    click.option(
+        "--max-pixels",
+        default=89_478_485,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Images with more pixels are unreadable, as they may be made to exhaust the memory.",
+    ),
+    click.option(
+        "--bit-depth",
+        default=16,
+        show_default=True,
+        type=click.IntRange(1, 16),
+        help="Bits of the pixels in grey images of 16 bits that do not state it (12: scientific cameras, DICOM).",
+    ),
+    click.option(
+        "--background",
+        default="white",
+        show_default=True,
+        callback=_colour,
+        help="Colour behind transparent pixels: a name, or #rrggbb.",
+    ),
+)
+"""The options that decide how image files become pixels, the fields of `images.Decoding`."""
 
 
 @prepare_group.command("folder")

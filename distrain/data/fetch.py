@@ -101,7 +101,7 @@ class FetchOptions:
     @classmethod
     def of(cls, data: Data, cached: bool = True) -> FetchOptions:
         """Return the options that a configuration sets; `cached=False` turns the cache off, as a local folder does."""
-        remote = data.dir is not None and address.scheme(data.dir) is not None
+        remote = address.scheme(data.dir) is not None
         folder = cache_folder(data.cache_dir) if cached and remote and data.cache_gib > 0 else None
         return cls(folder, int(data.cache_gib * 2**30), data.fetch_retries, data.fetch_timeout_seconds)
 

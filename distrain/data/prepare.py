@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -27,7 +26,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from distrain import machine
+from distrain import address, machine
 from distrain.data import manifest, pool, shards
 from distrain.data.manifest import Dataset, Manifest, Shard, Split
 from distrain.data.order import Ints, split_permutation
@@ -128,7 +127,7 @@ def prepare(
     request = {"kind": kind, **source_options, **{k: v for k, v in vars(options).items() if k != "skip_bad"}}
     if options.test_fraction is None:
         request["test_fraction"] = DEFAULT_TEST_FRACTION
-    if re.match(r"\w+:/", str(out)):
+    if address.is_address(out):
         raise ConfigError(f"--out {printable(out)}: is an address; choose a folder, and upload it when it is complete")
     if (out / manifest.NAME).exists():
         return _existing(out, request, open_source), False

@@ -141,9 +141,8 @@ def check_number(processes: int, device: str, gpus: int, cores: int, oversubscri
         ConfigError: there are too many.
     """
     if device != "cpu" and gpus and processes > gpus:
-        available = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
         raise ConfigError(
-            f"launch: {processes} processes for {available}: each process needs one; lower --nproc, or set"
+            f"launch: {processes} processes for {plural(gpus, 'GPU')}: each process needs one; lower --nproc, or set"
             " run.device=cpu"
         )
     if processes > PROCESSES_PER_CORE * cores and not oversubscribe:

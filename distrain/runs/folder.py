@@ -83,7 +83,8 @@ def configuration(folder: Path, overrides: Sequence[str] = ()) -> Config:
             " give the folder that was run.dir, or move this file away and run the train command again"
         )
     try:
-        missing = _missing_keys(config.load(path))
+        settings = config.load(path)
+        missing = _missing_keys(settings)
         reason = f"{missing[0]}: missing" if missing else ""
     except (ConfigError, RecursionError) as error:
         reason = str(error).partition("\n")[2].strip().replace(f"{path}:", "line ") or type(error).__name__
@@ -91,7 +92,7 @@ def configuration(folder: Path, overrides: Sequence[str] = ()) -> Config:
         raise DataError(
             f"{path}: damaged, or written by another version of distrain ({reason}); {_RUN_AGAIN}, or restore it"
         )
-    return config.load(path, overrides)
+    return config.load(path, overrides) if overrides else settings
 
 
 def _missing_keys(settings: Config) -> list[str]:
@@ -231,7 +232,7 @@ def read_started(folder: Path, required: Collection[str] = ()) -> RunRecord:
     """
     record = read(folder, (SETUP, *required))
     if not record.setup:
-        raise DataError(f"{folder}: its run has not started (no {SETUP}); {_RUN_AGAIN}")
+        raise _not_started(folder)
     return record
 
 
@@ -243,8 +244,12 @@ def read_setup(folder: Path) -> dict[str, Any]:
     """
     setup = records.read(folder / SETUP, records.Setup, _RUN_AGAIN)
     if setup is None:
-        raise DataError(f"{folder}: its run has not started (no {SETUP}); {_RUN_AGAIN}")
+        raise _not_started(folder)
     return records.content_of(setup)
+
+
+def _not_started(folder: Path) -> DataError:
+    return DataError(f"{folder}: its run has not started (no {SETUP}); {_RUN_AGAIN}")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

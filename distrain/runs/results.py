@@ -139,8 +139,13 @@ def step_of(result: dict[str, Any]) -> int:
 
 def describe_checkpoint(result: dict[str, Any]) -> str:
     """Say which checkpoint the accuracy in RUN/result.json belongs to, and why this one."""
-    why = "the last" if result["val_accuracy"] is None else f"the best on val, {percent(result['val_accuracy'])}"
-    return f"step {step_of(result):,} ({why})"
+    accuracy = "" if result["val_accuracy"] is None else f", {percent(result['val_accuracy'])}"
+    return f"step {step_of(result):,} ({why_chosen(result)}{accuracy})"
+
+
+def why_chosen(result: dict[str, Any]) -> str:
+    """Say why this checkpoint was evaluated for RUN/result.json."""
+    return "the last" if result["val_accuracy"] is None else "the best on val"
 
 
 def lowest_first(rows: Iterable[ClassAccuracy]) -> list[ClassAccuracy]:

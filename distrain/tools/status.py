@@ -101,8 +101,7 @@ def _state(record: RunRecord) -> str:
 def _accuracy(record: RunRecord) -> dict[str, Any] | None:
     """The result's accuracy, or else that of the newest evaluation."""
     if record.result is not None:
-        why = "the last" if record.result["val_accuracy"] is None else "the best on val"
-        step = results.step_of(record.result)
+        step, why = results.step_of(record.result), results.why_chosen(record.result)
         return {"accuracy": record.result["accuracy"], "split": "test", "step": step, "why": why}
     for line in reversed(record.lines):
         for split in ("val", "test"):

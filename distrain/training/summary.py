@@ -96,8 +96,8 @@ def _log_warnings(job: Job, setup: dict[str, Any]) -> None:
     order = job.order
     better = optim.advice(job.config.train, order.num_shards * order.samples_per_shard, _smallest_batch(job))
     if better is not None:
-        per_epoch = f"{order.steps_per_epoch} step{'' if order.steps_per_epoch == 1 else 's'} an epoch"
-        log.warning("%s, %s in all: a model learns little in so few; try %s", per_epoch, f"{job.total_steps:,}", better)
+        steps = f"{plural(order.steps_per_epoch, 'step')} an epoch, {job.total_steps:,} in all"
+        log.warning("%s: a model learns little in so few; try %s", steps, better)
     if job.dependent_layers:
         log.warning(
             "model %s has %s: what it learns depends on the number of processes",

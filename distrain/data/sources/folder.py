@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import stat
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from distrain import address
 from distrain.data.sources import UnreadableError
 from distrain.data.sources.archives import File, Member, Spool, list_archive, read
 from distrain.data.sources.duplicates import digest, equal_files
@@ -26,7 +26,7 @@ from distrain.data.sources.layout import Image, Layout, arrange, describe
 from distrain.data.sources.names import never_has_images, other_kind, split_of
 from distrain.data.sources.tree import Tree, read_tree
 from distrain.errors import DataError
-from distrain.text import printable, shortened
+from distrain.text import plural, printable, shortened
 
 log = logging.getLogger("distrain")
 
@@ -105,7 +105,7 @@ def _check_paths(paths: Sequence[Path]) -> None:
     resolved: dict[Path, Path] = {}
     for path in paths:
         name = printable(path)
-        if re.match(r"\w+:/", str(path)):
+        if address.is_address(path):
             raise DataError(f"{name}: is an address; download it first, and give the folder or archive")
         try:
             mode = path.stat().st_mode
@@ -234,5 +234,5 @@ def _warn_of_equal_files(source: Folder) -> None:
             if label != first_label:
                 pairs[_CONTRADICTION, split].append(f"{file.name} equals {first_file.name}")
     for (what, split), names in pairs.items():
-        count = f"{len(names):,} {'image' if len(names) == 1 else 'images'} of {split}"
+        count = f"{plural(len(names), 'image')} of {split}"
         log.warning("%s", f"{count} {what}: {', '.join(shortened(names, 2))}")

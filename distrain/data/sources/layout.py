@@ -16,7 +16,7 @@ from distrain.data.sources.archives import File
 from distrain.data.sources.names import classes_in, is_archive, is_image, normal, other_kind, similar_splits, split_of
 from distrain.data.sources.tree import Parts, Tree
 from distrain.errors import DataError
-from distrain.text import printable, shortened
+from distrain.text import plural, printable, shortened
 
 SPLITS = ("train", "val", "test")
 
@@ -86,7 +86,7 @@ def describe(layout: Layout, trees: Sequence[Tree]) -> Iterator[str]:
     yield f"{layout.where}: {len(classes)} classes: {_list(classes, 10)}"
     for split in layout.splits:
         counts = {name: len(layout.images[split, name]) for name in classes}
-        total = _count(sum(counts.values()), "image")
+        total = plural(sum(counts.values()), "image")
         yield f"{split}: {total}, {_counts(counts)}; from {_list(layout.folders[split], 3)}"
     if "test" not in layout.splits:
         yield "no test/: --test-fraction is the part of train that becomes test"
@@ -121,10 +121,6 @@ def _counts(counts: dict[str, int]) -> str:
     if len(counts) <= 5:
         return ", ".join(f"{name} {count:,}" for name, count in counts.items())
     return f"{counts[smallest]:,} ({smallest}) to {counts[largest]:,} ({largest}) per class"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _list(items: Sequence[str], limit: int) -> str:

@@ -262,9 +262,8 @@ def _effect(record: RunRecord) -> str:
 
 def _check_counts(result: dict[str, Any], setup: dict[str, Any]) -> Check:
     """Compare the counts of the classes with the manifest's number of test images and with the accuracy."""
-    rows = results.classes_of(result)
-    total, expected = sum(row.samples for row in rows), setup["data"]["splits"].get("test", 0)
-    correct = round(sum((row.accuracy or 0.0) * row.samples for row in rows))
+    confusion = results.Confusion.of_result(result)
+    total, correct, expected = confusion.total, confusion.correct, setup["data"]["splits"].get("test", 0)
     if total != expected:
         return Check("bad", f"The confusion matrix counts {total:,} test images, the manifest {expected:,}.")
     counts = (result["total"], result["correct"])
