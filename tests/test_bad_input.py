@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -11,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from types import FrameType
 
 import pytest
 import yaml
+from broken_disks import refuse_to_sync_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -354,14 +353,7 @@ def test_a_wrong_option_or_command_is_one_short_line(argument: str) -> None:
 def test_a_run_trains_and_resumes_where_folders_cannot_be_synced(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.fsync
-
-    def fsync(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    refuse_to_sync_folders(monkeypatch)
     assert "could be saved" not in shown("train", *keys(dataset, tmp_path / "run"), "checkpoint.every_steps=1", code=0)
     assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == [
         "step-00000001",

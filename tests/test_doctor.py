@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken_disks import refuse_to_sync_folders
 from harness import arguments, clean_environ, small_run
 
 from distrain import config, machine
@@ -132,14 +132,7 @@ def test_all_that_a_run_does_in_its_folder_is_tried(
 
 
 def test_a_file_system_that_cannot_sync_folders_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.fsync
-
-    def fsync(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    refuse_to_sync_folders(monkeypatch)
     works, note = findings(lambda keys, _: doctor._run_folder(keys), tmp_path)
     assert (works.level, note.level) == ("ok", "note")
     assert note.message == f"{tmp_path}: its file system cannot sync folders, which is passed over"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from broken_disks import refuse_to_sync_folders
 
 from distrain import files
 
@@ -97,14 +98,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_else(tmp_path: 
 def test_a_folder_that_its_file_system_cannot_sync_is_passed_over(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.fsync
-
-    def fsync(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(number, os.strerror(number))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    refuse_to_sync_folders(monkeypatch, number)
     files.replace(tmp_path / "file", "text")
     assert (tmp_path / "file").read_text() == "text"
     assert files.sync(tmp_path) is False
