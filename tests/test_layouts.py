@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import shutil
-import socket
 import stat
 import struct
 import sys
@@ -499,8 +498,7 @@ def test_what_is_neither_folder_nor_file_is_refused_at_once(kind: str, tmp_path:
     elif kind == "device":
         path.symlink_to("/dev/zero")
     else:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(path))
+        os.mknod(path, stat.S_IFSOCK | 0o600)
     assert "is neither a folder nor an archive, but a pipe, socket or device" in refusal(tmp_path, path)
 
 
