@@ -62,7 +62,7 @@ def measure(context: Context) -> Table:
     rows = []
     for case, dataset in zip(cases, datasets, strict=True):
         world, order = World(0, case.processes), training_order(dataset, BATCH)
-        buffers = stream.memory(dataset, order, world, read_ahead=1) / 2**20
+        buffers = stream.memory(dataset, order, (world,), read_ahead=1) / 2**20
         rows += [grown[str(case)], Row(f"its buffers: {case}", "MiB", [buffers] * context.repeats)]
 
     times = {}

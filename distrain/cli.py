@@ -381,6 +381,27 @@ def status(run: Path, as_json: bool) -> None:
     console.check_answer()
 
 
+@cli.command("hash")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN [RUN]...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array, with an object for each run.")
+def show_hashes(runs: tuple[Path, ...], as_json: bool) -> None:
+    """Show the digests of the weights, the optimizer and the trained ids of runs; compare several with the first one.
+
+    \b
+    distrain hash runs/first
+    distrain hash runs/first runs/second
+
+    They are read from RUN/metrics.jsonl, where a run writes them at each evaluation and save. Where a run parts from
+    the first one, the line, what differs there and what may be why are named, and the exit code is 78.
+    """
+    from distrain.tools.hash_runs import check_equal, format_hashes, hash_runs
+
+    hashes = hash_runs(runs)
+    console.show(json.dumps(hashes) if as_json else format_hashes(hashes))
+    console.check_answer()
+    check_equal(hashes)
+
+
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")

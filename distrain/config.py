@@ -257,6 +257,14 @@ class Train(Section):
         " compare results exactly",
         identity=True,
     )
+    virtual_ranks: Whole | None = _key(
+        None,
+        "number of virtual ranks, among which a global batch is divided: the weights are then the same, bit for bit, on"
+        " any number of processes up to this one; implies deterministic; null: one for each process",
+        identity=True,
+        ge=1,
+        le=4096,
+    )
     deterministic: bool = _key(
         False, "on GPUs, use only deterministic operations, which are slower (CPUs are always deterministic)"
     )

@@ -39,6 +39,16 @@ class World:
     rank: int = 0
     size: int = 1
 
+    def virtual_ranks(self, number: int | None) -> tuple[World, ...]:
+        """Return the virtual ranks that this process trains, of a `number` of them; None: one for each process.
+
+        Of V virtual ranks, process r of W has those from r·V/W to (r + 1)·V/W, rounded down: at least one for W ≤ V.
+        """
+        if number is None:
+            return (self,)
+        first, stop = (rank * number // self.size for rank in (self.rank, self.rank + 1))
+        return tuple(World(rank, number) for rank in range(first, stop))
+
 
 @dataclass(frozen=True)
 class Environment:

@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
     """Return system, processor, usable cores and memory in GiB, to be recorded with results."""
     return {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
@@ -56,12 +56,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor."""
+    return _cpuinfo("model name") or platform.processor()
+
+
+def vector_instructions() -> list[str]:
+    """Sets of vector instructions of the processor, by which libraries choose their kernels."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
+    return sorted(flag for flag in flags if flag.startswith(("avx", "fma", "amx", "asimd", "sve", "bf16")))
+
+
+def _cpuinfo(name: str) -> str | None:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
-    return platform.processor()
+    return None
 
 
 def free_memory() -> int:

@@ -138,7 +138,15 @@ def _train_each(configs: list[dict[str, Any]]) -> Any:
     return _train(configs[int(os.environ["RANK"])])
 
 
-_CALLS = {"train": _train, "train_each": _train_each, "evaluate": _evaluate}
+def _train_mutated(config: dict[str, Any], mutation: str) -> Any:
+    """Train with a part of the code replaced."""
+    import mutations
+
+    with mutations.applied(mutation):
+        return _train(config)
+
+
+_CALLS = {"train": _train, "train_each": _train_each, "train_mutated": _train_mutated, "evaluate": _evaluate}
 
 
 def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:

@@ -48,6 +48,67 @@ class Normed(nn.Sequential):
         )
 
 
+class Mixed(nn.Sequential):
+    """Has layers whose result could depend on which process computes what: BatchNorm, dropout, other buffers."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(
+            nn.Conv2d(image_shape[0], 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout2d(0.1),
+            nn.Flatten(),
+            nn.utils.parametrizations.spectral_norm(
+                nn.Linear(8 * ((image_shape[1] - 1) // 2) * ((image_shape[2] - 1) // 2), 24)
+            ),
+            nn.BatchNorm1d(24, momentum=None),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            Newest(),
+            nn.Linear(24, num_classes),
+        )
+
+
+class Newest(nn.Module):
+    """Adds a moving average of the newest batch's mean, which each pass changes, one buffer in place and one not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("newest", torch.zeros(24))
+        self.register_buffer("replaced", torch.zeros(24))
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.training and len(values):
+            mean = values.detach().to(self.newest.dtype).mean(0)
+            self.newest.lerp_(mean, 0.1)
+            self.replaced = self.replaced * 0.9 + mean
+        return values + self.newest + 0.1 * self.replaced
+
+
+class Sometimes(Small):
+    """Changes a buffer in its tenth training pass alone."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.register_buffer("seen", torch.zeros(1))
+        self.pass_count = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.pass_count += self.training
+        if self.training and self.pass_count == 10:
+            self.seen += 1
+        return super().forward(images)
+
+
+class Differing(Small):
+    """Draws initial weights that no seed determines."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        with torch.no_grad():
+            next(self.parameters()).add_(os.getpid())
+
+
 class Projected(nn.Module):
     """Draws a tensor that no checkpoint has."""
 

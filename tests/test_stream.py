@@ -57,9 +57,11 @@ def streamed(
     dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int = 1, cached: bool = False
 ) -> list[list[int]]:
     train = Cache(dataset, torch.device("cpu")) if cached else None
-    batches = TrainingBatches(dataset, order, world, steps, read_ahead, with_random_bits=False, pin=False, cache=train)
+    batches = TrainingBatches(
+        dataset, order, (world,), steps, read_ahead, with_random_bits=False, pin=False, cache=train
+    )
     with closing(batches):
-        return [batch.ids.tolist() for batch in batches]
+        return [batch.ids.tolist() for (batch,) in batches]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,9 +98,9 @@ def test_images_labels_and_random_bits_belong_to_their_ids(small: Dataset) -> No
     order = order_of(small, 50)
     for rank in range(3):
         world = World(rank, 3)
-        batches = TrainingBatches(small, order, world, range(30), 1, with_random_bits=True, pin=False)
+        batches = TrainingBatches(small, order, (world,), range(30), 1, with_random_bits=True, pin=False)
         with closing(batches):
-            for step, batch in enumerate(batches):
+            for step, (batch,) in enumerate(batches):
                 for image, label, index in zip(batch.images, batch.labels, batch.ids, strict=True):
                     assert (image.numpy() == source.load("train", int(index))).all()
                     assert label == source.labels["train"][index]
@@ -142,7 +144,7 @@ def test_the_error_for_a_damaged_shard_names_it(small: Dataset, tmp_path) -> Non
 
 def test_closing_ends_the_reading_thread(small: Dataset) -> None:
     before = set(threading.enumerate())
-    batches = TrainingBatches(small, order_of(small, 8), World(), range(1000), 1, with_random_bits=False, pin=False)
+    batches = TrainingBatches(small, order_of(small, 8), (World(),), range(1000), 1, with_random_bits=False, pin=False)
     next(batches)
     assert set(threading.enumerate()) - before
     batches.close()
@@ -178,8 +180,8 @@ def test_background_stays_within_its_limit_and_raises_errors_of_the_iterator() -
 def test_memory_is_the_size_of_the_buffers(small: Dataset) -> None:
     order = order_of(small, 8)
     per_sample = 16 * 16 * 3 + 16
-    assert memory(small, order, World(0, 1), 1) == 2 * 12 * order.samples_per_shard * per_sample
-    assert memory(small, order, World(0, 12), 2) == 3 * order.samples_per_shard * per_sample
+    assert memory(small, order, (World(0, 1),), 1) == 2 * 12 * order.samples_per_shard * per_sample
+    assert memory(small, order, (World(0, 12),), 2) == 3 * order.samples_per_shard * per_sample
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -189,8 +191,8 @@ def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
     order = order_of(small, 32)
     steps = range(6 * order.steps_per_epoch)
     world = World(size - 1, size)
-    with closing(TrainingBatches(small, order, world, steps, 1, with_random_bits=False, pin=False)) as streamed_:
-        expected = [(batch.images.clone(), batch.labels.clone(), batch.ids.copy()) for batch in streamed_]
+    with closing(TrainingBatches(small, order, (world,), steps, 1, with_random_bits=False, pin=False)) as streamed_:
+        expected = [(batch.images.clone(), batch.labels.clone(), batch.ids.copy()) for (batch,) in streamed_]
     read: list[str] = []
     original = shards.read
 
@@ -201,9 +203,9 @@ def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
     monkeypatch.setattr(shards, "read", counting)
     train = Cache(small, torch.device("cpu"))
     with closing(
-        TrainingBatches(small, order, world, steps, 1, with_random_bits=False, pin=False, cache=train)
+        TrainingBatches(small, order, (world,), steps, 1, with_random_bits=False, pin=False, cache=train)
     ) as batches:
-        cached = list(batches)
+        cached = [batch for (batch,) in batches]
     assert len(read) == len(set(read))
     assert len(cached) == len(expected)
     for batch, (images, labels, ids) in zip(cached, expected, strict=True):

@@ -1,8 +1,8 @@
 """Batches from shards, in the order that `distrain.data.order` defines.
 
-1. A background thread reads the shards of a round, one per owned lane, and copies their samples to the round's buffer
-   in training order: row by row, lane by lane. It reads `read_ahead` rounds ahead.
-2. A rank's samples of a step are therefore consecutive in that buffer: a batch is a view, not a copy.
+1. A background thread reads the shards of a round, one per owned lane, and copies their samples to the round's buffers,
+   one for each virtual rank, in training order: row by row, lane by lane. It reads `read_ahead` rounds ahead.
+2. The samples of a virtual rank in a step are therefore consecutive in its buffer: a batch is a view, not a copy.
 
 Buffers are reused, because the first access to fresh memory takes as long as reading. So a batch is valid only until
 the next one is requested. There are no worker processes: nothing in /dev/shm, and no process to be orphaned.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -45,7 +45,7 @@ _GATHERED_SAMPLES = 256
 
 
 class Batch(NamedTuple):
-    """A rank's local batch of a step.
+    """The local batch of a virtual rank in a step.
 
     Images uint8 [n, H, W, C], labels int64 [n], ids int64 [n] as stored with the images, and random bits for
     augmentation, int64 [n, 2] (empty unless requested).
@@ -58,10 +58,9 @@ class Batch(NamedTuple):
 
 
 @dataclass
-class _BufferedRound:
-    """A round's samples of the owned lanes, in training order: flat over (row, owned lane)."""
+class _Buffered:
+    """A round's samples of one virtual rank, in training order: flat over (row, owned lane)."""
 
-    number: int
     samples: Samples
 
     def take(self, part: slice) -> Samples:
@@ -70,10 +69,9 @@ class _BufferedRound:
 
 
 @dataclass
-class _CachedRound:
-    """A round's samples of the owned lanes as indices into a cache: int64, flat over (row, owned lane)."""
+class _Cached:
+    """A round's samples of one virtual rank as indices into a cache: int64, flat over (row, owned lane)."""
 
-    number: int
     index: Tensor
     cache: Cache
     _gathered: range = range(0)
@@ -91,12 +89,20 @@ class _CachedRound:
         return _slice(self._samples, slice(part.start - start, part.stop - start))
 
 
+@dataclass
+class _Round:
+    """A round's samples of each virtual rank of this process."""
+
+    number: int
+    parts: Sequence[_Buffered | _Cached]
+
+
 def _slice(samples: Samples, part: slice) -> Samples:
     return Samples(samples.images[part], samples.labels[part], samples.ids[part])
 
 
 class TrainingBatches:
-    """Iterator over this rank's local batches of the given steps. Close it to end its thread.
+    """Iterator over the local batches of the given steps, one for each virtual rank. Close it to end its thread.
 
     `ready` and `next` raise a ShardError if a shard cannot be read or does not match the manifest.
     """
@@ -105,7 +111,7 @@ class TrainingBatches:
         self,
         dataset: Dataset,
         order: Order,
-        world: World,
+        ranks: Sequence[World],
         steps: range,
         read_ahead: int,
         with_random_bits: bool,
@@ -117,25 +123,23 @@ class TrainingBatches:
         Args:
             dataset: the data set whose train split is read.
             order: the order of training.
-            world: this rank and the number of ranks.
+            ranks: the virtual ranks of this process.
             steps: steps of the run, counted from 0 over all epochs.
             read_ahead: rounds to read before they are needed.
             with_random_bits: whether batches have the random bits of their samples.
             pin: use pinned memory, from which batches are copied to a GPU.
             cache: where shards are kept in memory; None reads them in every epoch.
         """
-        self._order, self._world, self._steps = order, world, iter(steps)
+        self._order, self._ranks, self._steps = order, ranks, iter(steps)
         self._with_random_bits, self._pin = with_random_bits, pin
         ahead = max(read_ahead, order.rounds_per_step)
         closed = threading.Event()
         self.shards_read = 0
         """Number of shards read so far: it shows whether reading makes progress."""
-        reader = _RoundReader(dataset, order, world, closed, self._count)
-        rounds: Iterator[_BufferedRound | _CachedRound] = (
-            reader.into_buffers(steps, ahead + 1, pin) if cache is None else reader.into_cache(steps, cache, pin)
-        )
+        reader = _RoundReader(dataset, order, ranks, closed, self._count)
+        rounds = reader.into_buffers(steps, ahead + 1, pin) if cache is None else reader.into_cache(steps, cache, pin)
         self._background = Background(rounds, ahead, closed)
-        self._current: _BufferedRound | _CachedRound | None = None
+        self._current: _Round | None = None
 
     def _count(self) -> None:
         self.shards_read += 1
@@ -152,49 +156,55 @@ class TrainingBatches:
             self._next_round()
         return self._background.wait(rounds.stop - 1 - self._current.number, timeout)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> list[Batch]:
         step = next(self._steps)
         self.ready(step, None)
-        return Batch(*self._local_batch(step), self._random_bits(step))
+        return [
+            Batch(*samples, bits) for samples, bits in zip(self._samples(step), self._random_bits(step), strict=True)
+        ]
 
     def close(self) -> None:
         """End the thread after the shard that it reads."""
         self._background.close()
 
-    def _local_batch(self, step: int) -> Samples:
-        """Return this rank's samples of a step: consecutive samples of the current round, or of several rounds."""
-        order, world = self._order, self._world
-        epoch, in_epoch = divmod(step, order.steps_per_epoch)
-        size = len(order.owned_lanes(world)) * order.samples_per_shard
-        start = order.owned_before(in_epoch * order.global_batch_size, world)
-        stop = order.owned_before((in_epoch + 1) * order.global_batch_size, world)
-        parts: list[Samples] = []
-        for number in order.rounds(step):
+    def _samples(self, step: int) -> list[Samples]:
+        """Return the samples of each virtual rank in a step: consecutive ones of one round, or of several."""
+        parts: list[list[Samples]] = [[] for _ in self._ranks]
+        for number in self._order.rounds(step):
             assert self._current is not None
             if self._current.number < number:
-                # The thread reuses the round's buffer, so what is still needed of it is copied.
-                parts = [Samples(images.clone(), labels.clone(), ids.copy()) for images, labels, ids in parts]
+                # The thread reuses the round's buffers, so what is still needed of them is copied.
+                parts = [[Samples(images.clone(), labels.clone(), ids.copy()) for images, labels, ids in of_rank]
+                         for of_rank in parts]  # fmt: skip
                 self._next_round()
-            offset = (number - epoch * order.rounds_per_epoch) * size
-            parts.append(self._current.take(slice(max(start - offset, 0), min(stop - offset, size))))
-        parts = [part for part in parts if len(part.ids)] or parts[:1]
-        return parts[0] if len(parts) == 1 else _join(parts)
+            for of_rank, part, world in zip(parts, self._current.parts, self._ranks, strict=True):
+                of_rank.append(part.take(self._slice(step, number, world)))
+        return [_join([part for part in of_rank if len(part.ids)] or of_rank[:1]) for of_rank in parts]
+
+    def _slice(self, step: int, number: int, world: World) -> slice:
+        """Return which samples of a virtual rank in a round a step trains."""
+        order = self._order
+        epoch, in_epoch = divmod(step, order.steps_per_epoch)
+        size = len(order.owned_lanes(world)) * order.samples_per_shard
+        offset = (number - epoch * order.rounds_per_epoch) * size
+        start, stop = (order.owned_before(each * order.global_batch_size, world) for each in (in_epoch, in_epoch + 1))
+        return slice(max(start - offset, 0), min(stop - offset, size))
 
     def _next_round(self) -> None:
         if self._pin:
             torch.cuda.current_stream().synchronize()  # host-to-device copies from the buffer that is reused
         self._current = next(self._background)
 
-    def _random_bits(self, step: int) -> Tensor:
+    def _random_bits(self, step: int) -> list[Tensor]:
         if not self._with_random_bits:
-            return torch.empty(0, dtype=torch.int64)
+            return [torch.empty(0, dtype=torch.int64)] * len(self._ranks)
         order = self._order
         of_global_batch = augmentation_bits(order.seed, step, order.global_batch_size)
-        of_local_batch = of_global_batch[order.positions(step % order.steps_per_epoch, self._world)]
-        return torch.from_numpy(np.ascontiguousarray(of_local_batch).view(np.int64))
+        of_ranks = [of_global_batch[order.positions(step % order.steps_per_epoch, world)] for world in self._ranks]
+        return [torch.from_numpy(np.ascontiguousarray(bits).view(np.int64)) for bits in of_ranks]
 
 
 class EvaluationBatches:
@@ -206,7 +216,11 @@ class EvaluationBatches:
 
     def __init__(self, dataset: Dataset, split_name: str, world: World, batch_size: int) -> None:
         split = dataset.split(split_name)
-        owned = [split.shards[index] for index in evaluation_shards(len(split.shards), split.lanes, world)]
+        indices = evaluation_shards(len(split.shards), split.lanes, world)
+        owned = [split.shards[index] for index in indices]
+        counts = np.array([-(-shard.samples // batch_size) for shard in split.shards])
+        self.numbers = [int(number) for index in indices for number in np.arange(counts[index]) + counts[:index].sum()]
+        """Numbers of this process's batches among those of the split."""
         closed = threading.Event()
         self._background = Background(_read_whole(dataset, owned, closed), 1, closed)
         self._size = batch_size
@@ -237,11 +251,11 @@ class EvaluationBatches:
         return self._block is not None and self._start < len(self._block.labels)
 
 
-def memory(dataset: Dataset, order: Order, world: World, read_ahead: int, cached: bool = False) -> int:
-    """Bytes that one rank needs for the samples that it reads: those of the cache, or of the buffers."""
+def memory(dataset: Dataset, order: Order, ranks: Sequence[World], read_ahead: int, cached: bool = False) -> int:
+    """Bytes that a process needs for the samples of its virtual ranks: those of the cache, or of the buffers."""
     if cached:
         return cache_size(dataset)
-    samples = len(order.owned_lanes(world)) * order.samples_per_shard
+    samples = sum(len(order.owned_lanes(world)) for world in ranks) * order.samples_per_shard
     return (1 + max(read_ahead, order.rounds_per_step)) * samples * sample_size(dataset)
 
 
@@ -256,6 +270,8 @@ def _read_whole(dataset: Dataset, owned: list[Shard], closed: threading.Event) -
 
 
 def _join(parts: list[Samples]) -> Samples:
+    if len(parts) == 1:
+        return parts[0]
     images, labels, ids = zip(*parts, strict=True)
     return Samples(torch.cat(images), torch.cat(labels), np.concatenate(ids))
 
@@ -266,49 +282,53 @@ class _RoundReader:
 
     dataset: Dataset
     order: Order
-    world: World
+    ranks: Sequence[World]
     closed: threading.Event
     count: Callable[[], None]
     """Called after every shard."""
 
-    def into_buffers(self, steps: range, buffers: int, pin: bool) -> Iterator[_BufferedRound]:
+    def into_buffers(self, steps: range, buffers: int, pin: bool) -> Iterator[_Round]:
         """Read rounds into buffers, which are used in turn: every `buffers`-th round overwrites the same one."""
-        lanes = len(self.order.owned_lanes(self.world))
-        samples = lanes * self.order.samples_per_shard
-
-        def allocate(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty((samples, *shape), dtype=dtype, pin_memory=pin)
-
-        shape = self.dataset.manifest.image_shape
-        ring = [
-            Samples(allocate(*shape, dtype=torch.uint8), allocate(dtype=torch.int64), np.empty(samples, dtype=np.int64))
-            for _ in range(buffers)
-        ]
+        ring = [[_Buffered(self._allocate(world, pin)) for world in self.ranks] for _ in range(buffers)]
         for count, number in enumerate(_rounds_of(self.order, steps)):
-            buffer = ring[count % buffers]
-            for column, shard, samples_used in self._parts(number):
-                _copy_to_column(self._read(shard), samples_used, buffer, column, lanes)
-                self.count()
-            yield _BufferedRound(number, buffer)
+            parts = ring[count % buffers]
+            for buffered, world in zip(parts, self.ranks, strict=True):
+                lanes = len(self.order.owned_lanes(world))
+                for column, shard, samples_used in self._parts(number, world):
+                    _copy_to_column(self._read(shard), samples_used, buffered.samples, column, lanes)
+                    self.count()
+            yield _Round(number, parts)
 
-    def into_cache(self, steps: range, cache: Cache, pin: bool) -> Iterator[_CachedRound]:
+    def into_cache(self, steps: range, cache: Cache, pin: bool) -> Iterator[_Round]:
         """Read the shards that the cache does not contain into it."""
-        lanes = len(self.order.owned_lanes(self.world))
         for number in _rounds_of(self.order, steps):
-            index = torch.empty((self.order.samples_per_shard, lanes), dtype=torch.int64, pin_memory=pin)
-            for column, shard, samples_used in self._parts(number):
-                if not cache.contains(shard):
-                    cache.put(shard, self._read(shard))
-                index[:, column] = torch.from_numpy(samples_used + cache.start(shard))
-                self.count()
-            yield _CachedRound(number, index.flatten(), cache)
+            parts = []
+            for world in self.ranks:
+                lanes = len(self.order.owned_lanes(world))
+                index = torch.empty((self.order.samples_per_shard, lanes), dtype=torch.int64, pin_memory=pin)
+                for column, shard, samples_used in self._parts(number, world):
+                    if not cache.contains(shard):
+                        cache.put(shard, self._read(shard))
+                    index[:, column] = torch.from_numpy(samples_used + cache.start(shard))
+                    self.count()
+                parts.append(_Cached(index.flatten(), cache))
+            yield _Round(number, parts)
 
-    def _parts(self, number: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
-        """Yield (column, shard, indices of the samples used of it in training order) for each owned lane of a round."""
+    def _allocate(self, world: World, pin: bool) -> Samples:
+        samples = len(self.order.owned_lanes(world)) * self.order.samples_per_shard
+        shape = (samples, *self.dataset.manifest.image_shape)
+        return Samples(
+            torch.empty(shape, dtype=torch.uint8, pin_memory=pin),
+            torch.empty(samples, dtype=torch.int64, pin_memory=pin),
+            np.empty(samples, dtype=np.int64),
+        )
+
+    def _parts(self, number: int, world: World) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+        """Yield (column, shard, indices of its samples in training order) for each lane of a virtual rank."""
         epoch, round_ = divmod(number, self.order.rounds_per_epoch)
         shard_of_lane = self.order.epoch_shards(epoch)[round_]
         entries = self.dataset.split("train").shards
-        for column, lane in enumerate(self.order.owned_lanes(self.world)):
+        for column, lane in enumerate(self.order.owned_lanes(world)):
             shard = int(shard_of_lane[lane])
             yield column, shard, self.order.shard_samples(epoch, shard, entries[shard].samples)
 

@@ -1,46 +1,51 @@
 """Forward and backward passes of the trained model, and the exchange of its gradients between the processes.
 
-A step calls, for each of its micro-batches, `forward` and `backward` within `micro_batch(last)`; after the last one the
-gradients are those of the global batch on every process. Today DDP all-reduces them during the last backward pass.
+A step runs, for each virtual rank of this process, the passes of its micro-batches, and then
+calls `exchange`; after it the gradients are those of the global batch on every process.
+
+`DataParallel`: a process is one virtual rank; DDP all-reduces the gradients during the last backward pass.
+`distrain.distributed.virtual_ranks`: several of them, whose gradients are added in a fixed order.
 """
 
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor
 
 from distrain.distributed.collectives import Collectives
+from distrain.environment import World
 
 
-class DistributedModel:
-    """The trained model under DDP and autocast, as accelerate prepared it.
+class DistributedModel(ABC):
+    """The trained model under autocast, as accelerate prepared it.
 
     Args:
         prepared: the model.
         accelerator: what prepared it; it owns fp16's scaler.
         collectives: for the loss of a peer.
-        world_size: number of processes.
     """
 
-    def __init__(self, prepared: Any, accelerator: Any, collectives: Collectives, world_size: int) -> None:
+    def __init__(self, prepared: Any, accelerator: Any, collectives: Collectives) -> None:
         self._model, self._accelerator, self._collectives = prepared, accelerator, collectives
-        self._world_size = world_size
-        if world_size > 1:
-            # Or each forward pass would be a collective; evaluation broadcasts rank 0's buffers itself.
-            prepared.broadcast_buffers = False
 
-    def loss_scale(self, global_batch_size: int) -> float:
-        """Factor for a loss summed over samples, so that the exchanged gradient is the mean over the global batch.
+    runs_empty = True
+    """Whether empty micro-batches are run too, because the passes contain collectives."""
 
-        DDP averages the gradients of the processes, whatever the sizes of their local batches: W / G.
-        """
-        return self._world_size / global_batch_size  # guard: loss-scale
+    @property
+    @abstractmethod
+    def loss_scale(self) -> float:
+        """Factor for a loss summed over samples, so that the exchanged gradient is the mean over the global batch."""
+
+    def virtual_rank(self, rank: World) -> contextlib.AbstractContextManager[None]:
+        """Run the passes of a virtual rank."""
+        return contextlib.nullcontext()
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Run the passes of a micro-batch: gradients are exchanged in the last one of a step, and added up before."""
-        return contextlib.nullcontext() if last else self._accelerator.no_sync(self._model)
+        """Run the passes of a micro-batch of a virtual rank."""
+        return contextlib.nullcontext()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits of shape [n, K] for normalised images of shape [n, C, H, W]."""
@@ -57,15 +62,53 @@ class DistributedModel:
             else:
                 loss.backward()
 
+    @abstractmethod
+    def exchange(self) -> None:
+        """Make the gradients those of the global batch, after the passes of all virtual ranks."""
+
     def clip_norm(self, limit: float) -> None:
         """Scale the exchanged gradient down to a norm of at most `limit`."""
         self._accelerator.clip_grad_norm_(self._model.parameters(), limit)
 
-    def all_reduce_fraction(self) -> float:
-        """Fraction of the computing time that waits for the all-reduce of gradients, as DDP samples it (1 step in 100).
+    @abstractmethod
+    def exchange_fraction(self) -> float:
+        """Fraction of the computing time that waits for the exchange of gradients; 0 where it is not known yet."""
 
-        0 where it has not measured yet, or there is one process.
-        """
+
+class DataParallel(DistributedModel):
+    """The model under DDP; unwrapped for a single process.
+
+    Args:
+        prepared: the model.
+        accelerator: what prepared it.
+        collectives: for the loss of a peer.
+        world_size: number of processes.
+        global_batch_size: samples of a step.
+    """
+
+    def __init__(
+        self, prepared: Any, accelerator: Any, collectives: Collectives, world_size: int, global_batch_size: int
+    ) -> None:
+        super().__init__(prepared, accelerator, collectives)
+        self._world_size, self._global_batch_size = world_size, global_batch_size
+        if world_size > 1:
+            # Or each forward pass would be a collective; evaluation broadcasts rank 0's buffers itself.
+            prepared.broadcast_buffers = False
+
+    @property
+    def loss_scale(self) -> float:
+        """W / G: DDP averages the gradients of the processes, whatever the sizes of their local batches."""
+        return self._world_size / self._global_batch_size  # guard: loss-scale
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Run the passes of a micro-batch: gradients are exchanged in the last one of a step, and added up before."""
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(self._model)
+
+    def exchange(self) -> None:
+        """Do nothing: the last backward pass has exchanged them."""
+
+    def exchange_fraction(self) -> float:
+        """Fraction of the computing time that waits for the all-reduce, as DDP samples it (1 step in 100)."""
         if not hasattr(self._model, "_get_ddp_logging_data"):
             return 0.0
         data = self._model._get_ddp_logging_data()

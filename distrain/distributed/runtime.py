@@ -22,8 +22,10 @@ from torch import nn
 from distrain import machine
 from distrain.distributed import accelerate_check, rendezvous
 from distrain.distributed.collectives import Collectives
-from distrain.distributed.gradients import DistributedModel
+from distrain.distributed.gradients import DataParallel
+from distrain.distributed.numerics import set_numerics
 from distrain.distributed.peer_store import PeerStore
+from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment, World, hide_group
 from distrain.errors import ConfigError, PeerLostError
@@ -98,15 +100,35 @@ class Runtime:
         """The model with BatchNorm's statistics taken over all processes; unchanged for a single process."""
         return sync_batch_norm(module, self.device.type == "cuda") if self.world.size > 1 else module
 
-    def prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[DistributedModel, AcceleratedOptimizer]:
+    def prepare_data_parallel(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, compile_mode: str, global_batch_size: int
+    ) -> tuple[DataParallel, AcceleratedOptimizer]:
         """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""
-        if self.device.type == "cuda":
-            module.to(memory_format=torch.channels_last)
+        self._to_channels_last(module)
+        if compile_mode != "off":
+            module.compile(mode=compile_mode)
         with self.collectives.collective():  # DDP compares and sends parameters
             prepared, stepping = self._accelerator.prepare(module, optimizer)
-        return DistributedModel(prepared, self._accelerator, self.collectives, self.world.size), stepping
+        model = DataParallel(prepared, self._accelerator, self.collectives, self.world.size, global_batch_size)
+        return model, stepping
+
+    def prepare_virtual_ranks(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, compile_mode: str, division: Division
+    ) -> tuple[VirtualRanks, AcceleratedOptimizer]:
+        """The model under autocast, and the optimizer with fp16's scaler; both on the device.
+
+        Only training passes are compiled, and for one size of batch each: what is compiled for several sizes depends on
+        the sizes seen before, and so on where an attempt began.
+        """
+        self._to_channels_last(module)
+        prepared = self.prepare_eval_model(module)
+        compiled = prepared if compile_mode == "off" else torch.compile(prepared, mode=compile_mode, dynamic=False)
+        model = VirtualRanks(prepared, compiled, self._accelerator, self.collectives, division)
+        return model, self._accelerator.prepare_optimizer(optimizer)
+
+    def _to_channels_last(self, module: nn.Module) -> None:
+        if self.device.type == "cuda":
+            module.to(memory_format=torch.channels_last)
 
     def prepare_eval_model(self, module: nn.Module) -> nn.Module:
         """The model on the device and under autocast, without DDP."""
@@ -189,7 +211,7 @@ def _start(
     options: Options, environment: Environment, watchdog: Watchdog, store: Any, peer_store: PeerStore | None
 ) -> Runtime:
     on_cpu = _on_cpu(options.device, options.precision)
-    _set_numerics(options.precision, options.deterministic)
+    set_numerics(options.precision, options.deterministic)
     if on_cpu:
         machine.keep_freed_memory()
     owns_group = not dist.is_initialized()
@@ -217,17 +239,6 @@ def _start(
     dtype = torch.float64 if options.precision == "fp64" else torch.float32
     collectives = Collectives(world, control, watchdog, peer_store)
     return Runtime(accelerator, replace(environment, world=world), dtype, owns_group, watchdog, collectives)
-
-
-def _set_numerics(precision: str, deterministic: bool) -> None:
-    """Set how GPUs compute. fp32 is fp32: cuDNN's own default is TF32, with 10 bits of mantissa."""
-    tf32 = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it; read at its first use
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic  # kernels chosen by timing differ from run to run
 
 
 def _on_cpu(device: str, precision: str) -> bool:

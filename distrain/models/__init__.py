@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -285,12 +285,12 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], name: str, checkpoint:
     check_finite(model, str(checkpoint))
 
 
-def digest(model: nn.Module) -> str:
-    """Return the xxh3-128 digest of all weights of a model, with their names, types and shapes."""
-    digest = xxhash.xxh3_128()
-    for name, value in sorted(model.state_dict().items()):
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 digest of tensors, with their names, types and shapes. Waits for the device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,11 +1,15 @@
-"""BatchNorm with the statistics of the global batch, for any sizes of the local batches.
+"""BatchNorm whose result does not depend on which process has which samples.
 
-With the statistics of each local batch, the trained model would depend on the number of processes. torch's
-SyncBatchNorm weights the ranks by their numbers of samples too, but does not support CPUs.
+`sync_batch_norm`: with the statistics of the global batch, for any sizes of the local batches. torch's SyncBatchNorm
+weights the ranks by their numbers of samples too, but does not support CPUs.
+
+`Buffers`: with virtual ranks, BatchNorm uses the statistics of a virtual rank's samples (ghost batch normalization,
+Hoffer et al., "Train longer, generalize better", 2017), and the running statistics get the mean over all virtual ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +18,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class GlobalBatchNorm(_BatchNorm):
+class LocalBatchNorm(_BatchNorm):
+    """BatchNorm for inputs [N, C, …] with the statistics of the local batch."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+
+class GlobalBatchNorm(LocalBatchNorm):
     """BatchNorm for inputs [N, C, …] on all ranks of the default process group. A local batch may be empty.
 
     As in Ioffe and Szegedy, "Batch normalization" (2015), where N is the sum over all ranks. The mean, then the
     variance, are computed by a differentiable all-reduce.
     """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
 
     # torch.compile would run the backward pass twice, the second time through freed buffers (torch 2.15).
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -102,6 +110,15 @@ def sync_batch_norm(module: nn.Module, on_gpu: bool) -> nn.Module:
     return module
 
 
+def local_batch_norm(module: nn.Module) -> nn.Module:
+    """Replace each SyncBatchNorm of a module: its collectives would wait for passes that others do not make."""
+    if isinstance(module, nn.SyncBatchNorm):
+        return _replaced(module, LocalBatchNorm)
+    for name, child in module.named_children():
+        setattr(module, name, local_batch_norm(child))
+    return module
+
+
 def _converted(layer: _BatchNorm, on_gpu: bool) -> nn.Module:
     if isinstance(layer, nn.SyncBatchNorm):
         if on_gpu:
@@ -109,9 +126,135 @@ def _converted(layer: _BatchNorm, on_gpu: bool) -> nn.Module:
     elif on_gpu:
         synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
         return synchronised
-    new = GlobalBatchNorm(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+    return _replaced(layer, GlobalBatchNorm)
+
+
+def _replaced(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
+    """Return a layer of another class with the same settings, parameters and buffers."""
+    new = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
     new.weight, new.bias = layer.weight, layer.bias
     new.running_mean, new.running_var = layer.running_mean, layer.running_var
     new.num_batches_tracked = layer.num_batches_tracked
     new.training = layer.training
     return new
+
+
+class Buffers:
+    """The buffers of a model that is trained by virtual ranks: in a step, each of them begins with the same values.
+
+    - Running statistics of BatchNorm: after the step they have been updated with the mean of the virtual ranks'
+      statistics, weighted by their samples. For this the layers' momentum is 1 from now on, so that a pass leaves the
+      statistics of its batch in the buffers.
+    - Other buffers that a pass changes: those of virtual rank 0 are retained, as DDP retains those of rank 0.
+
+    `observe` finds out which these are, once, after a first pass. One that changes only later is reported.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._momentum: dict[_BatchNorm, float | None] = {}
+        for layer in module.modules():
+            if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+                self._momentum[layer] = layer.momentum
+                layer.momentum = 1.0
+        self._all = [
+            _Buffer(f"{prefix}.{name}".lstrip("."), owner, name)
+            for prefix, owner in module.named_modules()
+            for name, _ in owner.named_buffers(recurse=False)
+        ]
+        self._initial = [each.tensor.clone() for each in self._all]
+        self._norms: list[_BatchNorm] = []
+        self._constant: list[_Buffer] = []
+        self._retained: list[_Buffer] = []
+        self.statistics: list[Tensor] = []
+        """Running means and variances of BatchNorm, in which a pass leaves the statistics of its batch."""
+        self._changing: list[Tensor] = []
+        self._saved: list[Tensor] = []
+
+    def observe(self) -> None:
+        """See which buffers the passes so far have changed, and restore their initial values."""
+        self._norms = [layer for layer in self._momentum if layer.training]
+        for each, initial in zip(self._all, self._initial, strict=True):
+            if each.owner in self._norms:
+                continue
+            # Also by value: a compiled pass might not count its writes.
+            changed = each.has_changed() or not torch.equal(each.tensor, initial)
+            (self._retained if changed else self._constant).append(each)
+        for each, initial in zip(self._all, self._initial, strict=True):
+            each.put_back(initial)
+        self._initial.clear()
+        self.statistics = [value for layer in self._norms for value in _running(layer)]
+        counters = [layer.num_batches_tracked for layer in self._norms if layer.num_batches_tracked is not None]
+        self._changing = [*self.statistics, *counters, *(each.tensor for each in self._retained)]
+        self._saved = [torch.empty_like(value) for value in self._changing]
+
+    def begin_step(self) -> None:
+        """Take the present values as those that each virtual rank begins with."""
+        for saved, value in zip(self._saved, self._changing, strict=True):
+            saved.copy_(value)
+        for each in self._constant:
+            each.remember()
+
+    def begin_pass(self) -> None:
+        """Restore the values at the beginning of the step."""
+        for saved, value in zip(self._saved, self._changing, strict=True):
+            value.copy_(saved)
+        for each in self._retained:
+            each.put_back()
+
+    def changed_unexpectedly(self) -> str | None:
+        """Return the name of a buffer that has changed in this pass, but not in the first one; or None."""
+        return next((each.name for each in self._constant if each.has_changed()), None)
+
+    def retained(self) -> list[Tensor]:
+        """Return a copy of the present values of those that are retained of virtual rank 0."""
+        return [each.current.clone() for each in self._retained]
+
+    def end_step(self, statistics: Sequence[Tensor], retained: Sequence[Tensor]) -> None:
+        """Update the running statistics with those of the global batch, and set the retained buffers."""
+        self.begin_pass()
+        pairs = iter(zip(self.statistics, statistics, strict=True))
+        for layer in self._norms:
+            weight: Any = self._momentum[layer]
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.add_(1)
+            if weight is None:
+                assert layer.num_batches_tracked is not None
+                weight = (1.0 / layer.num_batches_tracked).to(_running(layer)[0].dtype)
+            for value, new in (next(pairs), next(pairs)):
+                value.lerp_(new, weight)
+        for each, new in zip(self._retained, retained, strict=True):
+            each.tensor.copy_(new)
+
+
+def _running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+class _Buffer:
+    """A buffer of a module, and whether it was written or replaced since it was remembered."""
+
+    def __init__(self, name: str, owner: nn.Module, key: str) -> None:
+        self.name, self.owner, self._key = name, owner, key
+        self.remember()
+
+    @property
+    def current(self) -> Tensor:
+        """The tensor that the module has now."""
+        return self.owner.get_buffer(self._key)
+
+    def remember(self) -> None:
+        """Remember the present tensor, and how often it was written."""
+        self.tensor = self.current
+        self._version = self.tensor._version
+
+    def has_changed(self) -> bool:
+        """Whether it was replaced or written since it was remembered."""
+        return self.current is not self.tensor or self.tensor._version != self._version
+
+    def put_back(self, values: Tensor | None = None) -> None:
+        """Make the module hold the remembered tensor again, with other values if given."""
+        self.owner._buffers[self._key] = self.tensor
+        if values is not None:
+            self.tensor.copy_(values)

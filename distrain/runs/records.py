@@ -150,6 +150,7 @@ class Setup(Record):
     from_step: Count
     machine: _SetupMachine
     versions: dict[str, str]
+    bits: dict[str, str]
 
 
 class Result(Record):
@@ -203,6 +204,8 @@ class State(Record):
     peak: _Best | None = None
     collapsed: bool = False
     warnings: list[str] = []
+    ids: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    bits: dict[str, str]
 
 
 class Digests(Record):
@@ -227,6 +230,7 @@ class Line(Part):
     step: Count
     seconds: Amount | None = None
     epoch: Amount | None = None
+    digests: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Line:

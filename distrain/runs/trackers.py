@@ -92,7 +92,8 @@ class Tracker(abc.ABC):
         """The tracker's backend; None: it is off."""
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Copy one line of metrics.jsonl."""
+        """Copy one line of metrics.jsonl, without its digests: trackers draw numbers."""
+        values = {name: value for name, value in values.items() if name != "digests"}
         self._try(lambda backend: self._log(backend, values, step))
 
     def result(self, finished: FinishedRun, step: int) -> None:

@@ -29,6 +29,7 @@ from distrain import address, console, files, machine, models, plugins, signals
 from distrain.config import Config
 from distrain.data import fetch, shards
 from distrain.data.stream import memory
+from distrain.distributed.numerics import differences, what_decides_bits
 from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment, World
 from distrain.errors import AgainError, ConfigError, DataError, UserError
@@ -256,7 +257,19 @@ def data(config: Config, environment: Environment) -> Iterator[Finding]:
         yield Finding("processes", "bad", str(error))
         return
     cached = config.data.cache == "ram"  # auto uses only memory that is free
-    needed = local * (_BASE_BYTES + memory(dataset, order, World(0, size), config.data.read_ahead, cached))
+    needed = local * (
+        _BASE_BYTES
+        + max(
+            memory(
+                dataset,
+                order,
+                World(rank, size).virtual_ranks(config.train.virtual_ranks),
+                config.data.read_ahead,
+                cached,
+            )
+            for rank in (0, size - 1)
+        )
+    )
     free = machine.free_memory()
     level: Level = "ok" if needed <= free else "bad"
     yield Finding(
@@ -447,6 +460,7 @@ def _check_group(config: Config, rt: Runtime) -> list[Finding]:
             f"{rt.world.size} on {plural(len(set(rt.collectives.from_all(socket.gethostname()))), 'node')}",
         ),
         _same_versions(rt),
+        *_same_bits(rt),
         *_all_reduce(rt),
         *_same_folder(config, rt),
     ]
@@ -474,6 +488,21 @@ def _same_versions(rt: Runtime) -> Finding:
             "install the same versions on all nodes, or use one container image",
         )
     return Finding("versions", "ok", "the same on all processes")
+
+
+def _same_bits(rt: Runtime) -> Iterator[Finding]:
+    """Compare what decides the last bits of the weights, over the processes."""
+    first, *others = rt.collectives.from_all(what_decides_bits(rt.device))
+    by_rank = {rank: differences(first, other) for rank, other in enumerate(others, 1)}
+    unlike = {rank: others for rank, others in by_rank.items() if others}
+    for rank, changes in list(unlike.items())[:4]:
+        names = "; ".join(f"{name} {theirs}, on rank 0 {ours}" for name, ours, theirs in changes)
+        cure = (
+            "even with train.virtual_ranks, the last bits of the weights depend on where a pass runs; use equal nodes"
+        )
+        yield Finding("bits", "note", f"rank {rank} has {names}", cure)
+    if not unlike:
+        yield Finding("bits", "ok", ", ".join(f"{name} {value}" for name, value in first.items() if value != "none"))
 
 
 def _all_reduce(rt: Runtime) -> Iterator[Finding]:

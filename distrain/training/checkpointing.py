@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain import files, models, signals
+from distrain.distributed.numerics import differences, what_decides_bits
 from distrain.errors import BusyError, ConfigError, DataError, FolderLostError
 from distrain.failure_report import failure_of, report_failure
 from distrain.models.weight_files import CLASSES
@@ -21,12 +22,9 @@ from distrain.runs.folder import METRICS, RESULT
 from distrain.runs.lease import Lease
 from distrain.runs.logs import Logs
 from distrain.training import optim
-from distrain.training.job import Job
+from distrain.training.job import TRAINED_WEIGHTS, Job
 
 log = logging.getLogger("distrain")
-
-_TRAINED_WEIGHTS = "weights."
-"""Prefix, in optimizer.safetensors, of the trained weights if model.safetensors holds their EMA."""
 
 
 class Checkpointer:
@@ -176,12 +174,24 @@ class Checkpointer:
         saved = job.runtime.collectives.all_or_none(lambda: self._load(path))
         tensors = saved.optimizer
         if model.ema is not None:
-            model.module.load_state_dict({name: tensors.pop(_TRAINED_WEIGHTS + name) for name in saved.model})
+            model.module.load_state_dict({name: tensors.pop(TRAINED_WEIGHTS + name) for name in saved.model})
             model.ema.n_averaged.fill_(saved.step)
         optim.load_state_tensors(model.optimizer, tensors)
         job.runtime.load_scaler_state(saved.state["scaler"])
         self.saved_step = saved.step
+        self._warn_of_other_bits(path, saved.state["bits"])
         return saved.state
+
+    def _warn_of_other_bits(self, path: Path, before: dict[str, str]) -> None:
+        """Warn where this attempt computes with other software or hardware than the one that saved the checkpoint."""
+        if self._job.config.train.virtual_ranks is None or not self._job.runtime.is_main:
+            return
+        changed = differences(before, what_decides_bits(self._job.runtime.device))
+        if changed:
+            changes = "; ".join(f"{name} {new}, before {old}" for name, old, new in changed)
+            log.warning(
+                "%s was saved by something else, so the last bits of the weights may differ: %s", path.name, changes
+            )
 
     def _load(self, path: Path) -> Checkpoint:
         saved = checkpoint.load(path)
@@ -199,12 +209,11 @@ class Checkpointer:
             "epoch": int(job.epoch(step)),
             "world_size": job.runtime.world.size,
             "cpu_threads": job.config.run.cpu_threads,
+            "bits": what_decides_bits(job.runtime.device),
         }
-        tensors = optim.state_tensors(model.optimizer)
-        if model.ema is not None:
-            tensors |= {_TRAINED_WEIGHTS + name: value for name, value in model.module.state_dict().items()}
+        weights, tensors = model.checkpoint_tensors()
         metadata = {CLASSES: json.dumps(job.dataset.manifest.classes)}
-        checkpoint.save(job.checkpoints, step, model.eval_model.state_dict(), tensors, state, metadata)
+        checkpoint.save(job.checkpoints, step, weights, tensors, state, metadata)
         try:
             checkpoint.prune(job.checkpoints, settings.keep, settings.keep_every, best_step)
         except OSError as error:  # the new checkpoint is committed: an old one that remains is worth a warning only

@@ -5,6 +5,8 @@ The total must be that of the manifest.
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -118,13 +120,13 @@ def evaluate(
     """
     startup.waits_for(None)
     counter = _PairCounter(len(dataset.manifest.classes))
-    loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    losses: list[Tensor] = []
 
     def score(images: Tensor, labels: Tensor, ids: Tensor) -> None:
         images, truth = images.to(runtime.device), labels.to(runtime.device)
         logits = model(normalize(images, mean, std))
         counter.add(truth, logits.argmax(1))
-        loss.add_(F.cross_entropy(logits, truth, reduction="sum"))
+        losses.append(F.cross_entropy(logits, truth, reduction="sum").double())
         if collect is not None:
             collect(images, ids.to(runtime.device), truth, logits)
 
@@ -137,14 +139,19 @@ def evaluate(
     ):
         _for_each(batches, score, runtime, bar)
     model.train(training)
-    first, *others = runtime.collectives.from_all((counter.counted(), float(loss)))
+    local = dict(zip(batches.numbers, torch.stack(losses).tolist() if losses else (), strict=True))
+    first, *others = runtime.collectives.from_all((counter.counted(), local))
     confusion = first[0].plus([each for each, _ in others])
     expected = dataset.split(split).samples
     if confusion.total != expected:
         raise DataError(
             f"{dataset.root}: {confusion.total} samples of {split} were scored, the manifest has {expected}"
         )
-    return Scores(confusion, sum((each for _, each in others), first[1]) / expected)
+    of_batches = {number: loss for _, each in (first, *others) for number, loss in each.items()}
+    # In the order of the batches: the same bits on any number of processes. `sum` differs between versions of Python.
+    return Scores(
+        confusion, functools.reduce(operator.add, (of_batches[each] for each in sorted(of_batches))) / expected
+    )
 
 
 def _for_each(

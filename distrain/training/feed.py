@@ -1,4 +1,4 @@
-"""Local batches on the device, in the order of the steps."""
+"""Local batches on the device, one for each virtual rank of this process, in the order of the steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distrain.training.stopping import wait_for_data
 
 
 class Feed:
-    """Takes this process's local batch of each step. On a GPU the next one is copied while a step is computed.
+    """Takes this process's local batches of each step. On a GPU the next ones are copied while a step is computed.
 
     Args:
         batches: the reader; its batches are valid until the next one is taken.
@@ -23,11 +23,11 @@ class Feed:
         self._batches, self._order, self._runtime = batches, order, runtime
         self._device = runtime.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._ahead: Batch | None = None
+        self._ahead: list[Batch] | None = None
         self._started = False
 
-    def take(self, step: int) -> Batch:
-        """Return the local batch of the next step.
+    def take(self, step: int) -> list[Batch]:
+        """Return the local batches of the next step.
 
         Raises:
             StopAgreed: on all processes, if one was asked to stop.
@@ -36,25 +36,31 @@ class Feed:
         if not self._started or self._order.begins_round(step):
             wait_for_data(self._runtime, self._batches, step)
             self._started = True
-        batch, self._ahead = self._ahead or self._copy(), None
+        batches, self._ahead = self._ahead or self._copy(), None
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
-            for tensor in (batch.images, batch.labels, batch.random_bits):
-                tensor.record_stream(current)
-        return batch
+            for batch in batches:
+                for tensor in (batch.images, batch.labels, batch.random_bits):
+                    tensor.record_stream(current)
+        return batches
 
     def prefetch(self, step: int) -> None:
         """Start the host-to-device copy of the next step, unless its data may have to be waited for."""
         if self._stream is not None and self._ahead is None and not self._order.begins_round(step):
             self._ahead = self._copy()
 
-    def _copy(self) -> Batch:
-        batch = next(self._batches)
+    def _copy(self) -> list[Batch]:
+        batches = next(self._batches)
         if self._stream is None:
-            return batch
+            return batches
         with torch.cuda.stream(self._stream):
-            images, labels, bits = (
-                tensor.to(self._device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.random_bits)
-            )
-        return Batch(images, labels, batch.ids, bits)
+            return [
+                Batch(
+                    batch.images.to(self._device, non_blocking=True),
+                    batch.labels.to(self._device, non_blocking=True),
+                    batch.ids,
+                    batch.random_bits.to(self._device, non_blocking=True),
+                )
+                for batch in batches
+            ]

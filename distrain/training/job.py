@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from distrain.config import Config
@@ -17,9 +18,13 @@ from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.distributed.gradients import DistributedModel
 from distrain.distributed.runtime import Runtime
+from distrain.environment import World
 from distrain.runs import checkpoint
 from distrain.training import optim
 from distrain.training.augment import Normalizer
+
+TRAINED_WEIGHTS = "weights."
+"""Prefix, in optimizer.safetensors, of the trained weights if model.safetensors holds their EMA."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,13 @@ class TrainedModel:
         """Colour of the squares of cutout: uint8 [C]."""
         return (self.mean * 255).round().to(torch.uint8)
 
+    def checkpoint_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what a checkpoint holds: the evaluated weights; the optimizer's state, with an EMA the weights too."""
+        tensors = optim.state_tensors(self.optimizer)
+        if self.ema is not None:
+            tensors |= {TRAINED_WEIGHTS + name: value for name, value in self.module.state_dict().items()}
+        return self.eval_model.state_dict(), tensors
+
     def is_finite(self) -> bool:
         """Whether all weights are finite; waits for the device."""
         return bool(torch.stack([parameter.isfinite().all() for parameter in self.module.parameters()]).all())
@@ -78,7 +90,8 @@ class Job:
         cache: the train split in memory, where it fits and is wanted.
         identity: what decides what is trained; a checkpoint with another identity cannot be resumed.
         dependent_layers: kinds of layers that make the result depend on the number of processes.
-        accumulation_steps: micro-batches of every process in a step.
+        virtual_ranks: those that this process trains; without `train.virtual_ranks` each process is one.
+        accumulation_steps: micro-batches of every virtual rank in a step.
         started: when this attempt began, by `time.monotonic`.
     """
 
@@ -91,8 +104,14 @@ class Job:
     cache: Cache | None
     identity: dict[str, Any]
     dependent_layers: list[str]
+    virtual_ranks: tuple[World, ...]
     accumulation_steps: int
     started: float
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the model has BatchNorm."""
+        return any(isinstance(layer, _BatchNorm) for layer in self.model.module.modules())
 
     @property
     def folder(self) -> Path:
@@ -113,7 +132,7 @@ class Job:
         train = self.config.train
         return optim.learning_rate(step, self.total_steps, train.schedule, train.lr, train.warmup_fraction)
 
-    def layer_seed(self, step: int) -> int:
+    def layer_seed(self, step: int, rank: World) -> int:
         """Seed for layers that draw random numbers in a step, so that they draw the same after a resume."""
-        # Odd factors: no two steps or ranks of a run share a seed. torch's CPU generator takes the low 32 bits.
-        return (self.config.run.seed + step * 2654435761 + self.runtime.world.rank * 40503) % 2**63
+        # Odd factors: no two steps or ranks of a run have the same seed. torch's CPU generator takes the low 32 bits.
+        return (self.config.run.seed + step * 2654435761 + rank.rank * 40503) % 2**63

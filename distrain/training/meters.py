@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import time
 from typing import Any
 
@@ -46,9 +48,9 @@ class LossMeter:
         self.logged_step, self.train_seconds = state["logged_step"], state["train_seconds"]
         self._sum, self._steps, self._seconds = state["sum"], state["steps"], state["seconds"]
 
-    def add(self, loss: Tensor) -> None:
-        """Add the loss of a step, summed over the samples of this process."""
-        self._pending.append(loss)
+    def add(self, losses: Tensor) -> None:
+        """Add the losses of a step, each summed over the samples of one virtual rank: [v]."""
+        self._pending.append(losses)
 
     @property
     def is_full(self) -> bool:
@@ -67,8 +69,7 @@ class LossMeter:
         """
         if not self._pending:
             return
-        sums = self._job.runtime.collectives.sum(torch.stack(self._pending)).tolist()
-        self._pending.clear()
+        sums = self._sums()
         for index, value in enumerate(sums, step - len(sums)):
             if not math.isfinite(value):
                 raise diverged(self._job, index, f"the loss is {value / self._job.order.global_batch_size}")
@@ -79,10 +80,20 @@ class LossMeter:
         self.train_seconds += seconds
         self.restart_clock()
 
-    def take_line(self, step: int, profile: Profile) -> dict[str, float]:
+    def _sums(self) -> list[float]:
+        """Return the sum over the global batch of each pending step; the same bits on any number of processes."""
+        pending, ranks = torch.stack(self._pending), self._job.virtual_ranks
+        self._pending.clear()
+        # Each virtual rank has its own column: all processes but one add zeros to it, which changes no bits.
+        columns = pending.new_zeros(len(pending), ranks[0].size)
+        columns[:, ranks[0].rank : ranks[-1].rank + 1] = pending
+        rows: list[list[float]] = self._job.runtime.collectives.sum(columns).tolist()
+        return [functools.reduce(operator.add, row) for row in rows]
+
+    def take_line(self, step: int, profile: Profile) -> dict[str, Any]:
         """Return a line of metrics.jsonl about the steps since the last one; the next one begins here."""
         job, batch_size = self._job, self._job.order.global_batch_size
-        fractions = profile.take(self._seconds, job.model.distributed.all_reduce_fraction())
+        fractions = profile.take(self._seconds, job.model.distributed.exchange_fraction())
         line = {
             "epoch": job.epoch(step),
             "train/loss": self._sum / (self._steps * batch_size),

@@ -113,7 +113,7 @@ def save_misclassified(run: Path, misclassified: Misclassified | None) -> None:
 
 
 def save_augmented(job: Job, batch: Batch) -> None:
-    """Write RUN/pictures/augmented.safetensors: rank 0's first pictures, and each of them as augmented.
+    """Write RUN/pictures/augmented.safetensors: the first pictures of virtual rank 0, and each of them as augmented.
 
     The pictures are uint8 [n, H, W, C], the augmentations of the first steps uint8 [n, variants, H, W, C].
 
@@ -126,10 +126,10 @@ def save_augmented(job: Job, batch: Batch) -> None:
     variants = []
     for step in range(_VARIANTS):
         bits = augmentation_bits(seed, step, job.order.global_batch_size)
-        local_bits = torch.from_numpy(bits[job.order.positions(0, job.runtime.world)].view(np.int64).copy())
+        local_bits = torch.from_numpy(bits[job.order.positions(0, job.virtual_ranks[0])].view(np.int64).copy())
         augmented = augment(pictures, local_bits[:_PICTURES], settings, fill)
         if settings.mixup:
-            partners = torch.from_numpy(job.order.partners(0, job.runtime.world))[:_PICTURES]
+            partners = torch.from_numpy(job.order.partners(0, job.virtual_ranks[0]))[:_PICTURES]
             weight = mixup_weight(seed, step, settings.mixup)
             others = augment(images[partners], local_bits[partners], settings, fill)
             augmented = (augmented * weight + others * (1 - weight)).round().to(torch.uint8)

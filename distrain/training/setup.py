@@ -24,13 +24,15 @@ from distrain.data.manifest import Dataset, Manifest
 from distrain.data.order import Order
 from distrain.distributed import runtime
 from distrain.distributed.collectives import Collectives
-from distrain.distributed.gradients import DistributedModel
+from distrain.distributed.gradients import DataParallel
+from distrain.distributed.numerics import differences, what_decides_bits
 from distrain.distributed.runtime import Runtime
+from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError
 from distrain.failure_report import PeerFailedError
-from distrain.models.batch_norm import can_be_synchronised
+from distrain.models.batch_norm import can_be_synchronised, local_batch_norm
 from distrain.runs import checkpoint
 from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
@@ -63,8 +65,9 @@ def start_runtime(config: Config, environment: Environment, watchdog: Watchdog) 
     run, train = config.run, config.train
     if environment.world.size > 1:
         startup.waits_for(f"waiting for all {environment.world.size:,} processes at {environment.rendezvous}")
+    deterministic = train.deterministic or train.virtual_ranks is not None
     options = runtime.Options(
-        run.device, train.precision, run.cpu_threads, train.deterministic, config.timeouts.start_seconds
+        run.device, train.precision, run.cpu_threads, deterministic, config.timeouts.start_seconds
     )
     return runtime.start(options, environment, watchdog)
 
@@ -88,6 +91,7 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
         collectives.all_or_none(lambda: check_tensorboard() if runtime.is_main else None)
     dataset = collectives.all_or_none(lambda: read_data(config, "train", "test"))
     check_same_data(runtime, dataset, list(dataset.manifest.splits))
+    _compare_numerics(config, runtime)
     startup.waits_for(f"building model {config.model.name}, and trying it")
     job = _build(config, dataset, runtime, started)
     _warm_up(job)
@@ -109,6 +113,21 @@ def _check_same_configuration(collectives: Collectives, config: Config) -> None:
         if differing:
             values = ", ".join(f"{key} ({other.get(key)!r}, on rank 0 {first[key]!r})" for key in differing[:5])
             raise ConfigError(f"rank {rank} has another configuration than rank 0: {values}; give all nodes the same")
+
+
+def _compare_numerics(config: Config, runtime: Runtime) -> None:
+    """Warn where processes compute with other software or hardware, if the bits should not depend on their number."""
+    if config.train.virtual_ranks is None:
+        return
+    first, *others = runtime.collectives.from_all(what_decides_bits(runtime.device))
+    for rank, other in enumerate(others, 1):
+        changed = differences(first, other)
+        if changed and runtime.is_main:
+            names = "; ".join(f"{name} {theirs}, on rank 0 {ours}" for name, ours, theirs in changed)
+            log.warning(
+                "the last bits of the weights depend on which process computes what: rank %s has %s", rank, names
+            )
+            return
 
 
 def read_data(config: Config, *splits: str) -> Dataset:
@@ -145,16 +164,24 @@ def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -
 def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -> Job:
     collectives, world = runtime.collectives, runtime.world
     order = make_order(config, dataset, world.size)
+    virtual_ranks = world.virtual_ranks(config.train.virtual_ranks)
+    number = virtual_ranks[0].size
     mean, std = _normalization(config, dataset)
     _check_augmentation(config, dataset)
-    fewest, most = order.local_batch_sizes(world.size)
+    fewest, most = order.local_batch_sizes(number)
     accumulation_steps = -(-most // (config.train.micro_batch_size or most))
     smallest = (0,) if fewest < accumulation_steps else ()
     module = collectives.all_or_none(lambda: build_model(config, dataset.manifest, runtime.dtype, (2, 1, *smallest)))
-    _check_batch_norm(config, module, dataset, order, world.size, accumulation_steps)
-    dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
+    _check_batch_norm(config, module, dataset, order, number, accumulation_steps)
+    dependent: list[str] = []
+    if config.train.virtual_ranks is None:
+        dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
     start = _initialise(config, module, dataset.manifest.classes, runtime)
-    module = runtime.sync_batch_norm(module)
+    if config.train.virtual_ranks is None:
+        module = runtime.sync_batch_norm(module)
+    else:
+        module = local_batch_norm(module)
+        _check_same_weights(runtime, module)
     ema = _make_ema(config, module, runtime)
     distributed, optimizer = _prepare(config, module, runtime)
     mean_tensor, std_tensor = (torch.tensor(each, dtype=runtime.dtype, device=runtime.device) for each in (mean, std))
@@ -167,15 +194,50 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         runtime=runtime,
         model=TrainedModel(module, distributed, optimizer, ema, mean_tensor, std_tensor, width),
         cache=_make_cache(config, dataset, runtime),
-        identity={**identity(config), **start, "data.mean": mean, "data.std": std, "data.manifest": dataset.digest},
+        identity={
+            **identity(config),
+            **start,
+            "data.mean": mean,
+            "data.std": std,
+            "data.manifest": dataset.digest,
+            **_identity_of_bits(config, runtime),
+        },
         dependent_layers=dependent,
+        virtual_ranks=virtual_ranks,
         accumulation_steps=accumulation_steps,
         started=started,
     )
 
 
+def _identity_of_bits(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """Return what decides the last bits besides the keys of the identity; with virtual ranks a resume keeps them."""
+    if config.train.virtual_ranks is None:
+        return {}
+    return {
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.compile": config.train.compile,
+        "run.cpu_threads": config.run.cpu_threads,
+        "run.device": runtime.device.type,
+    }
+
+
+def _check_same_weights(runtime: Runtime, module: nn.Module) -> None:
+    """Check that all processes begin with the same weights. DDP sends those of rank 0, virtual ranks do not.
+
+    Raises:
+        ConfigError: on all processes.
+    """
+    digests = runtime.collectives.from_all(models.digest({**module.state_dict(), **dict(module.named_buffers())}))
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ConfigError(
+            f"train.virtual_ranks: rank {', '.join(shortened(others, 5))} begins with other weights than rank 0: the"
+            " model should draw its initial weights with torch's generator only"
+        )
+
+
 def _check_batch_norm(
-    config: Config, module: nn.Module, dataset: Dataset, order: Order, processes: int, accumulation_steps: int
+    config: Config, module: nn.Module, dataset: Dataset, order: Order, number: int, accumulation_steps: int
 ) -> None:
     """Check that every BatchNorm gets more than one value of each channel in every step.
 
@@ -184,13 +246,14 @@ def _check_batch_norm(
     Raises:
         ConfigError: it does not.
     """
-    local, together = order.smallest_micro_batches(processes, accumulation_steps)
+    local, together = order.smallest_micro_batches(number, accumulation_steps)
     if local > 1:
         return
+    synchronised = config.train.virtual_ranks is None and number > 1 and together > 1
     height, width, channels = dataset.manifest.image_shape
     image = torch.zeros(1, channels, height, width, dtype=next(module.parameters()).dtype)
     norms = models.norms_of_one_value(module, image)
-    alone = [name for name, layer in norms if not (can_be_synchronised(layer) and processes > 1 and together > 1)]
+    alone = [name for name, layer in norms if not (can_be_synchronised(layer) and synchronised)]
     if alone:
         batch, key = ("micro-batch", "micro") if accumulation_steps > 1 else ("local batch", "global")
         names = ", ".join(shortened(alone, 3))
@@ -208,7 +271,7 @@ def _initialise(config: Config, module: nn.Module, classes: Sequence[str], runti
     messages = runtime.collectives.all_or_none(lambda: _load_initial(module, path, classes))
     for message in messages if runtime.is_main else ():
         log.info("model.init=%s: %s", path, message)
-    return {"model.init": models.digest(module)}
+    return {"model.init": models.digest(module.state_dict())}
 
 
 def _load_initial(module: nn.Module, path: Path, classes: Sequence[str]) -> list[str]:
@@ -255,6 +318,8 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
     split = dataset.split("train")
     batch = config.train.global_batch_size
     order = Order(len(split.shards), split.lanes, min(shard.samples for shard in split.shards), batch, config.run.seed)
+    if config.train.virtual_ranks is not None:
+        _check_virtual_ranks(config.train.virtual_ranks, config, split.lanes, world_size)
     if world_size > split.lanes:
         raise ConfigError(
             f"{plural(world_size, 'process')} for {plural(split.lanes, 'lane')} of {dataset.root}: start at most"
@@ -271,6 +336,29 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
             f" that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
         )
     return order
+
+
+def _check_virtual_ranks(number: int, config: Config, lanes: int, world_size: int) -> None:
+    """Check that so many virtual ranks can divide the global batch, and that there is one for each process.
+
+    Raises:
+        ConfigError: they cannot, or there is none.
+    """
+    key, batch = f"train.virtual_ranks={number}", config.train.global_batch_size
+    if number > min(lanes, batch):
+        of = f"the {lanes} lanes of the data set" if lanes < batch else f"train.global_batch_size={batch}"
+        raise ConfigError(f"{key}: more than {of}; use {min(lanes, batch)} at most")
+    if world_size > number:
+        raise ConfigError(
+            f"{plural(world_size, 'process')} for {key}: each needs one; start {number} at most, or begin another run"
+            f" with more virtual ranks"
+        )
+    if config.train.compile != "off" and (lanes % number or batch % number):
+        divisors = [each for each in range(1, number + 1) if lanes % each == 0 == batch % each]
+        raise ConfigError(
+            f"{key}: with train.compile it should divide {lanes} lanes and train.global_batch_size={batch}, so that all"
+            f" local batches have one size; try {divisors[-1]}"
+        )
 
 
 def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
@@ -310,7 +398,7 @@ def build_model(config: Config, data: Manifest, dtype: torch.dtype, batch_sizes:
     return models.from_config(config.model, len(data.classes), data.image_shape, config.run.seed, dtype, batch_sizes)
 
 
-def _prepare(config: Config, module: nn.Module, runtime: Runtime) -> tuple[DistributedModel, Any]:
+def _prepare(config: Config, module: nn.Module, runtime: Runtime) -> tuple[DataParallel | VirtualRanks, Any]:
     """Prepare the model and its optimizer with accelerate."""
     settings = config.train
     optimizer = optim.build(
@@ -322,9 +410,11 @@ def _prepare(config: Config, module: nn.Module, runtime: Runtime) -> tuple[Distr
         settings.betas,
         settings.weight_decay,
     )
-    if settings.compile != "off":
-        module.compile(mode=settings.compile)
-    return runtime.prepare(module, optimizer)
+    batch = settings.global_batch_size
+    if settings.virtual_ranks is None:
+        return runtime.prepare_data_parallel(module, optimizer, settings.compile, batch)
+    division = Division(runtime.world, settings.virtual_ranks, batch)
+    return runtime.prepare_virtual_ranks(module, optimizer, settings.compile, division)
 
 
 def _warm_up(job: Job) -> None:
@@ -336,13 +426,17 @@ def _warm_up(job: Job) -> None:
     """
     model = job.model
     buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
-    images = torch.zeros(2, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
+    virtual = isinstance(model.distributed, VirtualRanks)
+    size = job.order.local_batch_sizes(job.virtual_ranks[0].size)[1] if virtual else 2
+    images = torch.zeros(size, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
     for _ in range(2):
         with job.runtime.collectives.fail_alone(), _explain_impossible():
             logits = model.distributed.forward(model.normalize(images))
             model.distributed.backward(logits.sum() * 0)
         models.check_gradients(job.config.model.name, model.module)  # DDP's second pass would fail without a cure
     model.optimizer.zero_grad()
+    if isinstance(model.distributed, VirtualRanks):
+        model.distributed.observe()
     for name, buffer in model.module.named_buffers():
         buffer.copy_(buffers[name])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from distrain.data.order import mixup_weight
 from distrain.data.stream import Batch
+from distrain.environment import World
 from distrain.training import augment
 from distrain.training.job import Job
 from distrain.training.profiling import Profile
@@ -33,9 +35,9 @@ class _LocalBatch:
 
 
 class TrainingStep:
-    """Trains one step from this process's local batch.
+    """Trains one step from the local batches of this process.
 
-    The exchange of gradients averages over the processes; the loss is the sum over the samples times W / G, so the
+    The loss is the sum over the samples times a factor (`DistributedModel.loss_scale`) with which the exchanged
     gradient is the mean over the global batch, whatever the sizes of local batches and micro-batches. A local batch may
     be empty.
     """
@@ -43,52 +45,63 @@ class TrainingStep:
     def __init__(self, job: Job, profile: Profile) -> None:
         self._job, self._profile = job, profile
 
-    def __call__(self, step: int, batch: Batch) -> Tensor:
-        """Train on the local batch of a step of the run.
+    def __call__(self, step: int, batches: Sequence[Batch]) -> Tensor:
+        """Train on the local batches of a step of the run, one for each virtual rank.
 
         Returns:
-            The sum of this process's losses: fp64, on the device. Reading its value waits for the device.
+            The sum of the losses of each virtual rank: fp64 [v], on the device. Reading them waits for the device.
         """
         job, model = self._job, self._job.model
         for group in model.optimizer.param_groups:
             group["lr"] = job.learning_rate(step)
-        job.runtime.seed(job.layer_seed(step))
-        with self._profile.phase("copy"):
-            local = self._augment(step, batch)
-        losses = self._forward_backward(local)
+        losses = [self._train(step, rank, batch) for rank, batch in zip(job.virtual_ranks, batches, strict=True)]
+        model.distributed.exchange()
         if job.config.train.clip_norm is not None:
             model.distributed.clip_norm(job.config.train.clip_norm)
         job.runtime.update(model.optimizer)
         if model.ema is not None:
             model.ema.update_parameters(model.module)
+        return torch.stack(losses)
+
+    def _train(self, step: int, rank: World, batch: Batch) -> Tensor:
+        """Run the passes of a virtual rank; return the sum of its losses."""
+        job = self._job
+        job.runtime.seed(job.layer_seed(step, rank))
+        with self._profile.phase("copy"):
+            local = self._augment(step, rank, batch)
+        with job.model.distributed.virtual_rank(rank):
+            losses = self._forward_backward(local)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _augment(self, step: int, batch: Batch) -> _LocalBatch:
+    def _augment(self, step: int, rank: World, batch: Batch) -> _LocalBatch:
         job, order, settings = self._job, self._job.order, self._job.config.augment
         images = augment.augment(batch.images, batch.random_bits, settings, job.model.mean_color)
         if not settings.mixup:
             return _LocalBatch(images, batch.labels, None, 1.0)
-        partners = torch.from_numpy(order.partners(step % order.steps_per_epoch, job.runtime.world))
+        partners = torch.from_numpy(order.partners(step % order.steps_per_epoch, rank))
         weight = mixup_weight(order.seed, step, settings.mixup)
         return _LocalBatch(images, batch.labels, partners.to(job.runtime.device, non_blocking=True), weight)
 
     def _forward_backward(self, local: _LocalBatch) -> list[Tensor]:
         """Run forward and backward over the micro-batches.
 
-        Every process runs the same number of them, because BatchNorm computes its statistics with collectives.
+        Under DDP every process runs the same number of them, because BatchNorm computes its statistics with
+        collectives.
         """
         job, distributed = self._job, self._job.model.distributed
-        scale = distributed.loss_scale(job.order.global_batch_size)
+        scale = distributed.loss_scale
         samples, number = len(local.labels), job.accumulation_steps
         losses: list[Tensor] = []
         for index in range(number):
             part = slice(samples * index // number, samples * (index + 1) // number)
+            if part.start == part.stop and not distributed.runs_empty:
+                continue
             with distributed.micro_batch(last=index == number - 1):
                 logits = distributed.forward(self._inputs(local, part))
                 loss = _loss(local, part, logits, job.config.train.label_smoothing)
                 distributed.backward(loss * scale)
             losses.append(loss.detach().double())
-        return losses
+        return losses or [torch.zeros((), dtype=torch.float64, device=job.runtime.device)]
 
     def _inputs(self, local: _LocalBatch, part: slice) -> Tensor:
         normalize = self._job.model.normalize

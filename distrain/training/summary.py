@@ -9,6 +9,7 @@ import torch
 
 from distrain import files, machine
 from distrain.data.stream import memory
+from distrain.distributed.numerics import what_decides_bits
 from distrain.runs import records, results
 from distrain.runs.folder import SETUP
 from distrain.text import clock, percent, plural, printable
@@ -18,6 +19,8 @@ from distrain.training.job import Job
 
 log = logging.getLogger("distrain")
 
+_FEW_SAMPLES = 8
+"""Samples of a virtual rank below which the statistics of BatchNorm are noisy."""
 _WORST_CLASSES = 3
 """Number of classes named at the end of a run."""
 
@@ -45,7 +48,8 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
     """
     runtime, order, manifest = job.runtime, job.order, job.dataset.manifest
     world, environment = runtime.world, runtime.environment
-    fewest, most = order.local_batch_sizes(world.size)
+    number = job.virtual_ranks[0].size
+    fewest, most = order.local_batch_sizes(number)
     train = job.dataset.split("train")
     cuda = runtime.device.type == "cuda"
     return {
@@ -75,11 +79,12 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
             "global": order.global_batch_size,
             "fewest": fewest,
             "most": most,
-            "ideal": order.global_batch_size / world.size,
+            "number": number,
+            "ideal": order.global_batch_size / number,
             "grad_accum": job.accumulation_steps,
         },
         "memory": {
-            "bytes": memory(job.dataset, order, world, job.config.data.read_ahead, job.cache is not None),
+            "bytes": memory(job.dataset, order, job.virtual_ranks, job.config.data.read_ahead, job.cache is not None),
             "cache": None if job.cache is None else "device" if job.cache.device.type == "cuda" else "ram",
         },
         "steps": job.total_steps,
@@ -87,6 +92,7 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
         "from_step": from_step,
         "machine": machine.describe(),
         "versions": machine.versions(),
+        "bits": what_decides_bits(runtime.device),
     }
 
 
@@ -98,6 +104,14 @@ def _log_warnings(job: Job, setup: dict[str, Any]) -> None:
     if better is not None:
         steps = f"{plural(order.steps_per_epoch, 'step')} an epoch, {job.total_steps:,} in all"
         log.warning("%s: a model learns little in so few; try %s", steps, better)
+    fewest = setup["batch"]["fewest"]
+    if job.config.train.virtual_ranks is not None and job.has_batch_norm and fewest < _FEW_SAMPLES:
+        log.warning(
+            "BatchNorm takes the statistics of a virtual rank's %s, which are noisy with fewer than %s; lower"
+            " train.virtual_ranks, or raise train.global_batch_size",
+            plural(fewest, "image"),
+            _FEW_SAMPLES,
+        )
     if job.dependent_layers:
         log.warning(
             "model %s has %s: what it learns depends on the number of processes",
@@ -113,7 +127,7 @@ def _smallest_batch(job: Job) -> int:
 
 def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
     """Return the lines that describe what is about to run: a screen at most."""
-    config = job.config
+    config, virtual = job.config, job.config.train.virtual_ranks is not None
     data, model, processes, memory_use = (setup[name] for name in ("data", "model", "processes", "memory"))
     splits = ", ".join(f"{name} {samples:,}" for name, samples in data["splits"].items())
     shape = "×".join(map(str, data["image_shape"]))
@@ -126,7 +140,8 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
                   f" {config.train.precision}"),
         ("devices", f"{processes['number']} × {processes['device']}{named}{on_nodes}"
                     f" (run.device={processes['requested_device']})"),
-        ("batch", _format_batch(processes["number"], setup["batch"])),
+        ("batch", _format_batch(setup["batch"])),
+        *([("virtual", _format_virtual_ranks(processes["number"], setup["batch"]["number"]))] if virtual else []),
         ("memory", f"{memory_use['bytes'] / 2**20:,.0f} MiB of each process for reading{cached}"),
         ("steps", _format_steps(setup)),
         ("saves", _format_saves(job)),
@@ -136,12 +151,23 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
     return [f"{name:<9}{line}" for name, line in lines]
 
 
-def _format_batch(processes: int, batch: dict[str, Any]) -> str:
+def _format_batch(batch: dict[str, Any]) -> str:
     sizes = f"{batch['most']}" if batch["fewest"] == batch["most"] else f"{batch['fewest']} to {batch['most']}"
     accumulation = f" in {batch['grad_accum']} micro-batches" if batch["grad_accum"] > 1 else ""
     ratio = batch["most"] / batch["ideal"]
     uneven = f"; the largest local batch is {ratio:.2f} × the ideal of {batch['ideal']:.4g}" if ratio > 1 else ""
-    return f"{plural(batch['global'], 'image')} a step = {processes} × {sizes}{accumulation}{uneven}"
+    return f"{plural(batch['global'], 'image')} a step = {batch['number']} × {sizes}{accumulation}{uneven}"
+
+
+def _format_virtual_ranks(processes: int, number: int) -> str:
+    """Say what virtual ranks guarantee, and how many passes they cost each process."""
+    per_process = -(-number // processes)
+    fewest = -(-number // per_process)
+    as_fast = f", as on {plural(fewest, 'process')}" if fewest < processes else ""
+    return (
+        f"{plural(number, 'rank')}: the same bits on 1 to {plural(number, 'process')};"
+        f" {plural(per_process, 'pass')} a step of each process{as_fast}"
+    )
 
 
 def _format_steps(setup: dict[str, Any]) -> str:

@@ -16,8 +16,9 @@ from distrain.distributed.collectives import StopAgreed
 from distrain.errors import DataError, SaveError, Stopped
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import TRACE
-from distrain.training import augment, evaluation, health, pictures, profiling
+from distrain.training import augment, digests, evaluation, health, pictures, profiling
 from distrain.training.checkpointing import Checkpointer, os_error_of
+from distrain.training.digests import TrainedIds
 from distrain.training.evaluation import Scores
 from distrain.training.feed import Feed
 from distrain.training.job import Job
@@ -52,12 +53,13 @@ class Trainer:
         self.losses, self.profile = LossMeter(job), Profile()
         if state:
             self.losses.load_state_dict(state["losses"])
+        self.ids = TrainedIds(job, state.get("ids", "0"))
         self.stops = StopPoll(job.runtime.collectives, self.step)
         self.train_step = TrainingStep(job, self.profile)
         self.logs = open_logs(job, checkpointer, self.step, state.get("lines", 0))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, beside weights and optimizer, to resume the run at this step."""
+        """Return the state for a checkpoint, beside weights and optimizer, to resume at this step; a collective."""
         return {
             "step": self.step,
             "evaluated_step": self.evaluated_step,
@@ -68,6 +70,7 @@ class Trainer:
             "seconds": self.seconds,
             "lines": self.logs.metrics.lines if self.logs.metrics is not None else 0,
             "losses": self.losses.state_dict(),
+            "ids": self.ids.digest(),
         }
 
     @property
@@ -107,16 +110,17 @@ class Trainer:
         watchdog.step(first)
         self.checkpointer.start_clock()
         self.losses.restart_clock()
-        with self._batches() as batches, self._tracer() as tracer:
-            feed = Feed(batches, job.order, job.runtime)
+        with self._batches() as reader, self._tracer() as tracer:
+            feed = Feed(reader, job.order, job.runtime)
             while True:
                 self._log_evaluate_save()
                 if self.step == job.total_steps:
                     return
                 with self.profile.phase("data" if self.step > first else "start"):
-                    batch = feed.take(self.step)
-                self._record_batch(batch)
-                self.losses.add(self.train_step(self.step, batch))
+                    batches = feed.take(self.step)
+                self._record_batches(batches)
+                self.losses.add(self.train_step(self.step, batches))
+                self.ids.add(self.step, batches)
                 self.step += 1
                 if self.step < job.total_steps:
                     feed.prefetch(self.step)
@@ -153,7 +157,7 @@ class Trainer:
         batches = TrainingBatches(
             job.dataset,
             job.order,
-            job.runtime.world,
+            job.virtual_ranks,
             range(self.step, job.total_steps),
             job.config.data.read_ahead,
             with_random_bits=augment.needs_random_bits(job.config.augment),
@@ -187,7 +191,7 @@ class Trainer:
             return
         self.losses.read(step)  # nothing is evaluated or saved before the loss is known to be finite
         if write_line and self.losses.logged_step < step:
-            self._log()
+            self._log(with_digests=evaluate or save)
         if evaluate or save or by_clock:
             check_weights(self.job, step)
         best_before = self.best
@@ -206,13 +210,16 @@ class Trainer:
             self.checkpointer.check_lease()
             os_error_of(self.logs.audit.sync)  # lines that cannot be written now stay in memory
 
-    def _log(self) -> None:
-        """Write a line about the steps since the last one."""
+    def _log(self, with_digests: bool) -> None:
+        """Write a line about the steps since the last one, where they are evaluated or saved with digests."""
         steps_left = self.job.total_steps - self.step
         line = {**self.losses.take_line(self.step, self.profile), "seconds": self.seconds}
         rate = line["train/images_per_second"]
         seconds_left = steps_left * self.job.order.global_batch_size / max(rate, 1e-9)
         self.logs.progress.train(self.step, line["epoch"], line["train/loss"], line["train/lr"], rate, seconds_left)
+        if with_digests:
+            ids = self.ids.digest()
+            line |= {"digests": digests.of_run(self.job, ids)} if self.job.runtime.is_main else {}
         self.logs.record(self.step, line)
 
     def _evaluate(self) -> bool:
@@ -297,14 +304,15 @@ class Trainer:
             )
         raise Stopped(f"stopped{stop.by}: step {self.step:,} is saved; the same command resumes there")
 
-    def _record_batch(self, batch: Batch) -> None:
-        """Record a batch: its ids if `data.audit` is on, and pictures if it is the first batch of the run."""
+    def _record_batches(self, batches: list[Batch]) -> None:
+        """Record local batches: their ids if `data.audit` is on, and pictures if they are the first of the run."""
         if self.logs.audit is not None:
             with self.profile.phase("log"):
                 epoch = self.step // self.job.order.steps_per_epoch
-                self.logs.audit.write({"step": self.step, "epoch": epoch, "ids": batch.ids.tolist()})
+                ids = [each for batch in batches for each in batch.ids.tolist()]
+                self.logs.audit.write({"step": self.step, "epoch": epoch, "ids": ids})
         if self.step == 0 and self.job.runtime.is_main:
-            self._try_pictures(lambda: pictures.save_augmented(self.job, batch))
+            self._try_pictures(lambda: pictures.save_augmented(self.job, batches[0]))
 
     def _try_pictures(self, action: Callable[[], None]) -> None:
         """Save pictures; an error only causes a warning, because training does not depend on them."""

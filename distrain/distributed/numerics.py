@@ -1,0 +1,64 @@
+"""The kernels with which a process computes, and what decides the last bits of their results."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+import torch
+
+from distrain import machine
+
+_INSTRUCTIONS = "vector instructions"
+
+
+def set_numerics(precision: str, deterministic: bool) -> None:
+    """Set how GPUs compute. fp32 is fp32: cuDNN's own default is TF32, with 10 bits of mantissa."""
+    tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it; read at its first use
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic  # kernels chosen by timing differ from run to run
+
+
+def what_decides_bits(device: torch.device) -> dict[str, str]:
+    """Return what decides the last bits of a result, besides the configuration: software, processor or GPU, threads."""
+    libraries = torch.__config__.show()
+    deciding = {
+        "torch": torch.__version__,
+        "oneDNN": _version(libraries, r"MKL-DNN v(\S+)"),
+        "MKL": _version(libraries, r"Math Kernel Library Version (\S+)"),
+        "processor": machine.processor(),
+        _INSTRUCTIONS: " ".join(machine.vector_instructions()),
+        "torch's CPU kernels": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if device.type == "cuda":
+        deciding |= {
+            "GPU": torch.cuda.get_device_name(device),
+            "CUDA": str(torch.version.cuda),
+            "cuDNN": str(torch.backends.cudnn.version()),
+        }
+    return deciding
+
+
+def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Return the name and both values of what differs between two results of `what_decides_bits`, for messages."""
+    names = [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
+    return [(name, _lacking(one, other, name), _lacking(other, one, name)) for name in names]
+
+
+def _lacking(of: Mapping[str, str], other: Mapping[str, str], name: str) -> str:
+    """Return a value; of the list of instructions only those that the other one lacks."""
+    value, theirs = of.get(name, ""), other.get(name, "").split()
+    if name == _INSTRUCTIONS:
+        value = " ".join(each for each in value.split() if each not in theirs)
+    return value or "none"
+
+
+def _version(text: str, pattern: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else "none"

@@ -1,0 +1,291 @@
+"""Virtual ranks: processes that a run pretends to have, so that its bits do not depend on the number of real ones.
+
+Every virtual rank runs its own forward and backward passes, with shapes and random numbers that do not depend on the
+number of processes, and the gradients of all are added in the order of `gradient_tree`. So the weights are the same,
+bit for bit, on any number of processes (EasyScale, SC'23, and VirtualFlow, MLSys'22, separate training from devices
+like this).
+
+A process adds up the largest subtrees that it can. Then each process receives one part, a W-th, of all subtrees of all
+processes, completes the tree for that part, and sends the result to all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distrain.distributed.collectives import Collectives
+from distrain.distributed.gradient_tree import Node, TreeSum, subtrees
+from distrain.distributed.gradients import DistributedModel
+from distrain.environment import World
+from distrain.errors import ConfigError
+from distrain.models.batch_norm import Buffers
+
+_ALIGNMENT = 64
+"""Bytes: a tensor begins at a multiple of this, as one that torch allocates itself."""
+_SAMPLED = 100
+"""Interval of the steps in which a GPU is waited for, to measure the exchange."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """The division of a global batch among virtual ranks.
+
+    Attributes:
+        world: this process and the number of processes.
+        virtual_ranks: their number.
+        global_batch_size: samples of a step.
+    """
+
+    world: World
+    virtual_ranks: int
+    global_batch_size: int
+
+    def subtrees(self, rank: int) -> list[Node]:
+        """The subtrees that a process adds up, from left to right."""
+        ranks = World(rank, self.world.size).virtual_ranks(self.virtual_ranks)
+        return subtrees(range(ranks[0].rank, ranks[-1].rank + 1), self.virtual_ranks)
+
+
+class VirtualRanks(DistributedModel):
+    """The model, whose gradients are added in an order that does not depend on the number of processes.
+
+    Args:
+        module: the model, as accelerate prepared it.
+        compiled: the same model for training passes, compiled or not.
+        accelerator: what prepared it.
+        collectives: for the loss of a peer.
+        division: how the global batch is divided.
+    """
+
+    runs_empty = False
+
+    def __init__(
+        self, module: nn.Module, compiled: Any, accelerator: Any, collectives: Collectives, division: Division
+    ) -> None:
+        super().__init__(compiled, accelerator, collectives)
+        self._division = division
+        self._parameters = [each for each in module.parameters() if each.requires_grad]
+        self._buffers = Buffers(module)
+        self._statistics: list[Tensor] = []
+        self._retained: list[Tensor] = []
+        self._sums: list[_Sum] = []
+        self._clock = _Clock(self._parameters[0].device)
+        self._in_step = False
+
+    @property
+    def loss_scale(self) -> float:
+        """1 / G: the gradients of the virtual ranks are added."""
+        return 1 / self._division.global_batch_size
+
+    @contextlib.contextmanager
+    def virtual_rank(self, rank: World) -> Iterator[None]:
+        """Run the passes of a virtual rank; their gradients go to its leaf of the tree.
+
+        Raises:
+            ConfigError: a pass changed a buffer that the first pass did not change.
+        """
+        if not self._in_step:
+            self._begin_step()
+        self._buffers.begin_pass()
+        self._statistics = [torch.zeros_like(value) for value in self._buffers.statistics]
+        yield
+        name = self._buffers.changed_unexpectedly()
+        if name is not None:
+            with self._collectives.fail_alone():
+                raise ConfigError(
+                    f"train.virtual_ranks: the model changes its buffer {name} in some passes only, so its result would"
+                    " depend on the number of processes; change it in every pass, or leave train.virtual_ranks out"
+                )
+        if rank.rank == 0:
+            self._retained = self._buffers.retained()
+        gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in self._parameters]
+        for total in self._sums:
+            total.add_leaf(rank.rank, [*gradients, *self._statistics])
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits of shape [n, K] for normalised images of shape [n, C, H, W]."""
+        logits = super().forward(inputs)
+        if self._statistics:
+            weight = len(inputs) / self._division.global_batch_size
+            torch._foreach_add_(self._statistics, self._buffers.statistics, alpha=weight)
+        return logits
+
+    def observe(self) -> None:
+        """See which buffers a first pass has changed; call it once, before a step."""
+        self._buffers.observe()
+        values = [*self._parameters, *self._buffers.statistics]
+        self._sums = [_Sum(dtype, values, self._division) for dtype in dict.fromkeys(value.dtype for value in values)]
+
+    def exchange(self) -> None:
+        """Add the gradients of all virtual ranks, and update the running statistics of BatchNorm."""
+        self._clock.begin_exchange()
+        with self._collectives.collective():
+            totals: list[Tensor] = [None] * (len(self._parameters) + len(self._buffers.statistics))  # type: ignore[list-item]
+            for each in self._sums:
+                for index, total in each.total():
+                    totals[index] = total
+            if self._retained or self._division.world.rank:
+                self._retained = self._retained or self._buffers.retained()
+                for value in self._retained if self._division.world.size > 1 else ():
+                    dist.broadcast(value, src=0)
+        self._buffers.end_step(totals[len(self._parameters) :], self._retained)
+        for parameter, gradient in zip(self._parameters, totals, strict=False):
+            parameter.grad = gradient
+        self._in_step, self._retained = False, []
+        self._clock.end_exchange()
+
+    def exchange_fraction(self) -> float:
+        """Fraction of the computing time that was spent on the exchange, which no computation hides."""
+        return self._clock.fraction()
+
+    def _begin_step(self) -> None:
+        self._in_step = True
+        self._clock.begin_step()
+        self._buffers.begin_step()
+        for each in self._sums:
+            each.begin()
+
+
+def outgoing(subtotals: Sequence[Tensor], size: int) -> Tensor:
+    """Return what a process sends: to each process in turn its part, a `size`-th, of all subtotals; flat.
+
+    Args:
+        subtotals: the values of the subtrees of this process, from left to right; each flat [size · part].
+        size: number of processes.
+    """
+    if len(subtotals) == 1:
+        return subtotals[0]
+    return torch.stack([each.view(size, -1) for each in subtotals], 1).flatten()
+
+
+def complete(received: Tensor, nodes: Sequence[Sequence[Node]], leaves: int) -> Tensor:
+    """Complete the tree for one part; return its root [part].
+
+    Args:
+        received: the part of all subtotals, process by process and from left to right; flat, overwritten.
+        nodes: the subtrees of each process.
+        leaves: number of leaves of the whole tree.
+    """
+    tree = TreeSum(leaves, Tensor.add_)
+    subtotals = [node for of_process in nodes for node in of_process]
+    for node, value in zip(subtotals, received.view(len(subtotals), -1), strict=True):
+        tree.push(node, value)
+    [(_, root)] = tree.take()
+    return root
+
+
+class _Sum:
+    """The sum over all virtual ranks of those gradients and statistics that have one dtype.
+
+    They lie in flat buffers, each value in the strides of its parameter: the norm of the same values in another layout
+    has other last bits.
+    """
+
+    def __init__(self, dtype: torch.dtype, values: Sequence[Tensor], division: Division) -> None:
+        self._division = division
+        self._indices = [index for index, value in enumerate(values) if value.dtype == dtype]
+        self._like = [values[index] for index in self._indices]
+        step = _ALIGNMENT // dtype.itemsize
+        sizes = [-(-value.numel() // step) * step for value in self._like]
+        self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
+        self._part = -(-sum(sizes) // (step * division.world.size)) * step
+        self._free: list[Tensor] = []
+        self._result: Tensor | None = None
+        self._tree = TreeSum(division.virtual_ranks, self._add)
+
+    def begin(self) -> None:
+        """Begin a step: the totals of the last one are no longer needed."""
+        if self._result is not None:
+            self._free.append(self._result)
+            self._result = None
+
+    def add_leaf(self, rank: int, values: Sequence[Tensor]) -> None:
+        """Give the values of a virtual rank, the next one: those of all dtypes."""
+        buffer = self._buffer()
+        torch._foreach_copy_(self._views(buffer), [values[index] for index in self._indices])
+        self._tree.push(Node(rank, 1), buffer)
+
+    def total(self) -> list[tuple[int, Tensor]]:
+        """Return the sums, each with its index among all values; they are valid until the next step begins."""
+        subtotals = [buffer for _, buffer in self._tree.take()]
+        self._result = self._exchange(subtotals) if self._division.world.size > 1 else subtotals[0]
+        self._free += [buffer for buffer in subtotals if buffer is not self._result]
+        return list(zip(self._indices, self._views(self._result), strict=True))
+
+    def _exchange(self, subtotals: list[Tensor]) -> Tensor:
+        """Complete the tree together with the other processes; return the buffer with its root."""
+        division, part, size = self._division, self._part, self._division.world.size
+        sent, nodes = outgoing(subtotals, size), [division.subtrees(rank) for rank in range(size)]
+        received = sent.new_empty(sum(map(len, nodes)) * part)
+        sizes = [len(each) * part for each in nodes]
+        dist.all_to_all_single(received, sent, sizes, [len(subtotals) * part] * size)
+        result = subtotals[0]
+        dist.all_gather_into_tensor(result, complete(received, nodes, division.virtual_ranks))
+        return result
+
+    def _add(self, left: Tensor, right: Tensor) -> Tensor:
+        left.add_(right)
+        self._free.append(right)
+        return left
+
+    def _buffer(self) -> Tensor:
+        if self._free:
+            return self._free.pop()
+        return torch.zeros(
+            self._part * self._division.world.size, dtype=self._like[0].dtype, device=self._like[0].device
+        )
+
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        return [
+            buffer.as_strided(value.size(), _dense_strides(value), offset)
+            for value, offset in zip(self._like, self._offsets, strict=True)
+        ]
+
+
+def _dense_strides(value: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor, or contiguous ones where it does not fill its memory."""
+    return torch.empty_like(value, device="meta").stride()
+
+
+class _Clock:
+    """Measures the part of the computing time that the exchange takes; on a GPU in some steps only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._steps = device, 0
+        self._started = self._exchange_started = 0.0
+        self._computing = self._exchanging = 0.0
+
+    def begin_step(self) -> None:
+        self._steps += 1
+        self._started = self._now()
+
+    def begin_exchange(self) -> None:
+        self._exchange_started = self._now()
+
+    def end_exchange(self) -> None:
+        if self._measures:
+            now = self._now()
+            self._computing += now - self._started
+            self._exchanging += now - self._exchange_started
+
+    def fraction(self) -> float:
+        return self._exchanging / self._computing if self._computing else 0.0
+
+    @property
+    def _measures(self) -> bool:
+        return self._device.type == "cpu" or self._steps % _SAMPLED == 2
+
+    def _now(self) -> float:
+        if self._device.type == "cuda" and self._measures:
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

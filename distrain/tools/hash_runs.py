@@ -1,0 +1,133 @@
+"""`distrain hash`: the digests of runs, from their metrics alone, and the first line where runs part."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distrain.config import identity
+from distrain.distributed.numerics import differences
+from distrain.errors import DataError
+from distrain.runs import folder
+from distrain.runs.folder import RunRecord
+from distrain.text import plural, shortened
+
+log = logging.getLogger("distrain")
+
+_OF_THE_CLOCK = ("seconds", "train/images_per_second", "profile/")
+"""Beginnings of the keys of a line that differ between equal runs."""
+_MAX_NAMES = 5
+
+
+def hash_runs(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the newest digests of each run, and how each of the others compares with the first one, for JSON.
+
+    Raises:
+        DataError: a folder holds no run, or a run has no digests yet.
+    """
+    records = [folder.read(run) for run in runs]
+    for problem in itertools.chain.from_iterable(record.problems for record in records):
+        log.warning("%s", problem)
+    hashes = [_newest(record) for record in records]
+    for entry, record in zip(hashes[1:], records[1:], strict=True):
+        entry["comparison"] = _compare(records[0], record)
+    return hashes
+
+
+def _newest(record: RunRecord) -> dict[str, Any]:
+    lines = [line for line in record.lines if "digests" in line]
+    if not lines:
+        raise DataError(f"{record.folder}: has no digests yet; they are written where a run evaluates or saves")
+    return {"run": str(record.folder), "step": lines[-1]["step"], **lines[-1]["digests"]}
+
+
+def _compare(first: RunRecord, other: RunRecord) -> dict[str, Any]:
+    """Compare two runs line by line, as far as both have lines."""
+    pairs = list(zip(first.lines, other.lines, strict=False))
+    parted = next((number for number, pair in enumerate(pairs) if _differing(*pair)), None)
+    equal = [one for one, _ in pairs[:parted]]
+    comparison: dict[str, Any] = {
+        "equal_lines": len(equal),
+        "equal_to_step": max((line["step"] for line in equal), default=0),
+        "parted": None,
+    }
+    if parted is not None:
+        one, two = pairs[parted]
+        comparison["parted"] = {"line": parted + 1, "step": one["step"], "differing": _differing(one, two)}
+        comparison["unlike"] = _unlike(first, other)
+    return comparison
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the values that differ between two lines, but for those of the clock."""
+    flat = [_flat(line) for line in (one, other)]
+    names = dict.fromkeys([*flat[0], *flat[1]])
+    return {name: [line.get(name) for line in flat] for name in names if flat[0].get(name) != flat[1].get(name)}
+
+
+def _flat(line: dict[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in line.items() if not name.startswith(_OF_THE_CLOCK)}
+    digests = values.pop("digests", {})
+    return {**{f"digest of {name}": value for name, value in digests.items()}, **values}
+
+
+def _unlike(first: RunRecord, other: RunRecord) -> list[str]:
+    """Return what may be why two runs part: their configurations, data, software and hardware."""
+    keys = [identity(record.config) for record in (first, other)]
+    unlike = [f"{name} {keys[0][name]} and {keys[1][name]}" for name in keys[0] if keys[0][name] != keys[1][name]]
+    manifests = [record.setup.get("data", {}).get("manifest") for record in (first, other)]
+    if manifests[0] != manifests[1]:
+        unlike.append("other data sets")
+    bits = [record.setup.get("bits", {}) for record in (first, other)]
+    unlike += [f"{name} {one} and {two}" for name, one, two in differences(*bits)]
+    sizes = [record.setup.get("processes", {}).get("number") for record in (first, other)]
+    if sizes[0] != sizes[1] and None in (record.config.train.virtual_ranks for record in (first, other)):
+        unlike.append(f"{sizes[0]} and {sizes[1]} processes, without train.virtual_ranks")
+    return unlike
+
+
+def format_hashes(hashes: Sequence[dict[str, Any]]) -> str:
+    """Format what `hash_runs` returned for people."""
+    lines = []
+    for entry in hashes:
+        lines.append(f"{entry['run']}: step {entry['step']:,}")
+        lines += [f"  {name:9}  {entry[name]}" for name in ("weights", "optimizer", "ids")]
+    lines += [_format_comparison(hashes[0]["run"], entry) for entry in hashes[1:] if not entry["comparison"]["parted"]]
+    return "\n".join(lines)
+
+
+def _format_comparison(first: str, entry: dict[str, Any]) -> str:
+    comparison = entry["comparison"]
+    lines = plural(comparison["equal_lines"], "line")
+    return f"{entry['run']}: equals {first} in {lines}, up to step {comparison['equal_to_step']:,}"
+
+
+def check_equal(hashes: Sequence[dict[str, Any]]) -> None:
+    """Check that no run parts from the first one.
+
+    Raises:
+        DataError: one does; the message names the line, what differs there, and what might be why.
+    """
+    messages = []
+    for entry in hashes[1:]:
+        parted = entry["comparison"]["parted"]
+        if parted is None:
+            continue
+        values = [f"{name} {_short(one)} and {_short(other)}" for name, (one, other) in parted["differing"].items()]
+        message = (
+            f"{entry['run']}: parts from {hashes[0]['run']} at step {parted['step']:,} (line {parted['line']} of the"
+            f" metrics): {'; '.join(shortened(values, _MAX_NAMES))}"
+        )
+        if "digest of ids" not in parted["differing"]:
+            message += "; all ids so far are equal"
+        unlike = entry["comparison"]["unlike"]
+        messages.append(f"{message}\n  the runs have {'; '.join(shortened(unlike, _MAX_NAMES))}" if unlike else message)
+    if messages:
+        raise DataError("\n".join(messages))
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) else str(value)

@@ -1,0 +1,223 @@
+"""Virtual ranks on real processes: the bits of a run do not depend on their number."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+from datasets import make
+from group import Group, GroupError
+from mutations import MUTATIONS
+from runs import metrics_but_times
+
+from distrain.data.manifest import Dataset
+from distrain.environment import Environment
+from distrain.errors import DataError
+from distrain.tools.hash_runs import check_equal, format_hashes, hash_runs
+from distrain.training.train import train
+
+pytestmark = pytest.mark.ranks
+Groups = Callable[[int], Group]
+Sections = dict[str, dict[str, Any]]
+
+MIXED: Sections = {"model": {"name": "models_for_tests:Mixed"}}
+OPTIONS: dict[str, Sections] = {
+    "accumulation": {"train": {"micro_batch_size": 5}},
+    "clipping": {"train": {"clip_norm": 0.5}},
+    "ema": {"train": {"ema_decay": 0.9}},
+    "mixup": {"augment": {"mixup": 0.4}},
+    "smoothing": {"train": {"label_smoothing": 0.1}},
+    "bf16": {"train": {"precision": "bf16"}},
+    "fp64": {"train": {"precision": "fp64"}},
+    "adamw": {"train": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1}},
+    "uncached": {"data": {"cache": "off"}},
+    "net": {"model": {"name": "net"}},
+    "five": {"train": {"virtual_ranks": 5}},
+    "all lanes": {"train": {"virtual_ranks": 12}},
+    "empty": {"train": {"global_batch_size": 13, "virtual_ranks": 12}, "model": {"name": "net"}},
+}
+"""Options whose result could depend on the number of processes; local batches are uneven (12 lanes for 8 ranks)."""
+
+
+def configuration(dataset: Dataset, folder: Path, /, *several: Sections) -> Sections:
+    tree: Sections = {
+        "data": {"dir": str(dataset.root), "audit": True},
+        "run": {"dir": str(folder), "seed": 7},
+        "train": {"max_steps": 25, "global_batch_size": 50, "lr": 0.05, "virtual_ranks": 8},
+        "augment": {"flip": True, "crop_padding": 2, "cutout": 4},
+        "eval": {"every_steps": 9},
+        "checkpoint": {"every_steps": 10, "keep": 0},
+        "log": {"every_steps": 4, "report": False},
+    }
+    for sections in several:
+        for section, values in sections.items():
+            tree.setdefault(section, {}).update(values)
+    return tree
+
+
+def all_bits(run: Path) -> dict[str, Any]:
+    """Everything that a run wrote, but for what may differ: times, rates and the number of processes."""
+    may_differ = {"world_size", "seconds", "images_per_second", "profile", "version"}
+    result = {k: v for k, v in json.loads((run / "result.json").read_text()).items() if k not in may_differ}
+    weights = {
+        str(file.relative_to(run)): file.read_bytes() for file in sorted((run / "checkpoints").glob("*/*.safetensors"))
+    }
+    assert len(weights) >= 4
+    return {"result": result, "metrics": metrics_but_times(run), **weights}
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    return all_bits(one) == all_bits(other)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_any_number_of_processes_gives_the_same_bits(
+    option: str, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    for w in (1, 3, 4):
+        group(w).train(configuration(small, tmp_path / str(w), MIXED, OPTIONS[option]))
+    for w in (3, 4):
+        assert same_bits(tmp_path / str(w), tmp_path / "1")
+    check_equal(hash_runs([tmp_path / "1", tmp_path / "3", tmp_path / "4"]))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_fault_of_the_order_of_computing_is_seen(
+    mutation: str, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    changes: Sections = {"train": {"clip_norm": 0.1}}
+    for w in (1, 3):
+        config = configuration(small, tmp_path / str(w), MIXED, changes)
+        group(w).call("train_mutated", config, mutation)
+    assert not same_bits(tmp_path / "3", tmp_path / "1")
+
+
+def test_a_run_resumes_on_other_numbers_of_processes(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    """Each attempt is cut back to one of its checkpoints, between evaluations and lines."""
+    changes: Sections = {
+        "checkpoint": {"every_steps": 1},
+        "train": {"ema_decay": 0.9, "optimizer": "adamw", "lr": 1e-3},
+    }
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    group(1).train(configuration(small, whole, MIXED, changes))
+    for w, until in ((3, 5), (1, 11), (4, 18), (2, 25)):
+        group(w).train(configuration(small, cut, MIXED, changes))
+        for folder in (cut / "checkpoints").glob("step-*"):
+            if int(folder.name[5:]) > until:
+                shutil.rmtree(folder)
+        if until < 25:
+            (cut / "result.json").unlink()
+    assert same_bits(whole, cut)
+
+
+def test_hash_names_the_first_line_where_runs_part(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    group(1).train(configuration(small, a))
+    group(2).train(configuration(small, b))
+    group(2).train(configuration(small, c, {"train": {"lr": 0.051}}))
+    hashes = hash_runs([a, b])
+    check_equal(hashes)
+    assert f"{b}: equals {a} in 13 lines, up to step 25" in format_hashes(hashes)
+    with pytest.raises(DataError) as caught:
+        check_equal(hash_runs([a, b, c]))
+    message = str(caught.value)
+    assert message.startswith(f"{c}: parts from {a} at step 4 (line 1 of the metrics): ")
+    assert "train/lr 0.028" in message
+    assert "all ids so far are equal" in message
+    assert "the runs have train.lr 0.05 and 0.051" in message
+    assert str(b) not in message
+
+
+def test_without_virtual_ranks_ids_are_equal_and_weights_are_not(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    for w in (1, 3):
+        group(w).train(configuration(small, tmp_path / str(w), MIXED, {"train": {"virtual_ranks": None}}))
+    hashes = hash_runs([tmp_path / "1", tmp_path / "3"])
+    assert hashes[0]["ids"] == hashes[1]["ids"]
+    with pytest.raises(DataError, match="all ids so far are equal\n.*1 and 3 processes, without train.virtual_ranks"):
+        check_equal(hashes)
+
+
+@pytest.mark.parametrize(
+    ("w", "changes", "message"),
+    [
+        (3, {"virtual_ranks": 2}, "3 processes for train.virtual_ranks=2: each needs one; start 2 at most"),
+        (1, {"virtual_ranks": 13}, "train.virtual_ranks=13: more than the 12 lanes of the data set; use 12 at most"),
+        (1, {"virtual_ranks": 9, "global_batch_size": 8}, "more than train.global_batch_size=8; use 8 at most"),
+        (
+            1,
+            {"virtual_ranks": 8, "compile": "default"},
+            "should divide 12 lanes and train.global_batch_size=50.* try 2",
+        ),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(
+    w: int, changes: dict[str, Any], message: str, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    with pytest.raises(GroupError) as caught:
+        group(w).train(configuration(small, tmp_path / "run", {"train": changes}))
+    assert set(caught.value.kinds) == {"ConfigError"}
+    assert re.search(message, caught.value.messages[0])
+
+
+def test_weights_that_no_seed_determines_are_refused(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    changes = {"model": {"name": "models_for_tests:Differing"}}
+    with pytest.raises(GroupError) as caught:
+        group(2).train(configuration(small, tmp_path / "run", changes))
+    assert set(caught.value.kinds) == {"ConfigError"}
+    assert "rank 1 begins with other weights than rank 0" in caught.value.messages[0]
+
+
+def test_a_buffer_that_changes_in_some_passes_only_is_refused(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    with pytest.raises(GroupError) as caught:
+        group(1).train(configuration(small, tmp_path / "run", {"model": {"name": "models_for_tests:Sometimes"}}))
+    assert caught.value.kinds == ["ConfigError"]
+    assert "changes its buffer seen in some passes only" in caught.value.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("run", "cpu_threads", 2), ("train", "micro_batch_size", 3), ("train", "clip_norm", 9)],
+)
+def test_what_decides_bits_cannot_change_when_a_run_is_resumed(
+    section: str, key: str, value: Any, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    group(1).train(configuration(small, run))
+    (run / "result.json").unlink()
+    with pytest.raises(GroupError, match=f"{section}.{key}"):
+        group(1).train(configuration(small, run, {section: {key: value}}))
+
+
+def test_a_resume_with_other_software_is_a_warning(
+    small: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    config = configuration(small, run)
+    train(config, Environment())
+    assert "was saved by" not in caplog.text
+    folder = run / "checkpoints/step-00000025"
+    content = json.loads((folder / "state.json").read_text())
+    content["bits"] |= {"oneDNN": "1.0", "vector instructions": "avx fma"}
+    (folder / "state.json").write_text(json.dumps(content))
+    digests = json.loads((folder / "digests.json").read_text())
+    digests["files"]["state.json"] = xxhash.xxh3_128_hexdigest((folder / "state.json").read_bytes())
+    (folder / "digests.json").write_text(json.dumps(digests))
+    train(config, Environment())
+    expected = "step-00000025 was saved by something else, so the last bits of the weights may differ: oneDNN "
+    assert expected in caplog.text
+    assert ", before 1.0; vector instructions " in caplog.text
+
+
+def test_more_lanes_than_samples_of_a_step(group: Groups, tmp_path: Path) -> None:
+    dataset = make(tmp_path / "data", 103, lanes=5)
+    for w in (1, 2, 4):
+        sections: Sections = {"train": {"global_batch_size": 4, "virtual_ranks": 4, "max_steps": 12}}
+        group(w).train(configuration(dataset, tmp_path / str(w), sections))
+    assert same_bits(tmp_path / "1", tmp_path / "2")
+    assert same_bits(tmp_path / "1", tmp_path / "4")
