@@ -65,7 +65,7 @@ def bench(models: str, **options: Any) -> None:
     """Measure distrain on this machine, compared with common alternatives and with the machine's limits.
 
     \b
-    python -m benchmarks --out bench-out               # every part but accuracy, on synthetic images
+    python -m benchmarks --out bench-out               # all parts that are not slow, on synthetic images
     python -m benchmarks reading scaling --data data/cifar10 --out bench-out
     python -m benchmarks accuracy --images photos/ --out bench-out
 
@@ -76,6 +76,7 @@ def bench(models: str, **options: Any) -> None:
     evaluation   images/s; compared with a bare loop over data in memory
     startup      seconds to the first step, of a new run and of a resumed run
     memory       memory for reading, by size of data and shards; time per image; time to plan a step
+    virtual_ranks  slow: milliseconds of a step with virtual ranks; compared with one without
     accuracy     slow: time until --recipe reaches the plain script's accuracy, or --target
 
     Contestants take turns. Medians and spreads are printed; OUT/bench.json has every sample.

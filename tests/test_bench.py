@@ -13,7 +13,7 @@ import pytest
 from datasets import make
 from setuptools.config.pyprojecttoml import read_configuration
 
-from benchmarks import accuracy, evaluation, memory, scaling, startup, training
+from benchmarks import accuracy, evaluation, memory, scaling, startup, training, virtual_ranks
 from benchmarks.__main__ import main
 from benchmarks.commands import CommandError, call
 from benchmarks.context import Context
@@ -196,6 +196,17 @@ def test_scaling(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
         "batch 128, 2 runs at once",
         "batch 128 × 2 / batch 128 × 1",
         "batch 128 × 2 / batch 128, 2 runs at once",
+    }
+
+
+@pytest.mark.ranks
+def test_virtual_ranks(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "max_processes", property(lambda _: 1))
+    plain = "net, batch 128, 1 process"
+    with_one, with_four = (f"{plain}, {number} virtual ranks" for number in (1, 4))  # 4 lanes
+    assert set(medians(virtual_ranks.measure(context))) == {
+        *(plain, with_one, with_four),
+        *(f"{name} / {plain}" for name in (with_one, with_four)),
     }
 
 

@@ -15,6 +15,8 @@ import pytest
 from datasets import make
 from harness import Job, TrainedRun, exit_file, newest_step, small_run, trained
 
+from distrain.tools.hash_runs import check_equal, hash_runs
+
 pytestmark = pytest.mark.faults
 TARGETS = ("rank1", "workers", "launcher", "everything", "rank0")
 EVENTS = ("train", "save", "evaluate", "first step")
@@ -81,11 +83,39 @@ def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
     shutil.rmtree(folder)
 
 
-def kill_once(folder: Path, changes: dict[str, Any], target: str, event: str, draw: random.Random) -> tuple[str, str]:
+@pytest.mark.timeout(1800)
+def test_thirty_kills_of_one_run_on_other_numbers_of_processes(tmp_path: Path) -> None:
+    """With virtual ranks each attempt may have another number of processes, and the bits are the same."""
+    make(tmp_path / "data", 403, 100, image_size=8, shards=12, lanes=6)
+    changes: dict[str, Any] = {
+        "model": {"name": "models_for_tests:Mixed"},
+        "launch": {"max_attempts_without_progress": 1000},
+        "train": {"max_steps": 400, "virtual_ranks": 6, "global_batch_size": 24, "ema_decay": 0.9},
+        "checkpoint": {"every_steps": 3, "keep": 2}, "eval": {"every_steps": 4},
+    }  # fmt: skip
+    draw, sizes, phases = random.Random(0), Counter[int](), Counter[str]()
+    for _ in range(30):
+        size = draw.randint(1, 5)
+        target = draw.choice(("rank0", f"rank{size - 1}", "workers", "launcher", "everything"))
+        phase, _ = kill_once(tmp_path, changes, target, draw.choice(EVENTS), draw, size)
+        sizes[size] += 1
+        phases[phase] += 1
+    for run, size in (("killed", draw.randint(1, 5)), ("whole", 2)):
+        with Job(small_run(tmp_path / "data", tmp_path / run, **changes), tmp_path, size) as job:
+            assert job.wait(600) == 0, job.output
+    check_equal(hash_runs([tmp_path / "whole", tmp_path / "killed"]))
+    trained(tmp_path / "killed").same_as(trained(tmp_path / "whole"))
+    assert set(sizes) == {1, 2, 3, 4, 5}
+    print(f"\nProcesses: {dict(sorted(sizes.items()))}. Phases that were hit: {dict(phases.most_common())}.")
+
+
+def kill_once(
+    folder: Path, changes: dict[str, Any], target: str, event: str, draw: random.Random, processes: int = 2
+) -> tuple[str, str]:
     """Start an attempt, wait for a new step, and kill at an event; return phase and step of rank 0 at that moment."""
     run = folder / "killed"
     before = newest_step(run)
-    with Job(small_run(folder / "data", run, **changes), folder) as job:
+    with Job(small_run(folder / "data", run, **changes), folder, processes) as job:
         if event == "first step":  # of this attempt; the new step belongs to an earlier one
             job.wait_for("first step", before)
         else:
