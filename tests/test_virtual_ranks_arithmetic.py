@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from distrain.distributed.collectives import Collectives
 from distrain.distributed.gradient_tree import Node, TreeSum, subtrees
-from distrain.distributed.virtual_ranks import complete, outgoing
-from distrain.environment import World
+from distrain.distributed.virtual_ranks import Division, VirtualRanks, complete, outgoing
+from distrain.distributed.watchdog import Watchdog
+from distrain.environment import Environment, World
 
 
 def spans(virtual_ranks: int, size: int) -> list[range]:
@@ -102,3 +108,40 @@ def test_the_exchange_gives_the_same_bits_as_one_process(numbers: tuple[int, int
         roots.append(complete(torch.cat(parcels), nodes, virtual_ranks))
     [expected] = subtotals(range(virtual_ranks))
     assert torch.cat(roots).view(torch.int32).tolist() == expected.view(torch.int32).tolist()
+
+
+def test_the_scaler_of_fp16_works_on_the_complete_gradient(tmp_path: Path) -> None:
+    """An infinite loss of one virtual rank skips the whole step and halves the scale; all others are unscaled once."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    accelerator = SimpleNamespace(scaler=scaler, backward=lambda loss: scaler.scale(loss).backward())
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    alone = copy.deepcopy(model)
+    watchdog = Watchdog({}, tmp_path, Environment())
+    division = Division(World(), 4, 20)
+    distributed = VirtualRanks(model, model, accelerator, Collectives(World(), None, watchdog, None), division)
+    distributed.forward(torch.ones(5, 3)).sum().backward()
+    distributed.observe()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = torch.randn(3, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+    for step, batch in enumerate(batches):
+        model.zero_grad()
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        for rank, inputs in zip(World().virtual_ranks(4), batch, strict=True):
+            with distributed.virtual_rank(rank):
+                loss = distributed.forward(inputs).square().sum()
+                distributed.backward(
+                    loss * distributed.loss_scale * (float("inf") if step == 1 and rank.rank == 2 else 1)
+                )
+        distributed.exchange()
+        scaler.step(optimizer)
+        scaler.update()
+        unchanged = all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+        assert unchanged == (step == 1)
+        if step == 0:
+            losses = [alone(inputs).square().sum() / 20 for inputs in batch]  # ghost BatchNorm: each for itself
+            torch.stack(losses).sum().backward()
+            for trained, reference in zip(model.parameters(), alone.parameters(), strict=True):
+                assert torch.allclose(trained, reference - 0.1 * reference.grad, atol=1e-6)
+    watchdog.close()
+    assert scaler.get_scale() == 2.0**9
+    assert int(model[1].num_batches_tracked) == 3

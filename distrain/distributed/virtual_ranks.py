@@ -12,6 +12,7 @@ processes, completes the tree for that part, and sends the result to all.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,13 @@ class VirtualRanks(DistributedModel):
         return logits
 
     def observe(self) -> None:
-        """See which buffers a first pass has changed; call it once, before a step."""
+        """See which buffers a first pass has changed; call it once, before a step.
+
+        Raises:
+            ConfigError: the pass left gradients that are not dense.
+        """
+        if any(each.grad is not None and each.grad.layout != torch.strided for each in self._parameters):
+            raise ConfigError("train.virtual_ranks: the model has sparse gradients; use layers with dense ones")
         self._buffers.observe()
         values = [*self._parameters, *self._buffers.statistics]
         self._sums = [_Sum(dtype, values, self._division) for dtype in dict.fromkeys(value.dtype for value in values)]
@@ -129,16 +136,13 @@ class VirtualRanks(DistributedModel):
     def exchange(self) -> None:
         """Add the gradients of all virtual ranks, and update the running statistics of BatchNorm."""
         self._clock.begin_exchange()
+        retained = self._retained or self._buffers.retained()
         with self._collectives.collective():
-            totals: list[Tensor] = [None] * (len(self._parameters) + len(self._buffers.statistics))  # type: ignore[list-item]
-            for each in self._sums:
-                for index, total in each.total():
-                    totals[index] = total
-            if self._retained or self._division.world.rank:
-                self._retained = self._retained or self._buffers.retained()
-                for value in self._retained if self._division.world.size > 1 else ():
-                    dist.broadcast(value, src=0)
-        self._buffers.end_step(totals[len(self._parameters) :], self._retained)
+            by_index = {index: total for each in self._sums for index, total in each.total()}
+            for value in retained if self._division.world.size > 1 else ():
+                dist.broadcast(value, src=0)
+        totals = [by_index[index] for index in sorted(by_index)]
+        self._buffers.end_step(totals[len(self._parameters) :], retained)
         for parameter, gradient in zip(self._parameters, totals, strict=False):
             parameter.grad = gradient
         self._in_step, self._retained = False, []
@@ -184,6 +188,14 @@ def complete(received: Tensor, nodes: Sequence[Sequence[Node]], leaves: int) -> 
     return root
 
 
+@dataclass
+class _Flat:
+    """A flat buffer, and views of it in the shapes and strides of the values that it holds."""
+
+    values: Tensor
+    views: list[Tensor]
+
+
 class _Sum:
     """The sum over all virtual ranks of those gradients and statistics that have one dtype.
 
@@ -194,13 +206,14 @@ class _Sum:
     def __init__(self, dtype: torch.dtype, values: Sequence[Tensor], division: Division) -> None:
         self._division = division
         self._indices = [index for index, value in enumerate(values) if value.dtype == dtype]
-        self._like = [values[index] for index in self._indices]
+        self._like = [torch.empty_like(values[index], device="meta") for index in self._indices]
+        self._device = values[0].device
         step = _ALIGNMENT // dtype.itemsize
         sizes = [-(-value.numel() // step) * step for value in self._like]
-        self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
+        self._offsets = [0, *itertools.accumulate(sizes)][:-1]
         self._part = -(-sum(sizes) // (step * division.world.size)) * step
-        self._free: list[Tensor] = []
-        self._result: Tensor | None = None
+        self._free: list[_Flat] = []
+        self._result: _Flat | None = None
         self._tree = TreeSum(division.virtual_ranks, self._add)
 
     def begin(self) -> None:
@@ -211,50 +224,40 @@ class _Sum:
 
     def add_leaf(self, rank: int, values: Sequence[Tensor]) -> None:
         """Give the values of a virtual rank, the next one: those of all dtypes."""
-        buffer = self._buffer()
-        torch._foreach_copy_(self._views(buffer), [values[index] for index in self._indices])
-        self._tree.push(Node(rank, 1), buffer)
+        flat = self._free.pop() if self._free else self._allocate()
+        torch._foreach_copy_(flat.views, [values[index] for index in self._indices])
+        self._tree.push(Node(rank, 1), flat)
 
     def total(self) -> list[tuple[int, Tensor]]:
         """Return the sums, each with its index among all values; they are valid until the next step begins."""
-        subtotals = [buffer for _, buffer in self._tree.take()]
-        self._result = self._exchange(subtotals) if self._division.world.size > 1 else subtotals[0]
-        self._free += [buffer for buffer in subtotals if buffer is not self._result]
-        return list(zip(self._indices, self._views(self._result), strict=True))
+        self._result, *others = [flat for _, flat in self._tree.take()]
+        if self._division.world.size > 1:
+            self._exchange([self._result.values, *(each.values for each in others)])
+        self._free += others
+        return list(zip(self._indices, self._result.views, strict=True))
 
-    def _exchange(self, subtotals: list[Tensor]) -> Tensor:
-        """Complete the tree together with the other processes; return the buffer with its root."""
+    def _exchange(self, subtotals: list[Tensor]) -> None:
+        """Complete the tree together with the other processes; the first subtotal becomes its root."""
         division, part, size = self._division, self._part, self._division.world.size
         sent, nodes = outgoing(subtotals, size), [division.subtrees(rank) for rank in range(size)]
         received = sent.new_empty(sum(map(len, nodes)) * part)
-        sizes = [len(each) * part for each in nodes]
-        dist.all_to_all_single(received, sent, sizes, [len(subtotals) * part] * size)
-        result = subtotals[0]
-        dist.all_gather_into_tensor(result, complete(received, nodes, division.virtual_ranks))
-        return result
+        dist.all_to_all_single(
+            received, sent, [len(each) * part for each in nodes], [len(subtotals) * part for _ in nodes]
+        )
+        dist.all_gather_into_tensor(subtotals[0], complete(received, nodes, division.virtual_ranks))
 
-    def _add(self, left: Tensor, right: Tensor) -> Tensor:
-        left.add_(right)
+    def _add(self, left: _Flat, right: _Flat) -> _Flat:
+        left.values.add_(right.values)
         self._free.append(right)
         return left
 
-    def _buffer(self) -> Tensor:
-        if self._free:
-            return self._free.pop()
-        return torch.zeros(
-            self._part * self._division.world.size, dtype=self._like[0].dtype, device=self._like[0].device
-        )
-
-    def _views(self, buffer: Tensor) -> list[Tensor]:
-        return [
-            buffer.as_strided(value.size(), _dense_strides(value), offset)
-            for value, offset in zip(self._like, self._offsets, strict=True)
+    def _allocate(self) -> _Flat:
+        values = torch.zeros(self._part * self._division.world.size, dtype=self._like[0].dtype, device=self._device)
+        views = [
+            values.as_strided(like.size(), like.stride(), offset)
+            for like, offset in zip(self._like, self._offsets, strict=True)
         ]
-
-
-def _dense_strides(value: Tensor) -> tuple[int, ...]:
-    """The strides of a tensor, or contiguous ones where it does not fill its memory."""
-    return torch.empty_like(value, device="meta").stride()
+        return _Flat(values, views)
 
 
 class _Clock:

@@ -434,9 +434,9 @@ def _warm_up(job: Job) -> None:
             logits = model.distributed.forward(model.normalize(images))
             model.distributed.backward(logits.sum() * 0)
         models.check_gradients(job.config.model.name, model.module)  # DDP's second pass would fail without a cure
-    model.optimizer.zero_grad()
     if isinstance(model.distributed, VirtualRanks):
         model.distributed.observe()
+    model.optimizer.zero_grad()
     for name, buffer in model.module.named_buffers():
         buffer.copy_(buffers[name])
 
