@@ -129,9 +129,8 @@ def test_the_scaler_of_fp16_works_on_the_complete_gradient(tmp_path: Path) -> No
         for rank, inputs in zip(World().virtual_ranks(4), batch, strict=True):
             with distributed.virtual_rank(rank):
                 loss = distributed.forward(inputs).square().sum()
-                distributed.backward(
-                    loss * distributed.loss_scale * (float("inf") if step == 1 and rank.rank == 2 else 1)
-                )
+                overflow = float("inf") if step == 1 and rank.rank == 2 else 1.0
+                distributed.backward(loss * distributed.loss_scale * overflow)
         distributed.exchange()
         scaler.step(optimizer)
         scaler.update()

@@ -85,7 +85,7 @@ def test_a_hundred_kills_of_one_run(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(1800)
 def test_thirty_kills_of_one_run_on_other_numbers_of_processes(tmp_path: Path) -> None:
-    """With virtual ranks each attempt may have another number of processes, and the bits are the same."""
+    """Virtual ranks give the same bits, though each attempt has another number of processes."""
     make(tmp_path / "data", 403, 100, image_size=8, shards=12, lanes=6)
     changes: dict[str, Any] = {
         "model": {"name": "models_for_tests:Mixed"},
