@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -75,7 +76,7 @@ def test_without_problems_nothing_is_left_on_disk(data: Path, tmp_path: Path) ->
     assert "bad " not in output
     for subject in ("versions", "device", "cores", "open files", "/dev/shm", "data", "memory", "model",
                     "run folder", "grace", "processes   2 on 1 node", "all-reduce  correct",
-                    "seen by all"):  # fmt: skip
+                    "bits        torch ", "seen by all"):  # fmt: skip
         assert subject in output, subject
     assert list(tmp_path.iterdir()) == []
 
@@ -286,3 +287,19 @@ def test_a_folder_that_two_nodes_do_not_share(what: str, data: Path, tmp_path: P
     assert [code for code, _ in ends] == [78, 78], ends
     expected = "rank 1 does not see what rank 0 writes" if what == "run folder" else "manifest.json"
     assert expected in ends[0][1], ends[0][1]
+
+
+@pytest.mark.ranks
+def test_nodes_that_compute_with_other_kernels_are_a_note(data: Path, tmp_path: Path) -> None:
+    needs_name_spaces()
+    with free_port() as (_, port):
+        pass
+    nodes = [
+        Doctor(data, tmp_path / "run", nproc=1, options=f"--nodes 2 --node {node} --host localhost --port {port}",
+               shell="export ATEN_CPU_CAPABILITY=default" if node else "")
+        for node in range(2)
+    ]  # fmt: skip
+    with closing(nodes[1]):
+        ends = [node.end() for node in nodes]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert re.search(r"note  bits +rank 1 has torch's CPU kernels DEFAULT, on rank 0 AVX", ends[0][1]), ends[0][1]
