@@ -139,11 +139,15 @@ def check_kubectl(arguments: list[str]) -> None:
         labels.pop("batch.kubernetes.io/job-completion-index", None)  # the Job adds it
         templates = [spec["template"]["metadata"]["labels"] for spec in manifests.job_specs(objects)]
         assert any(labels.items() <= template.items() for template in templates), labels
+        assert given[0] != "wait"  # it fails where no pod exists yet, as just after the apply
+        assert given[0] != "logs" or "--tail=-1" in arguments  # ten lines without it
     for each in given:
         if match := re.fullmatch(r"(job|pod)/([a-z-]+)", each):
             assert match.groups() in names
-        elif match := re.fullmatch(r"([a-z-]+):/(runs|tmp)/.+", each):
-            assert ("pod", match[1]) in names
+        elif match := re.fullmatch(r"([a-z-]+):(/\w+)/.+", each):
+            (pod,) = (one for one in objects if (one["kind"], one["metadata"]["name"]) == ("Pod", match[1]))
+            (mount,) = (one for one in pod["spec"]["containers"][0]["volumeMounts"] if one["mountPath"] == match[2])
+            assert each != given[-1] or not mount.get("readOnly"), f"{match[2]} cannot be written"
     if given[0] == "delete" and len(given) > 2:
         assert (given[1], given[2]) in names
     if given[0] == "exec":

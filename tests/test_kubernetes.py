@@ -294,6 +294,33 @@ def test_a_pod_whose_first_pod_never_comes_gives_up(tmp_path: Path, monkeypatch:
     assert cli.main(launch) == 75
 
 
+def test_a_job_without_its_data_set_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = render(K8S / "overlays/gpu-1-node")
+    for name, value in {
+        **environ(training(rendered)["template"], trainer(rendered)),
+        "JOB_COMPLETION_INDEX": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    keys = ["run.device=cpu", f"data.dir={tmp_path}/data", f"run.dir={tmp_path}/run"]
+    assert cli.main(["launch", "--nproc", "1", "--", "train", *keys]) == 78
+    assert verdicts(training(rendered))["train", 78] == "FailJob"
+
+
+def test_no_pod_with_gpus_waits_for_data(rendered: list[dict[str, Any]]) -> None:
+    if "nvidia.com/gpu" in trainer(rendered)["resources"]["limits"]:
+        assert "initContainers" not in training(rendered)["template"]["spec"]
+
+
+def test_the_disks_of_both_volumes_are_where_one_pod_can_use_them() -> None:
+    """A disk belongs to the zone of the first pod that uses it, and a run needs both."""
+    for folder in ("prepare", "files"):
+        (pod,) = pods(render(K8S / folder))
+        claims = {
+            each["persistentVolumeClaim"]["claimName"] for each in pod["volumes"] if "persistentVolumeClaim" in each
+        }
+        assert claims == {"distrain-data", "distrain-runs"}
+
+
 def test_no_secret_is_required_or_in_a_manifest(everything: list[dict[str, Any]]) -> None:
     assert not one_of_kind(everything, "Secret")
     for spec in job_specs(everything):
@@ -312,7 +339,7 @@ def test_autoscalers_leave_a_run_alone_and_kubectl_shows_it(rendered: list[dict[
 
 EDITS = {
     "storageClassName", "imagePullSecrets", "serviceAccountName", "nodeSelector", "tolerations", "name", "cpu",
-    "rdma/hca", "add",
+    "rdma/hca", "add", "key",
 }  # fmt: skip
 """Fields that are comments until someone needs them."""
 
@@ -329,7 +356,11 @@ def uncomment(text: str) -> tuple[str, set[str]]:
     return "\n".join(lines), names
 
 
-def test_what_clusters_ask_for_is_there_as_a_comment_that_fits_the_schema(tmp_path: Path) -> None:
+def cores(quantity: str) -> float:
+    return int(quantity[:-1]) / 1000 if quantity.endswith("m") else int(quantity)
+
+
+def test_what_clusters_ask_for_is_there_as_a_comment_that_works_in_every_overlay(tmp_path: Path) -> None:
     shutil.copytree(K8S, tmp_path / "k8s")
     fields = set()
     for file in sorted((tmp_path / "k8s").rglob("*.yaml")):
@@ -337,13 +368,23 @@ def test_what_clusters_ask_for_is_there_as_a_comment_that_fits_the_schema(tmp_pa
         file.write_text(text)
         fields |= names
     assert fields == EDITS
-    (spec,) = job_specs(render(tmp_path / "k8s/base"))
-    (container,) = spec["template"]["spec"]["containers"]
-    assert spec["template"]["spec"]["imagePullSecrets"] == [{"name": "registry"}]
-    assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
-    assert set(container["resources"]["limits"]) == {"memory", "cpu", "rdma/hca"}
     for folder in FOLDERS:
-        test_fits_the_schemas(render(tmp_path / "k8s" / folder))
+        objects = render(tmp_path / "k8s" / folder)
+        test_fits_the_schemas(objects)
+        for pod in pods(objects) if folder != "base" else []:
+            assert pod["imagePullSecrets"] == [{"name": "registry"}]
+            for container in pod["containers"] + pod.get("initContainers", []):
+                resources = container["resources"]
+                assert cores(resources["limits"]["cpu"]) >= cores(resources["requests"]["cpu"])
+    for overlay in OVERLAYS:  # a list or a map of an overlay may replace that of the base
+        objects = render(tmp_path / "k8s" / overlay)
+        pod, container = training(objects)["template"]["spec"], trainer(objects)
+        assert "dedicated" in {each["key"] for each in pod["tolerations"]}
+        assert pod["nodeSelector"]
+        assert pod["serviceAccountName"] == "training"
+        assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+        assert container["resources"]["limits"]["rdma/hca"] == 1
+        assert "NCCL_SOCKET_IFNAME" in {each["name"] for each in container["env"]}
 
 
 def test_kueue_alone_suspends_the_job() -> None:
@@ -460,11 +501,12 @@ def test_a_model_of_your_own_is_a_file_beside_the_configuration(small: Dataset, 
     assert (folders["/runs"] / "distrain-first/result.json").is_file()
 
 
-def test_the_files_of_runs_are_seen_read_only_for_an_hour() -> None:
+def test_the_files_of_runs_are_seen_read_only_for_an_hour_and_images_are_copied_in() -> None:
     pod = one(render(K8S / "files"), "Pod")
     assert pod["metadata"]["name"] == "distrain-files"
     assert pod["spec"]["activeDeadlineSeconds"] == 3600
     (container,) = pod["spec"]["containers"]
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert mounts["/data"] == {"name": "data", "mountPath": "/data"}  # one's own images are copied to it
     assert mounts["/runs"] == {"name": "runs", "mountPath": "/runs", "readOnly": True}
     assert container["command"] == ["sleep", "3600"]
