@@ -240,3 +240,16 @@ class Collapsing(Small):
                 for parameter in self.parameters():
                     parameter.zero_()
         return super().forward(images)
+
+
+class TwoNames(nn.Module):
+    """Has a SyncBatchNorm under two names, and uses it twice."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.first = self.second = nn.SyncBatchNorm(image_shape[0])
+        self.head = nn.Linear(prod(image_shape), num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        return self.head(self.second(self.first(images)).flatten(1))
