@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import time
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -253,3 +255,11 @@ class TwoNames(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, K]."""
         return self.head(self.second(self.first(images)).flatten(1))
+
+
+class Drawing(Small):
+    """Draws random numbers with Python's generator and numpy's."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        scale = 1 + 0.1 * (random.random() + np.random.rand()) if self.training else 1
+        return super().forward(images * scale)

@@ -38,6 +38,7 @@ OPTIONS: dict[str, Sections] = {
     "adamw": {"train": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1}},
     "uncached": {"data": {"cache": "off"}},
     "net": {"model": {"name": "net"}},
+    "other generators": {"model": {"name": "models_for_tests:Drawing"}},
     "five": {"train": {"virtual_ranks": 5}},
     "all lanes": {"train": {"virtual_ranks": 12}},
     "empty": {"train": {"global_batch_size": 13, "virtual_ranks": 12}, "model": {"name": "net"}},
