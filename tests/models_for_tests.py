@@ -263,3 +263,10 @@ class Drawing(Small):
     def forward(self, images: Tensor) -> Tensor:
         scale = 1 + 0.1 * (random.random() + np.random.rand()) if self.training else 1
         return super().forward(images * scale)
+
+
+class DrawingAlways(Small):
+    """Has dropout in evaluation too, as for estimates of uncertainty."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(images, 0.3, training=True))

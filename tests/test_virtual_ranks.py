@@ -39,6 +39,7 @@ OPTIONS: dict[str, Sections] = {
     "uncached": {"data": {"cache": "off"}},
     "net": {"model": {"name": "net"}},
     "other generators": {"model": {"name": "models_for_tests:Drawing"}},
+    "random evaluation": {"model": {"name": "models_for_tests:DrawingAlways"}},
     "five": {"train": {"virtual_ranks": 5}},
     "all lanes": {"train": {"virtual_ranks": 12}},
     "empty": {"train": {"global_batch_size": 13, "virtual_ranks": 12}, "model": {"name": "net"}},
