@@ -270,3 +270,28 @@ class DrawingAlways(Small):
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(nn.functional.dropout(images, 0.3, training=True))
+
+
+class Counting(Small):
+    """Counts its passes without a buffer, and depends on their number."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.pass_count = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.pass_count += self.training
+        return super().forward(images) * (1 + 0.01 * self.pass_count)
+
+
+class Codebook(Small):
+    """Updates a parameter in the forward pass."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.code = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.code.data.lerp_(images.mean(), 0.1)
+        return super().forward(images)

@@ -175,6 +175,19 @@ def test_weights_that_no_seed_determines_are_refused(small: Dataset, group: Grou
     assert "rank 1 begins with other weights than rank 0" in caught.value.messages[0]
 
 
+@pytest.mark.parametrize(
+    ("model", "what"), [("Counting", "gives other logits"), ("Codebook", "changes its parameter code")]
+)
+def test_a_model_that_keeps_more_than_buffers_is_refused(
+    model: str, what: str, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    for w in (1, 2):
+        with pytest.raises(GroupError) as caught:
+            group(w).train(configuration(small, tmp_path / str(w), {"model": {"name": f"models_for_tests:{model}"}}))
+        assert set(caught.value.kinds) == {"ConfigError"}
+        assert f"the model {what} when a pass is repeated" in caught.value.messages[0]
+
+
 def test_a_buffer_that_changes_in_some_passes_only_is_refused(small: Dataset, group: Groups, tmp_path: Path) -> None:
     with pytest.raises(GroupError) as caught:
         group(1).train(configuration(small, tmp_path / "run", {"model": {"name": "models_for_tests:Sometimes"}}))

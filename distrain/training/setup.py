@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from distrain import address, models, startup
@@ -437,8 +437,14 @@ def _warm_up(job: Job) -> None:
     model.optimizer.zero_grad()
     if isinstance(model.distributed, VirtualRanks):
         model.distributed.observe()
+        _check_repeatable(job, model.distributed, images)
     for name, buffer in model.module.named_buffers():
         buffer.copy_(buffers[name])
+
+
+def _check_repeatable(job: Job, distributed: VirtualRanks, images: Tensor) -> None:
+    inputs, runtime, seed = job.model.normalize(images), job.runtime, job.config.run.seed
+    runtime.collectives.all_or_none(lambda: distributed.check_repeatable(inputs, lambda: runtime.seed_all(seed)))
 
 
 @contextlib.contextmanager
