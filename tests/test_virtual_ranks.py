@@ -175,6 +175,11 @@ def test_weights_that_no_seed_determines_are_refused(small: Dataset, group: Grou
     assert "rank 1 begins with other weights than rank 0" in caught.value.messages[0]
 
 
+def test_no_pass_is_larger_than_a_micro_batch(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    changes: Sections = {"model": {"name": "models_for_tests:Limited"}, "train": {"micro_batch_size": 5}}
+    group(1).train(configuration(small, tmp_path / "run", {"train": {"virtual_ranks": 4, "max_steps": 2}}, changes))
+
+
 @pytest.mark.parametrize(
     ("model", "what"), [("Counting", "gives other logits"), ("Codebook", "changes its parameter code")]
 )

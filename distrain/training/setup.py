@@ -427,7 +427,8 @@ def _warm_up(job: Job) -> None:
     model = job.model
     buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
     virtual = isinstance(model.distributed, VirtualRanks)
-    size = job.order.local_batch_sizes(job.virtual_ranks[0].size)[1] if virtual else 2
+    most = job.order.local_batch_sizes(job.virtual_ranks[0].size)[1]
+    size = -(-most // job.accumulation_steps) if virtual else 2
     images = torch.zeros(size, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
     for _ in range(2):
         with job.runtime.collectives.fail_alone(), _explain_impossible():
