@@ -304,3 +304,38 @@ class Limited(Small):
         if self.training and len(images) > 5:
             raise RuntimeError("out of memory")
         return super().forward(images)
+
+
+class Newborn(Small):
+    """Registers a buffer in its first training pass."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.zeros(1))
+        return super().forward(images)
+
+
+class Reshaped(Small):
+    """Has a buffer with a value of each image of the newest batch."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.register_buffer("newest", torch.zeros(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.newest = images.detach().mean((1, 2, 3))
+        return super().forward(images)
+
+
+class Retyped(Small):
+    """Replaces a buffer of integers by one of fractions."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.seen = self.seen + 0.5
+        return super().forward(images)

@@ -193,6 +193,23 @@ def test_a_model_that_keeps_more_than_buffers_is_refused(
         assert f"the model {what} when a pass is repeated" in caught.value.messages[0]
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("Newborn", "a training pass makes its buffers seen, or changes their shapes; register them in __init__"),
+        ("Reshaped", "a training pass makes its buffers newest, or changes their shapes"),
+        ("Retyped", "replaces the model's buffer seen by one of another shape or type"),
+    ],
+)
+def test_buffers_whose_shapes_change_are_refused(
+    model: str, message: str, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    with pytest.raises(GroupError) as caught:
+        group(1).train(configuration(small, tmp_path / "run", {"model": {"name": f"models_for_tests:{model}"}}))
+    assert caught.value.kinds == ["ConfigError"]
+    assert message in caught.value.messages[0]
+
+
 def test_a_buffer_that_changes_in_some_passes_only_is_refused(small: Dataset, group: Groups, tmp_path: Path) -> None:
     with pytest.raises(GroupError) as caught:
         group(1).train(configuration(small, tmp_path / "run", {"model": {"name": "models_for_tests:Sometimes"}}))

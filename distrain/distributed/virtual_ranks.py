@@ -90,7 +90,7 @@ class VirtualRanks(DistributedModel):
         """Run the passes of a virtual rank; their gradients go to its leaf of the tree.
 
         Raises:
-            ConfigError: a pass changed a buffer that the first pass did not change.
+            ConfigError: a pass changed a buffer that the first pass did not change, or the shape or type of one.
         """
         if not self._in_step:
             self._begin_step()
@@ -103,6 +103,13 @@ class VirtualRanks(DistributedModel):
                 raise ConfigError(
                     f"train.virtual_ranks: the model changes its buffer {name} in some passes only, so its result would"
                     " depend on the number of processes; change it in every pass, or leave train.virtual_ranks out"
+                )
+        name = self._buffers.reshaped()
+        if name is not None:
+            with self._collectives.fail_alone():
+                raise ConfigError(
+                    f"train.virtual_ranks: a pass replaces the model's buffer {name} by one of another shape or type;"
+                    " give it those that it keeps, or leave train.virtual_ranks out"
                 )
         if rank.rank == 0:
             self._retained = self._buffers.retained()

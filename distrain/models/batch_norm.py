@@ -216,6 +216,10 @@ class Buffers:
         """Return the name of a buffer that has changed in this pass, but not in the first one; or None."""
         return next((each.name for each in self._constant if each.has_changed()), None)
 
+    def reshaped(self) -> str | None:
+        """Return the name of a retained buffer that this pass has replaced by one of another shape or type; or None."""
+        return next((each.name for each in self._retained if each.is_reshaped()), None)
+
     def retained(self) -> list[Tensor]:
         """Return a copy of the present values of those that are retained of virtual rank 0."""
         return [each.current.clone() for each in self._retained]
@@ -263,6 +267,11 @@ class _Buffer:
     def has_changed(self) -> bool:
         """Whether it was replaced or written since it was remembered."""
         return self.current is not self.tensor or self.tensor._version != self._version
+
+    def is_reshaped(self) -> bool:
+        """Whether it was replaced by a tensor of another shape or type."""
+        current = self.current
+        return current.shape != self.tensor.shape or current.dtype != self.tensor.dtype
 
     def put_back(self, values: Tensor | None = None) -> None:
         """Make the module hold the remembered tensor again, with other values if given."""

@@ -435,6 +435,7 @@ def _warm_up(job: Job) -> None:
             logits = model.distributed.forward(model.normalize(images))
             model.distributed.backward(logits.sum() * 0)
         models.check_gradients(job.config.model.name, model.module)  # DDP's second pass would fail without a cure
+    models.check_buffers(job.config.model.name, model.module, buffers)
     model.optimizer.zero_grad()
     if isinstance(model.distributed, VirtualRanks):
         model.distributed.observe()
