@@ -136,6 +136,22 @@ def test_hash_names_the_first_line_where_runs_part(small: Dataset, group: Groups
     assert str(b) not in message
 
 
+def test_hash_compares_runs_that_log_and_save_at_other_steps(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    group(1).train(configuration(small, a))
+    group(2).train(configuration(small, b, {"checkpoint": {"every_steps": 8}, "log": {"every_steps": 6}}))
+    hashes = hash_runs([a, b])
+    check_equal(hashes)
+    assert f"{b}: equals {a} in 10 lines, up to step 25" in format_hashes(hashes)
+    shutil.copytree(a, c)
+    lines = (a / "metrics.jsonl").read_text().splitlines()
+    (a / "metrics.jsonl").write_text("\n".join(["damaged", *lines[1:], ""]))
+    check_equal(hash_runs([b, a]))
+    (c / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] in (10, 20)))
+    with pytest.raises(DataError, match="c: has no line about the same step as one of .*b$"):
+        check_equal(hash_runs([b, c]))
+
+
 def test_without_virtual_ranks_ids_are_equal_and_weights_are_not(small: Dataset, group: Groups, tmp_path: Path) -> None:
     for w in (1, 3):
         group(w).train(configuration(small, tmp_path / str(w), MIXED, {"train": {"virtual_ranks": None}}))
