@@ -247,6 +247,22 @@ def test_what_decides_bits_cannot_change_when_a_run_is_resumed(
         group(1).train(configuration(small, run, {section: {key: value}}))
 
 
+def test_a_run_is_evaluated_on_any_number_of_processes(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = group(2).train(configuration(small, run, MIXED))
+    for w in (1, 3):
+        (answer, *_) = group(w).call("evaluate", str(run), "test")
+        assert (answer["accuracy"], answer["loss"]) == (result["accuracy"], result["loss"])
+
+
+def test_a_resume_without_virtual_ranks_names_them_alone(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    group(1).train(configuration(small, run))
+    with pytest.raises(GroupError) as caught:
+        group(1).train(configuration(small, run, {"train": {"virtual_ranks": None}}))
+    assert "has\n  train.virtual_ranks: 8 in the checkpoint, None now\nset that back" in caught.value.messages[0]
+
+
 def test_a_resume_with_other_software_is_a_warning(
     small: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
