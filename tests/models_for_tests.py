@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import time
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -239,4 +241,101 @@ class Collapsing(Small):
             with torch.no_grad():
                 for parameter in self.parameters():
                     parameter.zero_()
+        return super().forward(images)
+
+
+class TwoNames(nn.Module):
+    """Has a SyncBatchNorm under two names, and uses it twice."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.first = self.second = nn.SyncBatchNorm(image_shape[0])
+        self.head = nn.Linear(prod(image_shape), num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        return self.head(self.second(self.first(images)).flatten(1))
+
+
+class Drawing(Small):
+    """Draws random numbers with Python's generator and numpy's."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        scale = 1 + 0.1 * (random.random() + np.random.rand()) if self.training else 1
+        return super().forward(images * scale)
+
+
+class DrawingAlways(Small):
+    """Has dropout in evaluation too, as for estimates of uncertainty."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(images, 0.3, training=True))
+
+
+class Counting(Small):
+    """Counts its passes without a buffer, and depends on their number."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.pass_count = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.pass_count += self.training
+        return super().forward(images) * (1 + 0.01 * self.pass_count)
+
+
+class Codebook(Small):
+    """Updates a parameter in the forward pass."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.code = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.code.data.lerp_(images.mean(), 0.1)
+        return super().forward(images)
+
+
+class Limited(Small):
+    """Has no memory for more than five images in training."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and len(images) > 5:
+            raise RuntimeError("out of memory")
+        return super().forward(images)
+
+
+class Newborn(Small):
+    """Registers a buffer in its first training pass."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.zeros(1))
+        return super().forward(images)
+
+
+class Reshaped(Small):
+    """Has a buffer with a value of each image of the newest batch."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.register_buffer("newest", torch.zeros(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.newest = images.detach().mean((1, 2, 3))
+        return super().forward(images)
+
+
+class Retyped(Small):
+    """Replaces a buffer of integers by one of fractions."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.seen = self.seen + 0.5
         return super().forward(images)

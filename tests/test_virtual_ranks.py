@@ -38,6 +38,8 @@ OPTIONS: dict[str, Sections] = {
     "adamw": {"train": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1}},
     "uncached": {"data": {"cache": "off"}},
     "net": {"model": {"name": "net"}},
+    "other generators": {"model": {"name": "models_for_tests:Drawing"}},
+    "random evaluation": {"model": {"name": "models_for_tests:DrawingAlways"}},
     "five": {"train": {"virtual_ranks": 5}},
     "all lanes": {"train": {"virtual_ranks": 12}},
     "empty": {"train": {"global_batch_size": 13, "virtual_ranks": 12}, "model": {"name": "net"}},
@@ -134,6 +136,22 @@ def test_hash_names_the_first_line_where_runs_part(small: Dataset, group: Groups
     assert str(b) not in message
 
 
+def test_hash_compares_runs_that_log_and_save_at_other_steps(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    group(1).train(configuration(small, a))
+    group(2).train(configuration(small, b, {"checkpoint": {"every_steps": 8}, "log": {"every_steps": 6}}))
+    hashes = hash_runs([a, b])
+    check_equal(hashes)
+    assert f"{b}: equals {a} in 10 lines, up to step 25" in format_hashes(hashes)
+    shutil.copytree(a, c)
+    lines = (a / "metrics.jsonl").read_text().splitlines()
+    (a / "metrics.jsonl").write_text("\n".join(["damaged", *lines[1:], ""]))
+    check_equal(hash_runs([b, a]))
+    (c / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] in (10, 20)))
+    with pytest.raises(DataError, match="c: has no line about the same step as one of .*b$"):
+        check_equal(hash_runs([b, c]))
+
+
 def test_without_virtual_ranks_ids_are_equal_and_weights_are_not(small: Dataset, group: Groups, tmp_path: Path) -> None:
     for w in (1, 3):
         group(w).train(configuration(small, tmp_path / str(w), MIXED, {"train": {"virtual_ranks": None}}))
@@ -173,6 +191,41 @@ def test_weights_that_no_seed_determines_are_refused(small: Dataset, group: Grou
     assert "rank 1 begins with other weights than rank 0" in caught.value.messages[0]
 
 
+def test_no_pass_is_larger_than_a_micro_batch(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    changes: Sections = {"model": {"name": "models_for_tests:Limited"}, "train": {"micro_batch_size": 5}}
+    group(1).train(configuration(small, tmp_path / "run", {"train": {"virtual_ranks": 4, "max_steps": 2}}, changes))
+
+
+@pytest.mark.parametrize(
+    ("model", "what"), [("Counting", "gives other logits"), ("Codebook", "changes its parameter code")]
+)
+def test_a_model_that_keeps_more_than_buffers_is_refused(
+    model: str, what: str, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    for w in (1, 2):
+        with pytest.raises(GroupError) as caught:
+            group(w).train(configuration(small, tmp_path / str(w), {"model": {"name": f"models_for_tests:{model}"}}))
+        assert set(caught.value.kinds) == {"ConfigError"}
+        assert f"the model {what} when a pass is repeated" in caught.value.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("Newborn", "a training pass makes its buffers seen, or changes their shapes; register them in __init__"),
+        ("Reshaped", "a training pass makes its buffers newest, or changes their shapes"),
+        ("Retyped", "replaces the model's buffer seen by one of another shape or type"),
+    ],
+)
+def test_buffers_whose_shapes_change_are_refused(
+    model: str, message: str, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    with pytest.raises(GroupError) as caught:
+        group(1).train(configuration(small, tmp_path / "run", {"model": {"name": f"models_for_tests:{model}"}}))
+    assert caught.value.kinds == ["ConfigError"]
+    assert message in caught.value.messages[0]
+
+
 def test_a_buffer_that_changes_in_some_passes_only_is_refused(small: Dataset, group: Groups, tmp_path: Path) -> None:
     with pytest.raises(GroupError) as caught:
         group(1).train(configuration(small, tmp_path / "run", {"model": {"name": "models_for_tests:Sometimes"}}))
@@ -192,6 +245,22 @@ def test_what_decides_bits_cannot_change_when_a_run_is_resumed(
     (run / "result.json").unlink()
     with pytest.raises(GroupError, match=f"{section}.{key}"):
         group(1).train(configuration(small, run, {section: {key: value}}))
+
+
+def test_a_run_is_evaluated_on_any_number_of_processes(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = group(2).train(configuration(small, run, MIXED))
+    for w in (1, 3):
+        (answer, *_) = group(w).call("evaluate", str(run), "test")
+        assert (answer["accuracy"], answer["loss"]) == (result["accuracy"], result["loss"])
+
+
+def test_a_resume_without_virtual_ranks_names_them_alone(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    group(1).train(configuration(small, run))
+    with pytest.raises(GroupError) as caught:
+        group(1).train(configuration(small, run, {"train": {"virtual_ranks": None}}))
+    assert "has\n  train.virtual_ranks: 8 in the checkpoint, None now\nset that back" in caught.value.messages[0]
 
 
 def test_a_resume_with_other_software_is_a_warning(

@@ -7,10 +7,12 @@ is already split, and a prepared scheduler makes one step for each process.
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -151,6 +153,13 @@ class Runtime:
             torch.cuda.manual_seed(seed)
         else:
             torch.default_generator.manual_seed(seed)
+
+    def seed_all(self, seed: int) -> None:
+        """Seed every generator that a model may draw from: the device's, the CPU's, Python's and numpy's."""
+        self.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
     def update(self, optimizer: AcceleratedOptimizer) -> None:
         """Make a step of the prepared optimizer (fp16's scaler may skip it), and clear the gradients."""

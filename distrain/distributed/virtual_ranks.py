@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class VirtualRanks(DistributedModel):
         self, module: nn.Module, compiled: Any, accelerator: Any, collectives: Collectives, division: Division
     ) -> None:
         super().__init__(compiled, accelerator, collectives)
-        self._division = division
+        self._division, self._module = division, module
         self._parameters = [each for each in module.parameters() if each.requires_grad]
         self._buffers = Buffers(module)
         self._statistics: list[Tensor] = []
@@ -91,7 +91,7 @@ class VirtualRanks(DistributedModel):
         """Run the passes of a virtual rank; their gradients go to its leaf of the tree.
 
         Raises:
-            ConfigError: a pass changed a buffer that the first pass did not change.
+            ConfigError: a pass changed a buffer that the first pass did not change, or the shape or type of one.
         """
         if not self._in_step:
             self._begin_step()
@@ -104,6 +104,13 @@ class VirtualRanks(DistributedModel):
                 raise ConfigError(
                     f"train.virtual_ranks: the model changes its buffer {name} in some passes only, so its result would"
                     " depend on the number of processes; change it in every pass, or leave train.virtual_ranks out"
+                )
+        name = self._buffers.reshaped()
+        if name is not None:
+            with self._collectives.fail_alone():
+                raise ConfigError(
+                    f"train.virtual_ranks: a pass replaces the model's buffer {name} by one of another shape or type;"
+                    " give it those that it keeps, or leave train.virtual_ranks out"
                 )
         if rank.rank == 0:
             self._retained = self._buffers.retained()
@@ -133,6 +140,36 @@ class VirtualRanks(DistributedModel):
         values = [*self._parameters, *self._buffers.statistics]
         self._sums = [_Sum(dtype, values, self._division) for dtype in dict.fromkeys(value.dtype for value in values)]
 
+    def check_repeatable(self, inputs: Tensor, seed: Callable[[], None]) -> None:
+        """Check that a pass that is repeated gives the same bits; call it after `observe`.
+
+        Raises:
+            ConfigError: the model keeps something else than buffers from one pass to the next, or draws from a
+                generator of its own.
+        """
+        self._buffers.begin_step()
+        logits, weights = self._repeated(inputs, seed), [each.detach().clone() for each in self._module.parameters()]
+        same = _equal(logits, self._repeated(inputs, seed))
+        changed = [
+            name
+            for (name, each), before in zip(self._module.named_parameters(), weights, strict=True)
+            if not _equal(each, before)
+        ]
+        if changed or not same:
+            what = f"changes its parameter {changed[0]}" if changed else "gives other logits"
+            raise ConfigError(
+                f"train.virtual_ranks: the model {what} when a pass is repeated with the same images, buffers and"
+                " random numbers, so its result would depend on the number of processes; keep in buffers what passes"
+                " change, and draw from torch's own generator, or leave train.virtual_ranks out"
+            )
+
+    def _repeated(self, inputs: Tensor, seed: Callable[[], None]) -> Tensor:
+        self._buffers.begin_pass()
+        seed()
+        logits = self.forward(inputs).detach()
+        self._buffers.begin_pass()
+        return logits
+
     def exchange(self) -> None:
         """Add the gradients of all virtual ranks, and update the running statistics of BatchNorm."""
         self._clock.begin_exchange()
@@ -158,6 +195,11 @@ class VirtualRanks(DistributedModel):
         self._buffers.begin_step()
         for each in self._sums:
             each.begin()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, where NaN equals NaN."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def outgoing(subtotals: Sequence[Tensor], size: int) -> Tensor:

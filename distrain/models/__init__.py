@@ -143,6 +143,20 @@ def check_gradients(name: str, model: nn.Module) -> None:
         )
 
 
+def check_buffers(name: str, model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Check, after passes of training, that a model has the buffers that it had before, with the same shapes.
+
+    Raises:
+        ConfigError: it has not, so that a checkpoint could not be loaded.
+    """
+    other = [key for key, value in model.named_buffers() if key not in before or value.shape != before[key].shape]
+    if other:
+        raise ConfigError(
+            f"model.name={name}: a training pass makes its buffers {', '.join(shortened(other, 5))}, or changes their"
+            " shapes; register them in __init__, with the shapes that they keep"
+        )
+
+
 def initialise(model: nn.Module, path: Path, classes: Sequence[str]) -> list[str]:
     """Load weights from a file into a model. A head for other classes is re-initialised.
 

@@ -9,7 +9,7 @@ Hoffer et al., "Train longer, generalize better", 2017), and the running statist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -102,21 +102,32 @@ def can_be_synchronised(layer: nn.Module) -> bool:
 
 def sync_batch_norm(module: nn.Module, on_gpu: bool) -> nn.Module:
     """Convert each BatchNorm of a module to statistics over all ranks; parameters and buffers stay the same objects."""
-    if can_be_synchronised(module):
-        assert isinstance(module, _BatchNorm)
-        return _converted(module, on_gpu)
-    for name, child in module.named_children():
-        setattr(module, name, sync_batch_norm(child, on_gpu))
-    return module
+
+    def convert(layer: nn.Module) -> nn.Module:
+        return _converted(layer, on_gpu) if isinstance(layer, _BatchNorm) and can_be_synchronised(layer) else layer
+
+    return _converted_in(module, convert, {})
 
 
 def local_batch_norm(module: nn.Module) -> nn.Module:
     """Replace each SyncBatchNorm of a module: its collectives would wait for passes that others do not make."""
-    if isinstance(module, nn.SyncBatchNorm):
-        return _replaced(module, LocalBatchNorm)
-    for name, child in module.named_children():
-        setattr(module, name, local_batch_norm(child))
-    return module
+
+    def convert(layer: nn.Module) -> nn.Module:
+        return _replaced(layer, LocalBatchNorm) if isinstance(layer, nn.SyncBatchNorm) else layer
+
+    return _converted_in(module, convert, {})
+
+
+def _converted_in(
+    module: nn.Module, convert: Callable[[nn.Module], nn.Module], converted: dict[nn.Module, nn.Module]
+) -> nn.Module:
+    """Convert the layers of a module; one that it has under several names stays one layer."""
+    if module not in converted:
+        converted[module] = convert(module)
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = _converted_in(child, convert, converted)
+    return converted[module]
 
 
 def _converted(layer: _BatchNorm, on_gpu: bool) -> nn.Module:
@@ -205,6 +216,10 @@ class Buffers:
         """Return the name of a buffer that has changed in this pass, but not in the first one; or None."""
         return next((each.name for each in self._constant if each.has_changed()), None)
 
+    def reshaped(self) -> str | None:
+        """Return the name of a retained buffer that this pass has replaced by one of another shape or type; or None."""
+        return next((each.name for each in self._retained if each.is_reshaped()), None)
+
     def retained(self) -> list[Tensor]:
         """Return a copy of the present values of those that are retained of virtual rank 0."""
         return [each.current.clone() for each in self._retained]
@@ -252,6 +267,11 @@ class _Buffer:
     def has_changed(self) -> bool:
         """Whether it was replaced or written since it was remembered."""
         return self.current is not self.tensor or self.tensor._version != self._version
+
+    def is_reshaped(self) -> bool:
+        """Whether it was replaced by a tensor of another shape or type."""
+        current = self.current
+        return current.shape != self.tensor.shape or current.dtype != self.tensor.dtype
 
     def put_back(self, values: Tensor | None = None) -> None:
         """Make the module hold the remembered tensor again, with other values if given."""

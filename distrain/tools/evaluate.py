@@ -111,7 +111,8 @@ def _check_identity(config: Config, dataset: Dataset, saved: Checkpoint) -> None
     not_compared = ("train.precision", "data.mean", "data.std", "model.init")
     differ = checkpoint.differences(
         *(
-            {key: value for key, value in fields.items() if key not in not_compared}
+            # With virtual ranks a checkpoint has more fields, which only a resume must keep.
+            {key: value for key, value in fields.items() if key in requested and key not in not_compared}
             for fields in (saved.state["identity"], requested)
         )
     )

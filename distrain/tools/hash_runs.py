@@ -45,33 +45,42 @@ def _newest(record: RunRecord) -> dict[str, Any]:
 
 
 def _compare(first: RunRecord, other: RunRecord) -> dict[str, Any]:
-    """Compare two runs line by line, as far as both have lines."""
-    pairs = list(zip(first.lines, other.lines, strict=False))
-    parted = next((number for number, pair in enumerate(pairs) if _differing(*pair)), None)
-    equal = [one for one, _ in pairs[:parted]]
+    """Compare the lines of two runs that are about the same, in what both have: they may log at other steps."""
+    one, two = (_comparable(record.lines) for record in (first, other))
+    common = [key for key in one if key in two]
+    parted = next((key for key in common if _differing(one[key], two[key])), None)
+    equal = common if parted is None else common[: common.index(parted)]
     comparison: dict[str, Any] = {
         "equal_lines": len(equal),
-        "equal_to_step": max((line["step"] for line in equal), default=0),
+        "equal_to_step": max((step for step, _ in equal), default=0),
         "parted": None,
     }
     if parted is not None:
-        one, two = pairs[parted]
-        comparison["parted"] = {"line": parted + 1, "step": one["step"], "differing": _differing(one, two)}
+        line, differing = list(one).index(parted) + 1, _differing(one[parted], two[parted])
+        comparison["parted"] = {"line": line, "step": parted[0], "differing": differing}
         comparison["unlike"] = _unlike(first, other)
     return comparison
 
 
+def _comparable(lines: Sequence[dict[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
+    """Return the values of each line but for those of the clock, by its step and what it is about.
+
+    A loss of training is a mean since the line before, so its name has the step of that.
+    """
+    comparable, since = {}, 0
+    for line in lines:
+        values = {name: value for name, value in line.items() if not name.startswith(_OF_THE_CLOCK)}
+        about = min((name.partition("/")[0] for name in values if "/" in name), default="")
+        digests = {f"digest of {name}": value for name, value in values.pop("digests", {}).items()}
+        if "train/loss" in values:
+            values[f"train/loss since step {since:,}"], since = values.pop("train/loss"), line["step"]
+        comparable[line["step"], about] = {**digests, **values}
+    return comparable
+
+
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the values that differ between two lines, but for those of the clock."""
-    flat = [_flat(line) for line in (one, other)]
-    names = dict.fromkeys([*flat[0], *flat[1]])
-    return {name: [line.get(name) for line in flat] for name in names if flat[0].get(name) != flat[1].get(name)}
-
-
-def _flat(line: dict[str, Any]) -> dict[str, Any]:
-    values = {name: value for name, value in line.items() if not name.startswith(_OF_THE_CLOCK)}
-    digests = values.pop("digests", {})
-    return {**{f"digest of {name}": value for name, value in digests.items()}, **values}
+    """Return the values that both lines have, and that differ."""
+    return {name: [value, other[name]] for name, value in one.items() if name in other and value != other[name]}
 
 
 def _unlike(first: RunRecord, other: RunRecord) -> list[str]:
@@ -95,8 +104,12 @@ def format_hashes(hashes: Sequence[dict[str, Any]]) -> str:
     for entry in hashes:
         lines.append(f"{entry['run']}: step {entry['step']:,}")
         lines += [f"  {name:9}  {entry[name]}" for name in ("weights", "optimizer", "ids")]
-    lines += [_format_comparison(hashes[0]["run"], entry) for entry in hashes[1:] if not entry["comparison"]["parted"]]
+    lines += [_format_comparison(hashes[0]["run"], entry) for entry in hashes[1:] if _is_equal(entry)]
     return "\n".join(lines)
+
+
+def _is_equal(entry: dict[str, Any]) -> bool:
+    return entry["comparison"]["parted"] is None and entry["comparison"]["equal_lines"] > 0
 
 
 def _format_comparison(first: str, entry: dict[str, Any]) -> str:
@@ -109,12 +122,15 @@ def check_equal(hashes: Sequence[dict[str, Any]]) -> None:
     """Check that no run parts from the first one.
 
     Raises:
-        DataError: one does; the message names the line, what differs there, and what might be why.
+        DataError: one does, or has nothing to compare; the message names the line, what differs there, and what might
+            be why.
     """
     messages = []
     for entry in hashes[1:]:
         parted = entry["comparison"]["parted"]
         if parted is None:
+            if not entry["comparison"]["equal_lines"]:
+                messages.append(f"{entry['run']}: has no line about the same step as one of {hashes[0]['run']}")
             continue
         values = [f"{name} {_short(one)} and {_short(other)}" for name, (one, other) in parted["differing"].items()]
         message = (

@@ -124,6 +124,7 @@ def evaluate(
 
     def score(images: Tensor, labels: Tensor, ids: Tensor) -> None:
         images, truth = images.to(runtime.device), labels.to(runtime.device)
+        runtime.seed(batches.numbers[len(losses)])  # a model may draw random numbers in evaluation too
         logits = model(normalize(images, mean, std))
         counter.add(truth, logits.argmax(1))
         losses.append(F.cross_entropy(logits, truth, reduction="sum").double())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from distrain import address, models, startup
@@ -427,18 +427,27 @@ def _warm_up(job: Job) -> None:
     model = job.model
     buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
     virtual = isinstance(model.distributed, VirtualRanks)
-    size = job.order.local_batch_sizes(job.virtual_ranks[0].size)[1] if virtual else 2
+    most = job.order.local_batch_sizes(job.virtual_ranks[0].size)[1]
+    size = -(-most // job.accumulation_steps) if virtual else 2
     images = torch.zeros(size, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
     for _ in range(2):
         with job.runtime.collectives.fail_alone(), _explain_impossible():
             logits = model.distributed.forward(model.normalize(images))
             model.distributed.backward(logits.sum() * 0)
         models.check_gradients(job.config.model.name, model.module)  # DDP's second pass would fail without a cure
+    models.check_buffers(job.config.model.name, model.module, buffers)
     if isinstance(model.distributed, VirtualRanks):
         model.distributed.observe()
     model.optimizer.zero_grad()
+    if isinstance(model.distributed, VirtualRanks):
+        _check_repeatable(job, model.distributed, images)
     for name, buffer in model.module.named_buffers():
         buffer.copy_(buffers[name])
+
+
+def _check_repeatable(job: Job, distributed: VirtualRanks, images: Tensor) -> None:
+    inputs, runtime, seed = job.model.normalize(images), job.runtime, job.config.run.seed
+    runtime.collectives.all_or_none(lambda: distributed.check_repeatable(inputs, lambda: runtime.seed_all(seed)))
 
 
 @contextlib.contextmanager

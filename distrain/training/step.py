@@ -66,7 +66,11 @@ class TrainingStep:
     def _train(self, step: int, rank: World, batch: Batch) -> Tensor:
         """Run the passes of a virtual rank; return the sum of its losses."""
         job = self._job
-        job.runtime.seed(job.layer_seed(step, rank))
+        seed = job.layer_seed(step, rank)
+        if job.config.train.virtual_ranks is None:
+            job.runtime.seed(seed)
+        else:
+            job.runtime.seed_all(seed)
         with self._profile.phase("copy"):
             local = self._augment(step, rank, batch)
         with job.model.distributed.virtual_rank(rank):
