@@ -339,3 +339,30 @@ class Retyped(Small):
         if self.training:
             self.seen = self.seen + 0.5
         return super().forward(images)
+
+
+class Twice(nn.Module):
+    """Uses one BatchNorm for two inputs of other means."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.first, self.second = (nn.Linear(prod(image_shape), 8) for _ in range(2))
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        logits: Tensor = self.head(self.norm(self.first(flat)) + self.norm(self.second(flat) + 10))
+        return logits
+
+
+class Sparse(nn.Module):
+    """Has an embedding with sparse gradients."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2, num_classes, sparse=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.table((images.flatten(1).sum(1) > 0).long())
+        return logits

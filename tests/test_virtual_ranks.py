@@ -15,6 +15,7 @@ from datasets import make
 from group import Group, GroupError
 from mutations import MUTATIONS
 from runs import metrics_but_times
+from safetensors.torch import load_file
 
 from distrain.data.manifest import Dataset
 from distrain.environment import Environment
@@ -181,6 +182,24 @@ def test_numbers_that_do_not_fit_are_refused(
         group(w).train(configuration(small, tmp_path / "run", {"train": changes}))
     assert set(caught.value.kinds) == {"ConfigError"}
     assert re.search(message, caught.value.messages[0])
+
+
+def test_a_batch_norm_that_is_used_twice_has_the_mean_of_both(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    changes: Sections = {"model": {"name": "models_for_tests:Twice"}, "train": {"max_steps": 60}}
+    for w in (1, 3):
+        group(w).train(configuration(small, tmp_path / str(w), changes))
+    assert same_bits(tmp_path / "1", tmp_path / "3")
+    weights = load_file(tmp_path / "1/checkpoints/step-00000060/model.safetensors")
+    assert 4 < float(weights["norm.running_mean"].mean()) < 6
+
+
+@pytest.mark.parametrize("virtual_ranks", [None, 4])
+def test_sparse_gradients_are_refused(virtual_ranks: int | None, small: Dataset, group: Groups, tmp_path: Path) -> None:
+    changes: Sections = {"model": {"name": "models_for_tests:Sparse"}, "train": {"virtual_ranks": virtual_ranks}}
+    with pytest.raises(GroupError) as caught:
+        group(1).train(configuration(small, tmp_path / "run", changes))
+    assert caught.value.kinds == ["ConfigError"]
+    assert "the gradients of table.weight are sparse" in caught.value.messages[0]
 
 
 def test_weights_that_no_seed_determines_are_refused(small: Dataset, group: Groups, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def set_numerics(precision: str, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it; read at its first use
     torch.use_deterministic_algorithms(deterministic)
     # It would also fill each new tensor with NaN, which takes time, and only helps to find faults of operations.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic  # kernels chosen by timing differ from run to run
 

@@ -79,7 +79,7 @@ class VirtualRanks(DistributedModel):
         self._retained: list[Tensor] = []
         self._sums: list[_Sum] = []
         self._clock = _Clock(self._parameters[0].device)
-        self._in_step = False
+        self._pass_count, self._in_step = 0, False
 
     @property
     def loss_scale(self) -> float:
@@ -122,6 +122,8 @@ class VirtualRanks(DistributedModel):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits of shape [n, K] for normalised images of shape [n, C, H, W]."""
+        self._pass_count += 1
+        self._buffers.begin_forward()
         logits = super().forward(inputs)
         if self._statistics:
             weight = len(inputs) / self._division.global_batch_size
@@ -129,14 +131,8 @@ class VirtualRanks(DistributedModel):
         return logits
 
     def observe(self) -> None:
-        """See which buffers a first pass has changed; call it once, before a step.
-
-        Raises:
-            ConfigError: the pass left gradients that are not dense.
-        """
-        if any(each.grad is not None and each.grad.layout != torch.strided for each in self._parameters):
-            raise ConfigError("train.virtual_ranks: the model has sparse gradients; use layers with dense ones")
-        self._buffers.observe()
+        """See which buffers the first passes have changed; call it once, before a step."""
+        self._buffers.observe(self._pass_count)
         values = [*self._parameters, *self._buffers.statistics]
         self._sums = [_Sum(dtype, values, self._division) for dtype in dict.fromkeys(value.dtype for value in values)]
 

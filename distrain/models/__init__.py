@@ -130,11 +130,18 @@ def norms_of_one_value(model: nn.Module, image: Tensor) -> list[tuple[str, nn.Mo
 
 
 def check_gradients(name: str, model: nn.Module) -> None:
-    """Check, after a backward pass, that all trainable parameters have gradients, even if these are zeros.
+    """Check, after a backward pass, that all trainable parameters have dense gradients, even if these are zeros.
 
     Raises:
-        ConfigError: a parameter was not used. DDP waits for the gradients of all parameters, and would fail.
+        ConfigError: a parameter was not used. DDP waits for the gradients of all parameters, and would fail. Or a
+            gradient is sparse, with which no fused optimizer works.
     """
+    sparse = [key for key, value in model.named_parameters() if value.grad is not None and value.grad.is_sparse]
+    if sparse:
+        raise ConfigError(
+            f"model.name={name}: the gradients of {', '.join(shortened(sparse, 5))} are sparse, which is not supported;"
+            " use layers with dense gradients (sparse=False)"
+        )
     unused = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
     if unused:
         raise ConfigError(

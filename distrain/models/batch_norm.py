@@ -155,7 +155,7 @@ class Buffers:
 
     - Running statistics of BatchNorm: after the step they have been updated with the mean of the virtual ranks'
       statistics, weighted by their samples. For this the layers' momentum is 1 from now on, so that a pass leaves the
-      statistics of its batch in the buffers.
+      statistics of its batch in the buffers; in a layer that a pass uses several times, the mean of them.
     - Other buffers that a pass changes: those of virtual rank 0 are retained, as DDP retains those of rank 0.
 
     `observe` finds out which these are, once, after a first pass. One that changes only later is reported.
@@ -174,6 +174,7 @@ class Buffers:
         ]
         self._initial = [each.tensor.clone() for each in self._all]
         self._norms: list[_BatchNorm] = []
+        self._used_again: list[_BatchNorm] = []
         self._constant: list[_Buffer] = []
         self._retained: list[_Buffer] = []
         self.statistics: list[Tensor] = []
@@ -181,9 +182,19 @@ class Buffers:
         self._changing: list[Tensor] = []
         self._saved: list[Tensor] = []
 
-    def observe(self) -> None:
-        """See which buffers the passes so far have changed, and restore their initial values."""
+    def observe(self, pass_count: int) -> None:
+        """See which buffers the passes so far have changed, and restore their initial values.
+
+        Args:
+            pass_count: their number.
+        """
         self._norms = [layer for layer in self._momentum if layer.training]
+        before = {id(each.owner): initial for each, initial in zip(self._all, self._initial, strict=True)
+                  if each.key == "num_batches_tracked"}  # fmt: skip
+        for layer in self._norms:
+            if layer.num_batches_tracked is not None and layer.num_batches_tracked - before[id(layer)] > pass_count:
+                layer.momentum = None  # the mean since the counter was 0
+                self._used_again.append(layer)
         for each, initial in zip(self._all, self._initial, strict=True):
             if each.owner in self._norms:
                 continue
@@ -211,6 +222,12 @@ class Buffers:
             value.copy_(saved)
         for each in self._retained:
             each.put_back()
+
+    def begin_forward(self) -> None:
+        """Let each layer that is used several times begin its mean."""
+        for layer in self._used_again:
+            assert layer.num_batches_tracked is not None
+            layer.num_batches_tracked.zero_()
 
     def changed_unexpectedly(self) -> str | None:
         """Return the name of a buffer that has changed in this pass, but not in the first one; or None."""
@@ -251,13 +268,13 @@ class _Buffer:
     """A buffer of a module, and whether it was written or replaced since it was remembered."""
 
     def __init__(self, name: str, owner: nn.Module, key: str) -> None:
-        self.name, self.owner, self._key = name, owner, key
+        self.name, self.owner, self.key = name, owner, key
         self.remember()
 
     @property
     def current(self) -> Tensor:
         """The tensor that the module has now."""
-        return self.owner.get_buffer(self._key)
+        return self.owner.get_buffer(self.key)
 
     def remember(self) -> None:
         """Remember the present tensor, and how often it was written."""
@@ -275,6 +292,6 @@ class _Buffer:
 
     def put_back(self, values: Tensor | None = None) -> None:
         """Make the module hold the remembered tensor again, with other values if given."""
-        self.owner._buffers[self._key] = self.tensor
+        self.owner._buffers[self.key] = self.tensor
         if values is not None:
             self.tensor.copy_(values)

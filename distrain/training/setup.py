@@ -436,10 +436,9 @@ def _warm_up(job: Job) -> None:
             model.distributed.backward(logits.sum() * 0)
         models.check_gradients(job.config.model.name, model.module)  # DDP's second pass would fail without a cure
     models.check_buffers(job.config.model.name, model.module, buffers)
-    if isinstance(model.distributed, VirtualRanks):
-        model.distributed.observe()
     model.optimizer.zero_grad()
     if isinstance(model.distributed, VirtualRanks):
+        model.distributed.observe()
         _check_repeatable(job, model.distributed, images)
     for name, buffer in model.module.named_buffers():
         buffer.copy_(buffers[name])
