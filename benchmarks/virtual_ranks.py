@@ -14,7 +14,7 @@ from benchmarks.table import Table, ratio
 
 _NUMBER = 8
 _FEW_STEPS = 5
-"""Steps of a timed run on CPUs of models that take seconds for one."""
+"""Steps of a timed run of models that take seconds for one."""
 
 
 def measure(context: Context) -> Table:
@@ -23,7 +23,7 @@ def measure(context: Context) -> Table:
     pairs: list[tuple[str, str]] = []
     most = min(_NUMBER, context.dataset.split("train").lanes)
     for model in context.models:
-        for batch in context.batches:
+        for batch in context.batches[:1] if _takes_seconds(context, model) else context.batches:
             for size in (1, 2) if context.max_processes > 1 else (1,):
                 name = f"{model}, batch {batch}, {size} processes" if size > 1 else f"{model}, batch {batch}, 1 process"
                 contestants[name] = partial(_step, context, model, batch, size, None)
@@ -40,10 +40,14 @@ def measure(context: Context) -> Table:
     )
 
 
+def _takes_seconds(context: Context, model: str) -> bool:
+    return context.device == "cpu" and model != "net"
+
+
 def _step(context: Context, model: str, batch: int, size: int, virtual_ranks: int | None) -> float:
     """Train, and return the milliseconds of a step."""
     keys = timed_keys(context, model, batch // size, size)
-    if context.device == "cpu" and model != "net":
+    if _takes_seconds(context, model):
         keys |= {"train.max_steps": _FEW_STEPS, "log.every_steps": 1}
     if virtual_ranks is not None:
         keys["train.virtual_ranks"] = virtual_ranks

@@ -366,3 +366,18 @@ class Sparse(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.table((images.flatten(1).sum(1) > 0).long())
         return logits
+
+
+class ChannelsLast(nn.Sequential):
+    """Has weights whose memory layout is channels last, as all models have on a GPU."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(
+            nn.Conv2d(image_shape[0], 8, 3, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32, num_classes),
+        )
+        self.to(memory_format=torch.channels_last)

@@ -170,6 +170,23 @@ def test_every_option_resumes_to_the_same_bits(small: Dataset, group: Groups, tm
     assert same_bits(*last_weights)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weights_with_another_memory_layout_resume_to_the_same_bits(
+    optimizer: str, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    tree = {
+        "model": {"name": "models_for_tests:ChannelsLast"},
+        "train": {"optimizer": optimizer, "lr": 0.01, "precision": "fp32", "max_steps": 20, "epochs": None},
+        "checkpoint": {"every_steps": 10, "keep": 0},
+    }
+    for name in ("whole", "cut"):
+        group(1).train(configuration(small, tmp_path / name, **tree))
+    (tmp_path / "cut/result.json").unlink()
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000020")
+    group(1).train(configuration(small, tmp_path / "cut", **tree))
+    assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
 def test_a_compiled_model_trains_the_same(small: Dataset, group: Groups, tmp_path: Path) -> None:
     for mode in ("off", "default"):
         train = {**EVERYTHING["train"], "precision": "fp32", "compile": mode, "max_steps": 10}

@@ -132,7 +132,7 @@ def test_hash_names_the_first_line_where_runs_part(small: Dataset, group: Groups
     message = str(caught.value)
     assert message.startswith(f"{c}: parts from {a} at step 4 (line 1 of the metrics): ")
     assert "train/lr 0.028" in message
-    assert "all ids so far are equal" in message
+    assert "; the trained ids are equal up to step 25\n" in message
     assert "the runs have train.lr 0.05 and 0.051" in message
     assert str(b) not in message
 
@@ -158,7 +158,9 @@ def test_without_virtual_ranks_ids_are_equal_and_weights_are_not(small: Dataset,
         group(w).train(configuration(small, tmp_path / str(w), MIXED, {"train": {"virtual_ranks": None}}))
     hashes = hash_runs([tmp_path / "1", tmp_path / "3"])
     assert hashes[0]["ids"] == hashes[1]["ids"]
-    with pytest.raises(DataError, match="all ids so far are equal\n.*1 and 3 processes, without train.virtual_ranks"):
+    with pytest.raises(
+        DataError, match="the trained ids are equal up to step 25\n.*1 and 3 processes, without train.virtual_ranks"
+    ):
         check_equal(hashes)
 
 

@@ -19,6 +19,7 @@ log = logging.getLogger("distrain")
 
 _OF_THE_CLOCK = ("seconds", "train/images_per_second", "profile/")
 """Beginnings of the keys of a line that differ between equal runs."""
+_IDS = "digest of ids"
 _MAX_NAMES = 5
 
 
@@ -50,9 +51,11 @@ def _compare(first: RunRecord, other: RunRecord) -> dict[str, Any]:
     common = [key for key in one if key in two]
     parted = next((key for key in common if _differing(one[key], two[key])), None)
     equal = common if parted is None else common[: common.index(parted)]
+    both = [(key[0], one[key][_IDS], two[key][_IDS]) for key in common if _IDS in one[key] and _IDS in two[key]]
     comparison: dict[str, Any] = {
         "equal_lines": len(equal),
         "equal_to_step": max((step for step, _ in equal), default=0),
+        "ids": _compare_ids(both),
         "parted": None,
     }
     if parted is not None:
@@ -60,6 +63,16 @@ def _compare(first: RunRecord, other: RunRecord) -> dict[str, Any]:
         comparison["parted"] = {"line": line, "step": parted[0], "differing": differing}
         comparison["unlike"] = _unlike(first, other)
     return comparison
+
+
+def _compare_ids(digests: Sequence[tuple[int, str, str]]) -> str:
+    """Return up to which step the trained ids are equal, or by which they part, as text."""
+    equal_to = 0
+    for step, one, two in digests:
+        if one != two:
+            return f"the trained ids part between steps {equal_to:,} and {step:,}"
+        equal_to = step
+    return f"the trained ids are equal up to step {equal_to:,}"
 
 
 def _comparable(lines: Sequence[dict[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
@@ -137,8 +150,7 @@ def check_equal(hashes: Sequence[dict[str, Any]]) -> None:
             f"{entry['run']}: parts from {hashes[0]['run']} at step {parted['step']:,} (line {parted['line']} of the"
             f" metrics): {'; '.join(shortened(values, _MAX_NAMES))}"
         )
-        if "digest of ids" not in parted["differing"]:
-            message += "; all ids so far are equal"
+        message += f"; {entry['comparison']['ids']}"
         unlike = entry["comparison"]["unlike"]
         messages.append(f"{message}\n  the runs have {'; '.join(shortened(unlike, _MAX_NAMES))}" if unlike else message)
     if messages:

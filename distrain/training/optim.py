@@ -112,9 +112,18 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore what `state_tensors` returned."""
+    """Restore what `state_tensors` returned, each tensor in the memory layout of its parameter.
+
+    A file has no layouts. With another one than the parameter's, CUDA's fused optimizers abort, and those of CPUs mix
+    up the values.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
+        of_number = state.setdefault(int(number), {})
+        of_number[name] = value
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            of_number[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
