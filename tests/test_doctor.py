@@ -89,6 +89,7 @@ def test_without_problems_nothing_is_left_on_disk(data: Path, tmp_path: Path) ->
         ("train.global_batch_size=1", "processes", "smaller than the number of processes"),
         ("model.name=models_for_tests:Picky", "model", "models_for_tests:Picky"),
         ("model.name=models_for_tests:Idle", "model", "does not depend on head.weight"),
+        ("model.name=models_for_tests:Counting train.virtual_ranks=4", "model", "gives other logits"),
         ("model.name=models_for_tests:Heavy launch.grace_seconds=1", "grace", "takes"),
         ("run.dir=/dev/null/run", "run folder", "cannot make a folder: Not a directory"),
     ],

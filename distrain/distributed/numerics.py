@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from distrain import machine
@@ -24,6 +26,13 @@ def set_numerics(precision: str, deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic  # kernels chosen by timing differ from run to run
+
+
+def seed_cpu(seed: int) -> None:
+    """Seed the generators of the CPU: torch's, Python's and numpy's."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def what_decides_bits(device: torch.device) -> dict[str, str]:

@@ -7,12 +7,10 @@ is already split, and a prepared scheduler makes one step for each process.
 from __future__ import annotations
 
 import os
-import random
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -25,7 +23,7 @@ from distrain import machine
 from distrain.distributed import accelerate_check, rendezvous
 from distrain.distributed.collectives import Collectives
 from distrain.distributed.gradients import DataParallel
-from distrain.distributed.numerics import set_numerics
+from distrain.distributed.numerics import seed_cpu, set_numerics
 from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
@@ -157,9 +155,7 @@ class Runtime:
     def seed_all(self, seed: int) -> None:
         """Seed every generator that a model may draw from: the device's, the CPU's, Python's and numpy's."""
         self.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_cpu(seed)
 
     def update(self, optimizer: AcceleratedOptimizer) -> None:
         """Make a step of the prepared optimizer (fp16's scaler may skip it), and clear the gradients."""

@@ -28,6 +28,7 @@ from distrain.distributed.gradients import DistributedModel
 from distrain.environment import World
 from distrain.errors import ConfigError
 from distrain.models.batch_norm import Buffers
+from distrain.models.repeatable import check_repeatable
 
 _ALIGNMENT = 64
 """Bytes: a tensor begins at a multiple of this, as one that torch allocates itself."""
@@ -137,34 +138,8 @@ class VirtualRanks(DistributedModel):
         self._sums = [_Sum(dtype, values, self._division) for dtype in dict.fromkeys(value.dtype for value in values)]
 
     def check_repeatable(self, inputs: Tensor, seed: Callable[[], None]) -> None:
-        """Check that a pass that is repeated gives the same bits; call it after `observe`.
-
-        Raises:
-            ConfigError: the model keeps something else than buffers from one pass to the next, or draws from a
-                generator of its own.
-        """
-        self._buffers.begin_step()
-        logits, weights = self._repeated(inputs, seed), [each.detach().clone() for each in self._module.parameters()]
-        same = _equal(logits, self._repeated(inputs, seed))
-        changed = [
-            name
-            for (name, each), before in zip(self._module.named_parameters(), weights, strict=True)
-            if not _equal(each, before)
-        ]
-        if changed or not same:
-            what = f"changes its parameter {changed[0]}" if changed else "gives other logits"
-            raise ConfigError(
-                f"train.virtual_ranks: the model {what} when a pass is repeated with the same images, buffers and"
-                " random numbers, so its result would depend on the number of processes; keep in buffers what passes"
-                " change, and draw from torch's own generator, or leave train.virtual_ranks out"
-            )
-
-    def _repeated(self, inputs: Tensor, seed: Callable[[], None]) -> Tensor:
-        self._buffers.begin_pass()
-        seed()
-        logits = self.forward(inputs).detach()
-        self._buffers.begin_pass()
-        return logits
+        """Check that the model can be trained so; call it after `observe`: see `distrain.models.repeatable`."""
+        check_repeatable(self.forward, self._module, self._buffers, inputs, seed)
 
     def exchange(self) -> None:
         """Add the gradients of all virtual ranks, and update the running statistics of BatchNorm."""
@@ -191,11 +166,6 @@ class VirtualRanks(DistributedModel):
         self._buffers.begin_step()
         for each in self._sums:
             each.begin()
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal, where NaN equals NaN."""
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def outgoing(subtotals: Sequence[Tensor], size: int) -> Tensor:

@@ -29,10 +29,12 @@ from distrain import address, console, files, machine, models, plugins, signals
 from distrain.config import Config
 from distrain.data import fetch, shards
 from distrain.data.stream import memory
-from distrain.distributed.numerics import differences, what_decides_bits
+from distrain.distributed.numerics import differences, seed_cpu, what_decides_bits
 from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment, World
 from distrain.errors import AgainError, ConfigError, DataError, UserError
+from distrain.models.batch_norm import Buffers
+from distrain.models.repeatable import check_repeatable
 from distrain.runs.trackers import check_tensorboard
 from distrain.text import plural
 from distrain.training.checkpointing import os_error_of
@@ -304,9 +306,14 @@ def _try_model(config: Config) -> nn.Module:
     data = read_data(config).manifest
     height, width, channels = data.image_shape
     module = build_model(config, data, torch.float32)
+    virtual = config.train.virtual_ranks is not None
+    buffers, images = Buffers(module) if virtual else None, torch.zeros(2, channels, height, width)
     with plugins.user_code(f"model.name={config.model.name}: fails in training"):
-        module.train()(torch.zeros(2, channels, height, width)).sum().backward()
+        module.train()(images).sum().backward()
     models.check_gradients(config.model.name, module)
+    if buffers is not None:
+        buffers.observe(1)
+        check_repeatable(module, module, buffers, images, lambda: seed_cpu(0))
     return module
 
 

@@ -435,8 +435,8 @@ def _warm_up(job: Job) -> None:
             logits = model.distributed.forward(model.normalize(images))
             model.distributed.backward(logits.sum() * 0)
         models.check_gradients(job.config.model.name, model.module)  # DDP's second pass would fail without a cure
+        model.optimizer.zero_grad()  # with CUDA graphs, gradients of one pass are overwritten by the next
     models.check_buffers(job.config.model.name, model.module, buffers)
-    model.optimizer.zero_grad()
     if isinstance(model.distributed, VirtualRanks):
         model.distributed.observe()
         _check_repeatable(job, model.distributed, images)
