@@ -290,7 +290,7 @@ def test_a_resume_with_other_software_is_a_warning(
     run = tmp_path / "run"
     config = configuration(small, run)
     train(config, Environment())
-    assert "was saved by" not in caplog.text
+    assert "was saved with" not in caplog.text
     folder = run / "checkpoints/step-00000025"
     content = json.loads((folder / "state.json").read_text())
     content["bits"] |= {"oneDNN": "1.0", "vector instructions": "avx fma"}
@@ -299,7 +299,9 @@ def test_a_resume_with_other_software_is_a_warning(
     digests["files"]["state.json"] = xxhash.xxh3_128_hexdigest((folder / "state.json").read_bytes())
     (folder / "digests.json").write_text(json.dumps(digests))
     train(config, Environment())
-    expected = "step-00000025 was saved by something else, so the last bits of the weights may differ: oneDNN "
+    expected = (
+        "step-00000025 was saved with other software or hardware, so the last bits of the weights may differ: oneDNN "
+    )
     assert expected in caplog.text
     assert ", before 1.0; vector instructions " in caplog.text
 

@@ -150,6 +150,10 @@ def _replaced(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
     return new
 
 
+_OF_BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked")
+"""Names of the buffers of every BatchNorm layer."""
+
+
 class Buffers:
     """The buffers of a model that is trained by virtual ranks: in a step, each of them begins with the same values.
 
@@ -196,7 +200,7 @@ class Buffers:
                 layer.momentum = None  # the mean since the counter was 0
                 self._used_again.append(layer)
         for each, initial in zip(self._all, self._initial, strict=True):
-            if each.owner in self._norms:
+            if each.owner in self._norms and each.key in _OF_BATCH_NORM:
                 continue
             # Also by value: a compiled pass might not count its writes.
             changed = each.has_changed() or not torch.equal(each.tensor, initial)

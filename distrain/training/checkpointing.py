@@ -190,7 +190,9 @@ class Checkpointer:
         if changed:
             changes = "; ".join(f"{name} {new}, before {old}" for name, old, new in changed)
             log.warning(
-                "%s was saved by something else, so the last bits of the weights may differ: %s", path.name, changes
+                "%s was saved with other software or hardware, so the last bits of the weights may differ: %s",
+                path.name,
+                changes,
             )
 
     def _load(self, path: Path) -> Checkpoint:
