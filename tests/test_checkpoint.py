@@ -25,6 +25,8 @@ def save(folder: Path, step: int, value: float = 1.0, best: int | None = None, w
         "seconds": 1.5,
         "losses": {},
         "scaler": None,
+        "ids": "0" * 16,
+        "bits": {},
     }
     model["tied again"] = model["tied"]
     return checkpoint.save(folder, step, model, {"0.momentum_buffer": torch.ones(3)}, state)

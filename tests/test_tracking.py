@@ -323,7 +323,7 @@ def test_an_interrupted_run_is_one_run_everywhere(
         assert password.encode() not in content, path
 
     shown = events(run / "tensorboard")
-    for name in {name for line in run_record.lines for name in line} - {"step"}:
+    for name in {name for line in numbers(run_record) for name in line} - {"step"}:
         expected = [(line["step"], line[name]) for line in run_record.lines if name in line]
         assert [(event.step, event.value) for event in shown.Scalars(name)] == [
             (step, pytest.approx(value)) for step, value in expected
