@@ -200,6 +200,7 @@ def test_scaling(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.faults
 def test_virtual_ranks(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Context, "max_processes", property(lambda _: 1))
     plain = "net, batch 128, 1 process"
