@@ -16,6 +16,7 @@ step, so all of them handle a stop request or a damaged shard at the same step.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -218,8 +219,9 @@ class EvaluationBatches:
         split = dataset.split(split_name)
         indices = evaluation_shards(len(split.shards), split.lanes, world)
         owned = [split.shards[index] for index in indices]
-        counts = np.array([-(-shard.samples // batch_size) for shard in split.shards])
-        self.numbers = [int(number) for index in indices for number in np.arange(counts[index]) + counts[:index].sum()]
+        counts = [-(-shard.samples // batch_size) for shard in split.shards]
+        ends = list(itertools.accumulate(counts))
+        self.numbers = [number for index in indices for number in range(ends[index] - counts[index], ends[index])]
         """Numbers of this process's batches among those of the split."""
         closed = threading.Event()
         self._background = Background(_read_whole(dataset, owned, closed), 1, closed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -60,6 +62,22 @@ def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[tuple[
     """Return the name and both values of what differs between two results of `what_decides_bits`, for messages."""
     names = [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
     return [(name, _lacking(one, other, name), _lacking(other, one, name)) for name in names]
+
+
+def unlike_ranks(by_rank: Sequence[Mapping[str, str]]) -> dict[int, str]:
+    """Return the ranks where something else than on rank 0 decides the bits, with what differs, as text."""
+    first, *others = by_rank
+    changes = {rank: differences(first, other) for rank, other in enumerate(others, 1)}
+    return {
+        rank: "; ".join(f"{name} {theirs}, on rank 0 {ours}" for name, ours, theirs in of_rank)
+        for rank, of_rank in changes.items()
+        if of_rank
+    }
+
+
+def sum_in_order(values: Iterable[float]) -> float:
+    """Add numbers from the first to the last. `sum` adds in another way from Python 3.12 on."""
+    return functools.reduce(operator.add, values)
 
 
 def _lacking(of: Mapping[str, str], other: Mapping[str, str], name: str) -> str:

@@ -6,6 +6,7 @@ is already split, and a prepared scheduler makes one step for each process.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -23,7 +24,7 @@ from distrain import machine
 from distrain.distributed import accelerate_check, rendezvous
 from distrain.distributed.collectives import Collectives
 from distrain.distributed.gradients import DataParallel
-from distrain.distributed.numerics import seed_cpu, set_numerics
+from distrain.distributed.numerics import seed_cpu, set_numerics, what_decides_bits
 from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
@@ -90,6 +91,11 @@ class Runtime:
     def device(self) -> torch.device:
         """The device on which this process computes."""
         return torch.device(self._accelerator.device)
+
+    @functools.cached_property
+    def what_decides_bits(self) -> dict[str, str]:
+        """The facts that decide the last bits of a result here, besides the configuration."""
+        return what_decides_bits(self.device)
 
     @property
     def is_main(self) -> bool:

@@ -99,20 +99,10 @@ class VirtualRanks(DistributedModel):
         self._buffers.begin_pass()
         self._statistics = [torch.zeros_like(value) for value in self._buffers.statistics]
         yield
-        name = self._buffers.changed_unexpectedly()
-        if name is not None:
+        problem = self._buffers.problem()
+        if problem is not None:
             with self._collectives.fail_alone():
-                raise ConfigError(
-                    f"train.virtual_ranks: the model changes its buffer {name} in some passes only, so its result would"
-                    " depend on the number of processes; change it in every pass, or leave train.virtual_ranks out"
-                )
-        name = self._buffers.reshaped()
-        if name is not None:
-            with self._collectives.fail_alone():
-                raise ConfigError(
-                    f"train.virtual_ranks: a pass replaces the model's buffer {name} by one of another shape or type;"
-                    " give it those that it keeps, or leave train.virtual_ranks out"
-                )
+                raise ConfigError(f"train.virtual_ranks: {problem}, or leave train.virtual_ranks out")
         if rank.rank == 0:
             self._retained = self._buffers.retained()
         gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in self._parameters]
@@ -220,6 +210,7 @@ class _Sum:
         sizes = [-(-value.numel() // step) * step for value in self._like]
         self._offsets = [0, *itertools.accumulate(sizes)][:-1]
         self._part = -(-sum(sizes) // (step * division.world.size)) * step
+        self._nodes = [division.subtrees(rank) for rank in range(division.world.size)]
         self._free: list[_Flat] = []
         self._result: _Flat | None = None
         self._tree = TreeSum(division.virtual_ranks, self._add)
@@ -246,13 +237,13 @@ class _Sum:
 
     def _exchange(self, subtotals: list[Tensor]) -> None:
         """Complete the tree together with the other processes; the first subtotal becomes its root."""
-        division, part, size = self._division, self._part, self._division.world.size
-        sent, nodes = outgoing(subtotals, size), [division.subtrees(rank) for rank in range(size)]
+        part, nodes = self._part, self._nodes
+        sent = outgoing(subtotals, len(nodes))
         received = sent.new_empty(sum(map(len, nodes)) * part)
         dist.all_to_all_single(
             received, sent, [len(each) * part for each in nodes], [len(subtotals) * part for _ in nodes]
         )
-        dist.all_gather_into_tensor(subtotals[0], complete(received, nodes, division.virtual_ranks))
+        dist.all_gather_into_tensor(subtotals[0], complete(received, nodes, self._division.virtual_ranks))
 
     def _add(self, left: _Flat, right: _Flat) -> _Flat:
         left.values.add_(right.values)

@@ -233,13 +233,21 @@ class Buffers:
             assert layer.num_batches_tracked is not None
             layer.num_batches_tracked.zero_()
 
-    def changed_unexpectedly(self) -> str | None:
-        """Return the name of a buffer that has changed in this pass, but not in the first one; or None."""
-        return next((each.name for each in self._constant if each.has_changed()), None)
-
-    def reshaped(self) -> str | None:
-        """Return the name of a retained buffer that this pass has replaced by one of another shape or type; or None."""
-        return next((each.name for each in self._retained if each.is_reshaped()), None)
+    def problem(self) -> str | None:
+        """Return what this pass has done to a buffer that cannot be supported, and the cure, as text; or None."""
+        for each in self._constant:
+            if each.has_changed():
+                return (
+                    f"the model changes its buffer {each.name} in some passes only, so its result would depend on the"
+                    " number of processes; change it in every pass"
+                )
+        for each in self._retained:
+            if each.is_reshaped():
+                return (
+                    f"a pass replaces the model's buffer {each.name} by one of another shape or type; give it those"
+                    " that it keeps"
+                )
+        return None
 
     def retained(self) -> list[Tensor]:
         """Return a copy of the present values of those that are retained of virtual rank 0."""

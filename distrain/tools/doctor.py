@@ -29,7 +29,7 @@ from distrain import address, console, files, machine, models, plugins, signals
 from distrain.config import Config
 from distrain.data import fetch, shards
 from distrain.data.stream import memory
-from distrain.distributed.numerics import differences, seed_cpu, what_decides_bits
+from distrain.distributed.numerics import seed_cpu, unlike_ranks
 from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment, World
 from distrain.errors import AgainError, ConfigError, DataError, UserError
@@ -499,17 +499,17 @@ def _same_versions(rt: Runtime) -> Finding:
 
 def _same_bits(rt: Runtime) -> Iterator[Finding]:
     """Compare what decides the last bits of the weights, over the processes."""
-    first, *others = rt.collectives.from_all(what_decides_bits(rt.device))
-    by_rank = {rank: differences(first, other) for rank, other in enumerate(others, 1)}
-    unlike = {rank: others for rank, others in by_rank.items() if others}
-    for rank, changes in list(unlike.items())[:4]:
-        names = "; ".join(f"{name} {theirs}, on rank 0 {ours}" for name, ours, theirs in changes)
+    by_rank = rt.collectives.from_all(rt.what_decides_bits)
+    unlike = unlike_ranks(by_rank)
+    for rank, names in list(unlike.items())[:4]:
         cure = (
             "even with train.virtual_ranks, the last bits of the weights depend on where a pass runs; use equal nodes"
         )
         yield Finding("bits", "note", f"rank {rank} has {names}", cure)
     if not unlike:
-        yield Finding("bits", "ok", ", ".join(f"{name} {value}" for name, value in first.items() if value != "none"))
+        yield Finding(
+            "bits", "ok", ", ".join(f"{name} {value}" for name, value in by_rank[0].items() if value != "none")
+        )
 
 
 def _all_reduce(rt: Runtime) -> Iterator[Finding]:

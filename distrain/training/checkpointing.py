@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain import files, models, signals
-from distrain.distributed.numerics import differences, what_decides_bits
+from distrain.distributed.numerics import differences
 from distrain.errors import BusyError, ConfigError, DataError, FolderLostError
 from distrain.failure_report import failure_of, report_failure
 from distrain.models.weight_files import CLASSES
@@ -186,7 +186,7 @@ class Checkpointer:
         """Warn where this attempt computes with other software or hardware than the one that saved the checkpoint."""
         if self._job.config.train.virtual_ranks is None or not self._job.runtime.is_main:
             return
-        changed = differences(before, what_decides_bits(self._job.runtime.device))
+        changed = differences(before, self._job.runtime.what_decides_bits)
         if changed:
             changes = "; ".join(f"{name} {new}, before {old}" for name, old, new in changed)
             log.warning(
@@ -211,7 +211,7 @@ class Checkpointer:
             "epoch": int(job.epoch(step)),
             "world_size": job.runtime.world.size,
             "cpu_threads": job.config.run.cpu_threads,
-            "bits": what_decides_bits(job.runtime.device),
+            "bits": job.runtime.what_decides_bits,
         }
         weights, tensors = model.checkpoint_tensors()
         metadata = {CLASSES: json.dumps(job.dataset.manifest.classes)}

@@ -5,8 +5,6 @@ The total must be that of the manifest.
 
 from __future__ import annotations
 
-import functools
-import operator
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -22,6 +20,7 @@ from distrain import startup
 from distrain.data.manifest import Dataset
 from distrain.data.stream import EvaluationBatches
 from distrain.distributed.collectives import POLL_SECONDS
+from distrain.distributed.numerics import sum_in_order
 from distrain.distributed.runtime import Runtime
 from distrain.errors import DataError
 from distrain.progress import Bar
@@ -149,10 +148,8 @@ def evaluate(
             f"{dataset.root}: {confusion.total} samples of {split} were scored, the manifest has {expected}"
         )
     of_batches = {number: loss for _, each in (first, *others) for number, loss in each.items()}
-    # In the order of the batches: the same bits on any number of processes. `sum` differs between versions of Python.
-    return Scores(
-        confusion, functools.reduce(operator.add, (of_batches[each] for each in sorted(of_batches))) / expected
-    )
+    # In the order of the batches: the same bits on any number of processes.
+    return Scores(confusion, sum_in_order(of_batches[each] for each in sorted(of_batches)) / expected)
 
 
 def _for_each(

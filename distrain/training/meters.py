@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distrain.distributed.numerics import sum_in_order
 from distrain.errors import DivergedError
 from distrain.runs import checkpoint
 from distrain.training.job import Job
@@ -88,7 +87,7 @@ class LossMeter:
         columns = pending.new_zeros(len(pending), ranks[0].size)
         columns[:, ranks[0].rank : ranks[-1].rank + 1] = pending
         rows: list[list[float]] = self._job.runtime.collectives.sum(columns).tolist()
-        return [functools.reduce(operator.add, row) for row in rows]
+        return [sum_in_order(row) for row in rows]
 
     def take_line(self, step: int, profile: Profile) -> dict[str, Any]:
         """Return a line of metrics.jsonl about the steps since the last one; the next one begins here."""

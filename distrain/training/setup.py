@@ -25,7 +25,7 @@ from distrain.data.order import Order
 from distrain.distributed import runtime
 from distrain.distributed.collectives import Collectives
 from distrain.distributed.gradients import DataParallel
-from distrain.distributed.numerics import differences, what_decides_bits
+from distrain.distributed.numerics import unlike_ranks
 from distrain.distributed.runtime import Runtime
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
@@ -119,15 +119,9 @@ def _compare_numerics(config: Config, runtime: Runtime) -> None:
     """Warn where processes compute with other software or hardware, if the bits should not depend on their number."""
     if config.train.virtual_ranks is None:
         return
-    first, *others = runtime.collectives.from_all(what_decides_bits(runtime.device))
-    for rank, other in enumerate(others, 1):
-        changed = differences(first, other)
-        if changed and runtime.is_main:
-            names = "; ".join(f"{name} {theirs}, on rank 0 {ours}" for name, ours, theirs in changed)
-            log.warning(
-                "the last bits of the weights depend on which process computes what: rank %s has %s", rank, names
-            )
-            return
+    unlike = unlike_ranks(runtime.collectives.from_all(runtime.what_decides_bits))
+    for rank, names in list(unlike.items())[:1] if runtime.is_main else ():
+        log.warning("the last bits of the weights depend on which process computes what: rank %s has %s", rank, names)
 
 
 def read_data(config: Config, *splits: str) -> Dataset:
@@ -149,8 +143,7 @@ def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -
     Raises:
         DataError: on all processes.
     """
-    digests = runtime.collectives.from_all(dataset.digest)
-    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    others = _unlike_rank_0(runtime, dataset.digest)
     if others:
         raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
     missing = runtime.collectives.from_main(list(dataset.missing(splits)) if runtime.is_main else None)
@@ -209,6 +202,12 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     )
 
 
+def _unlike_rank_0(runtime: Runtime, digest: str) -> list[str]:
+    """Return the ranks whose digest is not that of rank 0, as text; a collective."""
+    digests = runtime.collectives.from_all(digest)
+    return [str(rank) for rank, each in enumerate(digests) if each != digests[0]]
+
+
 def _identity_of_bits(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Return what decides the last bits besides the keys of the identity; with virtual ranks a resume keeps them."""
     if config.train.virtual_ranks is None:
@@ -227,8 +226,9 @@ def _check_same_weights(runtime: Runtime, module: nn.Module) -> None:
     Raises:
         ConfigError: on all processes.
     """
-    digests = runtime.collectives.from_all(models.digest({**module.state_dict(), **dict(module.named_buffers())}))
-    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if runtime.world.size == 1:
+        return
+    others = _unlike_rank_0(runtime, models.digest({**module.state_dict(), **dict(module.named_buffers())}))
     if others:
         raise ConfigError(
             f"train.virtual_ranks: rank {', '.join(shortened(others, 5))} begins with other weights than rank 0: the"

@@ -9,7 +9,6 @@ import torch
 
 from distrain import files, machine
 from distrain.data.stream import memory
-from distrain.distributed.numerics import what_decides_bits
 from distrain.runs import records, results
 from distrain.runs.folder import SETUP
 from distrain.text import clock, percent, plural, printable
@@ -92,7 +91,7 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
         "from_step": from_step,
         "machine": machine.describe(),
         "versions": machine.versions(),
-        "bits": what_decides_bits(runtime.device),
+        "bits": runtime.what_decides_bits,
     }
 
 
