@@ -8,7 +8,7 @@ BENCH_OUT ?= bench-out
 BENCH_OPTIONS = $(if $(IMAGES),--images $(IMAGES)) $(BENCH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test test-fast test-browser test-gpu test-ranks test-faults test-slurm test-images faults guards bench gpu docs lock lint format clean
+.PHONY: help install train test test-fast test-browser test-ranks test-faults test-slurm test-images faults guards bench gpu gpu-nodes speedrun docs lock lint format clean
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -38,9 +38,6 @@ test-fast: $(VENV)/installed-dev ## Run the tests that need one process
 test-browser: $(VENV)/installed-dev ## Test the report in headless Chromium; skips if it is missing
 	$(BIN)/pytest -m browser -rs --durations=5
 
-test-gpu: $(VENV)/installed-dev ## Run the tests that need a GPU
-	$(BIN)/pytest -m gpu -rs --durations=5
-
 test-ranks: $(VENV)/installed-dev ## Run the tests that start several processes
 	$(BIN)/pytest -m "ranks and not faults" --durations=5
 
@@ -63,12 +60,20 @@ guards: $(VENV)/installed-dev ## Remove each guard against a fault: its test mus
 	$(BIN)/python tests/faults/guards.py table
 
 bench: $(VENV)/installed-dev ## Run all benchmarks, into bench-out; IMAGES=FOLDER with train/CLASS/ and test/CLASS/
-	$(BIN)/python -m benchmarks reading training scaling evaluation startup memory accuracy --out $(BENCH_OUT) \
+	$(BIN)/python -m benchmarks reading tutorial training scaling evaluation startup memory accuracy --out $(BENCH_OUT) \
 		$(BENCH_OPTIONS)
 
-gpu: test-gpu test-ranks ## Run the tests and benchmarks for GPUs, into bench-out; IMAGES as for bench
-	$(BIN)/python -m benchmarks training scaling evaluation --models net,resnet9 --out $(BENCH_OUT) \
-		$(BENCH_OPTIONS)
+# DEVICE=cpu tries the same tests on CPUs, as far as they go. PART=bits runs one part: tests/gpu/test_gpu_PART.py.
+GPU_TESTS = $(BIN)/pytest --gpu $(or $(DEVICE),cuda) -rs --durations=0
+
+gpu: $(VENV)/installed-dev ## Check everything on GPUs, and measure: a table, and bench-out/gpu.json
+	$(GPU_TESTS) --gpu-out $(BENCH_OUT)/gpu.json tests/gpu$(if $(PART),/test_gpu_$(PART).py)
+
+# Nodes are detected as `distrain launch` does: under srun, in a Kubernetes Job, or by DISTRAIN_NODES, _NODE, _HOST and _PORT.
+gpu-nodes: $(VENV)/installed-dev ## The same for several nodes, at the same time on each; WORK=a new folder that all see
+	$(GPU_TESTS) --gpu-out $(BENCH_OUT)/gpu-nodes.json --gpu-work $(abspath $(or $(WORK),gpu-nodes)) tests/gpu/test_gpu_nodes.py
+
+speedrun: $(VENV)/installed-dev ## The time to 94 % of CIFAR-10 on a GPU; IMAGES as for bench, RECIPE, TARGET
 	$(BIN)/python -m benchmarks accuracy --recipe $(or $(RECIPE),configs/speedrun.yaml) --target $(or $(TARGET),94) \
 		--out $(BENCH_OUT)/speedrun $(BENCH_OPTIONS)
 

@@ -48,6 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="Device for training and evaluation.",
 )
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    help="Precision of the parts training, scaling and virtual_ranks.",
+)
 @click.option("--models", default="", help="Comma-separated names.  [default: net; on GPUs net,resnet9]")
 @click.option(
     "--recipe",
@@ -71,7 +78,8 @@ def bench(models: str, **options: Any) -> None:
 
     \b
     reading      images/s from shards; compared with webdataset's and torchvision's usual pipelines
-    training     images/s; compared with the tutorial's plain script and a bare loop over data in memory
+    tutorial     images/s of the PyTorch tutorial's recipe; compared with its plain script
+    training     images/s; compared with a bare loop over data in memory
     scaling      images/s of 1, 2, 4 … processes; compared with as many independent runs
     evaluation   images/s; compared with a bare loop over data in memory
     startup      seconds to the first step, of a new run and of a resumed run

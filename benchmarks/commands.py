@@ -128,6 +128,7 @@ def timed_keys(context: Context, model: str, batch: int, processes: int = 1) -> 
     steps = timed_steps(context, batch)
     return {
         "model.name": model,
+        "train.precision": context.precision,
         "train.epochs": "null",
         "train.max_steps": steps,
         "train.global_batch_size": batch * processes,

@@ -39,6 +39,8 @@ class Context:
     models: tuple[str, ...]
     recipe: Path
     """Configuration that the part accuracy trains."""
+    precision: str = "fp32"
+    """Precision of the timed runs: `train.precision`."""
     target: float | None = None
     """Accuracy in percent that the recipe is timed to; None: the plain script's."""
     batches: tuple[int, ...] = (128, 512)
@@ -47,7 +49,7 @@ class Context:
     @property
     def timed_images(self) -> int:
         """Number of images that a timed run trains on: enough for some seconds."""
-        return 4_000 if self.quick else 1_000_000 if self.device == "cuda" else 50_000
+        return 4_000 if self.quick else 500_000 if self.device == "cuda" else 50_000
 
     @property
     def max_processes(self) -> int:
@@ -95,9 +97,14 @@ def load(dataset: Dataset, split: str, limit: int | None = None) -> tuple[Tensor
 
 
 @contextlib.contextmanager
-def single_process(context: Context) -> Iterator[Runtime]:
+def single_process(context: Context, precision: str = "fp32") -> Iterator[Runtime]:
     """Set up this process as the only one of a run: one thread, and the arithmetic settings of `distrain train`."""
-    resolved = config.from_tree({"run": {"dir": str(context.work / "alone"), "device": context.device}})
+    resolved = config.from_tree(
+        {
+            "run": {"dir": str(context.work / "alone"), "device": context.device},
+            "train": {"precision": precision},
+        }
+    )
     environment = Environment()
     with (
         closing(setup.start_watchdog(resolved, environment)) as watchdog,

@@ -41,6 +41,7 @@ class Options:
     repeats: int
     quick: bool
     device: str
+    precision: str
     models: tuple[str, ...]
     recipe: Path
     target: float | None
@@ -69,6 +70,7 @@ def run(options: Options) -> None:
             repeats=options.repeats,
             quick=options.quick,
             device=device,
+            precision=options.precision,
             models=options.models or (("net", "resnet9") if device == "cuda" else ("net",)),
             recipe=options.recipe,
             target=options.target,
@@ -163,6 +165,7 @@ def _describe(context: Context) -> dict[str, Any]:
             "repeats": context.repeats,
             "quick": context.quick,
             "device": context.device,
+            "precision": context.precision,
             "models": list(context.models),
         },
         "data": {

@@ -1,46 +1,32 @@
 """Training: images/s of one process. Start-up and evaluation are not included.
 
-- the tutorial: `python -m benchmarks.plain_script` (ImageFolder, PIL, a DataLoader with two workers, batch 4, torch's
-  default number of threads), and `distrain train` with the settings of configs/tutorial.yaml and one thread
-- steps from shards (data.cache=off), and a bare loop over a tensor on the device with the same model, optimizer, batch
-  and augmentation; both with one thread, and without the first fifth of the steps
+Steps from shards (data.cache=off), and a bare loop over a tensor on the device with the same model, optimizer, batch,
+precision and augmentation; both with one thread, and without the first fifth of the steps.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.commands import call_program, speed_after_warm_up, timed_keys, timed_steps, train
+from benchmarks.commands import speed_after_warm_up, timed_keys, timed_steps, train
 from benchmarks.context import Context, images_per_second, load, single_process, take_turns
-from benchmarks.image_files import write_folders
 from benchmarks.table import Row, Table, ratio
 from distrain import models
 from distrain.config import Augment
+from distrain.distributed.numerics import autocast
 from distrain.training import augment, optim
 
-_TUTORIAL_KEYS = {
-    "data.mean": "[0.5,0.5,0.5]",
-    "data.std": "[0.5,0.5,0.5]",
-    "train.epochs": "null",
-    "train.global_batch_size": 4,
-    "train.lr": 0.001,
-    "train.schedule": "constant",
-    "log.every_steps": 2000,
-}
-"""configs/tutorial.yaml, but for the length of the run."""
 _AUGMENTATION = Augment(flip=True)
-_PLAIN, _TUTORIAL = "tutorial: plain PyTorch script", "tutorial: distrain"
 
 
 def measure(context: Context) -> Table:
     """Measure images/s, and the percentage of the time that a step waits for data."""
-    contestants = _tutorial(context)
-    pairs: list[tuple[str, str]] = [(_TUTORIAL, _PLAIN)]
+    contestants: dict[str, Callable[[], float]] = {}
+    pairs: list[tuple[str, str]] = []
     waiting: dict[str, list[float]] = {}
     for model in context.models:
         for batch in context.batches:
@@ -49,29 +35,10 @@ def measure(context: Context) -> Table:
             pairs.append(tuple(steps))  # type: ignore[arg-type]
     rows = take_turns("training", "images/s", contestants, context.repeats)
     return Table(
-        f"Training on {context.device}, one process",
+        f"Training on {context.device} in {context.precision}, one process",
         [*rows.values(), *(Row(f"{name}: waits for data", "%", samples) for name, samples in waiting.items())],
         [ratio(rows[name], rows[baseline]) for name, baseline in pairs],
     )
-
-
-def _tutorial(context: Context) -> dict[str, Callable[[], float]]:
-    """Return the contestants that train as the tutorial does."""
-    steps = 200 if context.quick else 5000
-    images = context.images or write_folders(
-        context.dataset, context.work / "files", limit=2_000 if context.quick else 20_000
-    )
-    run = context.work / "tutorial"
-
-    def plain() -> float:
-        arguments = (images, "--steps", steps, "--device", context.device)
-        return float(call_program("plain_script", *arguments, threads=None)["images_per_second"])
-
-    def distrain() -> float:
-        train(context, run, {**_TUTORIAL_KEYS, "train.max_steps": steps})
-        return float(json.loads((run / "result.json").read_text())["images_per_second"])
-
-    return {_PLAIN: plain, _TUTORIAL: distrain}
 
 
 def _steps(context: Context, model: str, batch: int, waiting: dict[str, list[float]]) -> dict[str, Callable[[], float]]:
@@ -87,7 +54,7 @@ def _steps(context: Context, model: str, batch: int, waiting: dict[str, list[flo
     def bare_loop() -> float:
         images, labels = load(context.dataset, "train")
         steps = timed_steps(context, batch)
-        with single_process(context) as runtime:
+        with single_process(context, context.precision) as runtime:
             loop = _BareLoop(context, model, batch, images.to(runtime.device), labels.to(runtime.device))
             loop.train(steps // 5)
             return images_per_second(lambda: loop.train(steps - steps // 5), context.device)
@@ -106,6 +73,7 @@ class _BareLoop:
         if images.is_cuda:
             self._model.to(memory_format=torch.channels_last)
         self._mean, self._std = (torch.tensor(v, device=images.device) for v in (manifest.mean, manifest.std))
+        self._autocast = autocast(images.device, context.precision)
         self._optimizer = optim.build("sgd", self._model.parameters(), 0.01, 0.9, True, (0.9, 0.999), 1e-3)
 
     def train(self, steps: int) -> int:
@@ -115,7 +83,8 @@ class _BareLoop:
             index = torch.randint(len(self._images), (self._batch,), device=self._images.device)
             random_bits = torch.randint(2**62, (self._batch, 2), device=self._images.device)
             images = augment.augment(self._images[index], random_bits, _AUGMENTATION, self._blank)
-            logits = self._model(augment.normalize(images, self._mean, self._std))
+            with self._autocast:
+                logits = self._model(augment.normalize(images, self._mean, self._std))
             (F.cross_entropy(logits, self._labels[index], reduction="sum") / self._batch).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()

@@ -23,6 +23,32 @@ CIFAR10 = Path(os.environ.get("DISTRAIN_CIFAR10_JPEG", Path(__file__).parent.par
 """Folder with cifar10-train.tar.gz and cifar10-test.tar.gz, JPEG files in class folders."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of `make gpu`."""
+    parser.addoption(
+        "--gpu",
+        choices=("cuda", "cpu"),
+        help="run the tests for GPUs, and only these; cpu: try them on CPUs, as far as they go",
+    )
+    parser.addoption(
+        "--gpu-work", metavar="FOLDER", help="for tests on several nodes: a new folder that all of them see"
+    )
+    parser.addoption("--gpu-out", metavar="FILE", help="JSON file for the results and measurements of --gpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from all other tests: their groups use gloo, and more processes than there may be GPUs."""
+    if config.getoption("--gpu") is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Select the tests for GPUs, or all others."""
+    chosen = [item for item in items if (item.get_closest_marker("gpu") is None) == (config.getoption("--gpu") is None)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _default_signals() -> None:
     """Restore the defaults of SIGINT and SIGHUP.

@@ -13,7 +13,7 @@ import pytest
 from datasets import make
 from setuptools.config.pyprojecttoml import read_configuration
 
-from benchmarks import accuracy, evaluation, memory, scaling, startup, training, virtual_ranks
+from benchmarks import accuracy, evaluation, memory, scaling, startup, training, tutorial, virtual_ranks
 from benchmarks.__main__ import main
 from benchmarks.commands import CommandError, call
 from benchmarks.context import Context
@@ -182,9 +182,18 @@ def test_world_sizes_are_limited_by_machine_lanes_and_data(context: Context, mon
 
 @pytest.mark.ranks
 def test_training(context: Context) -> None:
-    values = medians(training.measure(context))
-    assert len(values) == 7
+    values = medians(training.measure(replace(context, precision="bf16")))
+    assert len(values) == 4
     assert values["net, batch 128: distrain from shards: waits for data"] <= 100
+
+
+@pytest.mark.ranks
+def test_tutorial(context: Context) -> None:
+    assert set(medians(tutorial.measure(context))) == {
+        "plain PyTorch script",
+        "distrain",
+        "distrain / plain PyTorch script",
+    }
 
 
 @pytest.mark.ranks

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from benchmarks.context import load
 from distrain import cli, models
 from distrain.data.manifest import Dataset
+from distrain.tools import loaded_model
 from distrain.training.augment import normalize
 
 
@@ -43,13 +44,14 @@ def pictures(small: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[P
     return sorted(folder.iterdir())
 
 
-def plain(run: Path, dataset: Dataset, images: torch.Tensor) -> torch.Tensor:
+def plain(run: Path, dataset: Dataset, images: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
     """Logits by a plain forward pass."""
-    model = models.build("net", "relu", 10, (3, 16, 16)).eval()
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    model = models.build("net", "relu", 10, (3, 16, 16)).to(dtype).eval()
     model.load_state_dict(load_file(next((run / "checkpoints").glob("step-*")) / "model.safetensors"))
-    mean, std = (torch.tensor(values) for values in (dataset.manifest.mean, dataset.manifest.std))
-    with torch.no_grad():
-        return model(normalize(images, mean, std))
+    mean, std = (torch.tensor(values, dtype=dtype) for values in (dataset.manifest.mean, dataset.manifest.std))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        return model(normalize(images, mean, std)).to(dtype)
 
 
 def test_probabilities_are_those_of_a_plain_pass(run: Path, small: Dataset, pictures: list[Path], capsys: Any) -> None:
@@ -60,6 +62,30 @@ def test_probabilities_are_those_of_a_plain_pass(run: Path, small: Dataset, pict
     for one, row in zip(predictions, expected, strict=True):
         assert [one["classes"][name] for name in small.manifest.classes] == pytest.approx(row.tolist(), abs=1e-5)
         assert list(one["classes"].values()) == sorted(one["classes"].values(), reverse=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_predictions_are_computed_as_evaluation_computes(
+    precision: str, small: Dataset, pictures: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    run = train(small, tmp_path / "run", f"train.precision={precision}", "train.lr=0.5", "train.max_steps=40")
+    images, _ = load(small, "test", 70)
+    loaded = loaded_model.load(run, None)
+    probabilities = loaded.probabilities(images)
+    by_hand = plain(run, small, images, precision)
+    assert torch.equal(probabilities, by_hand.softmax(1))
+    # The same passes in fp32 give other bits, so this test would see them.
+    assert not torch.equal(by_hand.float(), plain(run, small, images, "fp32"))
+
+
+def test_a_precision_that_needs_a_gpu_is_replaced_aloud(
+    run: Path, tmp_path: Path, pictures: list[Path], capsys: Any
+) -> None:
+    run = shutil.copytree(run, tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("precision: fp32", "precision: fp16"))
+    assert cli.main(["predict", str(run), str(pictures[0]), "--device", "cpu"]) == 0
+    assert "train.precision=fp16 needs a GPU: fp32 is used" in capsys.readouterr().err
 
 
 def test_files_of_any_kind_and_name(run: Path, tmp_path: Path, capsys: Any) -> None:

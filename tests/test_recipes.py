@@ -1,7 +1,8 @@
 """Every configuration that is shipped, trained to its end on fewer images, reaches an accuracy.
 
 A recipe that diverges ends well, with exit code 0 and the accuracy of guessing: only the accuracy shows it. Those of
-large networks need a GPU (`make test-gpu`). launch/ has no recipe of its own, and tests/test_docs.py runs the pages.
+large networks need a GPU (tests/gpu/test_gpu_recipes.py). launch/ has no recipe of its own, and tests/test_docs.py
+runs the pages.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import make
 from group import Group
 from manifests import K8S, job_specs, render
@@ -96,10 +96,3 @@ def test_the_demo_of_kubernetes_learns_what_its_pods_generate(group: Groups, tmp
     assert cli.main(prepare) == 0
     assert sum(split.samples for split in manifest.read(tmp_path / "data").manifest.splits.values()) == 9000
     assert accuracy(DEMO, tmp_path / "data", tmp_path / "run", group(1).train) >= 0.90  # 94.7 %
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("file", sorted(LARGE))
-def test_a_recipe_of_a_large_network_learns(file: str, images: Dataset, group: Groups, tmp_path: Path) -> None:
-    assert accuracy(file, images.root, tmp_path / "run", group(1).train) >= 3 * GUESSING  # not measured yet

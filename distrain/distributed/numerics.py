@@ -14,6 +14,9 @@ import torch
 
 from distrain import machine
 
+NEED_GPU = ("fp16", "tf32")
+"""Values of `train.precision` that need a GPU."""
+
 _INSTRUCTIONS = "vector instructions"
 
 
@@ -28,6 +31,12 @@ def set_numerics(precision: str, deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic  # kernels chosen by timing differ from run to run
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context of a forward pass in mixed precision, as accelerate makes it; without effect for others."""
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, low, enabled=low is not None)
 
 
 def seed_cpu(seed: int) -> None:

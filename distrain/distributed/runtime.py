@@ -24,7 +24,7 @@ from distrain import machine
 from distrain.distributed import accelerate_check, rendezvous
 from distrain.distributed.collectives import Collectives
 from distrain.distributed.gradients import DataParallel
-from distrain.distributed.numerics import seed_cpu, set_numerics, what_decides_bits
+from distrain.distributed.numerics import NEED_GPU, seed_cpu, set_numerics, what_decides_bits
 from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
@@ -262,7 +262,7 @@ def _on_cpu(device: str, precision: str) -> bool:
     if device == "cuda" and not cuda:
         raise ConfigError("run.device=cuda: this process sees no GPU; use run.device=cpu, or repair the driver")
     on_cpu = device == "cpu" or not cuda
-    if on_cpu and precision in ("fp16", "tf32"):
+    if on_cpu and precision in NEED_GPU:
         raise ConfigError(f"train.precision={precision} needs a GPU; on the CPU use bf16 or fp32")
     accelerate_check.check(os.environ, precision, on_cpu)
     return on_cpu

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain import models
+from distrain.distributed.numerics import NEED_GPU, autocast, set_numerics
 from distrain.errors import DataError
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Checkpoint
@@ -25,7 +26,9 @@ class LoadedModel:
     """A model in evaluation mode, and what is needed to use it."""
 
     model: nn.Module
-    """The model, in fp32."""
+    """The model, on its device; fp64 if that is the precision, else fp32."""
+    precision: str
+    """`train.precision`, in which logits are computed."""
     classes: list[str]
     image_shape: tuple[int, int, int]
     """(H, W, C)."""
@@ -37,13 +40,15 @@ class LoadedModel:
     """Name of the checkpoint's folder."""
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return the probabilities fp32 [N, K] of the classes for images uint8 [N, H, W, C].
+        """Return the probabilities [N, K] of the classes for images uint8 [N, H, W, C], computed as in evaluation.
 
         Raises:
             DataError: logits are not finite.
         """
         with torch.inference_mode():
-            logits: Tensor = self.model(normalize(images.to(self.mean.device), self.mean, self.std))
+            with autocast(self.mean.device, self.precision):
+                logits: Tensor = self.model(normalize(images.to(self.mean.device), self.mean, self.std))
+            logits = logits.to(self.mean.dtype)
             self.check_logits(logits)
             return logits.softmax(1).cpu()
 
@@ -57,13 +62,14 @@ class LoadedModel:
             raise DataError(f"{self.checkpoint}: its model gives logits that are not finite; use another checkpoint")
 
 
-def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
-    """Load the model of a run's checkpoint.
+def load(run: Path, which: str | None, device: str = "cpu", precision: str | None = None) -> LoadedModel:
+    """Load the model of a run's checkpoint, and set how this process computes.
 
     Args:
         run: the run's folder.
         which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
         device: cpu or cuda.
+        precision: a value of `train.precision`; None: that of the run, or fp32 where it needs a GPU and there is none.
 
     Raises:
         DataError: the folder holds no run, the checkpoint cannot be read, or it is not of this run.
@@ -81,15 +87,25 @@ def load(run: Path, which: str | None, device: str = "cpu") -> LoadedModel:
         )
     height, width, channels = data["image_shape"]
     classes, settings = data["classes"], config.model
-    model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed)
+    chosen = precision or _precision_of(config.train.precision, device)
+    set_numerics(chosen, config.train.deterministic)
+    dtype = torch.float64 if chosen == "fp64" else torch.float32
+    model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed, dtype)
     models.load(model, saved.model, settings.name, path)
-    mean, std = (_normalization(saved, key, channels).to(device) for key in ("mean", "std"))
+    mean, std = (_normalization(saved, key, channels).to(device, dtype) for key in ("mean", "std"))
     image_shape, source = (height, width, channels), data.get("source", {})
-    return LoadedModel(model.float().to(device).eval(), classes, image_shape, mean, std, source, path.name)
+    return LoadedModel(model.to(device).eval(), chosen, classes, image_shape, mean, std, source, path.name)
+
+
+def _precision_of(trained: str, device: str) -> str:
+    if device == "cpu" and trained in NEED_GPU:
+        log.warning("train.precision=%s needs a GPU: fp32 is used on the CPU; probabilities differ slightly", trained)
+        return "fp32"
+    return trained
 
 
 def _normalization(saved: Checkpoint, key: str, channels: int) -> Tensor:
     values = saved.state["identity"].get(f"data.{key}")
     if not isinstance(values, list) or len(values) != channels or not all(isinstance(each, float) for each in values):
         raise DataError(f"{saved.path}: has no {key} for images of {channels} channels; choose another checkpoint")
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float64)
