@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,18 @@ def _train_mutated(config: dict[str, Any], mutation: str) -> Any:
         return _train(config)
 
 
-_CALLS = {"train": _train, "train_each": _train_each, "train_mutated": _train_mutated, "evaluate": _evaluate}
+def _function(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a test's module."""
+    return function(*arguments)
+
+
+_CALLS = {
+    "train": _train,
+    "train_each": _train_each,
+    "train_mutated": _train_mutated,
+    "evaluate": _evaluate,
+    "function": _function,
+}
 
 
 def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models_for_tests import TwoNames
 from safetensors.torch import save_file
 from torch import nn
 
 from distrain import models
 from distrain.config import Augment
 from distrain.errors import ConfigError
-from distrain.models.batch_norm import local_batch_norm, sync_batch_norm
 from distrain.models.net import ACTIVATIONS
 from distrain.training import optim
 from distrain.training.augment import augment, normalize
@@ -293,11 +290,3 @@ def test_only_the_head_may_be_re_initialised(tmp_path: Path) -> None:
     torch.save({f"backbone.{name}": value for name, value in model(6).state_dict().items()}, tmp_path / "other.pt")
     with pytest.raises(ConfigError, match=r"differ in fc1\.weight, .*; the file alone has backbone\.fc1\.weight, "):
         models.initialise(model(6), tmp_path / "other.pt", list("abc"))
-
-
-@pytest.mark.parametrize("convert", [local_batch_norm, lambda module: sync_batch_norm(module, on_gpu=False)])
-def test_a_layer_with_two_names_is_converted_to_one_layer(convert: Callable[[nn.Module], nn.Module]) -> None:
-    model = convert(TwoNames(10, (3, 4, 4)))
-    assert isinstance(model, TwoNames)
-    assert model.first is model.second
-    assert not isinstance(model.first, nn.SyncBatchNorm)

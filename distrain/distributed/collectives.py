@@ -84,7 +84,7 @@ class Collectives:
         return tensor
 
     def broadcast_buffers(self, module: nn.Module) -> None:
-        """Give all processes the buffers of rank 0: statistics of BatchNorm differ in the last bits."""
+        """Give all processes the buffers of rank 0: a layer may have changed its own differently on each."""
         with self.collective():
             for buffer in module.buffers() if self._world.size > 1 else ():
                 dist.broadcast(buffer, src=0)

@@ -104,7 +104,7 @@ class Runtime:
 
     def sync_batch_norm(self, module: nn.Module) -> nn.Module:
         """The model with BatchNorm's statistics taken over all processes; unchanged for a single process."""
-        return sync_batch_norm(module, self.device.type == "cuda") if self.world.size > 1 else module
+        return sync_batch_norm(module) if self.world.size > 1 else module
 
     def prepare_data_parallel(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, compile_mode: str, global_batch_size: int

@@ -1,7 +1,8 @@
 """BatchNorm whose result does not depend on which process has which samples.
 
 `sync_batch_norm`: with the statistics of the global batch, for any sizes of the local batches. torch's SyncBatchNorm
-weights the ranks by their numbers of samples too, but does not support CPUs.
+weights the ranks by their numbers of samples too, but does not support CPUs, waits for the GPU in every forward pass,
+and fails in bf16 or fp16 if a local batch is empty: that rank sends a tensor of another type.
 
 `Buffers`: with virtual ranks, BatchNorm uses the statistics of a virtual rank's samples (ghost batch normalization,
 Hoffer et al., "Train longer, generalize better", 2017), and the running statistics get the mean over all virtual ranks.
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -29,67 +32,134 @@ class LocalBatchNorm(_BatchNorm):
 class GlobalBatchNorm(LocalBatchNorm):
     """BatchNorm for inputs [N, C, …] on all ranks of the default process group. A local batch may be empty.
 
-    As in Ioffe and Szegedy, "Batch normalization" (2015), where N is the sum over all ranks. The mean, then the
-    variance, are computed by a differentiable all-reduce.
+    As in Ioffe and Szegedy, "Batch normalization" (2015), where N is the sum over all ranks. The statistics have the
+    type of the buffers: under autocast, sums in bf16 would be too inaccurate.
+
+    The forward pass has one collective, and the backward pass has one. The numbers of samples are sent with the
+    statistics, and are used only on the device, so that no pass waits for it.
     """
 
-    # torch.compile would run the backward pass twice, the second time through freed buffers (torch 2.15).
+    # Ranks with local batches of other sizes compile other graphs, or none. Nothing ensures that these run their
+    # collectives in the same order, nor that a lost peer is noticed in them; outside of graphs, the code's order holds.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x; the result has its shape and type."""
+        """Normalise x; the result has its shape, type and layout."""
         self._check_input_dim(x)
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
-        wide = x.to(self.running_mean.dtype)  # under autocast, sums in bf16 would be too inaccurate
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        local_count = wide.new_tensor([x.numel() // x.shape[1]])
-        sums = _sum(torch.cat([wide.sum(axes), local_count]))
-        total = sums[-1]
-        count = total.clamp(min=1)  # a micro-batch may be empty on all ranks: then nothing is updated
-        mean = sums[:-1] / count
-        centred = wide - mean.view(shape)
-        variance = _sum(centred.square().sum(axes)) / count
-        if total > 0:
-            self._update_running(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
-        scale = torch.rsqrt(variance + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
-        out = centred * scale.view(shape)
-        if self.bias is not None:
-            out = out + self.bias.view(shape)
-        return out.to(x.dtype)
+        with torch.no_grad():
+            mean, variance, count = _combine(_gather(_local_statistics(x, self.running_mean.dtype)))
+            self._update_running(mean, variance, count)
+        out: Tensor = _Normalise.apply(x, self.weight, self.bias, mean, variance, count, self.eps)
+        return out
 
-    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Update the buffers; a micro-batch that is empty on all ranks changes nothing."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        present = count.clamp(max=1)  # 0 or 1
+        self.num_batches_tracked.add_(present.long())
+        if self.momentum is not None:
+            factor = present * self.momentum
+        else:
+            factor = present / self.num_batches_tracked.clamp(min=1)
         self.running_mean.lerp_(mean, factor)
-        self.running_var.lerp_(variance, factor)
+        self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), factor)
 
 
-def _sum(tensor: Tensor) -> Tensor:
-    total: Tensor = _Sum.apply(tensor)
-    return total
+def _local_statistics(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return mean, variance and number of the values of each channel: [2 C + 1]."""
+    channels = x.shape[1]
+    if x.numel() == 0:
+        return x.new_zeros(2 * channels + 1, dtype=dtype)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    mean = x.mean(axes, dtype=dtype)
+    variance = (x - _by_channel(mean, x)).square_().mean(axes)  # var_mean takes 8 times as long on CPUs
+    return torch.cat([mean, variance, mean.new_full((1,), x.numel() // channels)])
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over all ranks. Each rank's loss depends on the inputs of all ranks, so gradients are summed too."""
+def _gather(local: Tensor) -> Tensor:
+    """Return the values of all ranks: [W, n] for [n]."""
+    gathered = local.new_empty(dist.get_world_size(), len(local))
+    dist.all_gather_into_tensor(gathered, local[None])
+    return gathered
+
+
+def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine the statistics of all ranks, [W, 2 C + 1], as in Chan et al., "Updating formulae" (1979).
+
+    All ranks add the same numbers in the same order, so their results are the same, bit for bit.
+
+    Returns:
+        Mean [C], variance [C] and number of values [], of all ranks.
+    """
+    counts = statistics[:, -1:]
+    count = counts.sum()
+    fractions = counts / count.clamp(min=1)
+    means, variances = statistics[:, :-1].chunk(2, dim=1)
+    mean = (means * fractions).sum(0)
+    distance = means - mean
+    variance = (torch.addcmul(variances, distance, distance) * fractions).sum(0)
+    return mean, variance, count
+
+
+def _by_channel(values: Tensor, x: Tensor) -> Tensor:
+    """View values [C] so that they are broadcast over x [N, C, …]."""
+    return values.view([1, -1] + [1] * (x.dim() - 2))
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalise with the mean and variance of all ranks' x; the gradient takes into account that they depend on x."""
 
     @staticmethod
-    def forward(_: Any, local: Tensor) -> Tensor:
-        total = local.clone()
-        dist.all_reduce(total)
-        return total
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance, count = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if weight is None:
+            weight = torch.ones_like(mean)
+        inverse_std = torch.rsqrt(variance + ctx.eps)
+        of_weight, of_bias = _local_gradients(gradient, x, weight, mean, inverse_std)
+        of_x = None
+        if needs_x:
+            # With z = (x - mean) · inverse_std and sums over all ranks:
+            # weight · inverse_std · (gradient - Σ gradient / count - z · Σ (gradient · z) / count)
+            sums = torch.stack([of_weight, of_bias])
+            dist.all_reduce(sums)
+            scale = weight * inverse_std
+            of_z, constant = sums.mul_(scale).div_(-count.clamp(min=1))
+            of_x = F.batch_norm(x, mean, variance, of_z, constant, training=False, eps=ctx.eps)
+            of_x.addcmul_(gradient, _by_channel(scale, x))
+        return of_x, of_weight if needs_weight else None, of_bias if needs_bias else None, None, None, None, None
+
+
+def _local_gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sums over this rank's samples of gradient · z and of gradient, z = (x - mean) · inverse_std: [C]."""
+    if x.numel() == 0:  # the operation does not support it
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        gradient, x, weight, None, None, mean, inverse_std, True, 0.0, [False, True, True]
+    )
+    return of_weight, of_bias
 
 
 def can_be_synchronised(layer: nn.Module) -> bool:
@@ -100,11 +170,13 @@ def can_be_synchronised(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
-def sync_batch_norm(module: nn.Module, on_gpu: bool) -> nn.Module:
+def sync_batch_norm(module: nn.Module) -> nn.Module:
     """Convert each BatchNorm of a module to statistics over all ranks; parameters and buffers stay the same objects."""
 
     def convert(layer: nn.Module) -> nn.Module:
-        return _converted(layer, on_gpu) if isinstance(layer, _BatchNorm) and can_be_synchronised(layer) else layer
+        if isinstance(layer, _BatchNorm) and can_be_synchronised(layer):
+            return _replaced(layer, GlobalBatchNorm)
+        return layer
 
     return _converted_in(module, convert, {})
 
@@ -128,16 +200,6 @@ def _converted_in(
             if child is not None:
                 module._modules[name] = _converted_in(child, convert, converted)
     return converted[module]
-
-
-def _converted(layer: _BatchNorm, on_gpu: bool) -> nn.Module:
-    if isinstance(layer, nn.SyncBatchNorm):
-        if on_gpu:
-            return layer
-    elif on_gpu:
-        synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
-        return synchronised
-    return _replaced(layer, GlobalBatchNorm)
 
 
 def _replaced(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
