@@ -107,7 +107,7 @@ def _state(layer: nn.Module) -> dict[str, Tensor]:
 
 def steps_of_all_cases() -> dict[str, Any]:
     """Run all cases on this rank; the results are NumPy arrays, which a pipe can send."""
-    with _a_group():
+    with a_group():
         rank, steps = dist.get_rank(), STEPS[dist.get_world_size()]
         results = {name: steps_of_rank(case, rank, steps) for name, case in CASES.items()}
     return {
@@ -117,7 +117,7 @@ def steps_of_all_cases() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _a_group(backend: str = "gloo") -> Iterator[None]:
+def a_group(backend: str = "gloo") -> Iterator[None]:
     """The process's group, or one of this process alone."""
     if dist.is_initialized():
         yield
@@ -169,27 +169,6 @@ def test_all_ranks_compute_what_one_process_computes(size: int, group: Callable[
             for key in ("running_mean", "running_var", "num_batches_tracked"):
                 assert all(torch.equal(each[key], of_ranks[0][key]) for each in of_ranks), (name, step, key)
                 assert difference(of_ranks[0][key], right[key].double()) <= min(case.tolerance, 1e-6), (name, step, key)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", CASES)
-def test_a_gpu_computes_what_a_cpu_computes_and_never_waits(name: str) -> None:
-    case = CASES[name]
-    with _a_group("nccl"):
-        steps_of_rank(case, 0, STEPS[1], "cuda")  # starts the communicator
-        layer = sync_batch_norm(case.layer(case.layer_dtype).cuda())
-        x, gradient = (each.cuda() for each in case.batch(0, (5,)))
-        x.requires_grad_()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            layer(x).backward(gradient)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        results = steps_of_rank(case, 0, STEPS[1], "cuda")
-    for result, right in zip(results, expected(case, STEPS[1]), strict=True):
-        for key, value in right.items():
-            assert difference(result[key].double().cpu(), value.double()) <= case.tolerance, key
 
 
 class Branches(nn.Module):
@@ -270,7 +249,7 @@ class Operations(TorchDispatchMode):
 def test_no_pass_waits_for_the_device_and_launches_are_few(samples: int, momentum: float | None) -> None:
     layer = sync_batch_norm(nn.BatchNorm2d(3, momentum=momentum))
     x = torch.randn(samples, 3, 4, 4).bfloat16().requires_grad_()
-    with _a_group():
+    with a_group():
         with Operations() as forward:
             out = layer(x)
         gradient = torch.ones_like(out)
@@ -285,7 +264,7 @@ def test_no_pass_waits_for_the_device_and_launches_are_few(samples: int, momentu
 def test_a_second_derivative_is_refused() -> None:
     layer = sync_batch_norm(nn.BatchNorm1d(3))
     x = torch.randn(4, 3, requires_grad=True)
-    with _a_group():
+    with a_group():
         (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
@@ -295,7 +274,7 @@ def test_only_gradients_that_are_needed_are_computed() -> None:
     layer = sync_batch_norm(nn.BatchNorm1d(3))
     assert isinstance(layer.weight, nn.Parameter)
     layer.weight.requires_grad_(False)
-    with _a_group(), Operations() as operations:
+    with a_group(), Operations() as operations:
         layer(torch.randn(4, 3)).sum().backward()
     assert layer.weight.grad is None
     assert layer.bias.grad is not None
