@@ -284,7 +284,7 @@ class Counting(Small):
         return super().forward(images) * (1 + 0.01 * self.pass_count)
 
 
-class CountingInPlace(Small):
+class CountingTensor(Small):
     """Counts its passes in a tensor that is no buffer, and depends on their number."""
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:

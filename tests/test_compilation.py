@@ -132,7 +132,7 @@ def test_what_is_compiled_does_not_depend_on_where_an_attempt_begins(
 
 
 def test_a_model_that_counts_its_passes_is_refused_with_cuda_graphs_too(data: Path, tmp_path: Path) -> None:
-    sections: Sections = {"model": {"name": "models_for_tests:CountingInPlace"}, "train": {"virtual_ranks": 2}}
+    sections: Sections = {"model": {"name": "models_for_tests:CountingTensor"}, "train": {"virtual_ranks": 2}}
     with simulated(), pytest.raises(ConfigError, match="gives other logits when a pass is repeated"):
         distrain.train(configuration(data, tmp_path / "run", sections, CUDA_GRAPHS))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Compilation:
-    """How the passes of training are compiled.
+    """The mode in which the passes of training are compiled, and for which sizes.
 
     Attributes:
         mode: `train.compile`.
@@ -71,8 +71,8 @@ class Compilation:
 class AccumulatedGradients:
     """Keeps gradients that further micro-batches are added to out of the memory of CUDA graphs.
 
-    Autograd takes the first gradient of a parameter as it is, without a copy: with CUDA graphs, it lies in memory that
-    the next pass overwrites. Later ones are added to it in place.
+    Autograd does not copy the first gradient of a parameter: with CUDA graphs it stays in memory that the next pass
+    overwrites. Later ones are added to it in place.
     """
 
     def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
