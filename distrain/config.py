@@ -269,7 +269,9 @@ class Train(Section):
         False, "on GPUs, use only deterministic operations, which are slower (CPUs are always deterministic)"
     )
     compile: Annotated[Literal["off", "default", "reduce-overhead"], BeforeValidator(_off)] = _key(
-        "off", "mode of torch.compile for the model; reduce-overhead uses CUDA graphs; needs a C++ compiler"
+        "off",
+        "mode of torch.compile for the passes of training; reduce-overhead uses CUDA graphs; needs a C++ compiler;"
+        " fastest if all micro-batches have one size",
     )
 
     @model_validator(mode="before")
@@ -315,7 +317,9 @@ class Timeouts(Section):
     """Time-outs without progress. When one expires, all stacks are written to RUN/stacks/ and the run exits with 75."""
 
     start_seconds: Whole = _key(
-        1800, "for each of: the rendezvous of all processes, the rest of the start, an attempt's first step", ge=1
+        1800,
+        "for each of: the rendezvous of all processes, the rest of the start, a compilation, an attempt's first step",
+        ge=1,
     )
     step_seconds: Whole = _key(600, "for a step, including the wait for its data", ge=1)
     eval_seconds: Whole = _key(600, "for a batch of an evaluation, including the wait for its data", ge=1)

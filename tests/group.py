@@ -152,10 +152,20 @@ def _function(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
+def _train_with_cuda_graphs(config: dict[str, Any]) -> Any:
+    """Train with the stand-in for CUDA graphs; return the events that it recorded."""
+    import cuda_graphs
+
+    with cuda_graphs.simulated() as recorder:
+        _train(config)
+    return recorder.events
+
+
 _CALLS = {
     "train": _train,
     "train_each": _train_each,
     "train_mutated": _train_mutated,
+    "train_with_cuda_graphs": _train_with_cuda_graphs,
     "evaluate": _evaluate,
     "function": _function,
 }

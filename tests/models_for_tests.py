@@ -284,6 +284,18 @@ class Counting(Small):
         return super().forward(images) * (1 + 0.01 * self.pass_count)
 
 
+class CountingTensor(Small):
+    """Counts its passes in a tensor that is no buffer, and depends on their number."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, image_shape)
+        self.pass_count = torch.zeros(())
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.pass_count += self.training
+        return super().forward(images) * (1 + 0.01 * self.pass_count)
+
+
 class Codebook(Small):
     """Updates a parameter in the forward pass."""
 
@@ -381,3 +393,21 @@ class ChannelsLast(nn.Sequential):
             nn.Linear(32, num_classes),
         )
         self.to(memory_format=torch.channels_last)
+
+
+class Attentive(nn.Module):
+    """A small vision transformer: one layer of attention over patches of 4×4 pixels."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(image_shape[0], 16, 4, stride=4)
+        self.attention = nn.Linear(16, 48)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        query, key, value = self.attention(tokens).chunk(3, 2)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        logits: Tensor = self.head(nn.functional.layer_norm(tokens + attended, (16,)).mean(1))
+        return logits

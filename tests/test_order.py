@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -50,6 +52,19 @@ def test_the_local_batches_of_a_step_have_no_gap_or_overlap(order: Order, data: 
     local_batches = [local_batch(order, step, World(rank, size)) for rank in range(size)]
     start = step * order.global_batch_size
     assert sorted(sum(local_batches, [])) == list(range(start, start + order.global_batch_size))
+
+
+@given(orders(), st.data())
+def test_the_sizes_of_micro_batches_are_those_of_all_steps(order: Order, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, min(order.lanes, 5)))
+    number = data.draw(st.integers(1, 4))
+    sizes = set()
+    for step in range(order.steps_per_epoch):
+        for rank in range(size):
+            samples = len(order.positions(step, World(rank, size)))
+            bounds = [samples * index // number for index in range(number + 1)]
+            sizes.update(stop - start for start, stop in itertools.pairwise(bounds))
+    assert order.micro_batch_sizes(size, number) == tuple(sorted(sizes, reverse=True))
 
 
 @given(orders(), st.data())

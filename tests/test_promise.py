@@ -187,13 +187,6 @@ def test_weights_with_another_memory_layout_resume_to_the_same_bits(
     assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
-def test_a_compiled_model_trains_the_same(small: Dataset, group: Groups, tmp_path: Path) -> None:
-    for mode in ("off", "default"):
-        train = {**EVERYTHING["train"], "precision": "fp32", "compile": mode, "max_steps": 10}
-        group(2).train(configuration(small, tmp_path / mode, **{**EVERYTHING, "train": train}))
-    assert distance(weights(tmp_path / "default"), weights(tmp_path / "off")) < 1e-5
-
-
 @pytest.mark.parametrize("model", ["net", "models_for_tests:Normed"])
 def test_ranks_with_an_empty_local_batch_take_part(model: str, tmp_path: Path, group: Groups) -> None:
     # 5 lanes on 4 ranks: rank 0 owns two, and steps of 4 leave some rank without a sample.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distrain.distributed.collectives import Collectives
+from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradient_tree import Node, TreeSum, subtrees
 from distrain.distributed.virtual_ranks import Division, VirtualRanks, complete, outgoing
 from distrain.distributed.watchdog import Watchdog
@@ -118,7 +119,9 @@ def test_the_scaler_of_fp16_works_on_the_complete_gradient(tmp_path: Path) -> No
     alone = copy.deepcopy(model)
     watchdog = Watchdog({}, tmp_path, Environment())
     division = Division(World(), 4, 20)
-    distributed = VirtualRanks(model, model, accelerator, Collectives(World(), None, watchdog, None), division)
+    distributed = VirtualRanks(
+        model, accelerator, Collectives(World(), None, watchdog, None), Compilation("off", (2,)), division
+    )
     distributed.forward(torch.ones(5, 3)).sum().backward()
     distributed.observe()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

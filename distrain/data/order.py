@@ -110,12 +110,23 @@ class Order:
     def smallest_micro_batches(self, world_size: int, accumulation_steps: int) -> tuple[int, int]:
         """The smallest micro-batch of one rank, and of all ranks together, in any step; empty ones do not count."""
         one, together = self.global_batch_size, self.global_batch_size
-        for sizes in self._local_batches(world_size):
-            bounds = sizes[:, None] * np.arange(accumulation_steps + 1) // accumulation_steps
-            parts = np.diff(bounds, axis=1)
+        for parts in self._micro_batches(world_size, accumulation_steps):
             sums = parts.sum(0)
             one, together = min(one, int(parts[parts > 0].min())), min(together, int(sums[sums > 0].min()))
         return one, together
+
+    def micro_batch_sizes(self, world_size: int, accumulation_steps: int) -> tuple[int, ...]:
+        """All sizes of the micro-batches of any rank in any step, from the largest on; 0 if one can be empty."""
+        sizes: set[int] = set()
+        for parts in self._micro_batches(world_size, accumulation_steps):
+            sizes.update(np.unique(parts).tolist())
+        return tuple(sorted(sizes, reverse=True))
+
+    def _micro_batches(self, world_size: int, accumulation_steps: int) -> Iterator[Ints]:
+        """Yield the sizes of all micro-batches, int64 [W, number], of each step that differs from those before."""
+        for sizes in self._local_batches(world_size):
+            bounds = sizes[:, None] * np.arange(accumulation_steps + 1) // accumulation_steps
+            yield np.diff(bounds, axis=1)
 
     def _local_batches(self, world_size: int) -> Iterator[Ints]:
         """Yield the sizes of all local batches, int64 [W], of each step that differs from those before."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from distrain.distributed.collectives import Collectives
+from distrain.distributed.compilation import AccumulatedGradients, Compilation
 from distrain.environment import World
 
 
@@ -26,10 +28,13 @@ class DistributedModel(ABC):
         prepared: the model.
         accelerator: what prepared it; it owns fp16's scaler.
         collectives: for the loss of a peer.
+        compilation: how the model is compiled.
     """
 
-    def __init__(self, prepared: Any, accelerator: Any, collectives: Collectives) -> None:
+    def __init__(self, prepared: Any, accelerator: Any, collectives: Collectives, compilation: Compilation) -> None:
         self._model, self._accelerator, self._collectives = prepared, accelerator, collectives
+        self._compilation = compilation
+        self._accumulated = AccumulatedGradients(prepared.parameters()) if compilation.has_cuda_graphs else None
 
     runs_empty = True
     """Whether empty micro-batches are run too, because the passes contain collectives."""
@@ -43,12 +48,24 @@ class DistributedModel(ABC):
         """Run the passes of a virtual rank."""
         return contextlib.nullcontext()
 
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Run the passes of a micro-batch of a virtual rank."""
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Run the passes of a micro-batch of a virtual rank: its gradients are added to those of the ones before."""
+        with contextlib.nullcontext() if last else self._no_exchange():
+            yield
+        if not last and self._accumulated is not None:
+            self._accumulated.move()
+
+    def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
+        """Run passes whose gradients are not exchanged yet."""
         return contextlib.nullcontext()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits of shape [n, K] for normalised images of shape [n, C, H, W]."""
+        """Logits of shape [n, K] for normalised images of shape [n, C, H, W].
+
+        With CUDA graphs, the next forward pass overwrites them.
+        """
+        self._compilation.begin_pass(inputs)
         with self._collectives.detect_loss():  # BatchNorm's statistics are collectives
             logits: Tensor = self._model(inputs)
         return logits
@@ -82,14 +99,21 @@ class DataParallel(DistributedModel):
         prepared: the model.
         accelerator: what prepared it.
         collectives: for the loss of a peer.
+        compilation: how the model is compiled.
         world_size: number of processes.
         global_batch_size: samples of a step.
     """
 
     def __init__(
-        self, prepared: Any, accelerator: Any, collectives: Collectives, world_size: int, global_batch_size: int
+        self,
+        prepared: Any,
+        accelerator: Any,
+        collectives: Collectives,
+        compilation: Compilation,
+        world_size: int,
+        global_batch_size: int,
     ) -> None:
-        super().__init__(prepared, accelerator, collectives)
+        super().__init__(prepared, accelerator, collectives, compilation)
         self._world_size, self._global_batch_size = world_size, global_batch_size
         if world_size > 1:
             # Or each forward pass would be a collective; evaluation broadcasts rank 0's buffers itself.
@@ -100,9 +124,10 @@ class DataParallel(DistributedModel):
         """W / G: DDP averages the gradients of the processes, whatever the sizes of their local batches."""
         return self._world_size / self._global_batch_size  # guard: loss-scale
 
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Run the passes of a micro-batch: gradients are exchanged in the last one of a step, and added up before."""
-        return contextlib.nullcontext() if last else self._accelerator.no_sync(self._model)
+    def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
+        """Run passes whose gradients DDP does not all-reduce; the last micro-batch of a step exchanges them all."""
+        context: contextlib.AbstractContextManager[None] = self._accelerator.no_sync(self._model)
+        return context
 
     def exchange(self) -> None:
         """Do nothing: the last backward pass has exchanged them."""

@@ -23,6 +23,7 @@ from torch import nn
 from distrain import machine
 from distrain.distributed import accelerate_check, rendezvous
 from distrain.distributed.collectives import Collectives
+from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradients import DataParallel
 from distrain.distributed.numerics import NEED_GPU, seed_cpu, set_numerics, what_decides_bits
 from distrain.distributed.peer_store import PeerStore
@@ -107,29 +108,26 @@ class Runtime:
         return sync_batch_norm(module) if self.world.size > 1 else module
 
     def prepare_data_parallel(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, compile_mode: str, global_batch_size: int
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, compilation: Compilation, global_batch_size: int
     ) -> tuple[DataParallel, AcceleratedOptimizer]:
         """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""
         self._to_channels_last(module)
-        if compile_mode != "off":
-            module.compile(mode=compile_mode)
+        compilation.apply(module)
         with self.collectives.collective():  # DDP compares and sends parameters
             prepared, stepping = self._accelerator.prepare(module, optimizer)
-        model = DataParallel(prepared, self._accelerator, self.collectives, self.world.size, global_batch_size)
+        model = DataParallel(
+            prepared, self._accelerator, self.collectives, compilation, self.world.size, global_batch_size
+        )
         return model, stepping
 
     def prepare_virtual_ranks(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, compile_mode: str, division: Division
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, compilation: Compilation, division: Division
     ) -> tuple[VirtualRanks, AcceleratedOptimizer]:
-        """The model under autocast, and the optimizer with fp16's scaler; both on the device.
-
-        Only training passes are compiled, and for one size of batch each: what is compiled for several sizes depends on
-        the sizes seen before, and so on where an attempt began.
-        """
+        """The model under autocast, and the optimizer with fp16's scaler; both on the device."""
         self._to_channels_last(module)
+        compilation.apply(module)
         prepared = self.prepare_eval_model(module)
-        compiled = prepared if compile_mode == "off" else torch.compile(prepared, mode=compile_mode, dynamic=False)
-        model = VirtualRanks(prepared, compiled, self._accelerator, self.collectives, division)
+        model = VirtualRanks(prepared, self._accelerator, self.collectives, compilation, division)
         return model, self._accelerator.prepare_optimizer(optimizer)
 
     def _to_channels_last(self, module: nn.Module) -> None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrain.distributed.collectives import Collectives
+from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradient_tree import Node, TreeSum, subtrees
 from distrain.distributed.gradients import DistributedModel
 from distrain.environment import World
@@ -61,18 +62,23 @@ class VirtualRanks(DistributedModel):
 
     Args:
         module: the model, as accelerate prepared it.
-        compiled: the same model for training passes, compiled or not.
         accelerator: what prepared it.
         collectives: for the loss of a peer.
+        compilation: how the model is compiled.
         division: how the global batch is divided.
     """
 
     runs_empty = False
 
     def __init__(
-        self, module: nn.Module, compiled: Any, accelerator: Any, collectives: Collectives, division: Division
+        self,
+        module: nn.Module,
+        accelerator: Any,
+        collectives: Collectives,
+        compilation: Compilation,
+        division: Division,
     ) -> None:
-        super().__init__(compiled, accelerator, collectives)
+        super().__init__(module, accelerator, collectives, compilation)
         self._division, self._module = division, module
         self._parameters = [each for each in module.parameters() if each.requires_grad]
         self._buffers = Buffers(module)

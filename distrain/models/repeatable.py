@@ -31,7 +31,7 @@ def check_repeatable(
     def repeated() -> Tensor:
         buffers.begin_pass()
         seed()
-        logits = forward(inputs).detach()
+        logits = forward(inputs).detach().clone()  # with CUDA graphs, the next pass overwrites them
         buffers.begin_pass()
         return logits
 

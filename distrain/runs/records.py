@@ -168,6 +168,7 @@ class Result(Record):
     world_size: Positive
     dropped_per_epoch: Count
     seconds: Amount
+    compile_seconds: Amount
     images_per_second: Amount
     checkpoint: Step
     val_accuracy: Fraction | None
@@ -199,6 +200,7 @@ class State(Record):
     lines: Count
     evaluated_step: Count
     seconds: Amount
+    compile_seconds: Amount = 0
     losses: dict[str, Any]
     scaler: Any
     peak: _Best | None = None

@@ -16,6 +16,7 @@ from distrain.config import Config
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
+from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradients import DistributedModel
 from distrain.distributed.runtime import Runtime
 from distrain.environment import World
@@ -92,7 +93,9 @@ class Job:
         dependent_layers: kinds of layers that make the result depend on the number of processes.
         virtual_ranks: those that this process trains; without `train.virtual_ranks` each process is one.
         accumulation_steps: micro-batches of every virtual rank in a step.
+        compilation: how passes of training are compiled, and for which sizes.
         started: when this attempt began, by `time.monotonic`.
+        compile_seconds: seconds of this attempt's first passes, if they compiled the model; else 0.
     """
 
     config: Config
@@ -106,7 +109,9 @@ class Job:
     dependent_layers: list[str]
     virtual_ranks: tuple[World, ...]
     accumulation_steps: int
+    compilation: Compilation
     started: float
+    compile_seconds: float = 0.0
 
     @property
     def has_batch_norm(self) -> bool:

@@ -5,14 +5,14 @@ What is trained depends on data, configuration and seed alone: see docs/design.m
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from distrain import address, models, startup
@@ -24,6 +24,7 @@ from distrain.data.manifest import Dataset, Manifest
 from distrain.data.order import Order
 from distrain.distributed import runtime
 from distrain.distributed.collectives import Collectives
+from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradients import DataParallel
 from distrain.distributed.numerics import unlike_ranks
 from distrain.distributed.runtime import Runtime
@@ -31,7 +32,6 @@ from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError
-from distrain.failure_report import PeerFailedError
 from distrain.models.batch_norm import can_be_synchronised, local_batch_norm
 from distrain.runs import checkpoint
 from distrain.runs.choice import choose
@@ -40,6 +40,7 @@ from distrain.runs.trackers import check_tensorboard
 from distrain.text import plural, shortened
 from distrain.training import optim
 from distrain.training.job import Job, TrainedModel
+from distrain.training.warm_up import warm_up
 
 log = logging.getLogger("distrain")
 
@@ -94,9 +95,9 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
     _compare_numerics(config, runtime)
     startup.waits_for(f"building model {config.model.name}, and trying it")
     job = _build(config, dataset, runtime, started)
-    _warm_up(job)
+    seconds = warm_up(job)
     collectives.stop_if_requested()
-    return job
+    return replace(job, compile_seconds=seconds if job.compilation.is_on else 0.0)
 
 
 _MAY_DIFFER = ("run.dir", "data.dir", "data.cache_dir", "data.cache_gib", "model.init")
@@ -176,7 +177,11 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         module = local_batch_norm(module)
         _check_same_weights(runtime, module)
     ema = _make_ema(config, module, runtime)
-    distributed, optimizer = _prepare(config, module, runtime)
+    sizes = order.micro_batch_sizes(number, accumulation_steps)
+    if config.train.virtual_ranks is not None:
+        sizes = tuple(size for size in sizes if size)  # empty ones are not run
+    compilation = Compilation(config.train.compile, sizes)
+    distributed, optimizer = _prepare(config, module, runtime, compilation)
     mean_tensor, std_tensor = (torch.tensor(each, dtype=runtime.dtype, device=runtime.device) for each in (mean, std))
     width = dataset.manifest.image_shape[1]
     return Job(
@@ -198,6 +203,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         dependent_layers=dependent,
         virtual_ranks=virtual_ranks,
         accumulation_steps=accumulation_steps,
+        compilation=compilation,
         started=started,
     )
 
@@ -398,7 +404,9 @@ def build_model(config: Config, data: Manifest, dtype: torch.dtype, batch_sizes:
     return models.from_config(config.model, len(data.classes), data.image_shape, config.run.seed, dtype, batch_sizes)
 
 
-def _prepare(config: Config, module: nn.Module, runtime: Runtime) -> tuple[DataParallel | VirtualRanks, Any]:
+def _prepare(
+    config: Config, module: nn.Module, runtime: Runtime, compilation: Compilation
+) -> tuple[DataParallel | VirtualRanks, Any]:
     """Prepare the model and its optimizer with accelerate."""
     settings = config.train
     optimizer = optim.build(
@@ -412,60 +420,6 @@ def _prepare(config: Config, module: nn.Module, runtime: Runtime) -> tuple[DataP
     )
     batch = settings.global_batch_size
     if settings.virtual_ranks is None:
-        return runtime.prepare_data_parallel(module, optimizer, settings.compile, batch)
+        return runtime.prepare_data_parallel(module, optimizer, compilation, batch)
     division = Division(runtime.world, settings.virtual_ranks, batch)
-    return runtime.prepare_virtual_ranks(module, optimizer, settings.compile, division)
-
-
-def _warm_up(job: Job) -> None:
-    """Run two backward passes and drop their gradients, before a checkpoint is loaded.
-
-    DDP rebuilds its buckets after the first backward pass of a process, and then sums gradients in another order.
-    Without the warm-up, a run resumed on three or more processes would have other last bits than one that was not
-    interrupted.
-    """
-    model = job.model
-    buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
-    virtual = isinstance(model.distributed, VirtualRanks)
-    most = job.order.local_batch_sizes(job.virtual_ranks[0].size)[1]
-    size = -(-most // job.accumulation_steps) if virtual else 2
-    images = torch.zeros(size, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=job.runtime.device)
-    for _ in range(2):
-        with job.runtime.collectives.fail_alone(), _explain_impossible():
-            logits = model.distributed.forward(model.normalize(images))
-            model.distributed.backward(logits.sum() * 0)
-        models.check_gradients(job.config.model.name, model.module)  # DDP's second pass would fail without a cure
-        model.optimizer.zero_grad()  # with CUDA graphs, gradients of one pass are overwritten by the next
-    models.check_buffers(job.config.model.name, model.module, buffers)
-    if isinstance(model.distributed, VirtualRanks):
-        model.distributed.observe()
-        _check_repeatable(job, model.distributed, images)
-    for name, buffer in model.module.named_buffers():
-        buffer.copy_(buffers[name])
-
-
-def _check_repeatable(job: Job, distributed: VirtualRanks, images: Tensor) -> None:
-    inputs, runtime, seed = job.model.normalize(images), job.runtime, job.config.run.seed
-    runtime.collectives.all_or_none(lambda: distributed.check_repeatable(inputs, lambda: runtime.seed_all(seed)))
-
-
-@contextlib.contextmanager
-def _explain_impossible() -> Iterator[None]:
-    """Raise ConfigError in the first passes for a missing compiler, or an operation without a deterministic form."""
-    try:
-        yield
-    except PeerFailedError:
-        raise  # its message is complete
-    except Exception as error:
-        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise ConfigError(
-                f"train.compile: the model cannot be compiled: {message}; set train.compile=off"
-            ) from error
-        if message.startswith("Expected more than 1 "):
-            raise ConfigError(
-                f"model.name: it normalises single values in training ({message}); prepare larger images, or change it"
-            ) from error
-        if "deterministic" in str(error):
-            raise ConfigError(f"train.deterministic: {message}; set it to false, or change the model") from error
-        raise
+    return runtime.prepare_virtual_ranks(module, optimizer, compilation, division)

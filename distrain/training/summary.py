@@ -11,7 +11,7 @@ from distrain import files, machine
 from distrain.data.stream import memory
 from distrain.runs import records, results
 from distrain.runs.folder import SETUP
-from distrain.text import clock, percent, plural, printable
+from distrain.text import clock, percent, plural, printable, shortened
 from distrain.training import optim, profiling
 from distrain.training.checkpointing import os_error_of
 from distrain.training.job import Job
@@ -86,6 +86,11 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
             "bytes": memory(job.dataset, order, job.virtual_ranks, job.config.data.read_ahead, job.cache is not None),
             "cache": None if job.cache is None else "device" if job.cache.device.type == "cuda" else "ram",
         },
+        "compile": {
+            "mode": job.compilation.mode,
+            "sizes": list(job.compilation.sizes),
+            "seconds": job.compile_seconds,
+        },
         "steps": job.total_steps,
         "steps_per_epoch": order.steps_per_epoch,
         "from_step": from_step,
@@ -141,6 +146,7 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
                     f" (run.device={processes['requested_device']})"),
         ("batch", _format_batch(setup["batch"])),
         *([("virtual", _format_virtual_ranks(processes["number"], setup["batch"]["number"]))] if virtual else []),
+        *([("compiled", _format_compilation(setup["compile"]))] if job.compilation.is_on else []),
         ("memory", f"{memory_use['bytes'] / 2**20:,.0f} MiB of each process for reading{cached}"),
         ("steps", _format_steps(setup)),
         ("saves", _format_saves(job)),
@@ -167,6 +173,12 @@ def _format_virtual_ranks(processes: int, number: int) -> str:
         f"{plural(number, 'rank')}: the same bits on 1 to {plural(number, 'process')};"
         f" {plural(per_process, 'pass')} a step of each process{as_fast}"
     )
+
+
+def _format_compilation(compiled: dict[str, Any]) -> str:
+    sizes = ", ".join(shortened([str(size) for size in compiled["sizes"]], 5))
+    slower = ", and so for any size, which is slower" if len(compiled["sizes"]) > 1 else ""
+    return f"{compiled['mode']}, in {clock(compiled['seconds'])}, for batches of {sizes} images{slower}"
 
 
 def _format_steps(setup: dict[str, Any]) -> str:
@@ -197,9 +209,10 @@ def _format_scores(job: Job) -> str:
 def log_result(job: Job, result: dict[str, Any]) -> None:
     """Log what a run did: steps, speed, time by phase with advice, lowest accuracies, checkpoint, warnings."""
     fractions, rate = result["profile"], f"{result['images_per_second']:,.0f}"
-    log.info(
-        "trained  %s in %s, %s images/s while training", plural(result["steps"], "step"), clock(result["seconds"]), rate
-    )
+    seconds = result["compile_seconds"]
+    compiled = f"; {clock(seconds)} to compile" if seconds else ""
+    steps, time_used = plural(result["steps"], "step"), clock(result["seconds"])
+    log.info("trained  %s in %s, %s images/s while training%s", steps, time_used, rate, compiled)
     if fractions:
         log.info("time     %s", profiling.format_fractions(fractions))
     for line in profiling.advice(fractions, cached=job.cache is not None):

@@ -50,6 +50,7 @@ class Trainer:
         self._collapsed: bool = state.get("collapsed", False)
         self._warnings: list[str] = state.get("warnings", [])
         self._seconds_before: float = state.get("seconds", 0.0)
+        self.compile_seconds: float = state.get("compile_seconds", 0.0) + job.compile_seconds
         self.losses, self.profile = LossMeter(job), Profile()
         if state:
             self.losses.load_state_dict(state["losses"])
@@ -68,6 +69,7 @@ class Trainer:
             "collapsed": self._collapsed,
             "warnings": self._warnings,
             "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
             "lines": self.logs.metrics.lines if self.logs.metrics is not None else 0,
             "losses": self.losses.state_dict(),
             "ids": self.ids.digest(),
@@ -106,7 +108,7 @@ class Trainer:
         """Train the steps that are left."""
         job, watchdog, first = self.job, self.job.runtime.watchdog, self.step
         watchdog.enter("first step")
-        startup.waits_for("the first step, which reads shards, and compiles with train.compile")
+        startup.waits_for("the first step, which reads shards")
         watchdog.step(first)
         self.checkpointer.start_clock()
         self.losses.restart_clock()
@@ -264,9 +266,10 @@ class Trainer:
         job, model = self.job, self.job.model
         job.runtime.collectives.broadcast_buffers(model.eval_model)
         batch_size = job.config.eval.batch_size
-        scores = evaluation.evaluate(
-            model.eval_model, job.dataset, split, model.mean, model.std, batch_size, job.runtime, collect
-        )
+        with job.compilation.suspended():
+            scores = evaluation.evaluate(
+                model.eval_model, job.dataset, split, model.mean, model.std, batch_size, job.runtime, collect
+            )
         if not math.isfinite(scores.loss):
             raise diverged(job, self.step - 1, f"the loss on {split} is {scores.loss}")
         return scores
@@ -332,6 +335,7 @@ class Trainer:
             "world_size": job.runtime.world.size,
             "dropped_per_epoch": job.dataset.split("train").samples - order.steps_per_epoch * order.global_batch_size,
             "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
             "images_per_second": self.step * order.global_batch_size / max(self.losses.train_seconds, 1e-9),
             "checkpoint": checkpoint.path_of(job.checkpoints, best_step).name,
             "val_accuracy": self.best["accuracy"] if self.best else None,

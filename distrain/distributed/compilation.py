@@ -1,0 +1,94 @@
+"""Compilation of the passes of training (`train.compile`).
+
+What is compiled decides the last bits, so it must depend on the configuration and the data set alone, and not on the
+sizes of batches that happened to come first. So the warm-up compiles for all sizes of the run, in a fixed order.
+Evaluations are not compiled: they would need graphs of their own, and an average of the weights a model of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """The mode in which the passes of training are compiled, and for which sizes.
+
+    Attributes:
+        mode: `train.compile`.
+        sizes: the sizes of micro-batches that are trained in the run, on any process, from the largest on.
+    """
+
+    mode: str
+    sizes: tuple[int, ...]
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is compiled."""
+        return self.mode != "off"
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether one graph is compiled for many sizes of batches, instead of one size."""
+        return len(self.sizes) > 1
+
+    @property
+    def has_cuda_graphs(self) -> bool:
+        """Whether passes are CUDA graphs. The next pass overwrites what one returns: logits and gradients."""
+        return self.mode == "reduce-overhead"
+
+    def apply(self, module: nn.Module) -> None:
+        """Compile a model, at its first passes."""
+        if not self.is_on:
+            return
+        torch.compiler.reset()  # an earlier run in this process may have compiled the same code for other sizes
+        if hasattr(torch._inductor.config, "deterministic"):  # no choice by measured times changes the last bits
+            torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
+        module.compile(mode=self.mode, dynamic=False)  # only what `begin_pass` marks is dynamic
+
+    def begin_pass(self, inputs: Tensor) -> None:
+        """Prepare the forward pass of a micro-batch: [n, C, H, W]."""
+        if self.has_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        if self.is_on and self.is_dynamic and len(inputs) > 1:  # torch always compiles 0 and 1 separately
+            torch._dynamo.maybe_mark_dynamic(inputs, 0)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Run the block without compiled code, and compile nothing in it."""
+        if not self.is_on:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+
+class AccumulatedGradients:
+    """Keeps gradients that further micro-batches are added to out of the memory of CUDA graphs.
+
+    Autograd does not copy the first gradient of a parameter: with CUDA graphs it stays in memory that the next pass
+    overwrites. Later ones are added to it in place.
+    """
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        self._parameters = [each for each in parameters if each.requires_grad]
+        self._copies: dict[nn.Parameter, Tensor] = {}
+
+    def move(self) -> None:
+        """Copy the gradients that a pass has left, so that the next pass may begin."""
+        new = [each for each in self._parameters if each.grad is not None and each.grad is not self._copies.get(each)]
+        gradients = [each.grad for each in new if each.grad is not None]
+        if not new:
+            return
+        copies = [
+            self._copies.setdefault(each, torch.empty_like(gradient))
+            for each, gradient in zip(new, gradients, strict=True)
+        ]
+        torch._foreach_copy_(copies, gradients)
+        for parameter, copy in zip(new, copies, strict=True):
+            parameter.grad = copy
