@@ -73,34 +73,38 @@ class PeerStore:
         self._bounded(lambda: failures.append(self._read_failure(self._store)))
         return failures[0] if failures else None
 
-    def wait_for_failure(self, closed: threading.Event) -> Failure | None:
+    def wait_for_failure(self, stop: threading.Event) -> Failure | None:
         """Ask every second whether a process has failed, over a connection of its own.
 
         Returns:
-            The failure that was recorded; None once `closed` is set, or if the process that serves the store has ended.
+            The failure that was recorded; None once `stop` is set, or if the process that serves the store has ended.
         """
-        store = _new_connection(self._store)
         wait = ASK_SECONDS * (0.618 * self._world.rank % 1)  # not all processes ask at the same moment
-        while not closed.wait(wait):
-            wait = ASK_SECONDS
-            try:
+        try:
+            store = _new_connection(self._store)
+            while not stop.wait(wait):
                 failure = self._read_failure(store)
-            except dist.DistNetworkError:
-                return None
-            if failure is not None:
-                return failure
+                if failure is not None:
+                    return failure
+                wait = ASK_SECONDS
+        except RuntimeError as error:
+            log.debug("the store does not answer any more: %s", error)
         return None
 
     def wait_until_seen(self) -> None:
         """Wait on rank 0, which serves the store, until all have seen why a process failed; a few seconds at most."""
         keys = [_seen_key(rank) for rank in range(self._world.size)]
-        if self._world.rank == 0:
-            store = _new_connection(self._store)
-            self._bounded(lambda: store.wait(keys, timedelta(seconds=_LINGER_SECONDS)))  # guard: linger
 
-    def mark_seen(self, rank: int) -> None:
-        """Let nobody wait until another process has seen a failure: it has ended."""
-        self._bounded(lambda: self._store.set(_seen_key(rank), ""))
+        def wait() -> None:
+            _new_connection(self._store).wait(keys, timedelta(seconds=_LINGER_SECONDS))
+
+        if self._world.rank == 0:
+            self._bounded(wait)  # guard: linger
+
+    def mark_seen(self, rank: int | None = None) -> None:
+        """Let rank 0 not wait until a process, this one if none is given, has seen a failure: it needs no reason."""
+        key = _seen_key(self._world.rank if rank is None else rank)
+        self._bounded(lambda: self._store.set(key, ""))
 
     def _read_failure(self, store: Any) -> Failure | None:
         if not store.check([_FAILED]):

@@ -72,7 +72,11 @@ class Watchdog:
     def connect(self, peer_store: PeerStore) -> None:
         """Use the store for reports of stuck processes, and end this process when a peer has failed."""
         self._peer_store = peer_store
-        self._start(self._ask_peers, "distrain-peers")
+
+        def ask() -> None:
+            self._peer_failure = peer_store.wait_for_failure(self._disconnected)
+
+        self._start(ask, "distrain-peers")
 
     def use_liveness(self, liveness: LivenessServer | LivenessClient) -> None:
         """Say there when this process leaves; it calls `peer_ended` for others."""
@@ -98,7 +102,11 @@ class Watchdog:
         Args:
             is_loss: whether the others cannot continue without it.
         """
+        if self._disconnected.is_set():
+            return
         self._disconnected.set()
+        if self._peer_store is not None:
+            self._peer_store.mark_seen()
         if self._liveness is not None and not is_loss:
             self._liveness.leave()
 
@@ -169,10 +177,6 @@ class Watchdog:
                 self._report_stuck()
             if limit and idle >= limit:
                 self._expire(limit)  # guard: watchdog-expires
-
-    def _ask_peers(self) -> None:
-        assert self._peer_store is not None
-        self._peer_failure = self._peer_store.wait_for_failure(self._closed)
 
     def _failure_of_peer(self) -> Failure | None:
         """Return the failure of a peer, with which this process may be ended wherever its main thread is."""
