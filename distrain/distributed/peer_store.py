@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -133,9 +133,9 @@ class PeerStore:
         self._bounded(read)
         return sorted(first)
 
-    def describe(self, ranks: Iterable[int]) -> str:
-        """Return ranks with the names of their hosts, as far as these are known."""
-        ranks, hosts = list(ranks), {}
+    def hosts(self, ranks: Iterable[int]) -> dict[int, str]:
+        """Return the names of the hosts of ranks, as far as these are known."""
+        hosts: dict[int, str] = {}
 
         def read() -> None:
             for rank in ranks:
@@ -143,6 +143,11 @@ class PeerStore:
                     hosts[rank] = self._store.get(here_key(rank)).decode()
 
         self._bounded(read)
+        return dict(hosts)
+
+    def describe(self, ranks: Sequence[int]) -> str:
+        """Return ranks with the names of their hosts, as far as these are known."""
+        hosts = self.hosts(ranks)
         return ", ".join(f"rank {rank} on {hosts[rank]}" if rank in hosts else f"rank {rank}" for rank in ranks)
 
     def report_stuck(self, report: Mapping[str, Any]) -> None:

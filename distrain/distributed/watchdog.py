@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,8 +92,10 @@ class Watchdog:
         if self._peer_store is None:
             return
         if is_loss and not self._disconnected.is_set():
-            message = f"another process is gone: {self._peer_store.describe([rank])}"
-            self._peer_loss = failure_here(self._environment, "peer", EXIT_AGAIN, message)
+            host = self._peer_store.hosts([rank]).get(rank, str(self._environment.master_address))
+            message = f"another process is gone: rank {rank} on {host}"
+            failure = failure_here(self._environment, "peer", EXIT_AGAIN, message)
+            self._peer_loss = replace(failure, rank=rank, host=host)
             self._peer_store.record_failure(self._peer_loss)
         self._peer_store.mark_seen(rank)
 
