@@ -269,6 +269,8 @@ def _connect_to_main(environment: Environment, store: Any, watchdog: Watchdog) -
     address = str(environment.master_address)
     try:
         client = LivenessClient(store, address, environment.world, watchdog.peer_ended)
+    except dist.DistError as error:
+        raise PeerLostError(f"rank 0 is gone: the store at {environment.rendezvous} does not answer") from error
     except OSError as error:
         log.warning(
             "rank %d: cannot connect to a port of %s that rank 0 has opened (%s): if a process is killed on one node,"
