@@ -76,11 +76,11 @@ def test_processes_that_expect_different_numbers_say_so(start: Any) -> None:
 
 def test_a_process_that_left_because_it_lost_another_one_is_not_the_lost_one() -> None:
     store = HashStore()
-    first, second, third = (PeerStore(store) for _ in range(3))
+    first, second, third = (PeerStore(store, World(rank, 4)) for rank in (0, 1, 3))
     store.set(here_key(2), "node7")
-    assert first.first_lost(0, [2]) == [2]
-    assert second.first_lost(1, [0, 2]) == [2]  # rank 0 has recorded its loss
-    assert third.first_lost(3, [0, 1]) == [2]  # its own connection to rank 2 is not known to be broken yet
+    assert first.first_lost([2]) == [2]
+    assert second.first_lost([0, 2]) == [2]  # rank 0 has recorded its loss
+    assert third.first_lost([0, 1]) == [2]  # its own connection to rank 2 is not known to be broken yet
     assert third.describe([1, 2]) == "rank 1, rank 2 on node7"
 
 

@@ -210,7 +210,7 @@ class Collectives:
             raise PeerFailedError(failure) from None
         names = ", ".join(f"rank {rank}" for rank in gone)
         if self._peer_store is not None:
-            names = self._peer_store.describe(self._peer_store.first_lost(self._world.rank, gone))
+            names = self._peer_store.describe(self._peer_store.first_lost(gone))
         raise PeerLostError(f"another process is gone: {names}") from error  # guard: lost-peer
 
     @contextlib.contextmanager
@@ -226,8 +226,15 @@ class Collectives:
         """Whether the other processes do not raise this error too, so that it must be recorded for them."""
         return self._failed_alone or not isinstance(error, _RAISED_BY_ALL)
 
+    def is_loss(self, error: BaseException) -> bool:
+        """Whether the others cannot end by themselves, as this process does with this error."""
+        return self.needs_record(error) or isinstance(error, PeerLostError)
+
     def abandon(self, failure: Failure | None) -> None:
         """Exit without waiting for the others, who are at another step; `failure` is recorded for them."""
         self.broken = self._world.size > 1
-        if self._peer_store is not None and failure is not None:
+        if self._peer_store is None:
+            return
+        if failure is not None:
             self._peer_store.record_failure(failure)  # guard: record-failure
+        self._peer_store.wait_until_seen()

@@ -31,7 +31,6 @@ NO_TIMEOUT = timedelta(hours=24)
 _STOP_SECONDS = 5.0
 """Longest wait, after a stop request, for processes that have not arrived: with them, all stop together."""
 
-_LINGER_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 
 T = TypeVar("T")
@@ -116,12 +115,6 @@ def join(
         torch.cuda.set_device(environment.local_rank)
     with report_loss("the processes could not connect to each other"):
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=NO_TIMEOUT)
-
-
-def linger(environment: Environment) -> None:
-    """Keep serving the store for a moment on rank 0, so that processes of other nodes can read why it exits."""
-    if environment.is_main and environment.several_nodes:
-        time.sleep(_LINGER_SECONDS)
 
 
 def _store(environment: Environment, seconds: float) -> Any:
@@ -225,7 +218,6 @@ def _wait_until_ready(
     def poll() -> bool | None:
         failure = peer_store.first_failure()  # guard: failure-while-waiting
         if failure is not None:
-            linger(environment)
             raise PeerFailedError(failure)
         return store.check([here_key(rank) for rank in ranks]) or None
 

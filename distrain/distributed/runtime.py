@@ -7,6 +7,7 @@ is already split, and a prepared scheduler makes one step for each process.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -25,6 +26,7 @@ from distrain.distributed import accelerate_check, rendezvous
 from distrain.distributed.collectives import Collectives
 from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradients import DataParallel
+from distrain.distributed.liveness import LivenessClient, LivenessServer
 from distrain.distributed.numerics import NEED_GPU, seed_cpu, set_numerics, what_decides_bits
 from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
@@ -33,6 +35,8 @@ from distrain.environment import Environment, World, hide_group
 from distrain.errors import ConfigError, PeerLostError
 from distrain.failure_report import PeerFailedError, failure_of
 from distrain.models.batch_norm import sync_batch_norm
+
+log = logging.getLogger("distrain")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Runtime:
 
         If this process ends with an error that the others do not raise, it does not wait for them.
         """
+        self.watchdog.disconnect(is_loss=error is not None and self.collectives.is_loss(error))
         if error is not None and self.collectives.needs_record(error):
             known = isinstance(error, PeerFailedError)
             self.collectives.abandon(None if known else failure_of(error, self.environment))
@@ -195,24 +200,25 @@ def start(options: Options, environment: Environment, watchdog: Watchdog) -> Run
     """
     if _broken:
         raise PeerLostError("a run lost its peers in this process; start another run in a new process")
+    world = environment.world
     if dist.is_initialized():
-        store = rendezvous.meet_in_group(options.start_seconds) if dist.get_world_size() > 1 else None
-    elif environment.world.size > 1:
+        world = World(dist.get_rank(), dist.get_world_size())
+        store = rendezvous.meet_in_group(options.start_seconds) if world.size > 1 else None
+    elif world.size > 1:
         store = rendezvous.connect(environment, options.start_seconds, watchdog)
     else:
         hide_group(os.environ)
         store = None
-    peer_store = PeerStore(store) if store is not None else None
+    peer_store = PeerStore(store, world) if store is not None else None
     if peer_store is not None:
         watchdog.connect(peer_store)
     try:
         return _start(options, environment, watchdog, store, peer_store)
-    except PeerFailedError:
-        raise
     except Exception as error:
+        watchdog.disconnect(is_loss=True)
         if peer_store is not None:
             peer_store.record_failure(failure_of(error, environment))
-            rendezvous.linger(environment)
+            peer_store.wait_until_seen()
         raise
 
 
@@ -225,7 +231,11 @@ def _start(
         machine.keep_freed_memory()
     owns_group = not dist.is_initialized()
     if owns_group and store is not None and peer_store is not None:
+        if environment.several_nodes and environment.is_main:
+            watchdog.use_liveness(LivenessServer(store, watchdog.peer_ended))
         rendezvous.join(environment, store, peer_store, "gloo" if on_cpu else "nccl", options.start_seconds, watchdog)
+        if environment.several_nodes and not environment.is_main:
+            _connect_to_main(environment, store, watchdog)
     accelerator = Accelerator(
         # Without cpu=True each CPU process that torchrun started believes that it is alone.
         cpu=on_cpu,
@@ -242,12 +252,31 @@ def _start(
     if accelerator.device.type != ("cpu" if on_cpu else "cuda"):
         raise ConfigError(f"run.device={options.device}, but this process got {accelerator.device}")
     control = None
+    if world.size > 1 and not on_cpu:
+        watchdog.use_backend(dist.distributed_c10d._get_default_group()._get_backend(accelerator.device))
     if world.size > 1:
         with rendezvous.report_loss("the processes could not connect to each other"):
             control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=rendezvous.NO_TIMEOUT)
     dtype = torch.float64 if options.precision == "fp64" else torch.float32
     collectives = Collectives(world, control, watchdog, peer_store)
     return Runtime(accelerator, replace(environment, world=world), dtype, owns_group, watchdog, collectives)
+
+
+def _connect_to_main(environment: Environment, store: Any, watchdog: Watchdog) -> None:
+    """Connect to rank 0, so that the end of one process is seen by the others on all nodes."""
+    address = str(environment.master_address)
+    try:
+        client = LivenessClient(store, address, environment.world, watchdog.peer_ended)
+    except dist.DistError as error:
+        raise PeerLostError(f"rank 0 is gone: the store at {environment.rendezvous} does not answer") from error
+    except OSError as error:
+        log.warning(
+            "rank %d: cannot connect to a port of %s that rank 0 has opened (%s): if a process is killed on one node,"
+            " others may wait for it until their time-out; let the nodes of a job connect to each other's ports",
+            environment.world.rank, address, error,
+        )  # fmt: skip
+        return
+    watchdog.use_liveness(client)
 
 
 def _on_cpu(device: str, precision: str) -> bool:

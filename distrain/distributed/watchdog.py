@@ -1,9 +1,10 @@
 """Watchdog: a thread ends its process when a phase exceeds its time-out, and says which process is behind.
 
 Processes compare how many collectives each has entered and left: the one with the fewest, or one that does not answer,
-keeps the others waiting. Nothing is sent while all make progress.
+keeps the others waiting.
 
-A process that waits also looks whether a peer recorded a failure: NCCL reports nothing when a peer dies.
+A second thread asks every second whether a peer recorded a failure: with NCCL the main thread may wait for the GPU,
+which waits for that peer, and nothing would tell it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch._C._distributed_c10d import ErrorType
+
+from distrain.distributed.liveness import LivenessClient, LivenessServer
 from distrain.distributed.peer_store import PeerStore
 from distrain.environment import Environment
 from distrain.errors import EXIT_AGAIN
@@ -28,7 +33,10 @@ from distrain.worker_status import StatusWriter, WorkerStatus
 
 _TICK_SECONDS = 0.5
 _CHECK_SECONDS = 5.0
-"""Interval at which a stuck process looks for a failed peer; also its wait for the reports of the others."""
+"""Wait for the reports of other stuck processes, for stacks to be written, and for threads to end."""
+
+_GRACE_TICKS = 2
+"""Ticks in which the main thread may end by itself after a peer has failed: gloo reports the loss to it as well."""
 
 log = logging.getLogger("distrain")
 
@@ -47,11 +55,15 @@ class Watchdog:
         self._peer_store: PeerStore | None = None
         self._phase, self._step, self._heartbeats, self._collectives = "start", 0, 0, 0
         self._waiting_for: str | None = None
+        self._peer_failure: Failure | None = None
+        self._peer_loss: Failure | None = None
+        self._liveness: LivenessServer | LivenessClient | None = None
+        self._backend: Any = None
         self._writer = StatusWriter(environment.status_folder, environment.world.rank)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="distrain-watchdog", daemon=True)
+        self._closed, self._disconnected = threading.Event(), threading.Event()
         self._publish()
-        self._thread.start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._work, "distrain-watchdog")
 
     @property
     def status(self) -> WorkerStatus:
@@ -59,8 +71,47 @@ class Watchdog:
         return WorkerStatus(self._phase, self._step, self._heartbeats, self._limits.get(self._phase, 0.0))
 
     def connect(self, peer_store: PeerStore) -> None:
-        """Use the store for reports of stuck processes and for the failures of peers."""
+        """Use the store for reports of stuck processes, and end this process when a peer has failed."""
         self._peer_store = peer_store
+
+        def ask() -> None:
+            self._peer_failure = peer_store.wait_for_failure(self._disconnected)
+
+        self._start(ask, "distrain-peers")
+
+    def use_liveness(self, liveness: LivenessServer | LivenessClient) -> None:
+        """Say there when this process leaves; it calls `peer_ended` for others."""
+        self._liveness = liveness
+
+    def use_backend(self, backend: Any) -> None:
+        """End this process too when NCCL, a backend of torch's process groups, reports an error."""
+        self._backend = backend
+
+    def peer_ended(self, rank: int, is_loss: bool) -> None:
+        """Know that a process has ended; if that is a loss, all others end, with what it may have recorded before."""
+        if self._peer_store is None:
+            return
+        if is_loss and not self._disconnected.is_set():
+            host = self._peer_store.hosts([rank]).get(rank, str(self._environment.master_address))
+            message = f"another process is gone: rank {rank} on {host}"
+            failure = failure_here(self._environment, "peer", EXIT_AGAIN, message)
+            self._peer_loss = replace(failure, rank=rank, host=host)
+            self._peer_store.record_failure(self._peer_loss)
+        self._peer_store.mark_seen(rank)
+
+    def disconnect(self, *, is_loss: bool) -> None:
+        """Leave the peers: from here on this process ends by itself, with its own result or error.
+
+        Args:
+            is_loss: whether the others cannot continue without it.
+        """
+        if self._disconnected.is_set():
+            return
+        self._disconnected.set()
+        if self._peer_store is not None:
+            self._peer_store.mark_seen()
+        if self._liveness is not None and not is_loss:
+            self._liveness.leave()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -97,34 +148,56 @@ class Watchdog:
         self._collectives += 1
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
+        self._disconnected.set()
         self._closed.set()
-        self._thread.join(_CHECK_SECONDS)
+        if self._liveness is not None:
+            self._liveness.close()
+        for thread in self._threads:
+            thread.join(_CHECK_SECONDS)
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _publish(self) -> None:
         self._writer.write(self.status)
 
     def _work(self) -> None:
         # Ticks are counted, not seconds: a job that was suspended as a whole, and continues, is not stuck.
-        last, ticks = -1, 0
+        last, ticks, ticks_of_failure = -1, 0, 0
         while not self._closed.wait(_TICK_SECONDS):
             heartbeats, limit = self._heartbeats, self._limits.get(self._phase, 0.0)
             ticks = ticks + 1 if heartbeats == last else 0
             last = heartbeats
             idle = ticks * _TICK_SECONDS
-            if idle and idle % _CHECK_SECONDS == 0:
-                self._exit_with_peer()
+            failure = self._failure_of_peer()
+            ticks_of_failure = ticks_of_failure + 1 if failure is not None else 0
+            if failure is not None and ticks_of_failure > _GRACE_TICKS:
+                self._exit_with_peer(failure)  # guard: ends-with-peer
             if limit and idle >= limit / 2:
                 self._report_stuck()
             if limit and idle >= limit:
                 self._expire(limit)  # guard: watchdog-expires
 
-    def _exit_with_peer(self) -> None:
-        """End this process if it waits in a collective for a peer that failed; not while it is busy itself."""
+    def _failure_of_peer(self) -> Failure | None:
+        """Return the failure of a peer, with which this process may be ended wherever its main thread is."""
         waits = self._collectives % 2 == 1
-        failure = self._peer_store.first_failure() if waits and self._peer_store is not None else None
-        if failure is not None:
-            self._exit(failure)
+        if self._disconnected.is_set() or not may_end(self._phase, waits):
+            return None
+        failure = self._peer_failure or self._peer_loss
+        error = communicator_error(self._backend) if self._backend is not None else None
+        if failure is None and error is not None:
+            message = f"another process is gone, or cannot be reached: NCCL reports {error}"
+            failure = failure_here(self._environment, "peer", EXIT_AGAIN, message)
+        return failure
+
+    def _exit_with_peer(self, failure: Failure) -> NoReturn:
+        if self._peer_store is not None:
+            self._peer_store.record_failure(failure)  # what NCCL reports here, others may not know
+            self._peer_store.wait_until_seen()
+        self._exit(failure)
 
     def _report_stuck(self) -> None:
         if self._peer_store is not None:
@@ -134,7 +207,7 @@ class Watchdog:
                 "pid": os.getpid(),
                 "waiting_for": self._waiting_for,
             }
-            self._peer_store.report_stuck(self._environment.world.rank, report)
+            self._peer_store.report_stuck(report)
 
     def _expire(self, limit: float) -> None:
         status = self.status
@@ -178,7 +251,25 @@ class Watchdog:
             return straggler({}, size)
         self._report_stuck()
         time.sleep(_CHECK_SECONDS / 2)  # the time-outs of the others pass at nearly the same time
-        return straggler(self._peer_store.stuck_reports(size), size)
+        return straggler(self._peer_store.stuck_reports(), size)
+
+
+def may_end(phase: str, waits: bool) -> bool:
+    """Return whether a process may be ended because a peer has failed, wherever its main thread is.
+
+    A save is completed first, unless it waits for the others itself; at the end nothing depends on them any more.
+
+    Args:
+        phase: one of `PHASES`.
+        waits: whether the main thread is in a collective.
+    """
+    return phase != "end" and (phase != "save" or waits)  # guard: completes-save
+
+
+def communicator_error(backend: Any) -> str | None:
+    """Return the error that a backend of torch's process groups reports, such as COMM_ERROR; None if there is none."""
+    error = backend.get_error()
+    return None if error == ErrorType.SUCCESS else str(error.name)
 
 
 def straggler(reports: Mapping[int, Mapping[str, Any]], size: int) -> str:

@@ -63,7 +63,7 @@ STOPS, KILLED, HANGS, DISKS, OWNERS, DATA, CODES, LINKS = (
     f"tests/faults/test_{name}.py" for name in ("stops", "kills", "hangs", "disks", "owners", "data", "codes", "links")
 )
 FETCH, LOSSES, RENDEZVOUS = "tests/test_fetch.py", "tests/test_losses.py", "tests/test_rendezvous.py"
-FILES = "tests/test_run_files.py"
+FILES, WATCHDOG = "tests/test_run_files.py", "tests/test_watchdog.py"
 
 FAULTS = [
     Fault("signal while torch is imported", "start", "75, nothing had to be saved",
@@ -197,6 +197,18 @@ FAULTS = [
           "a peer counts as lost only if its connection is broken", "no-peer-is-gone",
           replace("gone = [1 - self._world.rank]"),
           f"{LOSSES}::test_an_error_of_the_model_is_its_fault_whatever_it_says[backward-gradient]"),
+    Fault("a failure while the main thread of another rank waits outside collectives, as for a GPU", "train",
+          "within 3 s the other one ends with the same code", "a thread of each rank asks every second",
+          "ends-with-peer", DROP, f"{WATCHDOG}::test_a_failure_ends_the_others_wherever_they_wait[rank1]"),
+    Fault("rank 0, which serves the store, fails", "train", "the others end with its code",
+          "it stays until all have seen why", "linger", DROP,
+          f"{WATCHDOG}::test_a_failure_ends_the_others_wherever_they_wait[rank0]"),
+    Fault("a failure while another rank saves", "save", "the checkpoint is completed, then the rank ends with the same code",
+          "a rank that saves is not ended", "completes-save", replace('return phase != "end"'),
+          f"{WATCHDOG}::test_a_failure_ends_the_others_wherever_they_wait[rank1]"),
+    Fault("a process killed on another node while others wait outside collectives", "train", "75 within 3 s on all nodes",
+          "the kernel closes the connection of a process that ends", "liveness", DROP,
+          f"{WATCHDOG}::test_a_process_killed_on_another_node_ends_the_others[rank1]"),
     Fault("a process that leaves with 0", "train", "1, with rank, phase and step",
           "workers report that their command is done", "left-early", replace("return self.code != EXIT_OK"),
           f"{CODES}::test_a_process_that_leaves_with_0_in_the_middle[forward-leave:1]"),
