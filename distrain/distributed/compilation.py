@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+_OTHER_GRAPHS = 8
+"""torch's own limit of graphs for one piece of code."""
+
 
 @dataclass(frozen=True)
 class Compilation:
@@ -47,6 +50,10 @@ class Compilation:
         if not self.is_on:
             return
         torch.compiler.reset()  # an earlier run in this process may have compiled the same code for other sizes
+        # After a break in a graph, what follows is compiled for each size; beyond a limit, torch would not compile it.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, len(self.sizes) + _OTHER_GRAPHS)
+        limits.fail_on_recompile_limit_hit = True
         if hasattr(torch._inductor.config, "deterministic"):  # no choice by measured times changes the last bits
             torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
         module.compile(mode=self.mode, dynamic=False)  # only what `begin_pass` marks is dynamic
