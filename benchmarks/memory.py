@@ -4,7 +4,8 @@
   size of its buffers, lanes / processes × samples of a shard × bytes of a sample × (1 + read_ahead). The rest is one
   shard while it is parsed, a batch that spans two rounds, modules imported on first use, and the allocator's overhead.
 - time: an epoch of 8×8 images, from 10⁴ to 10⁶ images
-- plan: `Order.owned_before`, `positions` and `partners`, for one of W processes with 32 samples each
+- plan: `Order.owned_before` of each step and `Order.positions` of each round, for one of W processes with 32 samples
+  each in a step
 """
 
 from __future__ import annotations
@@ -132,10 +133,10 @@ def _microseconds_per_image(dataset: Dataset) -> float:
 
 def _plan_microseconds(size: int) -> float:
     """Return the mean time to plan a step."""
-    order, world, steps = Order(size, size, 10_000, 32 * size, 0), World(size - 1, size), 20
+    order, world, steps = Order(size, size, 3_200, 32 * size, 0), World(size - 1, size), 100  # one round
     started = time.perf_counter()
+    order.positions(0, world)
     for step in range(steps):
         order.owned_before(step * order.global_batch_size, world)
-        order.positions(step, world)
-        order.partners(step, world)
+        order.owned_before((step + 1) * order.global_batch_size, world)
     return 1e6 * (time.perf_counter() - started) / steps

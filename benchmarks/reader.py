@@ -37,7 +37,7 @@ def read_epoch(dataset: Dataset, epoch: int = 0, cache: Cache | None = None, wor
     order = training_order(dataset, BATCH)
     steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
     batches = TrainingBatches(
-        dataset, order, (world or World(),), steps, read_ahead=1, with_random_bits=False, pin=False, cache=cache
+        dataset, order, (world or World(),), steps, read_ahead=1, with_random_bits=False, cache=cache
     )
     with closing(batches):
         return sum(len(batch.labels) for (batch,) in batches)

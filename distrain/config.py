@@ -162,7 +162,8 @@ class Data(Section):
     cache: Annotated[Literal["auto", "off", "ram", "device"], BeforeValidator(_off)] = _key(
         "auto",
         "where each process caches the training set. auto: on the GPU or in RAM if it fits in a quarter of the free"
-        " memory, else off; ram; device: on the GPU; off: shards are read in every epoch",
+        " memory, else off; ram; device: on the GPU; off: shards are read in every epoch. With a cache, each process"
+        " reads in the first epoch what it needs in later ones: almost the whole training set",
     )
     read_ahead: Whole = _key(
         1,

@@ -538,7 +538,7 @@ def test_closing_does_not_wait_for_the_network(
     dataset = manifest.read(server.address, options(retries=9, seconds=900))
     if kind == "training":
         good, order = 13, Order(24, 12, 41, 8, 0)  # the manifest and a round
-        batches: Any = TrainingBatches(dataset, order, (World(),), range(100), 1, with_random_bits=False, pin=False)
+        batches: Any = TrainingBatches(dataset, order, (World(),), range(100), 1, with_random_bits=False)
     else:
         good = 2
         batches = EvaluationBatches(dataset, "train", World(), 7)

@@ -6,11 +6,13 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from distrain.data.order import Ints, Order, augmentation_bits, evaluation_shards, mixup_weight, permutation
 from distrain.environment import World
+from distrain.training.augment import mixup_partners
 
 
 @st.composite
@@ -29,7 +31,9 @@ def orders(draw: st.DrawFn) -> Order:
 
 def local_batch(order: Order, step: int, world: World) -> list[int]:
     """Positions in the epoch that a rank owns in a step, from `Order.positions`."""
-    return (order.positions(step, world) + step * order.global_batch_size).tolist()
+    of_rounds = [order.positions(number, world) for number in order.rounds(step)]
+    steps, positions = (np.concatenate(each) for each in zip(*of_rounds, strict=True))
+    return (positions[steps == step] + step * order.global_batch_size).tolist()
 
 
 def locate(order: Order, positions: Ints) -> tuple[Ints, Ints, Ints]:
@@ -134,14 +138,15 @@ def test_local_batch_sizes_are_the_smallest_and_largest_of_all_steps(order: Orde
 def test_partners_are_the_same_on_any_number_of_ranks(order: Order, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, order.lanes))
     step = data.draw(st.integers(0, order.steps_per_epoch - 1))
-    alone = order.partners(step, World())
-    assert sorted(alone) == list(range(order.global_batch_size))
+    start = step * order.global_batch_size
+    positions = range(start, start + order.global_batch_size)
+    lanes = [[each for each in positions if each % order.lanes == lane] for lane in range(order.lanes)]
+    following = {each: lane[(index + 1) % len(lane)] for lane in lanes for index, each in enumerate(lane)}
     for rank in range(size):
         world = World(rank, size)
-        positions = order.positions(step, world)
-        assert (positions[order.partners(step, world)] == alone[positions]).all()
-    if order.global_batch_size >= 2 * order.lanes:
-        assert (alone != np.arange(order.global_batch_size)).all()
+        local = local_batch(order, step, world)
+        partners = mixup_partners(len(local), len(order.owned_lanes(world)), torch.device("cpu"))
+        assert [local[index] for index in partners] == [following[each] for each in local]
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0])
@@ -167,7 +172,32 @@ def test_epochs_shards_and_seeds_draw_differently() -> None:
     assert (order.epoch_shards(0) != other.epoch_shards(0)).any()
     assert (order.shard_samples(0, 1, 101) != order.shard_samples(0, 2, 101)).any()
     assert (order.shard_samples(0, 1, 101) != order.shard_samples(1, 1, 101)).any()
-    assert (augmentation_bits(3, 0, 8) != augmentation_bits(3, 1, 8)).all()
+
+
+def test_random_bits_are_even_and_independent_of_those_of_other_steps_positions_and_seeds() -> None:
+    count = 20_000
+    positions, zeros = np.arange(count), np.zeros(count, int)
+    drawn = {
+        "positions": augmentation_bits(3, np.array([5]), positions),
+        "steps": augmentation_bits(3, positions, zeros),
+        "next step": augmentation_bits(3, np.array([6]), positions),
+        "another seed": augmentation_bits(4, np.array([5]), positions),
+    }
+    bits = {name: np.unpackbits(np.ascontiguousarray(each).view(np.uint8), axis=1) for name, each in drawn.items()}
+    error = 5 * 0.5 / count**0.5  # of a mean of fair bits: 5 standard deviations
+    for each in bits.values():
+        assert (abs(each.mean(0) - 0.5) < error).all()
+        assert (abs((each[1:] ^ each[:-1]).mean(0) - 0.5) < 1.01 * error).all()  # neighbours
+        assert abs((each[:, :64] ^ each[:, 64:]).mean() - 0.5) < error / 8
+    for other in ("next step", "another seed"):
+        assert (abs((bits["positions"] ^ bits[other]).mean(0) - 0.5) < error).all()
+
+
+def test_random_bits_of_a_sample_do_not_depend_on_the_others_that_are_drawn() -> None:
+    steps, positions = np.array([3, 3, 2**40]), np.array([7, 70_000, 7])
+    together = augmentation_bits(42, steps, positions)
+    alone = [augmentation_bits(42, steps[[i]], positions[[i]])[0].tolist() for i in range(3)]
+    assert together.tolist() == alone
 
 
 def test_the_order_never_changes_between_versions() -> None:
@@ -175,12 +205,12 @@ def test_the_order_never_changes_between_versions() -> None:
     order = Order(8, 4, 5, 4, 42)
     assert order.epoch_shards(3).tolist() == EPOCH_SHARDS
     assert order.shard_samples(3, 2, 6).tolist() == SHARD_SAMPLES
-    assert augmentation_bits(42, 7, 2)[:, 0].tolist() == RANDOM_BITS
+    assert augmentation_bits(42, np.array([7]), np.arange(2)).tolist() == RANDOM_BITS
 
 
 EPOCH_SHARDS = [[5, 1, 2, 0], [6, 3, 4, 7]]
 SHARD_SAMPLES = [1, 4, 2, 5, 0]
-RANDOM_BITS = [4202150953783839104, 13832021549108628852]
+RANDOM_BITS = [[10026477260115595815, 6391274926087588182], [14455738899868125316, 4150067819376086940]]
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.data())

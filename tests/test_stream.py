@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrain import machine
-from distrain.data import cache, shards
+from distrain.data import cache, manifest, shards
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset, Shard
 from distrain.data.order import Order, augmentation_bits
@@ -41,6 +43,14 @@ def planned(dataset: Dataset, order: Order, step: int) -> list[int]:
     return ids
 
 
+def reached(condition: Callable[[], bool]) -> bool:
+    """Wait, up to a minute, until a condition holds."""
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return condition()
+
+
 _IDS: dict[tuple[str, int], list[int]] = {}
 
 
@@ -57,9 +67,7 @@ def streamed(
     dataset: Dataset, order: Order, world: World, steps: range, read_ahead: int = 1, cached: bool = False
 ) -> list[list[int]]:
     train = Cache(dataset, torch.device("cpu")) if cached else None
-    batches = TrainingBatches(
-        dataset, order, (world,), steps, read_ahead, with_random_bits=False, pin=False, cache=train
-    )
+    batches = TrainingBatches(dataset, order, (world,), steps, read_ahead, with_random_bits=False, cache=train)
     with closing(batches):
         return [batch.ids.tolist() for (batch,) in batches]
 
@@ -98,15 +106,17 @@ def test_images_labels_and_random_bits_belong_to_their_ids(small: Dataset) -> No
     order = order_of(small, 50)
     for rank in range(3):
         world = World(rank, 3)
-        batches = TrainingBatches(small, order, (world,), range(30), 1, with_random_bits=True, pin=False)
+        batches = TrainingBatches(small, order, (world,), range(30), 1, with_random_bits=True)
         with closing(batches):
             for step, (batch,) in enumerate(batches):
                 for image, label, index in zip(batch.images, batch.labels, batch.ids, strict=True):
                     assert (image.numpy() == source.load("train", int(index))).all()
                     assert label == source.labels["train"][index]
-                of_global_batch = augmentation_bits(order.seed, step, 50).view(np.int64)
-                positions = order.positions(step % order.steps_per_epoch, world)
-                assert batch.random_bits.tolist() == of_global_batch[positions].tolist()
+                start = step % order.steps_per_epoch * 50
+                positions = [each for each in range(50) if (start + each) % order.lanes % 3 == rank]
+                assert batch.positions.tolist() == positions
+                bits = augmentation_bits(order.seed, np.array([step]), np.array(positions))
+                assert batch.random_bits.tolist() == bits.view(np.int64).tolist()
 
 
 def test_evaluation_batches_are_the_same_for_every_world_and_have_each_sample_once(small: Dataset) -> None:
@@ -128,10 +138,6 @@ def test_evaluation_batches_are_the_same_for_every_world_and_have_each_sample_on
 
 
 def test_the_error_for_a_damaged_shard_names_it(small: Dataset, tmp_path) -> None:
-    import shutil
-
-    from distrain.data import manifest
-
     shutil.copytree(small.root, tmp_path / "data")
     dataset = manifest.read(tmp_path / "data")
     victim = dataset.root / dataset.split("train").shards[5].name
@@ -144,7 +150,7 @@ def test_the_error_for_a_damaged_shard_names_it(small: Dataset, tmp_path) -> Non
 
 def test_closing_ends_the_reading_thread(small: Dataset) -> None:
     before = set(threading.enumerate())
-    batches = TrainingBatches(small, order_of(small, 8), (World(),), range(1000), 1, with_random_bits=False, pin=False)
+    batches = TrainingBatches(small, order_of(small, 8), (World(),), range(1000), 1, with_random_bits=False)
     next(batches)
     assert set(threading.enumerate()) - before
     batches.close()
@@ -179,32 +185,88 @@ def test_background_stays_within_its_limit_and_raises_errors_of_the_iterator() -
 
 def test_memory_is_the_size_of_the_buffers(small: Dataset) -> None:
     order = order_of(small, 8)
-    per_sample = 16 * 16 * 3 + 16
+    per_sample = 16 * 16 * 3 + 2 * 8 + 8 + 2 * 8  # image, label and id, position, random bits
     assert memory(small, order, (World(0, 1),), 1) == 2 * 12 * order.samples_per_shard * per_sample
     assert memory(small, order, (World(0, 12),), 2) == 3 * order.samples_per_shard * per_sample
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
-    small: Dataset, size: int, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are read, in order."""
+    names: list[str] = []
+    original = shards.read
+
+    def recording(root: object, shard: Shard, *rest: object, **more: object) -> list[shards.Block]:
+        names.append(shard.name)
+        return original(root, shard, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "read", recording)
+    return names
+
+
+def needed(dataset: Dataset, order: Order, world: World, epochs: range) -> list[str]:
+    """Names of the shards that a rank trains in these epochs, each once, in the order of training."""
+    names = [shard.name for shard in dataset.split("train").shards]
+    indices = [order.epoch_shards(epoch)[:, list(order.owned_lanes(world))].ravel().tolist() for epoch in epochs]
+    return list(dict.fromkeys(names[index] for index in sum(indices, [])))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_cache_is_filled_in_the_first_epoch_in_the_order_of_training(
+    small: Dataset, size: int, read: list[str]
 ) -> None:
+    order, world = order_of(small, 32), World(size - 1, size)
+    steps = range(9 * order.steps_per_epoch)
+    train = Cache(small, torch.device("cpu"))
+    batches = TrainingBatches(small, order, (world,), steps, 1, with_random_bits=False, cache=train)
+    with closing(batches):
+        for _ in range(order.steps_per_epoch // 2):
+            next(batches)
+        expected = needed(small, order, world, range(9))
+        assert reached(lambda: len(read) == len(expected))
+        assert len(list(batches)) == 9 * order.steps_per_epoch - order.steps_per_epoch // 2
+    assert read == expected
+    assert len(expected) <= len(small.split("train").shards)
+
+
+def test_a_cache_is_not_filled_with_shards_that_the_run_does_not_need(small: Dataset, read: list[str]) -> None:
+    order, world = order_of(small, 32), World(0, 3)
+    streamed(small, order, world, range(order.steps_per_epoch), cached=True)
+    assert read == needed(small, order, world, range(1))
+
+
+def test_a_damaged_shard_that_a_cache_reads_early_is_an_error_when_it_is_needed(
+    small: Dataset, tmp_path, read: list[str]
+) -> None:
+    shutil.copytree(small.root, tmp_path / "data")
+    dataset = manifest.read(tmp_path / "data")
+    order, world = order_of(dataset, 32), World(0, 2)
+    victim = needed(dataset, order, world, range(9))[-1]
+    epoch = next(each for each in range(9) if victim in needed(dataset, order, world, range(each + 1)))
+    assert epoch >= 2
+    (dataset.root / victim).write_bytes(b"")
+    train = Cache(dataset, torch.device("cpu"))
+    steps = range(9 * order.steps_per_epoch)
+    batches = TrainingBatches(dataset, order, (world,), steps, 1, with_random_bits=False, cache=train)
+    with closing(batches):
+        next(batches)
+        assert reached(lambda: victim in read)
+        for _ in range(epoch * order.steps_per_epoch - 1):
+            next(batches)
+        with pytest.raises(ShardError, match=victim):
+            list(batches)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(small: Dataset, size: int, read: list[str]) -> None:
     order = order_of(small, 32)
     steps = range(6 * order.steps_per_epoch)
     world = World(size - 1, size)
-    with closing(TrainingBatches(small, order, (world,), steps, 1, with_random_bits=False, pin=False)) as streamed_:
+    with closing(TrainingBatches(small, order, (world,), steps, 1, with_random_bits=False)) as streamed_:
         expected = [(batch.images.clone(), batch.labels.clone(), batch.ids.copy()) for (batch,) in streamed_]
-    read: list[str] = []
-    original = shards.read
-
-    def counting(root: object, shard: Shard, *rest: object, **more: object) -> list[shards.Block]:
-        read.append(shard.name)
-        return original(root, shard, *rest, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(shards, "read", counting)
+    read.clear()
     train = Cache(small, torch.device("cpu"))
-    with closing(
-        TrainingBatches(small, order, (world,), steps, 1, with_random_bits=False, pin=False, cache=train)
-    ) as batches:
+    with closing(TrainingBatches(small, order, (world,), steps, 1, with_random_bits=False, cache=train)) as batches:
         cached = [batch for (batch,) in batches]
     assert len(read) == len(set(read))
     assert len(cached) == len(expected)

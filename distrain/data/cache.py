@@ -1,6 +1,6 @@
 """A cache of the training set in memory: shards are read and checked once, later epochs gather batches from the cache.
 
-It has room for the whole train split: each epoch assigns other shards to a process, which so reads all of them in time.
+It has room for the whole train split, because each epoch assigns other shards to a process.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ class Cache:
         """Whether all samples of a shard are in the cache."""
         return bool(self._is_complete[shard])
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all shards are in the cache."""
+        return bool(self._is_complete.all())
+
     def start(self, shard: int) -> int:
         """Index of a shard's first sample in the cache."""
         return int(self._starts[shard])
@@ -93,10 +98,13 @@ class Cache:
     def gather(self, index: Tensor) -> Samples:
         """Return copies of the samples at int64 indices [n], on the cache's device."""
         device_index = index.to(self.device, non_blocking=True)
-        rows = self._images.flatten(1)
-        out = torch.empty((len(index), rows.shape[1]), dtype=torch.uint8, device=self.device, pin_memory=self._pin)
-        images = torch.index_select(rows, 0, device_index, out=out).unflatten(1, self._images.shape[1:])
-        return Samples(images, self._labels.index_select(0, device_index), self._ids[index.numpy()])
+        images = self._select(self._images.flatten(1), device_index).unflatten(1, self._images.shape[1:])
+        return Samples(images, self._select(self._labels, device_index), self._ids[index.numpy()])
+
+    def _select(self, values: Tensor, index: Tensor) -> Tensor:
+        shape = (len(index), *values.shape[1:])
+        out = torch.empty(shape, dtype=values.dtype, device=self.device, pin_memory=self._pin)
+        return torch.index_select(values, 0, index, out=out)
 
 
 def size(dataset: Dataset) -> int:

@@ -10,8 +10,10 @@
 6. Rank r of W owns the lanes l with l mod W = r.
 
 The samples of a step do not depend on W, and any step of any epoch can be computed without those before it.
-All draws are raw outputs of the counter-based generator Philox-4x64-10 (Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", SC 2011): numpy keeps that stream the same in all its versions, unlike `Generator.permutation`.
+Draws are raw outputs of the counter-based generator Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy
+as 1, 2, 3", SC 2011): numpy keeps that stream the same in all its versions, unlike `Generator.permutation`. Random bits
+of augmentation are outputs of SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014): each
+sample's are computed alone, so a rank draws only those of its own samples.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ RandomBits = NDArray[np.uint64]
 
 # The purposes of draws. The generator's key is (seed, purpose), so no two purposes share a stream.
 _SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC, _MIXUP = range(1, 7)
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+"""Distance of the states of SplitMix64."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,22 @@ class Order:
         row, lane = divmod(position, self.lanes)
         return row * len(self.owned_lanes(world)) + max(0, -(-(lane - world.rank) // world.size))
 
-    def positions(self, step: int, world: World) -> Ints:
-        """Positions in the global batch that a rank owns, in a step of an epoch, ascending: int64 [n]."""
-        lanes = np.arange(world.rank, self.lanes, world.size)
-        first = np.sort((lanes - step * self.global_batch_size) % self.lanes)
-        rows = np.arange(0, self.global_batch_size, self.lanes)
-        positions = (rows[:, None] + first).reshape(-1)
-        return positions[: np.searchsorted(positions, self.global_batch_size)]
+    def positions(self, number: int, world: World) -> tuple[Ints, Ints]:
+        """Return the steps and positions in which the samples of a rank in a round are trained: int64 [n] each.
+
+        Args:
+            number: of the round, over all epochs (`rounds_per_epoch` each).
+            world: the rank.
+
+        Returns:
+            The steps of the run, and the positions in their global batches, row by row and lane by lane. Samples that
+            an epoch drops have steps of the next epoch; these steps do not use the round.
+        """
+        epoch, round_ = divmod(number, self.rounds_per_epoch)
+        rows = np.arange(self.samples_per_shard) + round_ * self.samples_per_shard
+        in_epoch = rows[:, None] * self.lanes + np.asarray(self.owned_lanes(world))
+        steps, positions = np.divmod(in_epoch.reshape(-1), self.global_batch_size)
+        return steps + epoch * self.steps_per_epoch, positions
 
     def owned_lanes(self, world: World) -> range:
         """The lanes that a rank owns, ascending."""
@@ -137,26 +151,35 @@ class Order:
             counts = np.bincount(lanes % world_size, whole_rows + has_one_more, minlength=world_size)
             yield counts.astype(np.int64)
 
-    def partners(self, step: int, world: World) -> Ints:
-        """Return, for each sample of a rank's local batch, the index of its partner in mixup: int64 [n].
-
-        The partner is the next sample of the same lane, and so of the same rank; for the last sample of a lane it is
-        the first. A sample that is alone in its lane is its own partner.
-        """
-        positions = self.positions(step, world)
-        next_in_lane = positions + self.lanes
-        wrapped = np.where(next_in_lane < self.global_batch_size, next_in_lane, positions % self.lanes)
-        return np.searchsorted(positions, wrapped)
-
 
 def evaluation_shards(num_shards: int, lanes: int, world: World) -> list[int]:
     """The shards of a split that a rank evaluates, ascending: those of its lanes. Shard k is in lane k mod C."""
     return [shard for shard in range(num_shards) if shard % lanes % world.size == world.rank]
 
 
-def augmentation_bits(seed: int, step: int, global_batch_size: int) -> RandomBits:
-    """Random bits for each sample of a global batch, by its position in it: two 64-bit integers, uint64 [G, 2]."""
-    return _philox(seed, _AUGMENT, step).random_raw(2 * global_batch_size).reshape(2, -1).T
+def augmentation_bits(seed: int, steps: Ints, positions: Ints) -> RandomBits:
+    """Random bits for samples, by their steps of the run and positions in the global batch: uint64 [n, 2].
+
+    Every step has its own SplitMix64, whose first state is a hash of the step and of a key from Philox. The bits of a
+    position p are its outputs 2p and 2p + 1.
+    """
+    seeds = steps.astype(np.uint64)
+    seeds += _philox(seed, _AUGMENT).random_raw(1)
+    states = (2 * positions[:, None] + np.arange(2)).astype(np.uint64)
+    states *= _GAMMA
+    states += mix_bits(seeds)[:, None]
+    return mix_bits(states)
+
+
+def mix_bits(values: RandomBits) -> RandomBits:
+    """Return the output of SplitMix64 in each state: a permutation of the 64-bit integers that mixes their bits."""
+    values = values + _GAMMA
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values
 
 
 def mixup_weight(seed: int, step: int, alpha: float) -> float:

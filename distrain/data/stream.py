@@ -5,10 +5,13 @@
 2. The samples of a virtual rank in a step are therefore consecutive in its buffer: a batch is a view, not a copy.
 
 Buffers are reused, because the first access to fresh memory takes as long as reading. So a batch is valid only until
-the next one is requested. There are no worker processes: nothing in /dev/shm, and no process to be orphaned.
+the next one is requested. On a GPU the copies from it may end later: when a round is done, an event is recorded behind
+them, and the thread waits for it before it overwrites the buffers. There are no worker processes: nothing in /dev/shm,
+and no process to be orphaned.
 
 With a cache (`distrain.data.cache`) the thread puts shards there that it does not contain yet, and a round is a list of
-indices: a batch is gathered from the cache.
+indices: a batch is gathered from the cache. When nothing else is to be done, the thread reads the shards of later
+rounds, in the order in which this process needs them.
 
 Only `ready` waits for data, before a step that begins a round (`Order.begins_round`). All ranks wait there at the same
 step, so all of them handle a stop request or a damaged shard at the same step.
@@ -19,7 +22,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -29,12 +32,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain.data import shards
-from distrain.data.cache import Cache, Samples, sample_size
+from distrain.data.cache import Cache, sample_size
 from distrain.data.cache import size as cache_size
 from distrain.data.manifest import Dataset, Shard
 from distrain.data.order import Order, augmentation_bits, evaluation_shards
 from distrain.data.shards import Block
 from distrain.environment import World
+from distrain.errors import DataError
 
 T = TypeVar("T")
 
@@ -44,62 +48,71 @@ _CLOSE_SECONDS = 5.0
 _GATHERED_SAMPLES = 256
 """Minimum number of samples that are gathered from a cache at once."""
 
+_POLL_SECONDS = 0.001
+"""Interval of the questions whether a GPU has copied a round."""
+
+_ORDER_BYTES = 24
+"""Bytes of a sample's position and random bits."""
+
+_CPU = torch.device("cpu")
+
 
 class Batch(NamedTuple):
     """The local batch of a virtual rank in a step.
 
-    Images uint8 [n, H, W, C], labels int64 [n], ids int64 [n] as stored with the images, and random bits for
-    augmentation, int64 [n, 2] (empty unless requested).
+    Images uint8 [n, H, W, C], labels int64 [n], ids int64 [n] as stored with the images, positions in the global batch
+    int64 [n], and random bits for augmentation, int64 [n, 2] (empty unless requested).
     """
 
     images: Tensor
     labels: Tensor
     ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
     random_bits: Tensor
 
-
-@dataclass
-class _Buffered:
-    """A round's samples of one virtual rank, in training order: flat over (row, owned lane)."""
-
-    samples: Samples
-
-    def take(self, part: slice) -> Samples:
+    def take(self, rows: slice) -> Batch:
         """Return views of consecutive samples."""
-        return _slice(self.samples, part)
+        return Batch(self.images[rows], self.labels[rows], self.ids[rows], self.positions[rows], self.random_bits[rows])
 
 
 @dataclass
 class _Cached:
-    """A round's samples of one virtual rank as indices into a cache: int64, flat over (row, owned lane)."""
+    """A round's samples of one virtual rank, in training order, by their index in a cache: int64 [n]."""
 
-    index: Tensor
     cache: Cache
+    index: Tensor
+    positions: NDArray[np.int64]
+    random_bits: Tensor
     _gathered: range = range(0)
-    _samples: Samples | None = None
+    _batch: Batch | None = None
 
-    def take(self, part: slice) -> Samples:
+    def take(self, rows: slice) -> Batch:
         """Return consecutive samples: views of a copy that serves several small batches.
 
         A gather takes as long as the update of a small step.
         """
-        if self._samples is None or part.start < self._gathered.start or part.stop > self._gathered.stop:
-            stop = min(max(part.stop, part.start + _GATHERED_SAMPLES), len(self.index))
-            self._gathered, self._samples = range(part.start, stop), self.cache.gather(self.index[part.start : stop])
+        if self._batch is None or rows.start < self._gathered.start or rows.stop > self._gathered.stop:
+            stop = min(max(rows.stop, rows.start + _GATHERED_SAMPLES), len(self.index))
+            self._gathered, some = range(rows.start, stop), slice(rows.start, stop)
+            samples = self.cache.gather(self.index[some])
+            self._batch = Batch(*samples, self.positions[some], self.random_bits[some])
         start = self._gathered.start
-        return _slice(self._samples, slice(part.start - start, part.stop - start))
+        return self._batch.take(slice(rows.start - start, rows.stop - start))
 
 
 @dataclass
 class _Round:
-    """A round's samples of each virtual rank of this process."""
+    """A round's samples of each virtual rank of this process.
+
+    Attributes:
+        number: of the round, over all epochs.
+        parts: the samples of each virtual rank, in training order: flat over (row, owned lane).
+        copied: for a GPU, recorded behind the last copy from the buffers; None if they are not reused.
+    """
 
     number: int
-    parts: Sequence[_Buffered | _Cached]
-
-
-def _slice(samples: Samples, part: slice) -> Samples:
-    return Samples(samples.images[part], samples.labels[part], samples.ids[part])
+    parts: Sequence[Batch | _Cached]
+    copied: torch.cuda.Event | None
 
 
 class TrainingBatches:
@@ -116,7 +129,7 @@ class TrainingBatches:
         steps: range,
         read_ahead: int,
         with_random_bits: bool,
-        pin: bool,
+        device: torch.device = _CPU,
         cache: Cache | None = None,
     ) -> None:
         """Start to read.
@@ -128,18 +141,23 @@ class TrainingBatches:
             steps: steps of the run, counted from 0 over all epochs.
             read_ahead: rounds to read before they are needed.
             with_random_bits: whether batches have the random bits of their samples.
-            pin: use pinned memory, from which batches are copied to a GPU.
+            device: where batches are used; for a GPU they are in pinned memory, and copied by `copy_stream`.
             cache: where shards are kept in memory; None reads them in every epoch.
         """
         self._order, self._ranks, self._steps = order, ranks, iter(steps)
-        self._with_random_bits, self._pin = with_random_bits, pin
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        """The stream that must copy the batches to a GPU: buffers are reused when its copies are done."""
+        self._pin = self.copy_stream is not None
         ahead = max(read_ahead, order.rounds_per_step)
         closed = threading.Event()
         self.shards_read = 0
         """Number of shards read so far: it shows whether reading makes progress."""
-        reader = _RoundReader(dataset, order, ranks, closed, self._count)
-        rounds = reader.into_buffers(steps, ahead + 1, pin) if cache is None else reader.into_cache(steps, cache, pin)
-        self._background = Background(rounds, ahead, closed)
+        rounds = _rounds_of(order, steps)
+        reader = _RoundReader(dataset, order, ranks, rounds, with_random_bits, self._pin, closed, self._count)
+        items = reader.into_buffers(ahead + 1) if cache is None else reader.into_cache(cache)
+        spare = reader.fill(cache) if cache is not None else ()
+        gpu = self.copy_stream.device if self.copy_stream is not None else None
+        self._background = Background(items, ahead, closed, gpu, spare)
         self._current: _Round | None = None
 
     def _count(self) -> None:
@@ -163,27 +181,24 @@ class TrainingBatches:
     def __next__(self) -> list[Batch]:
         step = next(self._steps)
         self.ready(step, None)
-        return [
-            Batch(*samples, bits) for samples, bits in zip(self._samples(step), self._random_bits(step), strict=True)
-        ]
+        return self._batches(step)
 
     def close(self) -> None:
         """End the thread after the shard that it reads."""
         self._background.close()
 
-    def _samples(self, step: int) -> list[Samples]:
-        """Return the samples of each virtual rank in a step: consecutive ones of one round, or of several."""
-        parts: list[list[Samples]] = [[] for _ in self._ranks]
+    def _batches(self, step: int) -> list[Batch]:
+        """Return the local batch of each virtual rank in a step: consecutive samples of one round, or of several."""
+        parts: list[list[Batch]] = [[] for _ in self._ranks]
         for number in self._order.rounds(step):
             assert self._current is not None
             if self._current.number < number:
                 # The thread reuses the round's buffers, so what is still needed of them is copied.
-                parts = [[Samples(images.clone(), labels.clone(), ids.copy()) for images, labels, ids in of_rank]
-                         for of_rank in parts]  # fmt: skip
+                parts = [[_copy(batch) for batch in of_rank] for of_rank in parts]
                 self._next_round()
             for of_rank, part, world in zip(parts, self._current.parts, self._ranks, strict=True):
                 of_rank.append(part.take(self._slice(step, number, world)))
-        return [_join([part for part in of_rank if len(part.ids)] or of_rank[:1]) for of_rank in parts]
+        return [_join([part for part in of_rank if len(part.ids)] or of_rank[:1], self._pin) for of_rank in parts]
 
     def _slice(self, step: int, number: int, world: World) -> slice:
         """Return which samples of a virtual rank in a round a step trains."""
@@ -195,17 +210,9 @@ class TrainingBatches:
         return slice(max(start - offset, 0), min(stop - offset, size))
 
     def _next_round(self) -> None:
-        if self._pin:
-            torch.cuda.current_stream().synchronize()  # host-to-device copies from the buffer that is reused
+        if self._current is not None and self._current.copied is not None:
+            self._current.copied.record(self.copy_stream)
         self._current = next(self._background)
-
-    def _random_bits(self, step: int) -> list[Tensor]:
-        if not self._with_random_bits:
-            return [torch.empty(0, dtype=torch.int64)] * len(self._ranks)
-        order = self._order
-        of_global_batch = augmentation_bits(order.seed, step, order.global_batch_size)
-        of_ranks = [of_global_batch[order.positions(step % order.steps_per_epoch, world)] for world in self._ranks]
-        return [torch.from_numpy(np.ascontiguousarray(bits).view(np.int64)) for bits in of_ranks]
 
 
 class EvaluationBatches:
@@ -258,7 +265,7 @@ def memory(dataset: Dataset, order: Order, ranks: Sequence[World], read_ahead: i
     if cached:
         return cache_size(dataset)
     samples = sum(len(order.owned_lanes(world)) for world in ranks) * order.samples_per_shard
-    return (1 + max(read_ahead, order.rounds_per_step)) * samples * sample_size(dataset)
+    return (1 + max(read_ahead, order.rounds_per_step)) * samples * (sample_size(dataset) + _ORDER_BYTES)
 
 
 def _read(dataset: Dataset, shard: Shard, stop: threading.Event) -> list[Block]:
@@ -271,85 +278,152 @@ def _read_whole(dataset: Dataset, owned: list[Shard], closed: threading.Event) -
         yield Block(*(np.concatenate(arrays) for arrays in zip(*_read(dataset, shard, closed), strict=True)))
 
 
-def _join(parts: list[Samples]) -> Samples:
+def _copy(batch: Batch) -> Batch:
+    return Batch(
+        batch.images.clone(),
+        batch.labels.clone(),
+        batch.ids.copy(),
+        batch.positions.copy(),
+        batch.random_bits.clone(),
+    )
+
+
+def _join(parts: list[Batch], pin: bool) -> Batch:
     if len(parts) == 1:
         return parts[0]
-    images, labels, ids = zip(*parts, strict=True)
-    return Samples(torch.cat(images), torch.cat(labels), np.concatenate(ids))
+    images, labels, ids, positions, random_bits = zip(*parts, strict=True)
+    return Batch(
+        _concatenate(images, pin),
+        _concatenate(labels, pin),
+        np.concatenate(ids),
+        np.concatenate(positions),
+        _concatenate(random_bits, pin),
+    )
+
+
+def _concatenate(tensors: tuple[Tensor, ...], pin: bool) -> Tensor:
+    first = tensors[0]
+    shape = (sum(map(len, tensors)), *first.shape[1:])
+    pin = pin and first.device.type == "cpu"  # the samples of a cache may be on the GPU already
+    return torch.cat(tensors, out=torch.empty(shape, dtype=first.dtype, device=first.device, pin_memory=pin))
 
 
 @dataclass
 class _RoundReader:
-    """Reads the rounds that steps use, one after another. Used by the background thread."""
+    """Reads rounds, one after another. Used by the background thread."""
 
     dataset: Dataset
     order: Order
     ranks: Sequence[World]
+    rounds: range
+    with_random_bits: bool
+    pin: bool
     closed: threading.Event
     count: Callable[[], None]
     """Called after every shard."""
 
-    def into_buffers(self, steps: range, buffers: int, pin: bool) -> Iterator[_Round]:
+    def into_buffers(self, buffers: int) -> Iterator[_Round]:
         """Read rounds into buffers, which are used in turn: every `buffers`-th round overwrites the same one."""
-        ring = [[_Buffered(self._allocate(world, pin)) for world in self.ranks] for _ in range(buffers)]
-        for count, number in enumerate(_rounds_of(self.order, steps)):
-            parts = ring[count % buffers]
-            for buffered, world in zip(parts, self.ranks, strict=True):
+        ring = [
+            ([self._allocate(world) for world in self.ranks], torch.cuda.Event() if self.pin else None)
+            for _ in range(buffers)
+        ]
+        for count, number in enumerate(self.rounds):
+            parts, copied = ring[count % buffers]
+            if copied is not None and not self._wait_for(copied):
+                return
+            for buffer, world in zip(parts, self.ranks, strict=True):
                 lanes = len(self.order.owned_lanes(world))
                 for column, shard, samples_used in self._parts(number, world):
-                    _copy_to_column(self._read(shard), samples_used, buffered.samples, column, lanes)
+                    _copy_to_column(self._read(shard), samples_used, buffer, column, lanes)
                     self.count()
-            yield _Round(number, parts)
+                positions, random_bits = self._draw(number, world)
+                buffer.positions[:] = positions
+                buffer.random_bits.copy_(random_bits)
+            yield _Round(number, parts, copied)
 
-    def into_cache(self, steps: range, cache: Cache, pin: bool) -> Iterator[_Round]:
+    def into_cache(self, cache: Cache) -> Iterator[_Round]:
         """Read the shards that the cache does not contain into it."""
-        for number in _rounds_of(self.order, steps):
+        for number in self.rounds:
             parts = []
             for world in self.ranks:
                 lanes = len(self.order.owned_lanes(world))
-                index = torch.empty((self.order.samples_per_shard, lanes), dtype=torch.int64, pin_memory=pin)
+                index = self._empty((self.order.samples_per_shard, lanes), torch.int64)
                 for column, shard, samples_used in self._parts(number, world):
                     if not cache.contains(shard):
                         cache.put(shard, self._read(shard))
                     index[:, column] = torch.from_numpy(samples_used + cache.start(shard))
                     self.count()
-                parts.append(_Cached(index.flatten(), cache))
-            yield _Round(number, parts)
+                positions, random_bits = self._draw(number, world)
+                pinned = self._empty(random_bits.shape, torch.int64).copy_(random_bits)
+                parts.append(_Cached(cache, index.flatten(), positions, pinned))
+            yield _Round(number, parts, None)
 
-    def _allocate(self, world: World, pin: bool) -> Samples:
+    def fill(self, cache: Cache) -> Iterator[None]:
+        """Read the shards of all rounds into a cache, one at a time, in the order in which they are needed."""
+        for number in self.rounds:
+            for shard in itertools.chain.from_iterable(self._shards(number, world) for world in self.ranks):
+                if not cache.contains(shard):
+                    try:
+                        cache.put(shard, self._read(shard))
+                    except DataError:
+                        return  # raised when the shard is needed, where all processes stop together
+                    self.count()
+                    yield
+            if cache.is_complete:
+                return
+            yield
+
+    def _wait_for(self, copied: torch.cuda.Event) -> bool:
+        """Wait until a GPU has copied what is in a buffer; return False if the reader is closed before."""
+        while not copied.query():  # `synchronize` cannot be interrupted
+            if self.closed.wait(_POLL_SECONDS):
+                return False
+        return True
+
+    def _allocate(self, world: World) -> Batch:
         samples = len(self.order.owned_lanes(world)) * self.order.samples_per_shard
-        shape = (samples, *self.dataset.manifest.image_shape)
-        return Samples(
-            torch.empty(shape, dtype=torch.uint8, pin_memory=pin),
-            torch.empty(samples, dtype=torch.int64, pin_memory=pin),
-            np.empty(samples, dtype=np.int64),
+        return Batch(
+            self._empty((samples, *self.dataset.manifest.image_shape), torch.uint8),
+            self._empty((samples,), torch.int64),
+            np.empty(samples, np.int64),
+            np.empty(samples, np.int64),
+            self._empty((samples if self.with_random_bits else 0, 2), torch.int64),
         )
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self.pin)
+
+    def _draw(self, number: int, world: World) -> tuple[NDArray[np.int64], Tensor]:
+        """Return the positions in their global batches, and the random bits, of a virtual rank's samples in a round."""
+        steps, positions = self.order.positions(number, world)
+        if not self.with_random_bits:
+            return positions, torch.empty((0, 2), dtype=torch.int64)
+        return positions, torch.from_numpy(augmentation_bits(self.order.seed, steps, positions).view(np.int64))
 
     def _parts(self, number: int, world: World) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         """Yield (column, shard, indices of its samples in training order) for each lane of a virtual rank."""
-        epoch, round_ = divmod(number, self.order.rounds_per_epoch)
-        shard_of_lane = self.order.epoch_shards(epoch)[round_]
-        entries = self.dataset.split("train").shards
-        for column, lane in enumerate(self.order.owned_lanes(world)):
-            shard = int(shard_of_lane[lane])
+        epoch, entries = number // self.order.rounds_per_epoch, self.dataset.split("train").shards
+        for column, shard in enumerate(self._shards(number, world)):
             yield column, shard, self.order.shard_samples(epoch, shard, entries[shard].samples)
+
+    def _shards(self, number: int, world: World) -> list[int]:
+        """Return the shard of each lane of a virtual rank in a round."""
+        epoch, round_ = divmod(number, self.order.rounds_per_epoch)
+        shards_of_lanes: list[int] = self.order.epoch_shards(epoch)[round_, world.rank :: world.size].tolist()
+        return shards_of_lanes
 
     def _read(self, shard: int) -> list[Block]:
         return _read(self.dataset, self.dataset.split("train").shards[shard], self.closed)
 
 
-def _rounds_of(order: Order, steps: range) -> Iterator[int]:
-    """Yield the rounds used by these steps, each once. An epoch's last rounds may be unused."""
-    last = -1
-    for step in steps:
-        for number in order.rounds(step):
-            if number > last:
-                last = number
-                yield number
+def _rounds_of(order: Order, steps: range) -> range:
+    """Return the rounds that steps use."""
+    return range(order.rounds(steps[0]).start, order.rounds(steps[-1]).stop) if steps else range(0)
 
 
 def _copy_to_column(
-    blocks: list[Block], samples_used: NDArray[np.int64], buffer: Samples, column: int, columns: int
+    blocks: list[Block], samples_used: NDArray[np.int64], buffer: Batch, column: int, columns: int
 ) -> None:
     """Copy the used samples of a shard, in training order, to rows 0, 1, 2 … of one column of a round's buffer."""
     row_of = np.full(sum(len(block.ids) for block in blocks), -1)
@@ -375,10 +449,24 @@ class Background(Generic[T]):
 
     A request for the next item releases the previous one: the thread may then reuse its memory. `close` sets `closed`,
     so that an iterator that waits for the network can end at once.
+
+    Args:
+        items: the iterator.
+        ahead: number of items.
+        closed: set by `close`.
+        gpu: the GPU that `items` use.
+        spare: work in small steps for the time in which the thread may make no further item.
     """
 
-    def __init__(self, items: Iterator[T], ahead: int, closed: threading.Event | None = None) -> None:
-        self._items = items
+    def __init__(
+        self,
+        items: Iterator[T],
+        ahead: int,
+        closed: threading.Event | None = None,
+        gpu: torch.device | None = None,
+        spare: Iterable[None] = (),
+    ) -> None:
+        self._items, self._gpu, self._spare = items, gpu, iter(spare)
         self._ready: deque[T] = deque()
         self._changed = threading.Condition()
         self._permits = threading.Semaphore(ahead + 1)
@@ -426,8 +514,10 @@ class Background(Generic[T]):
 
     def _work(self) -> None:
         try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)  # GPU 0 in a new thread: every process would use memory there
             while True:
-                self._permits.acquire()
+                self._wait_for_permit()
                 if self._closed.is_set():
                     break
                 item = next(self._items)
@@ -441,3 +531,12 @@ class Background(Generic[T]):
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+    def _wait_for_permit(self) -> None:
+        """Wait until an item may be made; use the time."""
+        while not self._permits.acquire(blocking=False):
+            try:
+                next(self._spare)
+            except StopIteration:
+                self._permits.acquire()
+                return

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from distrain.distributed.collectives import Collectives
 from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradient_tree import Node, TreeSum, subtrees
 from distrain.distributed.gradients import DistributedModel
+from distrain.distributed.stopwatch import Mark, Stopwatch
 from distrain.environment import World
 from distrain.errors import ConfigError
 from distrain.models.batch_norm import Buffers
@@ -34,7 +34,7 @@ from distrain.models.repeatable import check_repeatable
 _ALIGNMENT = 64
 """Bytes: a tensor begins at a multiple of this, as one that torch allocates itself."""
 _SAMPLED = 100
-"""Interval of the steps in which a GPU is waited for, to measure the exchange."""
+"""Interval of the steps in which the exchange is measured on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -269,31 +269,31 @@ class _Clock:
     """Measures the part of the computing time that the exchange takes; on a GPU in some steps only."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._steps = device, 0
-        self._started = self._exchange_started = 0.0
-        self._computing = self._exchanging = 0.0
+        self._on_gpu, self._steps = device.type == "cuda", 0
+        self._stopwatch = Stopwatch(self._on_gpu)
+        self._marks: list[Mark] = []
+        self._seconds = {"passes": 0.0, "exchange": 0.0}
 
     def begin_step(self) -> None:
         self._steps += 1
-        self._started = self._now()
+        self._mark()
 
     def begin_exchange(self) -> None:
-        self._exchange_started = self._now()
+        self._mark()
 
     def end_exchange(self) -> None:
-        if self._measures:
-            now = self._now()
-            self._computing += now - self._started
-            self._exchanging += now - self._exchange_started
+        self._mark()
+        if self._marks:
+            begin, exchange, end = self._marks
+            self._stopwatch.add("passes", begin, exchange)
+            self._stopwatch.add("exchange", exchange, end)
+            self._marks = []
 
     def fraction(self) -> float:
-        return self._exchanging / self._computing if self._computing else 0.0
+        for name, seconds in self._stopwatch.take().items():
+            self._seconds[name] += seconds
+        return self._seconds["exchange"] / (sum(self._seconds.values()) or 1.0)
 
-    @property
-    def _measures(self) -> bool:
-        return self._device.type == "cpu" or self._steps % _SAMPLED == 2
-
-    def _now(self) -> float:
-        if self._device.type == "cuda" and self._measures:
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+    def _mark(self) -> None:
+        if not self._on_gpu or self._steps % _SAMPLED == 2:
+            self._marks.append(self._stopwatch.mark())

@@ -75,6 +75,21 @@ def augment(images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor
     return images
 
 
+def mixup_partners(samples: int, lanes: int, device: torch.device) -> Tensor:
+    """Return, for each sample of a local batch, the index of its partner in mixup: int64 [n].
+
+    The partner is the next sample of the same lane, and so of the same rank; for the last sample of a lane it is the
+    first. A sample that is alone in its lane is its own partner.
+
+    Args:
+        samples: of the local batch, row by row, lane by lane.
+        lanes: number of lanes of its rank.
+        device: where the indices are computed, so that no copy waits for the host.
+    """
+    index = torch.arange(samples, device=device)
+    return torch.where(index + lanes < samples, index + lanes, index % lanes)
+
+
 def _below(limit: int, random_bits: Tensor) -> Tensor:
     """Return integers from 0 to limit - 1, from the lowest 20 bits."""
     return (random_bits & 0xFFFFF) * limit >> 20

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain import models
+from distrain.data.order import mix_bits
 from distrain.data.stream import Batch
 from distrain.training.job import Job
 
@@ -26,20 +27,17 @@ class TrainedIds:
     """
 
     def __init__(self, job: Job, digest: str) -> None:
-        self._job = job
+        self._collectives = job.runtime.collectives
         self._sum = int(digest, 16) if job.runtime.is_main else 0
 
     def add(self, step: int, batches: Sequence[Batch]) -> None:
         """Add the samples of a step of the run: one local batch for each virtual rank."""
-        order = self._job.order
-        positions = [order.positions(step % order.steps_per_epoch, rank) for rank in self._job.virtual_ranks]
-        self._sum = (
-            self._sum + hash_ids(step, np.concatenate(positions), np.concatenate([b.ids for b in batches]))
-        ) % _BITS
+        positions, ids = (np.concatenate(each) for each in zip(*((b.positions, b.ids) for b in batches), strict=True))
+        self._sum = (self._sum + hash_ids(step, positions, ids)) % _BITS
 
     def digest(self) -> str:
         """Return the digest over all processes (a collective): 16 hexadecimal digits."""
-        return f"{sum(self._job.runtime.collectives.from_all(self._sum)) % _BITS:016x}"
+        return f"{sum(self._collectives.from_all(self._sum)) % _BITS:016x}"
 
 
 def hash_ids(step: int, positions: NDArray[np.int64], ids: NDArray[np.int64]) -> int:
@@ -50,18 +48,10 @@ def hash_ids(step: int, positions: NDArray[np.int64], ids: NDArray[np.int64]) ->
         positions: int64 [n], place of each sample in the global batch.
         ids: int64 [n].
     """
-    values = _mix(np.full(len(ids), step, np.uint64))
-    values = _mix(values + positions.astype(np.uint64))
-    values = _mix(values + ids.astype(np.uint64))
+    values = mix_bits(np.full(len(ids), step, np.uint64))
+    values = mix_bits(values + positions.astype(np.uint64))
+    values = mix_bits(values + ids.astype(np.uint64))
     return int(values.sum(dtype=np.uint64))
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mix the bits of integers: the finalizer of SplitMix64 (Steele et al., 2014), which permutes the integers."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def of_run(job: Job, ids: str) -> dict[str, str]:

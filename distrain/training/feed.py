@@ -7,6 +7,7 @@ import torch
 from distrain.data.order import Order
 from distrain.data.stream import Batch, TrainingBatches
 from distrain.distributed.runtime import Runtime
+from distrain.training.profiling import Profile
 from distrain.training.stopping import wait_for_data
 
 
@@ -17,12 +18,12 @@ class Feed:
         batches: the reader; its batches are valid until the next one is taken.
         order: tells which steps begin a round, and so may have to wait for data.
         runtime: this process among its peers.
+        profile: counts the time of waiting and copying.
     """
 
-    def __init__(self, batches: TrainingBatches, order: Order, runtime: Runtime) -> None:
-        self._batches, self._order, self._runtime = batches, order, runtime
-        self._device = runtime.device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+    def __init__(self, batches: TrainingBatches, order: Order, runtime: Runtime, profile: Profile) -> None:
+        self._batches, self._order, self._runtime, self._profile = batches, order, runtime, profile
+        self._device, self._stream = runtime.device, batches.copy_stream
         self._ahead: list[Batch] | None = None
         self._started = False
 
@@ -34,15 +35,17 @@ class Feed:
             DataError: on all processes, where one cannot read its shards.
         """
         if not self._started or self._order.begins_round(step):
-            wait_for_data(self._runtime, self._batches, step)
+            with self._profile.phase("data" if self._started else "start"):
+                wait_for_data(self._runtime, self._batches, step)
             self._started = True
-        batches, self._ahead = self._ahead or self._copy(), None
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            for batch in batches:
-                for tensor in (batch.images, batch.labels, batch.random_bits):
-                    tensor.record_stream(current)
+        with self._profile.phase("copy"):
+            batches, self._ahead = self._ahead or self._copy(), None
+            if self._stream is not None:
+                current = torch.cuda.current_stream(self._device)
+                current.wait_stream(self._stream)
+                for batch in batches:
+                    for tensor in (batch.images, batch.labels, batch.random_bits):
+                        tensor.record_stream(current)
         return batches
 
     def prefetch(self, step: int) -> None:
@@ -56,11 +59,10 @@ class Feed:
             return batches
         with torch.cuda.stream(self._stream):
             return [
-                Batch(
-                    batch.images.to(self._device, non_blocking=True),
-                    batch.labels.to(self._device, non_blocking=True),
-                    batch.ids,
-                    batch.random_bits.to(self._device, non_blocking=True),
+                batch._replace(
+                    images=batch.images.to(self._device, non_blocking=True),
+                    labels=batch.labels.to(self._device, non_blocking=True),
+                    random_bits=batch.random_bits.to(self._device, non_blocking=True),
                 )
                 for batch in batches
             ]

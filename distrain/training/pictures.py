@@ -19,7 +19,7 @@ from distrain.data.order import augmentation_bits, mixup_weight
 from distrain.data.stream import Batch
 from distrain.distributed.runtime import Runtime
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED
-from distrain.training.augment import augment
+from distrain.training.augment import augment, mixup_partners
 from distrain.training.job import Job
 
 MAX_MISCLASSIFIED = 24
@@ -125,11 +125,11 @@ def save_augmented(job: Job, batch: Batch) -> None:
     pictures, fill = images[:_PICTURES], job.model.mean_color.cpu()
     variants = []
     for step in range(_VARIANTS):
-        bits = augmentation_bits(seed, step, job.order.global_batch_size)
-        local_bits = torch.from_numpy(bits[job.order.positions(0, job.virtual_ranks[0])].view(np.int64).copy())
+        local_bits = torch.from_numpy(augmentation_bits(seed, np.array([step]), batch.positions).view(np.int64))
         augmented = augment(pictures, local_bits[:_PICTURES], settings, fill)
         if settings.mixup:
-            partners = torch.from_numpy(job.order.partners(0, job.virtual_ranks[0]))[:_PICTURES]
+            lanes = len(job.order.owned_lanes(job.virtual_ranks[0]))
+            partners = mixup_partners(len(images), lanes, images.device)[:_PICTURES]
             weight = mixup_weight(seed, step, settings.mixup)
             others = augment(images[partners], local_bits[partners], settings, fill)
             augmented = (augmented * weight + others * (1 - weight)).round().to(torch.uint8)

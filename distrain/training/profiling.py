@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 
+from distrain.distributed.stopwatch import Stopwatch
 from distrain.text import percent
 
 Phase = Literal["start", "data", "copy", "log"]
+
+_SAMPLED = 10
+"""Interval of the steps in which copies are measured on a GPU."""
 
 _ADVICE = {
     "data": (0.05, "steps wait for data: raise data.read_ahead, or data.cache=ram where it fits"),
@@ -25,23 +28,44 @@ _ADVICE = {
 class Profile:
     """Seconds spent in each phase of the steps.
 
-    start: until the first data of an attempt arrives; data: waiting for data; copy: host-to-device copy and
-    augmentation (on a GPU, the host's part of it); log: audit; reduce: all-reduce of gradients that no
-    computation hides, as DDP samples it; compute: the rest.
+    start: until the first data of an attempt arrives; data: waiting for data; copy: batches are gathered, copied to the
+    device and augmented; log: audit; reduce: all-reduce of gradients that no computation hides; compute: the rest.
+
+    A GPU computes while the host waits, so data and copy are measured on the GPU's own clock: data is the time in which
+    it has nothing to do because the next batch is not there, and copy what the computation does not hide.
+
+    Args:
+        device: the device that computes.
     """
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = dict.fromkeys(get_args(Phase), 0.0)
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._host, self._device = Stopwatch(on_gpu=False), Stopwatch(self._on_gpu)
+        self._steps = self._sampled_steps = 0
         self._all: dict[str, float] = {}
+
+    @property
+    def _is_sampled(self) -> bool:
+        """Whether the copies of this step are measured. After a line has been written, the first step is unusual."""
+        return not self._on_gpu or self._steps % _SAMPLED == 1
+
+    def step(self) -> None:
+        """Count a step."""
+        self._sampled_steps += self._is_sampled
+        self._steps += 1
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         """Count the time within the block to a phase."""
-        started = time.perf_counter()
+        if name == "copy" and not self._is_sampled:
+            yield
+            return
+        stopwatch = self._device if name in ("data", "copy") else self._host
+        started = stopwatch.mark()
         try:
             yield
         finally:
-            self._seconds[name] += time.perf_counter() - started
+            stopwatch.add(name, started, stopwatch.mark())
 
     def take(self, seconds: float, all_reduce: float) -> dict[str, float]:
         """Return the fraction of each phase in the `seconds` since the last call; together they are 1.
@@ -50,8 +74,11 @@ class Profile:
             seconds: time since the last call.
             all_reduce: fraction of the computing time that waits for the all-reduce of gradients.
         """
-        spent = {name: min(value, seconds) for name, value in self._seconds.items()}
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        measured = self._host.take() | self._device.take()
+        if self._sampled_steps:
+            measured["copy"] = measured.get("copy", 0.0) * self._steps / self._sampled_steps
+        self._steps = self._sampled_steps = 0
+        spent = {name: min(measured.get(name, 0.0), seconds) for name in get_args(Phase)}
         rest = max(seconds - sum(spent.values()), 0.0)
         spent |= {"reduce": rest * all_reduce, "compute": rest * (1 - all_reduce)}
         for name, value in spent.items():

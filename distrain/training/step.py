@@ -82,9 +82,8 @@ class TrainingStep:
         images = augment.augment(batch.images, batch.random_bits, settings, job.model.mean_color)
         if not settings.mixup:
             return _LocalBatch(images, batch.labels, None, 1.0)
-        partners = torch.from_numpy(order.partners(step % order.steps_per_epoch, rank))
-        weight = mixup_weight(order.seed, step, settings.mixup)
-        return _LocalBatch(images, batch.labels, partners.to(job.runtime.device, non_blocking=True), weight)
+        partners = augment.mixup_partners(len(images), len(order.owned_lanes(rank)), images.device)
+        return _LocalBatch(images, batch.labels, partners, mixup_weight(order.seed, step, settings.mixup))
 
     def _forward_backward(self, local: _LocalBatch) -> list[Tensor]:
         """Run forward and backward over the micro-batches.

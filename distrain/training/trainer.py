@@ -51,7 +51,7 @@ class Trainer:
         self._warnings: list[str] = state.get("warnings", [])
         self._seconds_before: float = state.get("seconds", 0.0)
         self.compile_seconds: float = state.get("compile_seconds", 0.0) + job.compile_seconds
-        self.losses, self.profile = LossMeter(job), Profile()
+        self.losses, self.profile = LossMeter(job), Profile(job.runtime.device)
         if state:
             self.losses.load_state_dict(state["losses"])
         self.ids = TrainedIds(job, state.get("ids", "0"))
@@ -113,13 +113,12 @@ class Trainer:
         self.checkpointer.start_clock()
         self.losses.restart_clock()
         with self._batches() as reader, self._tracer() as tracer:
-            feed = Feed(reader, job.order, job.runtime)
+            feed = Feed(reader, job.order, job.runtime, self.profile)
             while True:
                 self._log_evaluate_save()
                 if self.step == job.total_steps:
                     return
-                with self.profile.phase("data" if self.step > first else "start"):
-                    batches = feed.take(self.step)
+                batches = feed.take(self.step)
                 self._record_batches(batches)
                 self.losses.add(self.train_step(self.step, batches))
                 self.ids.add(self.step, batches)
@@ -131,6 +130,7 @@ class Trainer:
                     startup.waits_for(None)
                 watchdog.step(self.step)
                 self.logs.progress.step()
+                self.profile.step()
                 tracer.step()
 
     def finish(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Trainer:
             range(self.step, job.total_steps),
             job.config.data.read_ahead,
             with_random_bits=augment.needs_random_bits(job.config.augment),
-            pin=job.runtime.device.type == "cuda",
+            device=job.runtime.device,
             cache=job.cache,
         )
         with closing(batches):

@@ -1,0 +1,166 @@
+"""Batches on their way to a GPU, on a simulated one that is slower than the host."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from simulated_gpu import SimulatedGpu
+from test_stream import order_of, reached
+
+from distrain.data import shards
+from distrain.data.cache import Cache
+from distrain.data.manifest import Dataset
+from distrain.data.order import Order
+from distrain.data.stream import TrainingBatches
+from distrain.distributed.stopwatch import Stopwatch
+from distrain.distributed.virtual_ranks import _Clock
+from distrain.environment import World
+from distrain.training.feed import Feed
+from distrain.training.profiling import Profile
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
+    simulated = SimulatedGpu(monkeypatch, index=3)
+    yield simulated
+    simulated.close()
+
+
+def runtime_of(gpu: SimulatedGpu) -> Any:
+    """A runtime of one process."""
+
+    def any_busy(busy: bool, progress: bool, error: Exception | None) -> bool:
+        if error is not None:
+            raise error
+        return busy
+
+    watchdog = SimpleNamespace(waiting_for=lambda what: None)
+    return SimpleNamespace(device=gpu.device, watchdog=watchdog, collectives=SimpleNamespace(any_busy=any_busy))
+
+
+def reader_of(gpu: SimulatedGpu, dataset: Dataset, order: Order, steps: range, cache: str = "off") -> TrainingBatches:
+    device = {"off": None, "ram": torch.device("cpu"), "device": gpu.device}[cache]
+    train = Cache(dataset, device, pin=cache == "ram") if device is not None else None
+    ranks = World(0, 2).virtual_ranks(4)
+    return TrainingBatches(dataset, order, ranks, steps, 1, with_random_bits=True, device=gpu.device, cache=train)
+
+
+def train(gpu: SimulatedGpu, reader: TrainingBatches, order: Order, steps: range, seconds: float = 0.0) -> Profile:
+    """Feed a model whose steps take so many seconds of the GPU, and none of the host."""
+    profile = Profile(gpu.device)
+    feed = Feed(reader, order, runtime_of(gpu), profile)
+    for step in steps:
+        feed.take(step)
+        gpu.compute.submit(lambda: time.sleep(seconds))
+        profile.step()
+        if step + 1 < steps.stop:
+            feed.prefetch(step + 1)
+    gpu.compute.synchronize()
+    return profile
+
+
+@pytest.mark.parametrize("cache", ["off", "ram", "device"])
+def test_the_reading_thread_uses_the_gpu_of_its_process(small: Dataset, gpu: SimulatedGpu, cache: str) -> None:
+    order = order_of(small, 32)
+    steps = range(order.steps_per_epoch)
+    with closing(reader_of(gpu, small, order, steps, cache)) as reader:
+        train(gpu, reader, order, steps)
+    devices = {device for thread, device, _ in gpu.calls if thread == "distrain-read"}
+    assert devices == {3}
+
+
+@pytest.mark.parametrize(("batch", "cache"), [(32, "off"), (8, "off"), (300, "off"), (1100, "off"), (300, "ram")])
+def test_copies_arrive_whole_and_the_host_waits_for_none(
+    small: Dataset, gpu: SimulatedGpu, batch: int, cache: str
+) -> None:
+    order = order_of(small, min(batch, 24 * 41))  # a round has 12 × 41 samples
+    steps = range(3 * order.steps_per_epoch)
+    with closing(TrainingBatches(small, order, World(0, 2).virtual_ranks(4), steps, 1, with_random_bits=True)) as plain:
+        expected = [
+            (part.images.clone(), part.labels.clone(), part.random_bits.clone())
+            for batches in plain
+            for part in batches
+        ]
+    with closing(reader_of(gpu, small, order, steps, cache)) as reader:
+        feed = Feed(reader, order, runtime_of(gpu), Profile(gpu.device))
+        copied = []
+        for step in steps:
+            copied += feed.take(step)
+            feed.prefetch(step + 1) if step + 1 < steps.stop else None
+        gpu.compute.synchronize()
+    for part, (images, labels, random_bits) in zip(copied, expected, strict=True):
+        assert torch.equal(part.images, images)
+        assert torch.equal(part.labels, labels)
+        assert torch.equal(part.random_bits, random_bits)
+    calls = [call for thread, _, call in gpu.calls if thread != "distrain-read"]
+    assert "copy" in calls
+    assert "copy that the host waits for" not in calls
+
+
+def test_closing_ends_a_reader_that_waits_for_the_gpu(small: Dataset, gpu: SimulatedGpu) -> None:
+    order = order_of(small, 12 * 41)  # a step is a round
+    steps, go_on = range(8), threading.Event()
+    with closing(reader_of(gpu, small, order, steps)) as reader:
+        reader.copy_stream.submit(go_on.wait)  # type: ignore[union-attr]
+        feed = Feed(reader, order, runtime_of(gpu), Profile(gpu.device))
+        feed.take(0)
+        feed.take(1)  # releases the buffers of round 0, which are not copied yet
+        assert reached(lambda: gpu.calls.count(("distrain-read", 3, "Event.query")) > 3)
+        assert not reader.ready(2, 0.0)
+        started = time.monotonic()
+    assert time.monotonic() - started < 2
+    assert "distrain-read" not in {thread.name for thread in threading.enumerate()}
+    go_on.set()
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_data_is_the_time_in_which_the_gpu_waits_for_data(
+    small: Dataset, gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch, is_slow: bool
+) -> None:
+    order = order_of(small, 123)  # 8 steps an epoch of 2 rounds
+    steps = range(24)
+    read = shards.read
+
+    def slowly(*args: Any, **more: Any) -> list[shards.Block]:
+        time.sleep(0.03 if is_slow else 0.01)  # 6 shards a round of 4 steps
+        return read(*args, **more)
+
+    monkeypatch.setattr(shards, "read", slowly)
+    started = time.perf_counter()
+    with closing(reader_of(gpu, small, order, steps)) as reader:
+        profile = train(gpu, reader, order, steps, seconds=0.002 if is_slow else 0.025)
+    fractions = profile.take(time.perf_counter() - started, 0.0)
+    assert fractions["data"] > 0.3 if is_slow else fractions["data"] < 0.05
+    assert fractions["copy"] < 0.5
+
+
+def test_a_stopwatch_does_not_wait_for_the_gpu(gpu: SimulatedGpu) -> None:
+    stopwatch, go_on = Stopwatch(on_gpu=True), threading.Event()
+    start = stopwatch.mark()
+    gpu.compute.submit(go_on.wait)
+    stopwatch.add("work", start, stopwatch.mark())
+    assert stopwatch.take() == {}
+    go_on.set()
+    gpu.compute.synchronize()
+    assert stopwatch.take()["work"] > 0
+    assert stopwatch.take() == {}
+
+
+def test_the_exchange_of_virtual_ranks_is_measured_on_the_gpu(gpu: SimulatedGpu) -> None:
+    clock = _Clock(gpu.device)
+    for _ in range(3):  # only the second step is measured
+        clock.begin_step()
+        gpu.compute.submit(lambda: time.sleep(0.01))
+        clock.begin_exchange()
+        gpu.compute.submit(lambda: time.sleep(0.03))
+        clock.end_exchange()
+    assert [call for _, _, call in gpu.calls].count("Event.record") == 3
+    gpu.compute.synchronize()
+    assert 0.6 < clock.fraction() < 0.9
