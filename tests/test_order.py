@@ -65,7 +65,7 @@ def test_the_sizes_of_micro_batches_are_those_of_all_steps(order: Order, data: s
     sizes = set()
     for step in range(order.steps_per_epoch):
         for rank in range(size):
-            samples = len(order.positions(step, World(rank, size)))
+            samples = len(local_batch(order, step, World(rank, size)))
             bounds = [samples * index // number for index in range(number + 1)]
             sizes.update(stop - start for start, stop in itertools.pairwise(bounds))
     assert order.micro_batch_sizes(size, number) == tuple(sorted(sizes, reverse=True))
