@@ -275,8 +275,9 @@ def launch(
         raise ConfigError(f"launch: {command[0]}: give train, evaluate or doctor after --, with its arguments")
     resolved = _of_launched(command)
     topology = cluster.detect(os.environ, cluster.Options(nodes, node, host, port), socket.getfqdn)
-    processes = nproc or topology.processes or launching.default_processes()
-    launching.check_number(processes, resolved.run.device, launching.gpus(), machine.cores(), oversubscribe)
+    processes = nproc or topology.processes or launching.default_processes(resolved.run.device)
+    gpus, cores = machine.gpus(os.environ), machine.cores()
+    launching.check_number(processes, resolved.run.device, gpus, cores, oversubscribe)
     log.info("%s", launching.describe(topology, processes))
     seconds = grace if grace is not None else resolved.launch.grace_seconds
     verdict = launching.launch(command, resolved, topology, processes, seconds, log_dir)
