@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from harness import Job, arguments, small_run
 from models_for_ends import accelerator_error
 
 from distrain import cli
-from distrain.distributed import gpu_errors, losses, nccl_variables, runtime
+from distrain.distributed import devices, gpu_errors, losses, nccl_variables, rendezvous, runtime
+from distrain.environment import Environment, World
 from distrain.errors import ConfigError, GpuError
 
 HERE, HOST = "GPU 3 (NVIDIA H100, 5b7c) on node7", socket.gethostname()
@@ -65,6 +68,9 @@ TABLE = {
         78, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000; two processes use one GPU",
     ),
     "shared memory": (of_nccl("ncclSystemError", SHARED_MEMORY), 78, "--shm-size"),
+    "shared memory of an older NCCL": (
+        of_nccl("ncclSystemError", "Error: failed to extend /dev/shm/nccl-UbzKZ9 to 9637892 bytes"), 78, "--shm-size"
+    ),
     "ECC": (accelerator_error(214, "uncorrectable ECC error encountered"), 75, "cudaErrorECCUncorrectable"),
     "NVLink": (accelerator_error(220, "uncorrectable NVLink error detected"), 75, "cudaErrorNvlinkUncorrectable"),
     "illegal access": (accelerator_error(700, "an illegal memory access was encountered"), 75, "illegal memory access"),
@@ -110,6 +116,7 @@ def test_the_cure_for_too_little_memory_depends_on_the_phase(phase: str, cure: s
         torch.AcceleratorError("CUDA error: out of memory"),  # without a code: not raised by torch
         dist.DistStoreError("Duplicate GPU detected"),
         of_nccl("ncclRemoteError", "socketProgress: Connection closed by remote peer node7<51159>"),
+        of_nccl("ncclSystemError", "Error while attaching to shared memory segment /dev/shm/nccl-V: No such file (2)"),
     ],
 )
 def test_another_error_is_none_of_a_gpu_whatever_it_says(error: Exception) -> None:
@@ -197,3 +204,37 @@ def test_variables_of_nccl_that_are_overridden_are_named(value: str, is_overridd
     _, overridden = nccl_variables.choose({"TORCH_NCCL_ASYNC_ERROR_HANDLING": value, "TORCH_NCCL_NAN_CHECK": "1"})
     expected = f"TORCH_NCCL_ASYNC_ERROR_HANDLING={value} (NCCL's watchdog would abort the process after an error of a"
     assert [line.startswith(expected) for line in overridden] == [True] * is_overridden
+
+
+def test_variables_and_device_are_set_before_the_group_is_created(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The part of `rendezvous.join` for NCCL, on a recording stub of `torch.cuda`."""
+    selected: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name in nccl_variables.choose({})[0]:
+        monkeypatch.setenv(name, "")  # and so removed after this test
+    for rank in (0, 3):
+        monkeypatch.setenv("TORCH_NCCL_RETHROW_CUDA_ERRORS", "1")
+        rendezvous._prepare_nccl(Environment(World(rank, 4), local_rank=rank, local_world_size=4))
+        assert os.environ["TORCH_NCCL_RETHROW_CUDA_ERRORS"] == os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert selected == [0, 3]
+    (record,) = caplog.records  # of rank 0
+    assert record.getMessage().startswith("set to 0, so that errors are reported: TORCH_NCCL_RETHROW_CUDA_ERRORS=1 (")
+
+
+def test_a_gpu_is_named_by_its_uuid_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = types.SimpleNamespace(name="NVIDIA H100", uuid="5b7c")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert devices.describe(torch.device("cuda", 3)) == f"GPU 3 (NVIDIA H100, 5b7c) on {HOST}"
+    assert devices.describe(torch.device("cpu")) == f"cpu on {HOST}"
+    assert devices.describe(3) == f"GPU 3 on {HOST}"
+
+
+def test_only_errors_of_a_gpu_are_explained() -> None:
+    with pytest.raises(GpuError, match="cudaErrorECCUncorrectable"), gpu_errors.explained(HERE, "predict"):
+        raise TABLE["ECC"][0]
+    with pytest.raises(ValueError, match="^CUDA out of memory$"), gpu_errors.explained(HERE, "predict"):
+        raise ValueError("CUDA out of memory")

@@ -49,11 +49,17 @@ _CURES = {
 }
 """Cures of what the user can correct, by code."""
 
+_ONE_GPU_EACH = (
+    "two processes use one GPU (or slices of one): start one process for each GPU, and let CUDA_VISIBLE_DEVICES name"
+    " each GPU for one job only"
+)
+_SHARED_MEMORY = (
+    "shared memory is full: remove what earlier jobs left in /dev/shm, or give the container more (--shm-size, or an"
+    " emptyDir in memory)"
+)
 _NCCL_CURES = {
-    r"Duplicate GPU detected": "two processes use one GPU (or slices of one): start one process for each GPU, and let"
-    " CUDA_VISIBLE_DEVICES name each GPU for one job and process only",
-    r"shared memory segment|/dev/shm": "shared memory is full: remove what earlier jobs left in /dev/shm, or give the"
-    " container more (--shm-size, or an emptyDir in memory)",
+    r"Duplicate GPU detected": _ONE_GPU_EACH,
+    r"(shared memory|/dev/shm).*No space left on device|failed to extend /dev/shm": _SHARED_MEMORY,
     r"Insufficient driver": _DRIVER,
 }
 """Texts of NCCL's errors, as patterns."""
