@@ -97,9 +97,8 @@ def examine(config: Config, environment: Environment) -> None:
 def _patient(config: Config) -> Config:
     """Return the configuration with enough time for the watchdog to compile a model."""
     seconds = max(config.timeouts.start_seconds, _COMPILE_SECONDS)
-    return config.model_copy(
-        update={"timeouts": config.timeouts.model_copy(update={"start_seconds": seconds})},
-    )
+    timeouts = config.timeouts.model_copy(update={"start_seconds": seconds})
+    return config.model_copy(update={"timeouts": timeouts})
 
 
 def _report(rt: Runtime, shared: list[Finding], by_rank: list[list[Finding]]) -> int:
