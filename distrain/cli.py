@@ -275,8 +275,9 @@ def launch(
         raise ConfigError(f"launch: {command[0]}: give train, evaluate or doctor after --, with its arguments")
     resolved = _of_launched(command)
     topology = cluster.detect(os.environ, cluster.Options(nodes, node, host, port), socket.getfqdn)
-    processes = nproc or topology.processes or launching.default_processes()
-    launching.check_number(processes, resolved.run.device, launching.gpus(), machine.cores(), oversubscribe)
+    processes = nproc or topology.processes or launching.default_processes(resolved.run.device)
+    gpus, cores = machine.gpus(os.environ), machine.cores()
+    launching.check_number(processes, resolved.run.device, gpus, cores, oversubscribe)
     log.info("%s", launching.describe(topology, processes))
     seconds = grace if grace is not None else resolved.launch.grace_seconds
     verdict = launching.launch(command, resolved, topology, processes, seconds, log_dir)
@@ -312,8 +313,8 @@ def doctor(environment: Environment, file: Path | None, overrides: tuple[str, ..
 
     On every node it checks versions, devices, cores, memory, /dev/shm, the limit of open files, and the folders of
     temporary files and of the cache; for the job, the data set, all that a run does in its folder, the free space and
-    the time for a checkpoint, the rendezvous, and whether all processes see the same data and folder. Exit code: 0 if
-    nothing would end the job, else 78.
+    the time for a checkpoint, the rendezvous, and whether all processes see the same data and folder, and have equal
+    GPUs. At last it trains two steps at the real sizes. Exit code: 0 if nothing would end the job, else 78.
     """
     resolved = _load(file, (*_DOCTOR, *overrides))
     from distrain.tools import doctor as examination

@@ -126,7 +126,9 @@ class Run(Section):
         " is none; never: start, and fail if run.dir has a run",
     )
     wait_seconds: Whole = _key(60, "longest wait for another job that still writes to run.dir", ge=0)
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: GPUs if there are any, else the CPU")
+    device: Literal["auto", "cpu", "cuda"] = _key(
+        "auto", "auto: GPUs if there are any (an error if torch cannot use them), else the CPU"
+    )
     cpu_threads: Whole = _key(1, "CPU threads per process; another number changes the rounding of sums", ge=1, le=1024)
 
 

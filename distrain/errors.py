@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Kind = Literal["fault", "user", "again", "busy", "peer", "hang", "save"]
+Kind = Literal["fault", "user", "again", "busy", "peer", "hang", "save", "gpu"]
 """Class of the cause for which a process ends; "fault" is an unexpected exception."""
 
 EXIT_OK = 0
@@ -74,6 +74,12 @@ class PeerLostError(AgainError):
     """Another process of the run is gone or does not answer."""
 
     kind: Kind = "peer"
+
+
+class GpuError(AgainError):
+    """A GPU failed, or other processes use its memory. Only the process that uses it knows."""
+
+    kind: Kind = "gpu"
 
 
 class BusyError(AgainError):

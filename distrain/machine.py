@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import platform
+import re
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,10 @@ _CPU_LIMITS = {
     "/sys/fs/cgroup/cpu": ["cpu.cfs_quota_us", "cpu.cfs_period_us"],
 }
 """Files of a control group, of version 2 and 1, with the time that it may use and the period in microseconds."""
+_VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""NVIDIA's variable, which ROCm reads too, and ROCm's."""
+_IS_GPU = re.compile(r"\d|GPU-|MIG-")
+"""The beginning of a GPU's number, or of the UUID of a GPU or of a slice of one."""
 _LIBRARIES = ("distrain", "torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow")
 
 
@@ -87,6 +94,33 @@ def free_memory() -> int:
                 numbers = [int(Path(root, group, name).read_text(encoding="ascii")) for name in (limit, used)]
                 free = min(free, numbers[0] - numbers[1])
     return int(free)
+
+
+def nvidia_gpus(folder: Path = Path("/dev")) -> list[Path]:
+    """Device files of NVIDIA's GPUs, in the folder of device files."""
+    return sorted(folder.glob("nvidia[0-9]*"))
+
+
+def listed_gpus(variables: Mapping[str, str]) -> int | None:
+    """Number of GPUs to which the environment limits a process; None: it does not limit them.
+
+    A list ends at the first name that is none of a GPU: -1, or SLURM's NoDevFiles, make it empty. Of several slices of
+    GPUs (MIG), CUDA uses the first one.
+    """
+    numbers = []
+    for name in _VISIBLE_GPUS:
+        if name in variables:
+            names = [each.strip() for each in variables[name].split(",")]
+            listed = list(itertools.takewhile(_IS_GPU.match, names))
+            numbers.append(1 if listed and listed[0].startswith("MIG-") else len(listed))
+    return min(numbers, default=None)
+
+
+def gpus(variables: Mapping[str, str], folder: Path = Path("/dev")) -> int:
+    """Largest number of GPUs that a process here may see, without asking torch, which takes seconds."""
+    amd = list(folder.glob("dri/renderD*")) if (folder / "kfd").exists() else []
+    number, listed = len(nvidia_gpus(folder) or amd), listed_gpus(variables)
+    return number if listed is None else min(number, listed)
 
 
 # From glibc's malloc.h.

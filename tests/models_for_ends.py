@@ -13,7 +13,21 @@ import torch.distributed as dist
 from models_for_tests import Faulty
 from torch import Tensor, nn
 
-TEXTS = {
+
+def accelerator_error(code: int, text: str) -> torch.AcceleratorError:
+    """Build the error that torch raises for an error of CUDA: torch sets its code as an attribute."""
+    error = torch.AcceleratorError(
+        f"CUDA error: {text}\nCUDA kernel errors might be asynchronously reported at some other API call, so the"
+        " stacktrace below might be incorrect."
+    )
+    error.error_code = code  # type: ignore[attr-defined]
+    return error
+
+
+TEXTS: dict[str, Exception] = {
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …"),
+    "ecc": accelerator_error(214, "uncorrectable ECC error encountered"),
+    "text": ValueError("CUDA out of memory"),
     "skip": RuntimeError("skip connection mismatch"),
     "timeout": RuntimeError("the socket timed out: NCCL, gloo, TCPStore"),
     "refused": ConnectionRefusedError(111, "Connection refused"),

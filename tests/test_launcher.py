@@ -41,6 +41,8 @@ CASES = {
     "fault": ([end(0, 75, "peer", 1), end(1, 1, "fault", 2)], None, True, 1, "fault of 1"),
     "fault after a stop": ([end(0, 1, "fault", 2), end(1, 75, "again", 1)], "SIGTERM", True, 1, "fault of 0"),
     "save": ([end(0, 1, "save"), end(1, 1, "save", 1)], "SIGTERM", True, 1, "save of 0"),
+    "GPU": ([end(0, 75, "peer"), end(1, 75, "gpu", 1)], None, True, 75, "gpu of 1"),
+    "GPU after a stop of another": ([end(0, 75, "again"), end(1, 75, "gpu", 1)], None, True, 75, "gpu of 1"),
     "crash": ([end(0, 75, "peer"), end(1, -signal.SIGSEGV, time=1)], None, True, 1, "rank 1 was ended by SIGSEGV"),
     "killed": ([end(0, 75, "peer"), end(1, KILL, time=1)], None, True, 75, "rank 1 was ended by SIGKILL"),
     "killed, the other hung": ([end(0, KILL, by_launcher=True), end(1, KILL)], None, True, 75, "rank 1 was ended"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distrain.distributed import gpu_errors
 from distrain.environment import World
 
 _COLLECTIVES = ("torch.distributed.", "torch.nn.parallel.distributed", "torch.autograd.", "torch._tensor")
@@ -21,9 +22,9 @@ def raised_by_collective(error: BaseException) -> bool:
     """Whether torch raised an exception, or one that caused it, where it waits for other processes.
 
     torch raises exactly a RuntimeError there, or a `DistError`. The innermost Python frame is then torch's own, never
-    one of a model, a hook or a data set.
+    one of a model, a hook or a data set. NCCL also raises a `DistError` if the GPU of this process fails.
     """
-    return any(
+    return not gpu_errors.is_one(error) and any(
         (type(each) is RuntimeError or isinstance(each, dist.DistError)) and _module(each).startswith(_COLLECTIVES)
         for each in _with_causes(error)
     )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from distrain import signals
-from distrain.distributed import interfaces
+from distrain.distributed import devices, gpu_errors, interfaces, nccl_variables
 from distrain.distributed.peer_store import PeerStore, here_key
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment, World
@@ -109,12 +109,18 @@ def join(
         if interface is not None:
             os.environ.setdefault(interfaces.GLOO, interface)
     if backend == "nccl":
-        # The watchdog ends a wait and says why; NCCL's own would abort the process without a message of ours.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-        torch.cuda.set_device(environment.local_rank)
+        _prepare_nccl(environment)
     with report_loss("the processes could not connect to each other"):
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=NO_TIMEOUT)
+
+
+def _prepare_nccl(environment: Environment) -> None:
+    """Select this process's GPU, and leave it to our watchdog to end the process: NCCL's would give no reason."""
+    settings, overridden = nccl_variables.choose(os.environ)
+    if overridden and environment.is_main:
+        log.warning("set to 0, so that errors are reported: %s", "; ".join(overridden))
+    os.environ.update(settings)
+    torch.cuda.set_device(devices.index(environment.local_rank, torch.cuda.device_count()))
 
 
 def _store(environment: Environment, seconds: float) -> Any:
@@ -251,6 +257,8 @@ def report_loss(message: str) -> Iterator[None]:
     try:
         yield
     except (dist.DistError, OSError) as error:
+        if gpu_errors.is_one(error):
+            raise
         first_line = str(error).strip().partition("\n")[0][:300]
         raise PeerLostError(f"{message}: {first_line}") from error
     except RuntimeError as error:

@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from distrain import machine
-from distrain.distributed import accelerate_check, rendezvous
+from distrain.distributed import accelerate_check, devices, gpu_errors, rendezvous
 from distrain.distributed.collectives import Collectives
 from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradients import DataParallel
@@ -32,7 +32,7 @@ from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment, World, hide_group
-from distrain.errors import ConfigError, PeerLostError
+from distrain.errors import ConfigError, GpuError, PeerLostError
 from distrain.failure_report import PeerFailedError, failure_of
 from distrain.models.batch_norm import sync_batch_norm
 
@@ -73,6 +73,7 @@ class Runtime:
         self._accelerator, self._owns_group = accelerator, owns_group
         self.environment, self.dtype = environment, dtype
         self.watchdog, self.collectives = watchdog, collectives
+        self._device_name = devices.describe(self.device)
 
     def __enter__(self) -> Runtime:
         return self
@@ -81,12 +82,20 @@ class Runtime:
         """Leave the group, so that another run can start in this process.
 
         If this process ends with an error that the others do not raise, it does not wait for them.
+
+        Raises:
+            ConfigError, GpuError: in place of an error of the GPU, with what the user can do.
         """
         self.watchdog.disconnect(is_loss=error is not None and self.collectives.is_loss(error))
+        meaning = None
+        if error is not None:
+            meaning = gpu_errors.explain(error, self._device_name, self.watchdog.status.phase)
         if error is not None and self.collectives.needs_record(error):
             known = isinstance(error, PeerFailedError)
-            self.collectives.abandon(None if known else failure_of(error, self.environment))
-        self._close()
+            self.collectives.abandon(None if known else failure_of(meaning or error, self.environment))
+        self._close(device_failed=isinstance(meaning, GpuError))
+        if meaning is not None:
+            raise meaning from error
 
     @property
     def world(self) -> World:
@@ -175,8 +184,8 @@ class Runtime:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def _close(self) -> None:
-        if self.collectives.broken:  # closing the group might wait for the lost peer
+    def _close(self, device_failed: bool) -> None:
+        if self.collectives.broken or device_failed:  # closing might wait for the lost peer, or for the GPU
             _broken.append(self)
         else:
             self._accelerator.free_memory()
@@ -186,7 +195,9 @@ class Runtime:
 
 
 _broken: list[Runtime] = []
-"""Runtimes whose group lost a process: torch has one default group a process, and theirs cannot be closed."""
+"""Runtimes whose group lost a process, or whose GPU failed.
+
+torch has one default group a process, and theirs cannot be closed; CUDA is unusable in this process after an error."""
 
 
 def start(options: Options, environment: Environment, watchdog: Watchdog) -> Runtime:
@@ -199,7 +210,7 @@ def start(options: Options, environment: Environment, watchdog: Watchdog) -> Run
         PeerLostError: a process did not arrive in time.
     """
     if _broken:
-        raise PeerLostError("a run lost its peers in this process; start another run in a new process")
+        raise PeerLostError("a run lost its peers or its GPU in this process; start another run in a new process")
     world = environment.world
     if dist.is_initialized():
         world = World(dist.get_rank(), dist.get_world_size())
@@ -216,9 +227,12 @@ def start(options: Options, environment: Environment, watchdog: Watchdog) -> Run
         return _start(options, environment, watchdog, store, peer_store)
     except Exception as error:
         watchdog.disconnect(is_loss=True)
+        meaning = gpu_errors.explain(error, devices.describe(environment.local_rank), watchdog.status.phase)
         if peer_store is not None:
-            peer_store.record_failure(failure_of(error, environment))
+            peer_store.record_failure(failure_of(meaning or error, environment))
             peer_store.wait_until_seen()
+        if meaning is not None:
+            raise meaning from error
         raise
 
 
@@ -285,10 +299,7 @@ def _on_cpu(device: str, precision: str) -> bool:
     Raises:
         ConfigError: the device or precision is not available here, or accelerate contradicts it.
     """
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise ConfigError("run.device=cuda: this process sees no GPU; use run.device=cpu, or repair the driver")
-    on_cpu = device == "cpu" or not cuda
+    on_cpu = devices.on_cpu(device, os.environ, "run.device=")
     if on_cpu and precision in NEED_GPU:
         raise ConfigError(f"train.precision={precision} needs a GPU; on the CPU use bf16 or fp32")
     accelerate_check.check(os.environ, precision, on_cpu)

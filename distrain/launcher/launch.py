@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distrain import signals
+from distrain import machine, signals
 from distrain.config import Config
 from distrain.environment import host_port
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK, AgainError, ConfigError, PeerLostError
@@ -103,28 +103,15 @@ def _run_workers(
             return Verdict(EXIT_FAULT, f"processes could not be started: {error}")
 
 
-def default_processes() -> int:
-    """Return the number of GPUs of this node, or 1 if there is none."""
-    if not gpus():
+def default_processes(device: str) -> int:
+    """Return the number of GPUs of this node, or 1 if there is none or `run.device` is cpu."""
+    if device == "cpu" or not machine.gpus(os.environ):
         return 1
     # Without '', the current folder, which may hold a module with the name of one that torch imports.
     code = "import sys; sys.path[:] = filter(None, sys.path); import torch; print(torch.cuda.device_count())"
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return max(1, int(output)) if output.isdigit() else 1
-
-
-def gpus() -> int:
-    """Return the largest number of GPUs that processes here may see, without asking torch, which takes seconds."""
-    number = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return number if visible is None else min(number, _listed(visible))
-
-
-def _listed(visible: str) -> int:
-    """Return the number of devices in CUDA_VISIBLE_DEVICES; -1 ends the list."""
-    names = [name.strip() for name in visible.split(",")]
-    return len(names[: names.index("-1")] if "-1" in names else list(filter(None, names)))
 
 
 def check_number(processes: int, device: str, gpus: int, cores: int, oversubscribe: bool) -> None:

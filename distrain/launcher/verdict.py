@@ -86,12 +86,12 @@ def decide(exits: Sequence[WorkerExit], stop_signal: str | None, can_resume: boo
     for end in failed:
         if end.code not in (EXIT_AGAIN, *(-number for number in _FROM_OUTSIDE)):
             return Verdict(EXIT_FAULT, _reason(end), end)
-    killed = [end for end in failed if end.code < 0]
+    causes = [end for end in failed if end.code < 0 or end.kind == "gpu"]
     lost_peer = [end for end in failed if end.kind in ("peer", "hang", "busy")]
     stopped = [end for end in failed if end.kind == "again"]
-    if stop_signal or (stopped and not killed and not lost_peer):
+    if stop_signal or (stopped and not causes and not lost_peer):
         return _stopped(stopped, stop_signal, can_resume)
-    first = [*killed, *lost_peer, *exits][0]
+    first = [*causes, *lost_peer, *exits][0]
     if not can_resume:
         return Verdict(EXIT_FAULT, f"{_reason(first)}; no checkpoint can be read", first)
     return Verdict(EXIT_AGAIN, _reason(first), first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from distrain.data.sources import DepthWarning, UnreadableError, recorded_warnings
 from distrain.data.sources.images import Decoding, read_image
+from distrain.distributed import devices, gpu_errors
 from distrain.errors import ConfigError, DataError
 from distrain.files import read
 from distrain.text import counted, percent, printable, shortened
@@ -37,12 +39,14 @@ def predict(run: Path, files: Sequence[Path], which: str | None, device: str) ->
 
     Raises:
         DataError: the run has no checkpoint, or some files cannot be read; this is checked before the first prediction.
-        ConfigError: the model takes images with a number of channels that no image file has.
+        ConfigError: the model takes images with a number of channels that no image file has; or the device cannot be
+            used, or its memory is too small.
+        GpuError: the GPU failed.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this process sees no GPU; use --device cpu, or fix the driver")
-    chosen_device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    model = loaded_model.load(run, which, chosen_device)
+    chosen_device = "cpu" if devices.on_cpu(device, os.environ, "--device ") else "cuda"
+    gpu = devices.describe(0)
+    with gpu_errors.explained(gpu, "predict"):
+        model = loaded_model.load(run, which, chosen_device)
     if model.image_shape[2] not in (1, 3):
         raise ConfigError(f"{run}: its images have {model.image_shape[2]} channels; image files have 1 or 3")
     decoding = Decoding.of(model.source)
@@ -52,7 +56,9 @@ def predict(run: Path, files: Sequence[Path], which: str | None, device: str) ->
         with recorded_warnings():  # `_check` has shown them
             pixels = [read_image(read(file, _MAX_BYTES), model.image_shape, decoding) for file in batch]
         images = torch.from_numpy(np.stack(pixels))
-        for file, row in zip(batch, model.probabilities(images), strict=True):
+        with gpu_errors.explained(gpu, "predict"):
+            probabilities = model.probabilities(images)
+        for file, row in zip(batch, probabilities, strict=True):
             order = row.argsort(descending=True, stable=True).tolist()
             yield {"file": str(file), "classes": {model.classes[k]: float(row[k]) for k in order}}
 

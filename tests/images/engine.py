@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent.parent
-BASE = "localhost/distrain-test-base"
+BASE = "localhost/distrain-test-base-with-headers"
 PODMAN = ["podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
 # podman's defaults are more than this machine may allow.
 LIMITS = ["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=20000:20000", "--no-healthcheck"]
@@ -117,7 +117,8 @@ class Engine:
     def _make_base(self) -> None:
         archive = self._folder / "base.tar"
         self._run(
-            "mmdebstrap", "--variant=minbase", "--include=python3,python3-venv,python3-pip,ca-certificates",
+            "mmdebstrap", "--variant=minbase",
+            "--include=python3,python3-venv,python3-pip,libpython3-dev,ca-certificates",
             '--customize-hook=ln -s python3 "$1/usr/bin/python"', "bookworm", str(archive), seconds=600,
         )  # fmt: skip
         path = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # the same as in python:slim

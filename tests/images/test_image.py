@@ -23,15 +23,15 @@ def options(folder: Path) -> list[str]:
     return [*ANY_USER, *RESTRICTED, *volumes]
 
 
-def test_the_image_has_the_program_and_no_compiler(engine: Engine, image: str) -> None:
+def test_the_image_has_the_program_and_little_else(engine: Engine, image: str) -> None:
     code, output = engine.run(image)
     assert code == 0
     assert "Exit codes: 0 done" in output
-    tools = "PATH=$PATH:/usr/bin:/bin; command -v gcc cc make git"
+    tools = "PATH=$PATH:/usr/bin:/bin; command -v make git"
     script = f"{tools}; id -u; python -c 'import distrain; print(distrain.__file__)'"
     code, output = engine.run(image, "-c", script, options=["--entrypoint", "sh", *ANY_USER, *RESTRICTED])
     assert code == 0, output
-    assert output.split() == ["12345", "/opt/app/distrain/__init__.py"]  # no compiler, no git
+    assert output.split() == ["12345", "/opt/app/distrain/__init__.py"]  # no make, no git
     code, output = engine.run(
         image, "-c", "import s3fs, gcsfs, huggingface_hub", options=["--entrypoint", "python", *ANY_USER, *RESTRICTED]
     )
@@ -60,6 +60,20 @@ def test_a_restricted_job_trains_and_saves_when_it_is_stopped(engine: Engine, im
     code, output = engine.run(image, *train, "train.epochs=20", options=podman_options)
     assert code == 0, output
     assert f"resuming from step-{stopped:08d}" in output
+
+
+def test_a_compiled_job_trains(engine: Engine, image: str, folder: Path) -> None:
+    podman_options = ["/tmp:rw,exec,mode=1777" if each.startswith("/tmp:") else each for each in options(folder)]
+    prepared = ["prepare", "synthetic", "--samples", "640", "--test-samples", "64", "--out", "/work/data"]
+    code, output = engine.run(image, *prepared, options=podman_options)
+    assert code == 0, output
+    keys = ["data.dir=/work/data", "run.dir=/runs/first", "train.max_steps=5", "train.compile=default"]
+    code, output = engine.run(image, "doctor", *keys, options=podman_options)
+    assert code == 0, output
+    assert "ok    compiler    /usr/bin/g++" in output
+    assert ", compiled (default)" in output
+    code, output = engine.run(image, "train", *keys, options=podman_options)
+    assert code == 0, output
 
 
 def test_a_signal_ends_preparing(engine: Engine, image: str, folder: Path) -> None:

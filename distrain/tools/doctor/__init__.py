@@ -17,10 +17,8 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -32,11 +30,13 @@ from distrain.data.stream import memory
 from distrain.distributed.numerics import seed_cpu, unlike_ranks
 from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment, World
-from distrain.errors import AgainError, ConfigError, DataError, UserError
+from distrain.errors import AgainError, ConfigError, DataError, GpuError, UserError
 from distrain.models.batch_norm import Buffers
 from distrain.models.repeatable import check_repeatable
 from distrain.runs.trackers import check_tensorboard
 from distrain.text import plural
+from distrain.tools.doctor import computing
+from distrain.tools.doctor.finding import Finding, Level
 from distrain.training.checkpointing import os_error_of
 from distrain.training.setup import (
     build_model,
@@ -53,28 +53,11 @@ _NAME_LENGTH = 128
 """Length of the longest names of a run's files: those of TensorBoard contain the name of the host."""
 _BASE_BYTES = 2**30
 """Memory of a process that has imported torch, without data."""
+_COMPILE_SECONDS = 600
+"""Longest wait for the first step, which may be compiled."""
 _SHM = Path("/dev/shm")  # noqa: S108 - only its size is read
 _SHM_BYTES = 64 * 2**20
 """Shared memory that NCCL needs in each process; a container has this much in all by default."""
-
-Level = Literal["ok", "note", "bad"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    subject: str
-    level: Level
-    message: str
-    cure: str = ""
-    """The cure, unless `level` is ok."""
-
-    @property
-    def line(self) -> str:
-        """The finding as text for people."""
-        cure = f"\n{'':20}→ {self.cure}" if self.cure and self.level != "ok" else ""
-        return f"  {self.level:4}  {self.subject:11} {self.message}{cure}"
 
 
 def examine(config: Config, environment: Environment) -> None:
@@ -88,28 +71,45 @@ def examine(config: Config, environment: Environment) -> None:
     if environment.is_main or (environment.local_rank == 0 and has_problem):
         # Printed before the process waits for the others, which may never come.
         _print(f"{socket.gethostname()}:", local)
-    with signals.recorded(), closing(start_watchdog(config, environment)) as watchdog:
+    with signals.recorded(), closing(start_watchdog(_patient(config), environment)) as watchdog:
         try:
             with start_runtime(config, environment, watchdog) as rt:
                 watchdog.enter("train")
-                shared = _check_group(config, rt)
-                by_rank = rt.collectives.from_all(local)
+                shared, by_rank = _check_group(config, rt), rt.collectives.from_all(local)
+                problems = _report(rt, shared, by_rank)
+                if not problems:
+                    watchdog.enter("first step")
+                    tried = rt.collectives.from_all(list(computing.steps(config, rt)))
+                    problems = _report(rt, tried[0], tried)
+        except GpuError:
+            raise
         except AgainError as error:
             raise ConfigError(
                 f"doctor: the rendezvous failed: {error}\n  → check that all nodes were started, can connect to the"
                 " first node's port, and have the same --nodes and --nproc"
             ) from error
-        if rt.is_main:
-            _print("all processes:", shared)
-            printed = set(local)
-            for rank, findings in enumerate(by_rank):
-                _print(f"rank {rank}:", [each for each in findings if each.level != "ok" and each not in printed])
-                printed.update(findings)
-    problems = len({each for findings in [*by_rank, shared] for each in findings if each.level == "bad"})
     if problems:
         raise ConfigError(f"doctor: number of problems: {problems}; see above")
     if rt.is_main:
         console.show("no problem found that would end a job")
+
+
+def _patient(config: Config) -> Config:
+    """Return the configuration with enough time for the watchdog to compile a model."""
+    seconds = max(config.timeouts.start_seconds, _COMPILE_SECONDS)
+    timeouts = config.timeouts.model_copy(update={"start_seconds": seconds})
+    return config.model_copy(update={"timeouts": timeouts})
+
+
+def _report(rt: Runtime, shared: list[Finding], by_rank: list[list[Finding]]) -> int:
+    """Print, on rank 0, what is shared and what other ranks report beyond it; return the number of problems."""
+    if rt.is_main:
+        _print("all processes:", shared)
+        printed = set(by_rank[0])
+        for rank, findings in enumerate(by_rank):
+            _print(f"rank {rank}:", [each for each in findings if each.level != "ok" and each not in printed])
+            printed.update(findings)
+    return len({each for findings in [*by_rank, shared] for each in findings if each.level == "bad"})
 
 
 def check_node(config: Config, environment: Environment) -> list[Finding]:
@@ -141,26 +141,6 @@ def extras(config: Config, environment: Environment) -> Iterator[Finding]:
             yield Finding("extras", "bad", str(error))
         else:
             yield Finding("extras", "ok", f"tensorboard {version('tensorboard')}")
-
-
-def device(config: Config, environment: Environment) -> Iterator[Finding]:
-    """Check the device that this process would use."""
-    processes = environment.local_world_size
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.run.device == "cuda" and not count:
-        yield Finding("device", "bad", "run.device=cuda, but no GPU is seen", "fix the driver, or set run.device=cpu")
-    elif config.run.device == "cpu" or not count:
-        yield Finding("device", "ok", "CPU")
-    elif count < processes:
-        yield Finding(
-            "device",
-            "bad",
-            f"{plural(count, 'GPU')} for {plural(processes, 'process')}",
-            "start as many processes as there are GPUs",
-        )
-    else:
-        names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
-        yield Finding("device", "ok", f"{plural(count, 'GPU')}: {names}")
 
 
 def cores(config: Config, environment: Environment) -> Iterator[Finding]:
@@ -420,7 +400,8 @@ def _grace(config: Config, size: int, speed: float) -> Finding:
 _NODE_CHECKS: list[Callable[[Config, Environment], Iterator[Finding]]] = [
     versions,
     extras,
-    device,
+    computing.device,
+    computing.compiler,
     cores,
     open_files,
     shared_memory,
@@ -468,6 +449,7 @@ def _check_group(config: Config, rt: Runtime) -> list[Finding]:
         ),
         _same_versions(rt),
         *_same_bits(rt),
+        *computing.gpus(rt),
         *_all_reduce(rt),
         *_same_folder(config, rt),
     ]
