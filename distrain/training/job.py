@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel
 
 from distrain.config import Config
 from distrain.data.cache import Cache
@@ -22,6 +21,7 @@ from distrain.environment import World
 from distrain.runs import checkpoint
 from distrain.training import optim
 from distrain.training.augment import Normalizer
+from distrain.training.optim import WeightAverage
 
 TRAINED_WEIGHTS = "weights."
 """Prefix, in optimizer.safetensors, of the trained weights if model.safetensors holds their EMA."""
@@ -44,7 +44,7 @@ class TrainedModel:
     module: nn.Module
     distributed: DistributedModel
     optimizer: Any
-    ema: AveragedModel | None
+    ema: WeightAverage | None
     mean: Tensor
     std: Tensor
     image_width: int

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from distrain import address, models, startup
 from distrain.config import Config, identity, public
@@ -40,6 +39,7 @@ from distrain.runs.trackers import check_tensorboard
 from distrain.text import plural, shortened
 from distrain.training import optim
 from distrain.training.job import Job, TrainedModel
+from distrain.training.optim import WeightAverage
 
 log = logging.getLogger("distrain")
 
@@ -175,6 +175,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     else:
         module = local_batch_norm(module)
         _check_same_weights(runtime, module)
+    runtime.move_to_device(module)
     ema = _make_ema(config, module, runtime)
     distributed, optimizer = _prepare(config, module, runtime)
     mean_tensor, std_tensor = (torch.tensor(each, dtype=runtime.dtype, device=runtime.device) for each in (mean, std))
@@ -293,11 +294,11 @@ def _load_initial(module: nn.Module, path: Path, classes: Sequence[str]) -> list
     ]
 
 
-def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> AveragedModel | None:
+def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> WeightAverage | None:
     if config.train.ema_decay is None:
         return None
-    ema = optim.make_ema(module, config.train.ema_decay)
-    ema.module = runtime.prepare_eval_model(ema.module)  # its counter stays on the CPU: no step waits for the device
+    ema = WeightAverage(module, config.train.ema_decay)
+    ema.module = runtime.prepare_eval_model(ema.module)
     return ema
 
 
