@@ -21,6 +21,7 @@ from distrain.environment import World
 from distrain.runs import checkpoint
 from distrain.training import optim
 from distrain.training.augment import Normalizer
+from distrain.training.flops import Flops
 from distrain.training.optim import WeightAverage
 
 TRAINED_WEIGHTS = "weights."
@@ -92,6 +93,7 @@ class Job:
         dependent_layers: kinds of layers that make the result depend on the number of processes.
         virtual_ranks: those that this process trains; without `train.virtual_ranks` each process is one.
         accumulation_steps: micro-batches of every virtual rank in a step.
+        flops: FLOPs of an image, and of the devices, on rank 0.
         started: when this attempt began, by `time.monotonic`.
     """
 
@@ -106,6 +108,7 @@ class Job:
     dependent_layers: list[str]
     virtual_ranks: tuple[World, ...]
     accumulation_steps: int
+    flops: Flops
     started: float
 
     @property

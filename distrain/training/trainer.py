@@ -325,6 +325,7 @@ class Trainer:
         """Return the content of RUN/result.json."""
         job, order = self.job, self.job.order
         epochs = job.epoch(self.step)
+        rate = self.step * order.global_batch_size / max(self.losses.train_seconds, 1e-9)
         return {
             **scores.as_dict(job.dataset.manifest.classes),
             "steps": self.step,
@@ -332,7 +333,8 @@ class Trainer:
             "world_size": job.runtime.world.size,
             "dropped_per_epoch": job.dataset.split("train").samples - order.steps_per_epoch * order.global_batch_size,
             "seconds": self.seconds,
-            "images_per_second": self.step * order.global_batch_size / max(self.losses.train_seconds, 1e-9),
+            "images_per_second": rate,
+            **job.flops.rates(rate),
             "checkpoint": checkpoint.path_of(job.checkpoints, best_step).name,
             "val_accuracy": self.best["accuracy"] if self.best else None,
             "precision": job.config.train.precision,
