@@ -82,23 +82,6 @@ def test_the_decay_of_the_ema_rises_to_its_limit() -> None:
     assert decays[-1] == 0.999
 
 
-def test_the_ema_copies_indices_and_averages_statistics() -> None:
-    class Indexed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3))
-            self.register_buffer("index", torch.arange(1000))
-            self.register_buffer("mean", torch.zeros(2))
-
-    module = Indexed()
-    ema = optim.make_ema(module, 0.99)
-    for value in range(1, 30):
-        module.mean.fill_(value)
-        ema.update_parameters(module)
-    assert torch.equal(ema.module.index, torch.arange(1000))
-    assert 20 < float(ema.module.mean[0]) < 29
-
-
 # --- initial weights --------------------------------------------------------------------------------------------------
 
 

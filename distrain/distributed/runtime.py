@@ -121,11 +121,16 @@ class Runtime:
         """The model with BatchNorm's statistics taken over all processes; unchanged for a single process."""
         return sync_batch_norm(module) if self.world.size > 1 else module
 
+    def move_to_device(self, module: nn.Module) -> None:
+        """Move a model to the device, on a GPU with channels last in memory: convolutions are faster so."""
+        module.to(self.device)
+        if self.device.type != "cpu":
+            module.to(memory_format=torch.channels_last)
+
     def prepare_data_parallel(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, compilation: Compilation, global_batch_size: int
     ) -> tuple[DataParallel, AcceleratedOptimizer]:
         """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""
-        self._to_channels_last(module)
         compilation.apply(module)
         with self.collectives.collective():  # DDP compares and sends parameters
             prepared, stepping = self._accelerator.prepare(module, optimizer)
@@ -138,15 +143,10 @@ class Runtime:
         self, module: nn.Module, optimizer: torch.optim.Optimizer, compilation: Compilation, division: Division
     ) -> tuple[VirtualRanks, AcceleratedOptimizer]:
         """The model under autocast, and the optimizer with fp16's scaler; both on the device."""
-        self._to_channels_last(module)
         compilation.apply(module)
         prepared = self.prepare_eval_model(module)
         model = VirtualRanks(prepared, self._accelerator, self.collectives, compilation, division)
         return model, self._accelerator.prepare_optimizer(optimizer)
-
-    def _to_channels_last(self, module: nn.Module) -> None:
-        if self.device.type == "cuda":
-            module.to(memory_format=torch.channels_last)
 
     def prepare_eval_model(self, module: nn.Module) -> nn.Module:
         """The model on the device and under autocast, without DDP."""

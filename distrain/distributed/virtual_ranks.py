@@ -103,7 +103,8 @@ class VirtualRanks(DistributedModel):
         if not self._in_step:
             self._begin_step()
         self._buffers.begin_pass()
-        self._statistics = [torch.zeros_like(value) for value in self._buffers.statistics]
+        if self._statistics:
+            torch._foreach_zero_(self._statistics)
         yield
         problem = self._buffers.problem()
         if problem is not None:
@@ -130,7 +131,8 @@ class VirtualRanks(DistributedModel):
     def observe(self) -> None:
         """See which buffers the first passes have changed; call it once, before a step."""
         self._buffers.observe(self._pass_count)
-        values = [*self._parameters, *self._buffers.statistics]
+        self._statistics = [torch.zeros_like(value) for value in self._buffers.statistics]
+        values = [*self._parameters, *self._statistics]
         self._sums = [_Sum(dtype, values, self._division) for dtype in dict.fromkeys(value.dtype for value in values)]
 
     def check_repeatable(self, inputs: Tensor, seed: Callable[[], None]) -> None:

@@ -245,8 +245,8 @@ class Buffers:
         self._retained: list[_Buffer] = []
         self.statistics: list[Tensor] = []
         """Running means and variances of BatchNorm, in which a pass leaves the statistics of its batch."""
-        self._changing: list[Tensor] = []
-        self._saved: list[Tensor] = []
+        self._changing: list[list[Tensor]] = []
+        self._saved: list[list[Tensor]] = []
 
     def observe(self, pass_count: int) -> None:
         """See which buffers the passes so far have changed, and restore their initial values.
@@ -272,20 +272,22 @@ class Buffers:
         self._initial.clear()
         self.statistics = [value for layer in self._norms for value in _running(layer)]
         counters = [layer.num_batches_tracked for layer in self._norms if layer.num_batches_tracked is not None]
-        self._changing = [*self.statistics, *counters, *(each.tensor for each in self._retained)]
-        self._saved = [torch.empty_like(value) for value in self._changing]
+        # Lists of one dtype, where they can be: such a list is copied by one kernel.
+        lists = (self.statistics, counters, [each.tensor for each in self._retained])
+        self._changing = [values for values in lists if values]
+        self._saved = [[torch.empty_like(value) for value in values] for values in self._changing]
 
     def begin_step(self) -> None:
         """Take the present values as those that each virtual rank begins with."""
-        for saved, value in zip(self._saved, self._changing, strict=True):
-            saved.copy_(value)
+        for saved, values in zip(self._saved, self._changing, strict=True):
+            torch._foreach_copy_(saved, values)
         for each in self._constant:
             each.remember()
 
     def begin_pass(self) -> None:
         """Restore the values at the beginning of the step."""
-        for saved, value in zip(self._saved, self._changing, strict=True):
-            value.copy_(saved)
+        for saved, values in zip(self._saved, self._changing, strict=True):
+            torch._foreach_copy_(values, saved)
         for each in self._retained:
             each.put_back()
 

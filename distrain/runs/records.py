@@ -38,7 +38,7 @@ Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, le=1e15)]
-"""Seconds, epochs or images per second."""
+"""Seconds, epochs, images per second or another rate."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Time = Annotated[str, AfterValidator(_is_time)]
 Step = Annotated[str, Field(pattern=r"^step-[0-9]{8,18}$")]
@@ -170,6 +170,8 @@ class Result(Record):
     seconds: Amount
     compile_seconds: Amount
     images_per_second: Amount
+    tflops_per_second: Amount | None = None
+    mfu: Amount | None = None
     checkpoint: Step
     val_accuracy: Fraction | None
     profile: dict[str, Finite]

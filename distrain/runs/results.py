@@ -137,6 +137,16 @@ def step_of(result: dict[str, Any]) -> int:
     return int(result["checkpoint"].rpartition("-")[2])
 
 
+def format_rate(images_per_second: float, tflops_per_second: float | None, mfu: float | None) -> str:
+    """Format the speed of training, with the rate of floating-point operations and its part of the peak where known."""
+    parts = [f"{images_per_second:,.0f} images/s"]
+    if tflops_per_second is not None:
+        parts.append(f"{tflops_per_second:.3g} TFLOP/s")
+    if mfu is not None:
+        parts.append(f"MFU {percent(mfu)}")
+    return ", ".join(parts)
+
+
 def describe_checkpoint(result: dict[str, Any]) -> str:
     """Say which checkpoint the accuracy in RUN/result.json belongs to, and why this one."""
     accuracy = "" if result["val_accuracy"] is None else f", {percent(result['val_accuracy'])}"

@@ -42,6 +42,8 @@ def run_status(run: Path) -> dict[str, Any]:
         "epoch": newest.get("epoch"),
         "loss": newest.get("train/loss"),
         "images_per_second": rate,
+        "tflops_per_second": newest.get("train/tflops_per_second"),
+        "mfu": newest.get("train/mfu"),
         "seconds_left": seconds_left,
         "accuracy": _accuracy(record),
         "checkpoint": _checkpoint(record),
@@ -59,7 +61,8 @@ def format_status(status: dict[str, Any]) -> str:
         rows[0] = ("step", f"{rows[0][1]}, epoch {status['epoch']:.2f}")
     if status["images_per_second"] is not None:
         left = f", {clock(status['seconds_left'])} left" if status["seconds_left"] is not None else ""
-        rows.append(("rate", f"{status['images_per_second']:,.0f} images/s{left}"))
+        rate = results.format_rate(status["images_per_second"], status["tflops_per_second"], status["mfu"])
+        rows.append(("rate", f"{rate}{left}"))
     if status["loss"] is not None:
         rows.append(("loss", f"{status['loss']:.4f}"))
     result = status["accuracy"]

@@ -175,7 +175,7 @@ class Checkpointer:
         tensors = saved.optimizer
         if model.ema is not None:
             model.module.load_state_dict({name: tensors.pop(TRAINED_WEIGHTS + name) for name in saved.model})
-            model.ema.n_averaged.fill_(saved.step)
+            model.ema.updates = saved.step
         optim.load_state_tensors(model.optimizer, tensors)
         job.runtime.load_scaler_state(saved.state["scaler"])
         self.saved_step = saved.step

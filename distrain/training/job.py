@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel
 
 from distrain.config import Config
 from distrain.data.cache import Cache
@@ -23,6 +22,8 @@ from distrain.environment import World
 from distrain.runs import checkpoint
 from distrain.training import optim
 from distrain.training.augment import Normalizer
+from distrain.training.flops import Flops
+from distrain.training.optim import WeightAverage
 
 TRAINED_WEIGHTS = "weights."
 """Prefix, in optimizer.safetensors, of the trained weights if model.safetensors holds their EMA."""
@@ -45,7 +46,7 @@ class TrainedModel:
     module: nn.Module
     distributed: DistributedModel
     optimizer: Any
-    ema: AveragedModel | None
+    ema: WeightAverage | None
     mean: Tensor
     std: Tensor
     image_width: int
@@ -94,6 +95,7 @@ class Job:
         virtual_ranks: those that this process trains; without `train.virtual_ranks` each process is one.
         accumulation_steps: micro-batches of every virtual rank in a step.
         compilation: how passes of training are compiled, and for which sizes.
+        flops: FLOPs of an image, and of the devices, on rank 0.
         started: when this attempt began, by `time.monotonic`.
         compile_seconds: seconds of this attempt's first passes, if they compiled the model; else 0.
     """
@@ -110,6 +112,7 @@ class Job:
     virtual_ranks: tuple[World, ...]
     accumulation_steps: int
     compilation: Compilation
+    flops: Flops
     started: float
     compile_seconds: float = 0.0
 

@@ -92,12 +92,14 @@ class LossMeter:
     def take_line(self, step: int, profile: Profile) -> dict[str, Any]:
         """Return a line of metrics.jsonl about the steps since the last one; the next one begins here."""
         job, batch_size = self._job, self._job.order.global_batch_size
+        rate = self._steps * batch_size / max(self._seconds, 1e-9)
         fractions = profile.take(self._seconds, job.model.distributed.exchange_fraction())
         line = {
             "epoch": job.epoch(step),
             "train/loss": self._sum / (self._steps * batch_size),
             "train/lr": job.learning_rate(step - 1),
-            "train/images_per_second": self._steps * batch_size / max(self._seconds, 1e-9),
+            "train/images_per_second": rate,
+            **{f"train/{name}": value for name, value in job.flops.rates(rate).items() if value is not None},
             **{f"profile/{name}": round(part, 5) for name, part in fractions.items()},
         }
         self.logged_step, self._sum, self._steps, self._seconds = step, 0.0, 0, 0.0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distrain.config import Train
 
@@ -83,21 +83,66 @@ def ema_decay(limit: float, updates: int) -> float:
     return min(limit, (1 + updates) / (10 + updates))
 
 
-def make_ema(module: nn.Module, limit: float) -> AveragedModel:
-    """Return the exponential moving average (EMA) of a module's weights and floating-point buffers.
+class WeightAverage:
+    """The exponential moving average (EMA) of a module's weights and floating-point buffers.
 
-    Each update computes decay · EMA + (1 - decay) · weights, with the decay of `ema_decay`. Buffers of integers, such
-    as indices, are copied.
+    The first update copies the weights; each other one computes decay · EMA + (1 - decay) · weights, with the decay of
+    `ema_decay`. Buffers of integers, such as counters, are copied. All tensors of a dtype are updated by one fused
+    operation, which needs them in one memory layout: give the module as it is trained, on its device. No update waits
+    for the device.
+
+    Args:
+        source: the module to average; `module` begins as its copy.
+        limit: `train.ema_decay`.
     """
 
-    def update(averaged: Any, current: Any, _: Any) -> None:
-        if averaged[0].is_floating_point() or averaged[0].is_complex():
-            get_ema_multi_avg_fn(ema_decay(limit, int(ema.n_averaged)))(averaged, current, _)
-        else:
-            torch._foreach_copy_(averaged, current)
+    def __init__(self, source: nn.Module, limit: float) -> None:
+        self.module = copy.deepcopy(source)
+        """The module that has the average."""
+        self.updates = 0
+        """Number of updates so far."""
+        self._limit = limit
+        pairs: dict[torch.dtype, list[tuple[_Slot, _Slot]]] = {}
+        for average, current in zip(_slots(self.module), _slots(source), strict=True):
+            pairs.setdefault(average.tensor.dtype, []).append((average, current))
+        self._groups = list(pairs.values())
 
-    ema = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
-    return ema
+    @torch.no_grad()
+    def update(self) -> None:
+        """Update the average with the present weights."""
+        weight = 1 - ema_decay(self._limit, self.updates)
+        for group in self._groups:
+            averages = [average.tensor for average, _ in group]
+            current = [each.tensor for _, each in group]
+            if self.updates and (averages[0].is_floating_point() or averages[0].is_complex()):
+                torch._foreach_lerp_(averages, current, weight)
+            else:
+                torch._foreach_copy_(averages, current)
+        self.updates += 1
+
+
+class _Slot(NamedTuple):
+    """A parameter or buffer by its name in a module: a pass may replace a buffer by another tensor."""
+
+    tensors: dict[str, Tensor | None]
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        tensor = self.tensors[self.name]
+        assert tensor is not None
+        return tensor
+
+
+def _slots(module: nn.Module) -> Iterator[_Slot]:
+    """Yield the parameters and buffers of a module, each tensor once."""
+    seen: set[int] = set()
+    for layer in module.modules():
+        for tensors in (layer._parameters, layer._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield _Slot(cast(dict[str, Tensor | None], tensors), name)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

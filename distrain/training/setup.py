@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from distrain import address, models, startup
 from distrain.config import Config, identity, public
@@ -38,8 +37,10 @@ from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
 from distrain.runs.trackers import check_tensorboard
 from distrain.text import plural, shortened
-from distrain.training import optim
+from distrain.training import flops, optim
+from distrain.training.flops import Flops
 from distrain.training.job import Job, TrainedModel
+from distrain.training.optim import WeightAverage
 from distrain.training.warm_up import warm_up
 
 log = logging.getLogger("distrain")
@@ -167,6 +168,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     smallest = (0,) if fewest < accumulation_steps else ()
     module = collectives.all_or_none(lambda: build_model(config, dataset.manifest, runtime.dtype, (2, 1, *smallest)))
     _check_batch_norm(config, module, dataset, order, number, accumulation_steps)
+    run_flops = _count_flops(config, module, dataset, runtime)  # before layers are replaced by those with collectives
     dependent: list[str] = []
     if config.train.virtual_ranks is None:
         dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
@@ -176,6 +178,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     else:
         module = local_batch_norm(module)
         _check_same_weights(runtime, module)
+    runtime.move_to_device(module)
     ema = _make_ema(config, module, runtime)
     sizes = order.micro_batch_sizes(number, accumulation_steps)
     if config.train.virtual_ranks is not None:
@@ -204,6 +207,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         virtual_ranks=virtual_ranks,
         accumulation_steps=accumulation_steps,
         compilation=compilation,
+        flops=run_flops,
         started=started,
     )
 
@@ -299,11 +303,21 @@ def _load_initial(module: nn.Module, path: Path, classes: Sequence[str]) -> list
     ]
 
 
-def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> AveragedModel | None:
+def _count_flops(config: Config, module: nn.Module, dataset: Dataset, runtime: Runtime) -> Flops:
+    """Count the FLOPs of an image on rank 0, which writes the metrics; look up the peak of the devices."""
+    if not runtime.is_main:
+        return Flops(None, None)
+    name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
+    peak = flops.peak(name, config.train.precision)
+    per_image = flops.of_model(module, dataset.manifest.image_shape)
+    return Flops(per_image, None if peak is None else peak * runtime.world.size)
+
+
+def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> WeightAverage | None:
     if config.train.ema_decay is None:
         return None
-    ema = optim.make_ema(module, config.train.ema_decay)
-    ema.module = runtime.prepare_eval_model(ema.module)  # its counter stays on the CPU: no step waits for the device
+    ema = WeightAverage(module, config.train.ema_decay)
+    ema.module = runtime.prepare_eval_model(ema.module)
     return ema
 
 

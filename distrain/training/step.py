@@ -60,7 +60,7 @@ class TrainingStep:
             model.distributed.clip_norm(job.config.train.clip_norm)
         job.runtime.update(model.optimizer)
         if model.ema is not None:
-            model.ema.update_parameters(model.module)
+            model.ema.update()
         return torch.stack(losses)
 
     def _train(self, step: int, rank: World, batch: Batch) -> Tensor:

@@ -65,6 +65,7 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
         "model": {
             "name": job.config.model.name,
             "parameters": sum(parameter.numel() for parameter in job.model.module.parameters()),
+            "flops_per_image": job.flops.per_image,
             "dependent": job.dependent_layers,
         },
         "processes": {
@@ -73,6 +74,7 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
             "requested_device": job.config.run.device,
             "device": runtime.device.type,
             "device_name": torch.cuda.get_device_name(runtime.device) if cuda else None,
+            "peak_flops": job.flops.peak,
         },
         "batch": {
             "global": order.global_batch_size,
@@ -140,8 +142,8 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
     on_nodes = f" on {processes['nodes']} nodes" if processes["nodes"] > 1 else ""
     lines = (
         ("data", f"{data['dir']}: {splits}; {plural(len(data['classes']), 'class')}, {shape}"),
-        ("model", f"{model['name']}, {model['parameters']:,} parameters; {config.train.optimizer},"
-                  f" {config.train.precision}"),
+        ("model", f"{model['name']}, {model['parameters']:,} parameters, {_format_flops(model['flops_per_image'])};"
+                  f" {config.train.optimizer}, {config.train.precision}"),
         ("devices", f"{processes['number']} × {processes['device']}{named}{on_nodes}"
                     f" (run.device={processes['requested_device']})"),
         ("batch", _format_batch(setup["batch"])),
@@ -154,6 +156,10 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
         ("run", str(job.folder)),
     )  # fmt: skip
     return [f"{name:<9}{line}" for name, line in lines]
+
+
+def _format_flops(per_image: int | None) -> str:
+    return "FLOPs not counted" if per_image is None else f"{per_image / 1e9:.3g} GFLOPs an image"
 
 
 def _format_batch(batch: dict[str, Any]) -> str:
@@ -208,11 +214,11 @@ def _format_scores(job: Job) -> str:
 
 def log_result(job: Job, result: dict[str, Any]) -> None:
     """Log what a run did: steps, speed, time by phase with advice, lowest accuracies, checkpoint, warnings."""
-    fractions, rate = result["profile"], f"{result['images_per_second']:,.0f}"
-    seconds = result["compile_seconds"]
+    fractions, seconds = result["profile"], result["compile_seconds"]
+    rate = results.format_rate(result["images_per_second"], result["tflops_per_second"], result["mfu"])
     compiled = f"; {clock(seconds)} to compile" if seconds else ""
     steps, time_used = plural(result["steps"], "step"), clock(result["seconds"])
-    log.info("trained  %s in %s, %s images/s while training%s", steps, time_used, rate, compiled)
+    log.info("trained  %s in %s, %s while training%s", steps, time_used, rate, compiled)
     if fractions:
         log.info("time     %s", profiling.format_fractions(fractions))
     for line in profiling.advice(fractions, cached=job.cache is not None):

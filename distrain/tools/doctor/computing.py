@@ -9,7 +9,6 @@ import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -183,7 +182,7 @@ def steps(config: Config, rt: Runtime) -> Iterator[Finding]:
             raise
         yield Finding("steps", "bad", str(error))
         return
-    step, batches = TrainingStep(job, Profile()), [_batch(job, rank) for rank in job.virtual_ranks]
+    step, batches = TrainingStep(job, Profile(rt.device)), [_batch(job, rank) for rank in job.virtual_ranks]
     for _ in range(_STEPS):
         started = time.monotonic()
         step(0, batches).tolist()  # waits for the device
@@ -200,20 +199,20 @@ def steps(config: Config, rt: Runtime) -> Iterator[Finding]:
 
 def _batch(job: Job, rank: World) -> Batch:
     """Return a local batch of step 0 with random pixels, as large as the real one."""
-    size, device = len(job.order.positions(0, rank)), job.runtime.device
+    size, device = job.order.owned_before(job.order.global_batch_size, rank), job.runtime.device
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, *job.dataset.manifest.image_shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(len(job.dataset.manifest.classes), (size,), generator=generator)
     bits = torch.randint(2**62, (size, 2), generator=generator)
-    ids = torch.arange(size).numpy()
-    return Batch(images.to(device), labels.to(device), ids, bits.to(device))
+    numbers = torch.arange(size).numpy()
+    return Batch(images.to(device), labels.to(device), numbers, numbers, bits.to(device))
 
 
 def memory_use(job: Job) -> dict[str, int]:
     """Return the bytes on the device of each part of a run that has trained a step, without activations."""
     model = job.model
     parameters = list(model.module.parameters())
-    ema = [] if model.ema is None else list(chain(model.ema.parameters(), model.ema.buffers()))
+    ema = [] if model.ema is None else [*model.ema.module.parameters(), *model.ema.module.buffers()]
     on_device = job.cache is not None and job.cache.device.type == "cuda"
     return {
         "weights": _bytes([*parameters, *model.module.buffers()]),

@@ -164,6 +164,8 @@ def curves(records: Sequence[RunRecord], names: Sequence[str]) -> list[Chart]:
     if "train/loss" in logged:
         made.append(line("Learning rate", "train/lr", "step", label="learning rate"))
         made.append(line("Speed", "train/images_per_second", "step", label="images/s", bottom=0))
+    if "train/mfu" in logged:
+        made.append(line("MFU", "train/mfu", "step", label="MFU, %", scale=100, bottom=0))
     if len(records) == 1:
         if "profile/compute" in logged:
             made.append(Chart("profile", "Time by phase", lambda figure, theme: _profile(figure, records[0])))

@@ -193,18 +193,27 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
             if f"{split}/accuracy" in line
         ]
         tiles += [(percent(accuracy), meaning) for accuracy, meaning in scores[-1:]]
-    rates = [line["train/images_per_second"] for line in record.lines if "train/images_per_second" in line]
-    rate = result["images_per_second"] if result is not None else (rates[-1] if rates else None)
+    rate, tflops, mfu = (_rate(record, name) for name in ("images_per_second", "tflops_per_second", "mfu"))
     seconds = max((line.get("seconds", 0.0) for line in record.lines), default=0.0)
     done = max((line["step"] for line in record.lines), default=0)
     tiles.append((clock(result["seconds"] if result is not None else seconds), "wall time of all attempts"))
     if rate is not None:
         tiles.append((f"{rate:,.0f}", "images/s in training"))
+    if tflops is not None:
+        part = "" if mfu is None else f", {percent(mfu)} of the devices' peak (MFU)"
+        tiles.append((f"{tflops:.3g}", f"TFLOP/s in training{part}"))
     tiles.append((f"{done:,}", f"of {plural(setup['steps'], 'step')}, {setup['steps_per_epoch']:,} per epoch"))
     tiles.append((f"{processes['number']} × {device}", f"{setup['model']['name']}, {_millions(setup)} parameters"))
     number = len(charts.restarts(record))
     tiles.append((f"{number:,}", "restart" if number == 1 else "restarts"))
     return tiles
+
+
+def _rate(record: RunRecord, name: str) -> float | None:
+    """Return a rate of training: of the whole run, or while it is not done of the newest line."""
+    if record.result is not None:
+        return record.result.get(name)
+    return next((line[f"train/{name}"] for line in reversed(record.lines) if f"train/{name}" in line), None)
 
 
 def _millions(setup: dict[str, Any]) -> str:
@@ -452,6 +461,7 @@ def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         ("of checkpoint", [results.describe_checkpoint(r.result) if r.result else "not done" for r in records]),
         ("wall time", [clock(r.result["seconds"]) if r.result else "not done" for r in records]),
         ("images/s", [f"{r.result['images_per_second']:,.0f}" if r.result else "not done" for r in records]),
+        ("MFU", [percent(mfu) if (mfu := _rate(r, "mfu")) is not None else "not known" for r in records]),
     ]
     trees = [config.public(record.config) for record in records]
     for section, part in trees[0].items():
