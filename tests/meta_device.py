@@ -177,6 +177,7 @@ def batches_on_meta(job: Job) -> list[Batch]:
         torch.empty(size, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=META),
         torch.empty(size, dtype=torch.int64, device=META),
         np.zeros(size, np.int64),
+        np.zeros(size, np.int64),
         torch.empty(size, 2, dtype=torch.int64, device=META),
     )
     return [batch] * len(job.virtual_ranks)

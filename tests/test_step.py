@@ -42,7 +42,7 @@ BUDGET = {  # of each case, in their order; 4 micro-batches with `options`, 2 vi
     "clip": (0, 0, 8, 8, 15),
     "optimizer": (1, 1, 1, 2, 5),
     "ema": (0, 2, 2, 2, 0),
-    "rest": (3, 3, 20, 27, 3),
+    "rest": (3, 3, 25, 37, 3),
 }
 """Largest number of operations on the device in a step, by part. Lower one when fewer are needed."""
 
@@ -56,7 +56,7 @@ def launches(dataset: Dataset, folder: Path, sections: dict[str, dict[str, Any]]
         "train": {"max_steps": 9, "global_batch_size": 48, **sections.get("train", {})},
     }
     with job_on_meta(tree, fp16) as job:
-        step, batches = TrainingStep(job, Profile()), batches_on_meta(job)
+        step, batches = TrainingStep(job, Profile(META)), batches_on_meta(job)
         for number in range(3):
             with Launches() as count:
                 losses = step(number, batches)
