@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from group import Group
 from harness import REPO, clean_environ
 
 SUITE = [sys.executable, "-m", "pytest", "--gpu", "cpu", "-p", "no:cacheprovider"]
@@ -41,6 +43,12 @@ def results(process: subprocess.Popen[bytes], out: Path, seconds: float) -> list
     return list(content["checks"])
 
 
+def test_all_other_tests_hide_the_gpus(group: Callable[[int], Group]) -> None:
+    assert group(1).call("function", os.environ.get, "CUDA_VISIBLE_DEVICES") == [""]
+    assert clean_environ()["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.ranks
 def test_a_part_is_run_by_itself(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     chosen = ["tests/gpu/test_gpu_device.py", "-k", "net-accumulated or net-fp16"]

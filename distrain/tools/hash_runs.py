@@ -17,7 +17,14 @@ from distrain.text import plural, shortened
 
 log = logging.getLogger("distrain")
 
-_OF_THE_CLOCK = ("seconds", "train/images_per_second", "train/tflops_per_second", "train/mfu", "profile/")
+_OF_THE_CLOCK = (
+    "seconds",
+    "compile_seconds",
+    "train/images_per_second",
+    "train/tflops_per_second",
+    "train/mfu",
+    "profile/",
+)
 """Beginnings of the keys of a line that differ between equal runs."""
 _IDS = "digest of ids"
 _MAX_NAMES = 5

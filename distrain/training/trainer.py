@@ -217,6 +217,8 @@ class Trainer:
         """Write a line about the steps since the last one, where they are evaluated or saved with digests."""
         steps_left = self.job.total_steps - self.step
         line = {**self.losses.take_line(self.step, self.profile), "seconds": self.seconds}
+        if self.job.compilation.is_on:
+            line["compile_seconds"] = self.compile_seconds
         rate = line["train/images_per_second"]
         seconds_left = steps_left * self.job.order.global_batch_size / max(rate, 1e-9)
         self.logs.progress.train(self.step, line["epoch"], line["train/loss"], line["train/lr"], rate, seconds_left)
