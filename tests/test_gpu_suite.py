@@ -44,7 +44,7 @@ def results(process: subprocess.Popen[bytes], out: Path, seconds: float) -> list
 
 
 def test_all_other_tests_hide_the_gpus(group: Callable[[int], Group]) -> None:
-    assert group(1).call("function", os.environ.get, "CUDA_VISIBLE_DEVICES") == [""]
+    assert group(1).call("function", os.getenv, "CUDA_VISIBLE_DEVICES") == [""]
     assert clean_environ()["CUDA_VISIBLE_DEVICES"] == ""
 
 
