@@ -118,7 +118,9 @@ def listed_gpus(variables: Mapping[str, str]) -> int | None:
 
 def gpus(variables: Mapping[str, str], folder: Path = Path("/dev")) -> int:
     """Largest number of GPUs that a process here may see, without asking torch, which takes seconds."""
-    amd = list(folder.glob("dri/renderD*")) if (folder / "kfd").exists() else []
+    # A processor's own graphics has these files too, but only torch for ROCm uses AMD's GPUs.
+    has_amd = (folder / "kfd").exists() and "+rocm" in metadata.version("torch")
+    amd = list(folder.glob("dri/renderD*")) if has_amd else []
     number, listed = len(nvidia_gpus(folder) or amd), listed_gpus(variables)
     return number if listed is None else min(number, listed)
 

@@ -13,7 +13,10 @@ import torch
 from harness import clean_environ
 
 from distrain import machine
-from distrain.distributed import devices
+from distrain.distributed import devices, runtime
+from distrain.distributed.compilation import Compilation
+from distrain.distributed.watchdog import Watchdog
+from distrain.environment import Environment
 from distrain.errors import ConfigError
 from distrain.launcher import launch
 
@@ -97,19 +100,39 @@ def test_the_gpus_that_variables_list(variables: dict[str, str], listed: int | N
     assert machine.listed_gpus(variables) == listed
 
 
-def test_device_files_are_counted(tmp_path: Path) -> None:
+def test_device_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.gpus({}, tmp_path) == 0
     (tmp_path / "dri").mkdir()
     for index in range(4):
         (tmp_path / f"dri/renderD{128 + index}").touch()
     assert machine.gpus({}, tmp_path) == 0  # those of a display; ROCm has /dev/kfd too
     (tmp_path / "kfd").touch()
+    assert machine.gpus({}, tmp_path) == 0  # the graphics of a processor, which a torch for NVIDIA's GPUs does not use
+    monkeypatch.setattr(machine.metadata, "version", lambda _: "2.15.0+rocm7.2")
     assert machine.gpus({}, tmp_path) == 4
     assert machine.gpus({"HIP_VISIBLE_DEVICES": "0,1"}, tmp_path) == 2
     with_gpus(tmp_path, 3)
     assert machine.gpus({}, tmp_path) == 3
     assert machine.gpus({CUDA: "0,1,2,3"}, tmp_path) == 3
     assert machine.gpus({CUDA: "MIG-5b7c,MIG-9e11"}, tmp_path) == 1
+
+
+def test_accelerate_does_not_name_ddp_the_gpu_of_the_local_rank(tmp_path: Path) -> None:
+    """That GPU does not exist where each process sees its own one alone."""
+    seen: list[str | None] = []
+
+    def prepare(*objects: object) -> tuple[object, ...]:
+        seen.append(os.environ.get("ACCELERATE_BYPASS_DEVICE_MAP"))
+        return objects
+
+    environment, model = Environment(), torch.nn.Linear(2, 2)
+    watchdog = Watchdog({}, tmp_path, environment)
+    with runtime.start(runtime.Options("cpu", "fp32", 1, False, 10), environment, watchdog) as rt:
+        rt._accelerator.prepare = prepare
+        rt.prepare_data_parallel(model, torch.optim.SGD(model.parameters()), Compilation("off", (2,)), 2)
+    watchdog.close()
+    assert seen == ["true"]
+    assert "ACCELERATE_BYPASS_DEVICE_MAP" not in os.environ
 
 
 def test_run_device_cpu_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +151,10 @@ def test_a_command_does_not_silently_use_the_cpu(tmp_path: Path) -> None:
         ' mount --rbind $0/dev /dev; exec "$@"'
     )
     command = [sys.executable, "-m", "distrain", "train", "data.dir=/nowhere", f"run.dir={tmp_path}/run"]
+    visible = {name: value for name, value in clean_environ().items() if name != CUDA}
     done = subprocess.run(
         ["unshare", "--mount", "bash", "-ec", script, str(tmp_path), *command],
-        env=clean_environ(), capture_output=True, text=True, timeout=60, check=False,
+        env=visible, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 78, done.stderr
     assert "distrain: error: this machine has GPUs (/dev/nvidia0), but torch sees none; " in done.stderr

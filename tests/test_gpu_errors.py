@@ -187,7 +187,7 @@ def test_a_failed_gpu_of_one_process_ends_all_and_is_named(data: Path, tmp_path:
 
 
 def test_nothing_of_nccl_may_abort_a_process() -> None:
-    settings, overridden = nccl_variables.choose({"NCCL_DEBUG": "INFO", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"})
+    settings, overridden = nccl_variables.choose({"NCCL_DEBUG": "INFO", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}, False)
     assert overridden == []
     assert set(settings.values()) == {"0"}
     assert {"TORCH_NCCL_RETHROW_CUDA_ERRORS", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"} <= set(
@@ -201,9 +201,17 @@ def test_nothing_of_nccl_may_abort_a_process() -> None:
     [("1", True), ("TRUE", True), ("3", True), ("0", False), ("no", False), ("False", False), ("", False)],
 )
 def test_variables_of_nccl_that_are_overridden_are_named(value: str, is_overridden: bool) -> None:
-    _, overridden = nccl_variables.choose({"TORCH_NCCL_ASYNC_ERROR_HANDLING": value, "TORCH_NCCL_NAN_CHECK": "1"})
+    variables = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": value, "TORCH_NCCL_NAN_CHECK": "1"}
+    _, overridden = nccl_variables.choose(variables, False)
     expected = f"TORCH_NCCL_ASYNC_ERROR_HANDLING={value} (NCCL's watchdog would abort the process after an error of a"
     assert [line.startswith(expected) for line in overridden] == [True] * is_overridden
+
+
+def test_what_torchrun_has_set_is_not_reported() -> None:
+    variables = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "TORCH_NCCL_BLOCKING_WAIT": "1"}
+    settings, overridden = nccl_variables.choose(variables, True)
+    assert settings["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert [line.partition("=")[0] for line in overridden] == ["TORCH_NCCL_BLOCKING_WAIT"]
 
 
 def test_variables_and_device_are_set_before_the_group_is_created(
@@ -213,7 +221,7 @@ def test_variables_and_device_are_set_before_the_group_is_created(
     selected: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", selected.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for name in nccl_variables.choose({})[0]:
+    for name in nccl_variables.choose({}, False)[0]:
         monkeypatch.setenv(name, "")  # and so removed after this test
     for rank in (0, 3):
         monkeypatch.setenv("TORCH_NCCL_RETHROW_CUDA_ERRORS", "1")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import socket
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from torch.distributed import HashStore
 
+from distrain.distributed import liveness
 from distrain.distributed.liveness import LivenessClient, LivenessServer
 from distrain.environment import World
 
@@ -58,6 +62,52 @@ def test_the_end_of_rank_0_is_seen_by_the_others(store: HashStore, is_loss: bool
     server.close()
     assert ends.get(timeout=SECONDS) == (0, is_loss)
     assert ends.empty()
+
+
+class Proxy:
+    """Passes on what is sent to a port, until it breaks its connections."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._listener = port, socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.connections: queue.Queue[list[socket.socket]] = queue.Queue()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def break_next(self) -> None:
+        """Break the oldest connection."""
+        for end in self.connections.get(timeout=SECONDS):
+            end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ours, theirs = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._port))
+                theirs.sendall(ours.recv(42, socket.MSG_WAITALL))
+                self.connections.put([ours, theirs])
+
+
+def test_a_connection_that_breaks_is_no_loss_if_the_process_connects_again(
+    store: HashStore, seen_by_main: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "_RECONNECT_SECONDS", 0.3)
+    port, token = json.loads(store.get("distrain/liveness"))
+    proxy, ends = Proxy(port), queue.Queue[tuple[int, bool]]()
+    store.set("distrain/liveness", json.dumps([proxy.port, token]))
+    client = connect(store, 1, ends)
+    time.sleep(0.4)  # a connection that breaks sooner is a loss
+    proxy.break_next()
+    with pytest.raises(queue.Empty):
+        seen_by_main.get(timeout=0.6)
+    proxy.close()
+    proxy.break_next()  # now it cannot connect
+    assert seen_by_main.get(timeout=SECONDS) == (1, True)
+    assert ends.get(timeout=SECONDS) == (0, True)
+    client.close()
 
 
 def test_what_other_programs_send_to_the_port_is_ignored(store: HashStore, seen_by_main: Ends) -> None:

@@ -301,7 +301,7 @@ def test_status_shows_the_progress_of_a_run(runs: list[Path], tmp_path: Path, ca
     output = capsys.readouterr().out
     assert "not running; run the same command to resume" in output
     assert "step     50 of 60 (83 %)" in output
-    assert re.search(r"images/s, \d+:\d\d left", output)
+    assert re.search(r"images/s, [\d.e-]+ TFLOP/s, \d+:\d\d left", output)
     assert re.search(r"\nattempts 2; the newest on ", output)
     assert cli.main(["status", str(tmp_path)]) == 78
 

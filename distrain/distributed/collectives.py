@@ -20,7 +20,7 @@ from distrain.distributed import losses
 from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import World
-from distrain.errors import AgainError, PeerLostError, SaveError, Stopped, UserError
+from distrain.errors import AgainError, BusyError, PeerLostError, SaveError, Stopped, UserError
 from distrain.failure_report import Failure, PeerFailedError
 
 T = TypeVar("T")
@@ -218,7 +218,7 @@ class Collectives:
         """Run what may be impossible on this process while the others already wait; they read why in the store."""
         try:
             yield
-        except UserError:
+        except (UserError, BusyError):
             self._failed_alone = True
             raise
 

@@ -109,7 +109,7 @@ def explain(error: BaseException, gpu: str, phase: str) -> ConfigError | GpuErro
     if code == _OUT_OF_MEMORY:
         return _memory(text, gpu, phase)
     if code in _CURES:
-        return ConfigError(f"{gpu}: {_first_line(text)}; {_CURES[code]}")
+        return ConfigError(f"{gpu}: {_nccl_reason(text)}; {_CURES[code]}")
     if code in _FAILED or (isinstance(error, dist.DistBackendError) and _NCCL_LOST.search(text)):
         name = f"{_FAILED[code]}, " if code in _FAILED else ""
         return GpuError(
@@ -152,7 +152,7 @@ def _cuda_code(error: BaseException) -> int | None:
 
 
 def _memory(text: str, gpu: str, phase: str) -> ConfigError | GpuError:
-    line = _first_line(text).partition(" Of the allocated memory")[0].rstrip(".")
+    line = _nccl_reason(text).partition(" Of the allocated memory")[0].rstrip(".")
     others = _used_by_others(text)
     if others is not None:
         return GpuError(

@@ -1,7 +1,8 @@
 """Connections to rank 0, by which processes on several nodes see at once that one of them has ended, also by SIGKILL.
 
 The kernel closes the connections of a process that ends, however it ends. If its end is no loss, the process has said
-so before, with one byte. Nothing else is sent.
+so before, with one byte. Nothing else is sent. A connection also breaks where a firewall or proxy drops it: a process
+that still runs connects again, at once, and only one that does not is lost.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import selectors
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +20,12 @@ from typing import Any
 from distrain.environment import World
 
 _KEY = "distrain/liveness"
-_RANK_BYTES = 10
-_FIELDS = (0, 32), (32, 42), (42, None)
-"""Bytes that a process sends: a token that proves that it belongs to the run, its rank, and `_LEAVES` in the end."""
+_TOKEN, _FAREWELL = 32, 42
+"""Ends of a token, which proves that a process belongs to the run, and of its rank; in the end it sends `_LEAVES`."""
 _LEAVES = b"."
 _CONNECT_SECONDS = 10.0
+_RECONNECT_SECONDS = 2.0
+"""Time in which a process connects again; it does not if the connection was broken sooner than this."""
 _KEEPALIVE_SECONDS = 30
 """Firewalls forget, or reset, connections without traffic."""
 
@@ -38,6 +41,8 @@ class LivenessServer:
     def __init__(self, store: Any, ended: Callable[[int, bool], None]) -> None:
         self._ended, self._token = ended, uuid.uuid4().hex
         self._connections: list[socket.socket] = []
+        self._newest: dict[int, socket.socket] = {}
+        self._missing: dict[int, float] = {}
         self._closed = threading.Event()
         self._listener = _listen()
         store.set(_KEY, json.dumps([self._listener.getsockname()[1], self._token]))
@@ -57,7 +62,7 @@ class LivenessServer:
         with selectors.DefaultSelector() as selector, self._listener, contextlib.ExitStack() as opened:
             selector.register(self._listener, selectors.EVENT_READ)
             while not self._closed.is_set():
-                for key, _ in selector.select(timeout=1):
+                for key, _ in selector.select(timeout=0.1 if self._missing else 1):
                     if key.fileobj is not self._listener:
                         self._receive(selector, key)
                         continue
@@ -66,6 +71,7 @@ class LivenessServer:
                         _prepare(connection, blocking=False)
                         self._connections.append(connection)
                         selector.register(connection, selectors.EVENT_READ, bytearray())
+                self._report_missing()
 
     def _receive(self, selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
         connection: Any = key.fileobj
@@ -74,13 +80,31 @@ class LivenessServer:
             chunk = connection.recv(64)
         if chunk and len(key.data) < 100:  # another program may send anything
             key.data.extend(chunk)
+            rank = self._rank(key.data)
+            if rank is not None:
+                self._newest[rank] = connection
+                self._missing.pop(rank, None)
             return
         selector.unregister(connection)
         self._connections.remove(connection)
         connection.close()
-        token, rank, farewell = (bytes(key.data[first:stop]) for first, stop in _FIELDS)
-        if token == self._token.encode() and len(rank) == _RANK_BYTES:
-            self._ended(int(rank), not farewell.startswith(_LEAVES))  # guard: liveness
+        rank = self._rank(key.data)
+        if rank is None or self._newest[rank] is not connection:
+            return
+        if key.data[_FAREWELL:].startswith(_LEAVES):
+            self._ended(rank, False)
+        else:
+            self._missing[rank] = time.monotonic() + _RECONNECT_SECONDS
+
+    def _rank(self, received: bytearray) -> int | None:
+        """Return the rank of the process that has sent this; None if it is not complete, or of another program."""
+        token, rank = bytes(received[:_TOKEN]), bytes(received[_TOKEN:_FAREWELL])
+        return int(rank) if token == self._token.encode() and len(rank) == _FAREWELL - _TOKEN else None
+
+    def _report_missing(self) -> None:
+        for rank in [rank for rank, deadline in self._missing.items() if time.monotonic() > deadline]:
+            del self._missing[rank]
+            self._ended(rank, True)  # guard: liveness
 
 
 class LivenessClient:
@@ -98,10 +122,9 @@ class LivenessClient:
 
     def __init__(self, store: Any, address: str, world: World, ended: Callable[[int, bool], None]) -> None:
         port, token = json.loads(store.get(_KEY))
+        self._address, self._hello = (address, port), f"{token}{world.rank:0{_FAREWELL - _TOKEN}d}".encode()
         self._ended, self._closed = ended, False
-        self._connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
-        _prepare(self._connection, blocking=True)
-        self._connection.sendall(f"{token}{world.rank:0{_RANK_BYTES}d}".encode())
+        self._connection = self._connect()
         threading.Thread(target=self._work, name="distrain-liveness", daemon=True).start()
 
     def leave(self) -> None:
@@ -115,10 +138,25 @@ class LivenessClient:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
+    def _connect(self) -> socket.socket:
+        connection = socket.create_connection(self._address, timeout=_CONNECT_SECONDS)
+        _prepare(connection, blocking=True)
+        connection.sendall(self._hello)
+        return connection
+
     def _work(self) -> None:
-        farewell = b""
-        with self._connection, contextlib.suppress(OSError):
-            farewell = self._connection.recv(1)
+        while True:
+            started, farewell = time.monotonic(), b""
+            with self._connection, contextlib.suppress(OSError):
+                farewell = self._connection.recv(1)
+            if self._closed or farewell == _LEAVES:
+                break
+            if time.monotonic() - started < _RECONNECT_SECONDS:
+                break
+            try:
+                self._connection = self._connect()
+            except OSError:
+                break
         if not self._closed:
             self._ended(0, farewell != _LEAVES)
 

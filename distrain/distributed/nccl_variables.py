@@ -22,11 +22,16 @@ and TORCH_NCCL_PROPAGATE_ERROR, which only marks the group of the other processe
 """
 
 
-def choose(variables: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+_OF_TORCHRUN = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+"""A variable that torchrun sets for its processes; no user has chosen it."""
+
+
+def choose(variables: Mapping[str, str], torchrun: bool) -> tuple[dict[str, str], list[str]]:
     """Return the variables to set before a NCCL group is created, and why some replace values of the user.
 
     Args:
         variables: the environment.
+        torchrun: whether torchrun started this process.
 
     Returns:
         Names with their values; `NAME=VALUE (reason)` for each one that was on.
@@ -34,6 +39,6 @@ def choose(variables: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     overridden = [
         f"{name}={variables[name]} ({reason})"
         for name, reason in _MUST_BE_OFF.items()
-        if variables.get(name, "").lower() not in _OFF
+        if variables.get(name, "").lower() not in _OFF and not (torchrun and (name, variables[name]) == _OF_TORCHRUN)
     ]
     return dict.fromkeys(_MUST_BE_OFF, "0"), overridden

@@ -187,4 +187,11 @@ class PeerStore:
 
 def _new_connection(store: Any) -> Any:
     """Return the same store over another connection: while one call waits, others on its connection wait too."""
-    return store.clone() if hasattr(store, "clone") else store
+    if not hasattr(store, "clone"):
+        return store
+    seconds = store.timeout
+    store.set_timeout(timedelta(seconds=_TIMEOUT_SECONDS))  # to connect, too: its server may be gone
+    try:
+        return store.clone()
+    finally:
+        store.set_timeout(seconds)

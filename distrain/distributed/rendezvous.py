@@ -116,7 +116,7 @@ def join(
 
 def _prepare_nccl(environment: Environment) -> None:
     """Select this process's GPU, and leave it to our watchdog to end the process: NCCL's would give no reason."""
-    settings, overridden = nccl_variables.choose(os.environ)
+    settings, overridden = nccl_variables.choose(os.environ, environment.torchrun)
     if overridden and environment.is_main:
         log.warning("set to 0, so that errors are reported: %s", "; ".join(overridden))
     os.environ.update(settings)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import nn
 
 from distrain import machine
@@ -29,6 +29,7 @@ from distrain.distributed.gradients import DataParallel
 from distrain.distributed.liveness import LivenessClient, LivenessServer
 from distrain.distributed.numerics import NEED_GPU, seed_cpu, set_numerics, what_decides_bits
 from distrain.distributed.peer_store import PeerStore
+from distrain.distributed.peers import Peers
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment, World, hide_group
@@ -68,11 +69,12 @@ class Runtime:
         dtype: torch.dtype,
         owns_group: bool,
         watchdog: Watchdog,
+        peers: Peers | None,
         collectives: Collectives,
     ) -> None:
         self._accelerator, self._owns_group = accelerator, owns_group
         self.environment, self.dtype = environment, dtype
-        self.watchdog, self.collectives = watchdog, collectives
+        self.watchdog, self._peers, self.collectives = watchdog, peers, collectives
         self._device_name = devices.describe(self.device)
 
     def __enter__(self) -> Runtime:
@@ -86,16 +88,27 @@ class Runtime:
         Raises:
             ConfigError, GpuError: in place of an error of the GPU, with what the user can do.
         """
-        self.watchdog.disconnect(is_loss=error is not None and self.collectives.is_loss(error))
+        is_loss = error is not None and self.collectives.is_loss(error)
+        self.leave_peers(is_loss=is_loss)
         meaning = None
         if error is not None:
             meaning = gpu_errors.explain(error, self._device_name, self.watchdog.status.phase)
-        if error is not None and self.collectives.needs_record(error):
-            known = isinstance(error, PeerFailedError)
+        # On several nodes, rank 0 stays with the store until all know of a loss.
+        if error is not None and (self.collectives.needs_record(error) or (is_loss and self.environment.several_nodes)):
+            known = isinstance(error, (PeerFailedError, PeerLostError))
             self.collectives.abandon(None if known else failure_of(meaning or error, self.environment))
         self._close(device_failed=isinstance(meaning, GpuError))
         if meaning is not None:
             raise meaning from error
+
+    def leave_peers(self, *, is_loss: bool) -> None:
+        """Let this process end by itself, with its own result or error.
+
+        Args:
+            is_loss: whether the others cannot continue without it.
+        """
+        if self._peers is not None:
+            self._peers.leave(is_loss=is_loss)
 
     @property
     def world(self) -> World:
@@ -132,7 +145,9 @@ class Runtime:
     ) -> tuple[DataParallel, AcceleratedOptimizer]:
         """The model under DDP and autocast, and the optimizer with fp16's scaler; both on the device."""
         compilation.apply(module)
-        with self.collectives.collective():  # DDP compares and sends parameters
+        # DDP compares and sends parameters. Without the variable, accelerate names it the GPU of the local rank, which
+        # does not exist where each process sees its own GPU alone.
+        with self.collectives.collective(), patch_environment(ACCELERATE_BYPASS_DEVICE_MAP="true"):
             prepared, stepping = self._accelerator.prepare(module, optimizer)
         model = DataParallel(
             prepared, self._accelerator, self.collectives, compilation, self.world.size, global_batch_size
@@ -191,6 +206,8 @@ class Runtime:
             self._accelerator.free_memory()
             if self._owns_group and dist.is_initialized():
                 dist.destroy_process_group()
+        if self._peers is not None:
+            self._peers.close()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -220,36 +237,37 @@ def start(options: Options, environment: Environment, watchdog: Watchdog) -> Run
     else:
         hide_group(os.environ)
         store = None
-    peer_store = PeerStore(store, world) if store is not None else None
-    if peer_store is not None:
-        watchdog.connect(peer_store)
+    peers = None
+    if store is not None:
+        with rendezvous.report_loss("rank 0 is gone"):
+            peers = Peers(PeerStore(store, world), environment)
+        watchdog.connect(peers)
     try:
-        return _start(options, environment, watchdog, store, peer_store)
+        return _start(options, environment, watchdog, store, peers)
     except Exception as error:
-        watchdog.disconnect(is_loss=True)
         meaning = gpu_errors.explain(error, devices.describe(environment.local_rank), watchdog.status.phase)
-        if peer_store is not None:
-            peer_store.record_failure(failure_of(meaning or error, environment))
-            peer_store.wait_until_seen()
+        if peers is not None:
+            peers.leave(is_loss=True)
+            peers.store.record_failure(failure_of(meaning or error, environment))
+            peers.store.wait_until_seen()
+            peers.close()
         if meaning is not None:
             raise meaning from error
         raise
 
 
-def _start(
-    options: Options, environment: Environment, watchdog: Watchdog, store: Any, peer_store: PeerStore | None
-) -> Runtime:
+def _start(options: Options, environment: Environment, watchdog: Watchdog, store: Any, peers: Peers | None) -> Runtime:
     on_cpu = _on_cpu(options.device, options.precision)
     set_numerics(options.precision, options.deterministic)
     if on_cpu:
         machine.keep_freed_memory()
     owns_group = not dist.is_initialized()
-    if owns_group and store is not None and peer_store is not None:
+    if owns_group and peers is not None:
         if environment.several_nodes and environment.is_main:
-            watchdog.use_liveness(LivenessServer(store, watchdog.peer_ended))
-        rendezvous.join(environment, store, peer_store, "gloo" if on_cpu else "nccl", options.start_seconds, watchdog)
+            peers.use_liveness(LivenessServer(store, peers.ended))
+        rendezvous.join(environment, store, peers.store, "gloo" if on_cpu else "nccl", options.start_seconds, watchdog)
         if environment.several_nodes and not environment.is_main:
-            _connect_to_main(environment, store, watchdog)
+            _connect_to_main(environment, store, peers)
     accelerator = Accelerator(
         # Without cpu=True each CPU process that torchrun started believes that it is alone.
         cpu=on_cpu,
@@ -266,21 +284,21 @@ def _start(
     if accelerator.device.type != ("cpu" if on_cpu else "cuda"):
         raise ConfigError(f"run.device={options.device}, but this process got {accelerator.device}")
     control = None
-    if world.size > 1 and not on_cpu:
-        watchdog.use_backend(dist.distributed_c10d._get_default_group()._get_backend(accelerator.device))
+    if peers is not None and not on_cpu:
+        peers.use_backend(dist.distributed_c10d._get_default_group()._get_backend(accelerator.device))
     if world.size > 1:
         with rendezvous.report_loss("the processes could not connect to each other"):
             control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=rendezvous.NO_TIMEOUT)
     dtype = torch.float64 if options.precision == "fp64" else torch.float32
-    collectives = Collectives(world, control, watchdog, peer_store)
-    return Runtime(accelerator, replace(environment, world=world), dtype, owns_group, watchdog, collectives)
+    collectives = Collectives(world, control, watchdog, peers.store if peers is not None else None)
+    return Runtime(accelerator, replace(environment, world=world), dtype, owns_group, watchdog, peers, collectives)
 
 
-def _connect_to_main(environment: Environment, store: Any, watchdog: Watchdog) -> None:
+def _connect_to_main(environment: Environment, store: Any, peers: Peers) -> None:
     """Connect to rank 0, so that the end of one process is seen by the others on all nodes."""
     address = str(environment.master_address)
     try:
-        client = LivenessClient(store, address, environment.world, watchdog.peer_ended)
+        client = LivenessClient(store, address, environment.world, peers.ended)
     except dist.DistError as error:
         raise PeerLostError(f"rank 0 is gone: the store at {environment.rendezvous} does not answer") from error
     except OSError as error:
@@ -290,7 +308,7 @@ def _connect_to_main(environment: Environment, store: Any, watchdog: Watchdog) -
             environment.world.rank, address, error,
         )  # fmt: skip
         return
-    watchdog.use_liveness(client)
+    peers.use_liveness(client)
 
 
 def _on_cpu(device: str, precision: str) -> bool:

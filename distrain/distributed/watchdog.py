@@ -3,8 +3,8 @@
 Processes compare how many collectives each has entered and left: the one with the fewest, or one that does not answer,
 keeps the others waiting.
 
-A second thread asks every second whether a peer recorded a failure: with NCCL the main thread may wait for the GPU,
-which waits for that peer, and nothing would tell it.
+It also ends its process when a peer has failed: with NCCL the main thread may wait for the GPU, which waits for that
+peer, and nothing would tell it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch._C._distributed_c10d import ErrorType
-
-from distrain.distributed.liveness import LivenessClient, LivenessServer
-from distrain.distributed.peer_store import PeerStore
+from distrain.distributed.peers import PeerFailure, Peers
 from distrain.environment import Environment
 from distrain.errors import EXIT_AGAIN
 from distrain.failure_report import Failure, failure_here, report_failure
@@ -34,9 +30,6 @@ from distrain.worker_status import StatusWriter, WorkerStatus
 _TICK_SECONDS = 0.5
 _CHECK_SECONDS = 5.0
 """Wait for the reports of other stuck processes, for stacks to be written, and for threads to end."""
-
-_GRACE_TICKS = 2
-"""Ticks in which the main thread may end by itself after a peer has failed: gloo reports the loss to it as well."""
 
 log = logging.getLogger("distrain")
 
@@ -52,66 +45,23 @@ class Watchdog:
 
     def __init__(self, limits: Mapping[str, float], stacks: Path, environment: Environment) -> None:
         self._limits, self._stacks, self._environment = dict(limits), stacks, environment
-        self._peer_store: PeerStore | None = None
+        self._peers: Peers | None = None
         self._phase, self._step, self._heartbeats, self._collectives = "start", 0, 0, 0
         self._waiting_for: str | None = None
-        self._peer_failure: Failure | None = None
-        self._peer_loss: Failure | None = None
-        self._liveness: LivenessServer | LivenessClient | None = None
-        self._backend: Any = None
         self._writer = StatusWriter(environment.status_folder, environment.world.rank)
-        self._closed, self._disconnected = threading.Event(), threading.Event()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="distrain-watchdog", daemon=True)
         self._publish()
-        self._threads: list[threading.Thread] = []
-        self._start(self._work, "distrain-watchdog")
+        self._thread.start()
 
     @property
     def status(self) -> WorkerStatus:
         """Phase, step, heartbeats and time limit at this moment."""
         return WorkerStatus(self._phase, self._step, self._heartbeats, self._limits.get(self._phase, 0.0))
 
-    def connect(self, peer_store: PeerStore) -> None:
-        """Use the store for reports of stuck processes, and end this process when a peer has failed."""
-        self._peer_store = peer_store
-
-        def ask() -> None:
-            self._peer_failure = peer_store.wait_for_failure(self._disconnected)
-
-        self._start(ask, "distrain-peers")
-
-    def use_liveness(self, liveness: LivenessServer | LivenessClient) -> None:
-        """Say there when this process leaves; it calls `peer_ended` for others."""
-        self._liveness = liveness
-
-    def use_backend(self, backend: Any) -> None:
-        """End this process too when NCCL, a backend of torch's process groups, reports an error."""
-        self._backend = backend
-
-    def peer_ended(self, rank: int, is_loss: bool) -> None:
-        """Know that a process has ended; if that is a loss, all others end, with what it may have recorded before."""
-        if self._peer_store is None:
-            return
-        if is_loss and not self._disconnected.is_set():
-            host = self._peer_store.hosts([rank]).get(rank, str(self._environment.master_address))
-            message = f"another process is gone: rank {rank} on {host}"
-            failure = failure_here(self._environment, "peer", EXIT_AGAIN, message)
-            self._peer_loss = replace(failure, rank=rank, host=host)
-            self._peer_store.record_failure(self._peer_loss)
-        self._peer_store.mark_seen(rank)
-
-    def disconnect(self, *, is_loss: bool) -> None:
-        """Leave the peers: from here on this process ends by itself, with its own result or error.
-
-        Args:
-            is_loss: whether the others cannot continue without it.
-        """
-        if self._disconnected.is_set():
-            return
-        self._disconnected.set()
-        if self._peer_store is not None:
-            self._peer_store.mark_seen()
-        if self._liveness is not None and not is_loss:
-            self._liveness.leave()
+    def connect(self, peers: Peers) -> None:
+        """End this process when one of them has failed; report to them if this one is stuck."""
+        self._peers = peers
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -148,18 +98,9 @@ class Watchdog:
         self._collectives += 1
 
     def close(self) -> None:
-        """End the threads."""
-        self._disconnected.set()
+        """End the thread."""
         self._closed.set()
-        if self._liveness is not None:
-            self._liveness.close()
-        for thread in self._threads:
-            thread.join(_CHECK_SECONDS)
-
-    def _start(self, work: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=work, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._thread.join(_CHECK_SECONDS)
 
     def _publish(self) -> None:
         self._writer.write(self.status)
@@ -172,42 +113,35 @@ class Watchdog:
             ticks = ticks + 1 if heartbeats == last else 0
             last = heartbeats
             idle = ticks * _TICK_SECONDS
-            failure = self._failure_of_peer()
-            ticks_of_failure = ticks_of_failure + 1 if failure is not None else 0
-            if failure is not None and ticks_of_failure > _GRACE_TICKS:
-                self._exit_with_peer(failure)  # guard: ends-with-peer
+            known = self._failure_of_peer()
+            ticks_of_failure = ticks_of_failure + 1 if known is not None else 0
+            if known is not None and ticks_of_failure * _TICK_SECONDS > known.patience:
+                self._exit_with_peer(known.failure)  # guard: ends-with-peer
             if limit and idle >= limit / 2:
                 self._report_stuck()
             if limit and idle >= limit:
                 self._expire(limit)  # guard: watchdog-expires
 
-    def _failure_of_peer(self) -> Failure | None:
+    def _failure_of_peer(self) -> PeerFailure | None:
         """Return the failure of a peer, with which this process may be ended wherever its main thread is."""
         waits = self._collectives % 2 == 1
-        if self._disconnected.is_set() or not may_end(self._phase, waits):
-            return None
-        failure = self._peer_failure or self._peer_loss
-        error = communicator_error(self._backend) if self._backend is not None else None
-        if failure is None and error is not None:
-            message = f"another process is gone, or cannot be reached: NCCL reports {error}"
-            failure = failure_here(self._environment, "peer", EXIT_AGAIN, message)
-        return failure
+        return self._peers.failure() if self._peers is not None and may_end(self._phase, waits) else None
 
     def _exit_with_peer(self, failure: Failure) -> NoReturn:
-        if self._peer_store is not None:
-            self._peer_store.record_failure(failure)  # what NCCL reports here, others may not know
-            self._peer_store.wait_until_seen()
+        if self._peers is not None:
+            self._peers.store.record_failure(failure)  # what NCCL reports here, others may not know
+            self._peers.store.wait_until_seen()
         self._exit(failure)
 
     def _report_stuck(self) -> None:
-        if self._peer_store is not None:
+        if self._peers is not None:
             report = {
                 "collectives": self._collectives,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "waiting_for": self._waiting_for,
             }
-            self._peer_store.report_stuck(report)
+            self._peers.store.report_stuck(report)
 
     def _expire(self, limit: float) -> None:
         status = self.status
@@ -247,11 +181,11 @@ class Watchdog:
         size = self._environment.world.size
         if size == 1:
             return "the only process is stuck; see its stacks"
-        if self._peer_store is None:
+        if self._peers is None:
             return straggler({}, size)
         self._report_stuck()
         time.sleep(_CHECK_SECONDS / 2)  # the time-outs of the others pass at nearly the same time
-        return straggler(self._peer_store.stuck_reports(), size)
+        return straggler(self._peers.store.stuck_reports(), size)
 
 
 def may_end(phase: str, waits: bool) -> bool:
@@ -264,12 +198,6 @@ def may_end(phase: str, waits: bool) -> bool:
         waits: whether the main thread is in a collective.
     """
     return phase != "end" and (phase != "save" or waits)  # guard: completes-save
-
-
-def communicator_error(backend: Any) -> str | None:
-    """Return the error that a backend of torch's process groups reports, such as COMM_ERROR; None if there is none."""
-    error = backend.get_error()
-    return None if error == ErrorType.SUCCESS else str(error.name)
 
 
 def straggler(reports: Mapping[int, Mapping[str, Any]], size: int) -> str:

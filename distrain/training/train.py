@@ -37,6 +37,9 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environme
         AgainError: stopped on request, or a peer was lost; called again, it resumes.
         PeerFailedError: another process failed, and recorded why.
         SaveError: the run's last checkpoint could not be saved.
+
+    Where another process has failed and this one does not detect it within seconds, because it waits for a GPU or for
+    code of the user, the process is ended with the exit code of the other one: no `except` or `finally` runs.
     """
     started = time.monotonic()
     if isinstance(config, Mapping):

@@ -141,7 +141,7 @@ class Trainer:
         collector = pictures.Collector()
         scores = self._score("test", collector.add)
         misclassified = collector.over_all(job.runtime)
-        job.runtime.watchdog.disconnect(is_loss=False)  # a peer that fails now does not take the result away
+        job.runtime.leave_peers(is_loss=False)  # a peer that fails now does not take the result away
         self._check_result(scores)
         result = self._result(scores, step)
         self._record("test", scores)

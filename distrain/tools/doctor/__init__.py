@@ -1,6 +1,7 @@
-"""`distrain doctor`: find, in seconds, the problems that would end a job or make it slow, before it is started.
+"""`distrain doctor`: find the problems that would end a job or make it slow, before it is started.
 
-Each process checks its own node; then all join a process group and check what they share. No file is left on disk.
+Each process checks its own node; then all join a process group, check what they share, and train two steps. No file is
+left on disk, but what torch caches of a model that it compiles.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from distrain.data import fetch, shards
 from distrain.data.stream import memory
 from distrain.distributed.numerics import seed_cpu, unlike_ranks
 from distrain.distributed.runtime import Runtime
+from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment, World
-from distrain.errors import AgainError, ConfigError, DataError, GpuError, UserError
+from distrain.errors import AgainError, ConfigError, DataError, GpuError, PeerLostError, Stopped, UserError
 from distrain.models.batch_norm import Buffers
 from distrain.models.repeatable import check_repeatable
 from distrain.runs.trackers import check_tensorboard
@@ -71,27 +73,47 @@ def examine(config: Config, environment: Environment) -> None:
     if environment.is_main or (environment.local_rank == 0 and has_problem):
         # Printed before the process waits for the others, which may never come.
         _print(f"{socket.gethostname()}:", local)
-    with signals.recorded(), closing(start_watchdog(_patient(config), environment)) as watchdog:
+    with (
+        signals.recorded(),
+        closing(start_watchdog(_patient(config), environment)) as watchdog,
+        _join(config, environment, watchdog) as rt,
+    ):
         try:
-            with start_runtime(config, environment, watchdog) as rt:
-                watchdog.enter("train")
-                shared, by_rank = _check_group(config, rt), rt.collectives.from_all(local)
-                problems = _report(rt, shared, by_rank)
-                if not problems:
-                    watchdog.enter("first step")
-                    tried = rt.collectives.from_all(list(computing.steps(config, rt)))
-                    problems = _report(rt, tried[0], tried)
-        except GpuError:
-            raise
-        except AgainError as error:
+            problems = _examine_group(config, rt, local)
+        except PeerLostError as error:
             raise ConfigError(
-                f"doctor: the rendezvous failed: {error}\n  → check that all nodes were started, can connect to the"
-                " first node's port, and have the same --nodes and --nproc"
+                f"doctor: {error}\n  → if the system has killed that process, it lacked memory: request more, or lower"
+                " train.micro_batch_size"
             ) from error
     if problems:
         raise ConfigError(f"doctor: number of problems: {problems}; see above")
     if rt.is_main:
         console.show("no problem found that would end a job")
+
+
+def _join(config: Config, environment: Environment, watchdog: Watchdog) -> Runtime:
+    try:
+        return start_runtime(config, environment, watchdog)
+    except (GpuError, Stopped):
+        raise
+    except AgainError as error:
+        raise ConfigError(
+            f"doctor: the rendezvous failed: {error}\n  → check that all nodes were started, can connect to the first"
+            " node's port, and have the same --nodes and --nproc"
+        ) from error
+
+
+def _examine_group(config: Config, rt: Runtime, local: list[Finding]) -> int:
+    """Check what the processes share and, if nothing is wrong, train steps; return the number of problems."""
+    rt.watchdog.enter("train")
+    problems = _report(rt, _check_group(config, rt), rt.collectives.from_all(local))
+    if not problems:
+        rt.watchdog.enter("first step")
+        if rt.is_main:
+            console.show("trying two steps of training at the real sizes …")
+        tried = rt.collectives.from_all(list(computing.steps(config, rt)))
+        problems = _report(rt, tried[0], tried)
+    return problems
 
 
 def _patient(config: Config) -> Config:
@@ -193,7 +215,7 @@ def cache_folder(config: Config, environment: Environment) -> Iterator[Finding]:
 def open_files(config: Config, environment: Environment) -> Iterator[Finding]:
     """Check the limit of open files: connections to all other processes, shards, libraries."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 256 + 4 * environment.world.size
+    needed = 256 + 6 * environment.world.size
     level: Level = "ok" if limit >= needed or limit == resource.RLIM_INFINITY else "bad"
     yield Finding("open files", level, f"{limit} allowed, {needed} needed", f"raise the limit: ulimit -n {needed}")
 

@@ -165,7 +165,7 @@ def _gpu_facts(device: torch.device) -> GpuFacts:
 
 
 def steps(config: Config, rt: Runtime) -> Iterator[Finding]:
-    """Set up the run as `train` does, and train steps at the real sizes on random pixels; nothing is written.
+    """Set up the run as `train` does, and train steps at the real sizes on random pixels; no run is written.
 
     With `train.compile` they are compiled.
 
