@@ -118,7 +118,7 @@ def test_device_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_accelerate_does_not_name_ddp_the_gpu_of_the_local_rank(tmp_path: Path) -> None:
-    """That GPU does not exist where each process sees its own one alone."""
+    """A process that sees its own GPU alone has none of this number."""
     seen: list[str | None] = []
 
     def prepare(*objects: object) -> tuple[object, ...]:
