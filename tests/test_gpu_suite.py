@@ -63,7 +63,7 @@ def test_all_other_tests_hide_the_gpus(group: Callable[[int], Group]) -> None:
 def test_parts_are_run_by_themselves_on_a_node_of_several_too(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     chosen = [f"{WAITING}[net-fp16]", f"{WAITING}[net-bf16]", CONTEXTS, "tests/gpu/test_gpu_nodes.py"]
-    process = start(chosen, out, environ=TWO_NODES)
+    process = start(chosen, out, environ={**TWO_NODES, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"})
     by_name = {each["name"]: each for each in results(process, out, 200)}
     assert "needs a GPU" in by_name.pop("no_step_waits_for_the_gpu[net-fp16]")["reason"]
     assert by_name.pop("no_step_waits_for_the_gpu[net-bf16]")["outcome"] == "passed"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_results import Check, Results
-from harness import Job
+from harness import Job, clean_environ
 
 import distrain
 from distrain.data.manifest import Dataset
@@ -67,6 +67,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if results is not None and results.checks:
         terminalreporter.write_line("\n".join(["", *results.table()]))
         results.write()
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the variables of srun: a test is a run on this node, also if srun has started the suite on several."""
+    for name in os.environ.keys() - clean_environ().keys():
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
