@@ -66,8 +66,9 @@ bench: $(VENV)/installed-dev ## Run all benchmarks, into bench-out; IMAGES=FOLDE
 # DEVICE=cpu tries the same tests on CPUs, as far as they go. PART=bits runs one part: tests/gpu/test_gpu_PART.py.
 GPU_TESTS = $(BIN)/pytest --gpu $(or $(DEVICE),cuda) -rs --durations=0
 
-gpu: $(VENV)/installed-dev ## Check everything on GPUs, and measure: a table, and bench-out/gpu.json
-	$(GPU_TESTS) --gpu-out $(BENCH_OUT)/gpu.json tests/gpu$(if $(PART),/test_gpu_$(PART).py)
+gpu: $(VENV)/installed-dev ## Check everything but PART=recipes on GPUs, and measure: a table, and bench-out/gpu.json
+	$(GPU_TESTS) --gpu-out $(BENCH_OUT)/gpu.json \
+		tests/gpu$(if $(PART),/test_gpu_$(PART).py, --ignore=tests/gpu/test_gpu_recipes.py)
 
 # Nodes are detected as `distrain launch` does: under srun, in a Kubernetes Job, or by DISTRAIN_NODES, _NODE, _HOST and _PORT.
 gpu-nodes: $(VENV)/installed-dev ## The same for several nodes, at the same time on each; WORK=a new folder that all see

@@ -45,10 +45,14 @@ class Context:
     """Accuracy in percent that the recipe is timed to; None: the plain script's."""
     batches: tuple[int, ...] = (128, 512)
     """Batch sizes of one process."""
+    images_of_timed_run: int | None = None
+    """Number of images that a timed run trains on; None: enough for some seconds."""
 
     @property
     def timed_images(self) -> int:
-        """Number of images that a timed run trains on: enough for some seconds."""
+        """Number of images that a timed run trains on."""
+        if self.images_of_timed_run is not None:
+            return self.images_of_timed_run
         return 4_000 if self.quick else 500_000 if self.device == "cuda" else 50_000
 
     @property

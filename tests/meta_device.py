@@ -49,7 +49,9 @@ _PARTS = {
 _READS = ("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique", "_unique2")
 """Operations whose result, or the shape of it, is read from the device."""
 
-_NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
+_NO_LAUNCH = (
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh",
+)  # fmt: skip
 """Operations without a kernel, beside views."""
 
 
@@ -58,34 +60,47 @@ class HostWait(AssertionError):
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations on the device in a block, by part of the step; each launches a kernel or more.
+    """Counts the operations on a device in a block; each launches a kernel or more.
 
-    The device is whichever is not the CPU: `meta`, or a GPU.
+    With `cpu`, the CPU stands for a GPU: for collectives, which gloo runs on CPUs alone.
+
+    Attributes:
+        parts: numbers of operations but collectives, by part of the step.
+        collectives: numbers of collectives, by name.
 
     Raises:
         HostWait: an operation makes the host wait for the device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
         self.parts: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
+        self._device = device
+
+    @property
+    def total(self) -> int:
+        """Number of all operations on the device."""
+        return self.parts.total() + self.collectives.total()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, op.overloadpacket.__name__
-        problem = _wait(name, args, kwargs)
+        problem = _wait(name, args, kwargs, self._device)
         if problem is not None:
             raise HostWait(f"{op}: {problem}")
-        # There is no kernel for meta tensors.
-        result = None if name.startswith(("_fused_sgd", "_fused_adam")) else op(*args, **kwargs)
-        launches = op.namespace == "aten" and not op.is_view and name not in _NO_LAUNCH
-        if launches and _on_device((args, kwargs, result)):
+        no_kernel = self._device == "meta" and name.startswith(("_fused_sgd", "_fused_adam"))
+        result = None if no_kernel else op(*args, **kwargs)
+        launches = not op.is_view and name not in _NO_LAUNCH and _is_on((args, kwargs, result), self._device)
+        if launches and op.namespace == "c10d":
+            self.collectives[name] += 1
+        elif launches and op.namespace == "aten":
             self.parts[_part()] += 1
         return result
 
 
-def _wait(name: str, args: Any, kwargs: Any) -> str | None:
-    """Return why an operation makes the host wait for the device, as text; or None."""
-    if not _on_device((args, kwargs)):
+def _wait(name: str, args: Any, kwargs: Any, device: str) -> str | None:
+    """Return why an operation makes the host wait for a device, as text; or None."""
+    if not _is_on((args, kwargs), device):
         return None
     if name in _READS:
         return "its result is read from the device"
@@ -95,7 +110,7 @@ def _wait(name: str, args: Any, kwargs: Any) -> str | None:
         for index in args[1]:
             if index is not None and index.dtype in (torch.bool, torch.uint8):
                 return "the number of true values of a mask is read from the device"
-            if index is not None and index.device.type == "cpu":
+            if index is not None and index.device.type != device:
                 return "an index is copied from the CPU"
     if name == "_to_copy" and "device" in kwargs:
         devices, non_blocking = {args[0].device.type, kwargs["device"].type}, kwargs.get("non_blocking", False)
@@ -103,16 +118,16 @@ def _wait(name: str, args: Any, kwargs: Any) -> str | None:
         devices, non_blocking = {args[0].device.type, args[1].device.type}, len(args) > 2 and args[2]
     else:
         return None
-    if "cpu" in devices and len(devices) > 1 and not non_blocking:
+    if len(devices) > 1 and not non_blocking:
         return "a copy that is not asynchronous"
     return None
 
 
-def _on_device(values: Any) -> bool:
-    """Whether tensors, or a device that is named, are not the CPU's."""
+def _is_on(values: Any, device: str) -> bool:
+    """Whether one of the tensors, or a device that is named, is of this type."""
     for leaf in pytree.tree_leaves(values):
-        device = leaf.device if isinstance(leaf, Tensor) else leaf
-        if isinstance(device, torch.device) and device.type != "cpu":
+        named = leaf.device if isinstance(leaf, Tensor) else leaf
+        if isinstance(named, torch.device) and named.type == device:
             return True
     return False
 
@@ -134,7 +149,7 @@ class _SetUp(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op.overloadpacket.__name__
-        if _on_device(args) and name in ("_local_scalar_dense", "equal", "allclose"):
+        if _is_on(args, "meta") and name in ("_local_scalar_dense", "equal", "allclose"):
             return name != "_local_scalar_dense"
         return op(*args, **(kwargs or {}))
 

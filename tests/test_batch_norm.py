@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
@@ -13,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from group import Group
+from meta_device import Launches
 from models_for_tests import TwoNames
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.models.batch_norm import local_batch_norm, sync_batch_norm
 
@@ -220,45 +219,21 @@ def test_a_model_under_ddp_with_accumulation_and_compiled(group: Callable[[int],
                 assert difference(torch.from_numpy(result), torch.from_numpy(one)) < 1e-10, compiled
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that would launch a kernel on a GPU, and lists those that would wait for it."""
-
-    WAIT = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "lift_fresh")
-    LAUNCH_NOTHING = ("empty", "new_empty", "empty_like", "wait_tensor")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: collections.Counter[str] = collections.Counter()
-        self.waits: list[str] = []
-
-    def collectives(self) -> int:
-        return sum(number for name, number in self.launches.items() if "allgather" in name or "allreduce" in name)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        indices = args[1] if name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple)) else []
-        if name in self.WAIT or any(isinstance(each, Tensor) and each.dtype == torch.bool for each in indices):
-            self.waits.append(name)
-        if not func.is_view and name not in self.LAUNCH_NOTHING:
-            self.launches[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("samples", [4, 0])
 def test_no_pass_waits_for_the_device_and_launches_are_few(samples: int, momentum: float | None) -> None:
     layer = sync_batch_norm(nn.BatchNorm2d(3, momentum=momentum))
     x = torch.randn(samples, 3, 4, 4).bfloat16().requires_grad_()
     with a_group():
-        with Operations() as forward:
+        with Launches("cpu") as forward:
             out = layer(x)
         gradient = torch.ones_like(out)
-        with Operations() as backward:
+        with Launches("cpu") as backward:
             out.backward(gradient)
-    assert forward.waits == backward.waits == []
-    for operations, most in ((forward, 28), (backward, 15)):
-        assert operations.launches.total() <= most, operations.launches
-        assert operations.collectives() == 1
+    assert forward.total <= 28
+    assert backward.total <= 15
+    assert forward.collectives == {"_allgather_base_": 1}
+    assert backward.collectives == {"allreduce_": 1}
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -274,11 +249,11 @@ def test_only_gradients_that_are_needed_are_computed() -> None:
     layer = sync_batch_norm(nn.BatchNorm1d(3))
     assert isinstance(layer.weight, nn.Parameter)
     layer.weight.requires_grad_(False)
-    with a_group(), Operations() as operations:
+    with a_group(), Launches("cpu") as operations:
         layer(torch.randn(4, 3)).sum().backward()
     assert layer.weight.grad is None
     assert layer.bias.grad is not None
-    assert operations.collectives() == 1
+    assert operations.collectives == {"_allgather_base_": 1}
 
 
 def test_evaluation_uses_the_running_statistics_and_no_collective() -> None:

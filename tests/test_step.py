@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from meta_device import META, Launches, batches_on_meta, job_on_meta
+from meta_device import META, HostWait, Launches, batches_on_meta, job_on_meta
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -102,6 +102,21 @@ def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 )
 def test_what_makes_the_host_wait_is_refused(action: Callable[[], object]) -> None:
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), Launches():
+        action()
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda: torch.ones(3).tolist(),
+        lambda: bool(torch.ones(3).sum() > 0),
+        lambda: torch.ones(3)[torch.ones(3) > 0],
+        lambda: torch.ones(3).nonzero(),
+        lambda: torch.tensor([1.0, 2.0]),
+    ],
+)
+def test_the_cpu_can_stand_for_the_device(action: Callable[[], object]) -> None:
+    with pytest.raises(HostWait), Launches("cpu"):
         action()
 
 

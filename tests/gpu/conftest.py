@@ -5,114 +5,81 @@ With `--gpu cpu` the same tests run on CPUs, as far as they go: so they are know
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import Job
+from gpu_results import Check, Results
+from harness import Job, clean_environ
 
 import distrain
-from distrain import files
 from distrain.data.manifest import Dataset
 
 Sections = dict[str, dict[str, Any]]
 
-
-@dataclass
-class Check:
-    """A test of the suite: its outcome, and what it measured."""
-
-    part: str
-    name: str
-    outcome: str = "not run"
-    reason: str = ""
-    seconds: float = 0.0
-    measured: list[tuple[str, float, str]] = field(default_factory=list)
-    """Name, value and unit."""
-
-
-_CHECKS = pytest.StashKey[dict[str, Check]]()
+_RESULTS = pytest.StashKey[Results]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let cuBLAS be deterministic in this process: it reads this variable at its first use."""
-    if config.getoption("--gpu") is not None:
+    """Begin the results, and let cuBLAS be deterministic in this process: it reads a variable at its first use."""
+    device, out = config.getoption("--gpu"), config.getoption("--gpu-out")
+    if device is not None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        config.stash[_RESULTS] = Results(device, Path(out) if out else None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """List the tests, so that one that is never run is seen."""
-    checks = session.config.stash.setdefault(_CHECKS, {})
-    for item in session.items:
-        if item.get_closest_marker("gpu") is not None:
-            checks[item.nodeid] = Check(item.path.stem.removeprefix("test_gpu_"), item.name.removeprefix("test_"))
+    if (results := session.config.stash.get(_RESULTS, None)) is not None:
+        for item in session.items:
+            part, name = item.path.stem.removeprefix("test_gpu_"), item.name.removeprefix("test_")
+            results.checks[item.nodeid] = Check(part, name)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Any:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Record the outcome of a test: that of its call, or of a set-up that failed or skipped."""
     report: pytest.TestReport = yield
-    check = item.config.stash[_CHECKS].get(item.nodeid)
-    if check is not None:
+    results = item.config.stash.get(_RESULTS, None)
+    if results is not None:
+        check = results.checks[item.nodeid]
         check.seconds += report.duration
         if report.when == "call" or not report.passed:
-            check.outcome = report.outcome
-            check.reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+            check.outcome, check.reason = report.outcome, _reason(report, call)
+        if report.when == "teardown":
+            results.write()
     return report
+
+
+def _reason(report: pytest.TestReport, call: pytest.CallInfo[None]) -> str:
+    """Return why a test was skipped or failed, in one line."""
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    return call.excinfo.exconly().partition("\n")[0] if call.excinfo is not None else ""
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the table, and write the file."""
-    checks = list(config.stash.get(_CHECKS, {}).values())
-    if config.getoption("--gpu") is None or not checks:
-        return
-    machine = _machine(config.getoption("--gpu"))
-    terminalreporter.write_line("\n".join(["", *_table(machine, checks)]))
-    if out := config.getoption("--gpu-out"):
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine, "checks": [asdict(check) for check in checks]}
-        files.replace(Path(out), json.dumps(content, indent=1) + "\n")
+    results = config.stash.get(_RESULTS, None)
+    if results is not None and results.checks:
+        terminalreporter.write_line("\n".join(["", *results.table()]))
+        results.write()
 
 
-def _machine(device: str) -> dict[str, Any]:
-    """Return what the results were measured on."""
-    facts: dict[str, Any] = {"device": device, "torch": torch.__version__, "python": platform.python_version()}
-    if device == "cuda" and torch.cuda.is_available():
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts |= {
-            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            "driver": subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0],
-        }
-    return facts
-
-
-def _table(machine: dict[str, Any], checks: list[Check]) -> list[str]:
-    """Format the results: a line for each test, followed by what it measured."""
-    lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
-    for check in checks:
-        lines.append(f"{check.part:11} {check.outcome:8} {check.seconds:6.1f} s  {check.name}  {check.reason}".rstrip())
-        lines += [f"{'':31}{name}: {value:,.4g} {unit}".rstrip() for name, value, unit in check.measured]
-    counts = {
-        outcome: sum(each.outcome == outcome for each in checks) for outcome in sorted({c.outcome for c in checks})
-    }
-    total = sum(check.seconds for check in checks)
-    return [*lines, f"{', '.join(f'{count} {outcome}' for outcome, count in counts.items())}, in {total:,.0f} s"]
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the variables of srun: a test is a run on this node, also if srun has started the suite on several."""
+    for name in os.environ.keys() - clean_environ().keys():
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str, float, str], None]:
     """`measured(name, value, unit)` adds a figure to the table."""
-    check = request.config.stash[_CHECKS][request.node.nodeid]
+    check = request.config.stash[_RESULTS].checks[request.node.nodeid]
     return lambda name, value, unit: check.measured.append((name, value, unit))
 
 
@@ -128,7 +95,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def large(device: str) -> str:
     """A model with convolutions and BatchNorm: resnet9, which on CPUs would take minutes."""
-    return "resnet9" if device == "cuda" else "models_for_tests:Mixed"
+    return "resnet9" if device == "cuda" else "models_for_tests:Normed"
 
 
 @pytest.fixture(scope="session")
@@ -153,11 +120,14 @@ def sizes(most: int) -> list[int]:
 
 @pytest.fixture
 def launched(device: str, tmp_path: Path) -> Callable[..., Job]:
-    """`launched(tree, processes)`: a job under `distrain launch` on the device of the suite."""
+    """`launched(tree, processes)`: a job under `distrain launch` on the device of the suite.
+
+    It is on this node alone, in an allocation of several nodes too.
+    """
 
     def launch(tree: Sections, processes: int, **options: Any) -> Job:
         on_device = {**tree, "run": {**tree["run"], "device": device}}
-        return Job(on_device, tmp_path, processes, **options)
+        return Job(on_device, tmp_path, processes, ["--nodes", "1"], **options)
 
     return launch
 

@@ -56,12 +56,25 @@ def test_fp64_is_the_same_on_any_number_of_gpus(
         assert distance(run, runs[0]) < 1e-10
 
 
+@pytest.fixture
+def steps(device: str) -> int:
+    """Steps of a run that is killed after 21 of them: enough of them on GPUs too, where one takes milliseconds."""
+    return 200 if device == "cuda" else 40
+
+
 @pytest.mark.parametrize("virtual", [False, True], ids=["deterministic", "virtual ranks"])
 def test_killed_and_resumed_ends_with_the_same_bits(
-    virtual: bool, large: str, most: int, train: Train, launched: Callable[..., Job], configuration: Configuration
+    virtual: bool,
+    steps: int,
+    large: str,
+    most: int,
+    train: Train,
+    launched: Callable[..., Job],
+    configuration: Configuration,
 ) -> None:
-    options = {"train": {"precision": "bf16", "ema_decay": 0.9}, "model": {"name": large}}
+    options = {"train": {"precision": "bf16", "ema_decay": 0.9, "max_steps": steps}, "model": {"name": large}}
     options["train"] |= {"virtual_ranks": 8} if virtual else {}
+    options["checkpoint"] = {"keep": 2}
     whole = trained(train(configuration("whole", **options), most))
     killed = configuration("killed", **options)
     with launched(killed, most) as job:
@@ -82,9 +95,9 @@ def test_virtual_ranks_have_the_same_bits_on_any_number_of_gpus(
 
 
 def test_virtual_ranks_resume_on_another_number_of_gpus(
-    several: int, train: Train, launched: Callable[..., Job], configuration: Configuration
+    steps: int, several: int, train: Train, launched: Callable[..., Job], configuration: Configuration
 ) -> None:
-    options = {"train": {"virtual_ranks": 8}}
+    options = {"train": {"virtual_ranks": 8, "max_steps": steps}, "checkpoint": {"keep": 2}}
     whole, elastic = configuration("whole", **options), configuration("elastic", **options)
     train(whole)
     with launched(elastic, several) as job:

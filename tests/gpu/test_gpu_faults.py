@@ -44,7 +44,8 @@ def test_a_rank_that_raises(several: int, tree: Any, launched: Launched, measure
         started = time.monotonic()
         assert job.wait() == 1, job.output
         measured("from the first step until the job has ended", time.monotonic() - started, "s")
-    assert f"rank {several - 1}" in exit_file(job.run)["reason"]
+    assert f"rank {several - 1} failed first" in job.output
+    assert "a fault of the model" in exit_file(job.run)["reason"]
     _finish(tree, several, launched)
 
 

@@ -1,4 +1,4 @@
-"""Models that observe the process that trains them; OBSERVED=FOLDER in the environment is where they report."""
+"""Models for the suite for GPUs; those that observe their process report to the folder OBSERVED of the environment."""
 
 from __future__ import annotations
 
@@ -12,8 +12,29 @@ from torch import Tensor, nn
 
 from distrain import models
 
-FIRST, WATCHED = 10, 50
-"""Passes before the watched ones: warm-up and first steps, which may wait for the device; number of watched passes."""
+FIRST, WATCHED = 30, 50
+"""Steps before the watched ones, and number of the watched ones.
+
+The first epoch, in which a cache is filled, and the warm-up may wait for the device.
+"""
+
+
+class Convolutional(nn.Sequential):
+    """Has convolutions and BatchNorm, and is compiled to one graph."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        channels, height, width = image_shape
+        super().__init__(
+            nn.Conv2d(channels, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Tanh(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Tanh(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(8 * (height // 2) * (width // 2), num_classes),
+        )
 
 
 class _Observer(nn.Module):
@@ -38,17 +59,22 @@ class _Observer(nn.Module):
 
 
 class Waiting(_Observer):
-    """Waiting for the GPU is an error in `WATCHED` passes; the file `watched` proves that they were made."""
+    """Waiting for the GPU is an error in `WATCHED` steps; the file `watched` proves that they were made.
+
+    WAITING in the environment is the model that is trained, and ACCUMULATION_STEPS the number of passes in a step.
+    """
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(os.environ["WAITING"], num_classes, image_shape)
 
     def observe(self, number: int) -> None:
         """Switch torch's check on and off."""
-        if number in (FIRST, FIRST + WATCHED):
+        accumulation_steps = int(os.environ["ACCUMULATION_STEPS"])
+        first, last = FIRST * accumulation_steps, (FIRST + WATCHED) * accumulation_steps
+        if number in (first, last):
             if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("error" if number == FIRST else "default")
-            if number > FIRST:
+                torch.cuda.set_sync_debug_mode("error" if number == first else "default")
+            if number == last:
                 Path(os.environ["OBSERVED"], "watched").touch()
 
 
