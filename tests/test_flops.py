@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import distrain
 from distrain import cli
@@ -29,6 +31,19 @@ class Known(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.two(self.norm(self.one(images)).relu()).flatten(1))
+        return logits
+
+
+class Grouped(nn.Module):
+    """Depthwise, grouped and transposed convolutions, for images of 8×8×3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.grouped = nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.Conv2d(6, 4, 1, groups=2)
+        self.transposed, self.head = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), nn.Linear(6 * 256, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.transposed(self.grouped(self.depthwise(images))).flatten(1))
         return logits
 
 
@@ -60,6 +75,23 @@ def test_flops_are_those_of_the_formula() -> None:
     one, two, head = 2 * 64 * 9 * 3 * 4, 2 * 64 * 9 * 4 * 6, 2 * 6 * 64 * 10
     # Backward: gradients of weights and of inputs, each as much as forward; the images have none.
     assert flops.of_model(Known(), (8, 8, 3)) == 2 * one + 3 * two + 3 * head
+
+
+def test_groups_of_a_convolution_are_counted_alone() -> None:
+    depthwise, grouped, transposed, head = 2 * 64 * 9 * 6, 2 * 64 * 3 * 4, 2 * 64 * 4 * 4 * 3, 2 * 6 * 256 * 10
+    assert flops.of_model(Grouped(), (8, 8, 3)) == 2 * depthwise + 3 * (grouped + transposed + head)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "efficientnet_b0"])
+def test_training_takes_three_times_the_flops_of_a_forward_pass(name: str) -> None:
+    with torch.device("meta"):
+        module = getattr(torchvision.models, name)()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        module(torch.empty(2, 3, 64, 64, device="meta"))
+    training = flops.of_model(module, (64, 64, 3))
+    assert training is not None
+    assert training / (counter.get_total_flops() / 2) == pytest.approx(3, rel=0.03)  # the images have no gradient
 
 
 def test_counting_changes_neither_the_model_nor_random_numbers() -> None:

@@ -2,7 +2,7 @@
 
 Model FLOPs utilisation (MFU) after Chowdhery et al., "PaLM" (2022): the FLOPs of the model's forward and backward
 passes per second, divided by the peak of all devices. FLOPs are those of convolutions and products of matrices, as
-torch's `FlopCounterMode` counts them; a model that computes activations again in its backward pass has more of them.
+torch's `FlopCounterMode` counts them, but for convolutions in groups; a model that computes activations again in its backward pass has more of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 _IMAGES = 2
 """Number of images of which the passes are counted: BatchNorm may refuse a single one."""
@@ -53,7 +53,8 @@ def of_model(module: nn.Module, image_shape: Sequence[int]) -> int | None:
         image_shape: height, width and channels.
     """
     height, width, channels = image_shape
-    counter, others = FlopCounterMode(display=False), _OtherOperations()
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    counter, others = FlopCounterMode(display=False, custom_mapping=formulas), _OtherOperations()
     try:
         without_values = copy.deepcopy(module).to("meta").train()
         dtype = next(without_values.parameters()).dtype
@@ -64,6 +65,18 @@ def of_model(module: nn.Module, image_shape: Sequence[int]) -> int | None:
         return None
     total = counter.get_total_flops()
     return total // _IMAGES if total and not others.used else None
+
+
+def _convolution_backward(
+    gradient: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
+) -> int:
+    """Return the FLOPs of a convolution's backward pass, from shapes and the arguments that follow them.
+
+    The gradients of inputs and weights each take as many as the forward pass. torch's own formula has too many for
+    convolutions in groups.
+    """
+    *_, transposed, _, _, needed = others
+    return sum(needed[:2]) * conv_flop_count(list(inputs), list(weight), list(gradient), transposed)
 
 
 class _OtherOperations(TorchDispatchMode):
