@@ -2,7 +2,8 @@
 
 Model FLOPs utilisation (MFU) after Chowdhery et al., "PaLM" (2022): the FLOPs of the model's forward and backward
 passes per second, divided by the peak of all devices. FLOPs are those of convolutions and products of matrices, as
-torch's `FlopCounterMode` counts them, but for convolutions in groups; a model that computes activations again in its backward pass has more of them.
+torch's `FlopCounterMode` counts them, except for gradients of convolutions; a model that computes activations again in
+its backward pass has more of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,24 @@ _IMAGES = 2
 """Number of images of which the passes are counted: BatchNorm may refuse a single one."""
 
 
+@dataclass
+class TrainingTime:
+    """Time spent on training steps, by the devices of one attempt or of several.
+
+    Attributes:
+        seconds: the sum of all attempts.
+        peak_flops: FLOPs that the devices would have done at their peak; None if a peak is not known.
+    """
+
+    seconds: float = 0.0
+    peak_flops: float | None = 0.0
+
+    def add(self, seconds: float, peak: float | None) -> None:
+        """Add time of devices that together have this peak, in FLOP/s."""
+        self.seconds += seconds
+        self.peak_flops = None if self.peak_flops is None or peak is None else self.peak_flops + peak * seconds
+
+
 @dataclass(frozen=True)
 class Flops:
     """The FLOPs of a run, as far as they are known.
@@ -34,12 +53,20 @@ class Flops:
     per_image: int | None
     peak: float | None
 
-    def rates(self, images_per_second: float) -> dict[str, float | None]:
-        """Return `tflops_per_second` of all devices together, and `mfu`; None where something is not known."""
+    def rates(self, images: int, time: TrainingTime) -> dict[str, float | None]:
+        """Return `tflops_per_second` of all devices together, and `mfu`; None where something is not known.
+
+        Args:
+            images: number of images trained.
+            time: the time that it took.
+        """
         if self.per_image is None:
             return {"tflops_per_second": None, "mfu": None}
-        achieved = self.per_image * images_per_second
-        return {"tflops_per_second": achieved / 1e12, "mfu": None if self.peak is None else achieved / self.peak}
+        done = self.per_image * images
+        return {
+            "tflops_per_second": done / max(time.seconds, 1e-9) / 1e12,
+            "mfu": done / time.peak_flops if time.peak_flops else None,
+        }
 
 
 def of_model(module: nn.Module, image_shape: Sequence[int]) -> int | None:
@@ -67,16 +94,15 @@ def of_model(module: nn.Module, image_shape: Sequence[int]) -> int | None:
     return total // _IMAGES if total and not others.used else None
 
 
-def _convolution_backward(
-    gradient: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
-) -> int:
-    """Return the FLOPs of a convolution's backward pass, from shapes and the arguments that follow them.
+def _convolution_backward(gradient: list[int], inputs: list[int], weight: list[int], *others: Any, **_: Any) -> int:
+    """Return the FLOPs of a convolution's backward pass, from the arguments of `aten.convolution_backward`, or shapes.
 
     The gradients of inputs and weights each take as many as the forward pass. torch's own formula has too many for
     convolutions in groups.
     """
-    *_, transposed, _, _, needed = others
-    return sum(needed[:2]) * conv_flop_count(list(inputs), list(weight), list(gradient), transposed)
+    transposed, needed = others[4], others[7]
+    gradients = int(needed[0]) + int(needed[1])
+    return gradients * conv_flop_count(inputs, weight, gradient, transposed)
 
 
 class _OtherOperations(TorchDispatchMode):
