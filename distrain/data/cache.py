@@ -59,6 +59,8 @@ class Cache:
         else:
             self._images = torch.empty(shape, dtype=torch.uint8, device=device)
             self._labels = torch.empty(total, dtype=torch.int64, device=device)
+        if self._stream is not None:  # the current stream may still use memory that was freed, and is allocated again
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @property
     def device(self) -> torch.device:
