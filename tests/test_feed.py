@@ -141,6 +141,33 @@ def test_data_is_the_time_in_which_the_gpu_waits_for_data(
     assert fractions["copy"] < 0.5
 
 
+def test_copies_are_measured_however_often_lines_are_written(gpu: SimulatedGpu) -> None:
+    profile, lines = Profile(gpu.device), []
+    for _ in range(12):
+        with profile.phase("copy"):
+            gpu.compute.submit(lambda: time.sleep(0.002))
+        profile.step()
+        gpu.compute.synchronize()
+        lines.append(profile.take(0.01, 0.0)["copy"])
+    assert [call for _, _, call in gpu.calls].count("Event.record") == 4  # two steps are measured
+    assert min(lines[1:]) > 0.1
+    assert profile.total()["copy"] > 0.1
+
+
+def test_a_cache_is_written_when_the_gpu_no_longer_uses_its_memory(small: Dataset, gpu: SimulatedGpu) -> None:
+    go_on, entry = threading.Event(), small.split("train").shards[0]
+    blocks = shards.read(small.root, entry, small.manifest.image_shape, len(small.manifest.classes))
+    gpu.compute.submit(go_on.wait)
+    train = Cache(small, gpu.device)
+    writer = threading.Thread(target=train.put, args=(0, blocks))
+    writer.start()
+    writer.join(0.2)
+    assert not train.contains(0)
+    go_on.set()
+    writer.join(60)
+    assert train.contains(0)
+
+
 def test_a_stopwatch_does_not_wait_for_the_gpu(gpu: SimulatedGpu) -> None:
     stopwatch, go_on = Stopwatch(on_gpu=True), threading.Event()
     start = stopwatch.mark()
