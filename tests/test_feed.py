@@ -45,10 +45,12 @@ def runtime_of(gpu: SimulatedGpu) -> Any:
     return SimpleNamespace(device=gpu.device, watchdog=watchdog, collectives=SimpleNamespace(any_busy=any_busy))
 
 
-def reader_of(gpu: SimulatedGpu, dataset: Dataset, order: Order, steps: range, cache: str = "off") -> TrainingBatches:
+def reader_of(
+    gpu: SimulatedGpu, dataset: Dataset, order: Order, steps: range, cache: str = "off", rank: int = 0
+) -> TrainingBatches:
     device = {"off": None, "ram": torch.device("cpu"), "device": gpu.device}[cache]
     train = Cache(dataset, device, pin=cache == "ram") if device is not None else None
-    ranks = World(0, 2).virtual_ranks(4)
+    ranks = World(rank, 2).virtual_ranks(4)
     return TrainingBatches(dataset, order, ranks, steps, 1, with_random_bits=True, device=gpu.device, cache=train)
 
 
@@ -76,19 +78,32 @@ def test_the_reading_thread_uses_the_gpu_of_its_process(small: Dataset, gpu: Sim
     assert devices == {3}
 
 
-@pytest.mark.parametrize(("batch", "cache"), [(32, "off"), (8, "off"), (300, "off"), (1100, "off"), (300, "ram")])
+@pytest.mark.parametrize(
+    ("batch", "cache", "rank"),
+    [
+        (32, "off", 0),
+        (8, "off", 0),
+        (300, "off", 0),
+        (1100, "off", 0),
+        (38, "off", 1),
+        (300, "ram", 0),
+        (38, "ram", 1),
+    ],
+)
 def test_copies_arrive_whole_and_the_host_waits_for_none(
-    small: Dataset, gpu: SimulatedGpu, batch: int, cache: str
+    small: Dataset, gpu: SimulatedGpu, batch: int, cache: str, rank: int
 ) -> None:
+    """A step of 38 samples that ends in the next round has two of it, and none for the virtual ranks of rank 1."""
     order = order_of(small, min(batch, 24 * 41))  # a round has 12 × 41 samples
     steps = range(3 * order.steps_per_epoch)
-    with closing(TrainingBatches(small, order, World(0, 2).virtual_ranks(4), steps, 1, with_random_bits=True)) as plain:
+    ranks = World(rank, 2).virtual_ranks(4)
+    with closing(TrainingBatches(small, order, ranks, steps, 1, with_random_bits=True)) as plain:
         expected = [
             (part.images.clone(), part.labels.clone(), part.random_bits.clone())
             for batches in plain
             for part in batches
         ]
-    with closing(reader_of(gpu, small, order, steps, cache)) as reader:
+    with closing(reader_of(gpu, small, order, steps, cache, rank)) as reader:
         feed = Feed(reader, order, runtime_of(gpu), Profile(gpu.device))
         copied = []
         for step in steps:
