@@ -18,7 +18,7 @@ from distrain.data import shards
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
-from distrain.data.stream import TrainingBatches
+from distrain.data.stream import TrainingBatches, memory
 from distrain.distributed.stopwatch import Stopwatch
 from distrain.distributed.virtual_ranks import _Clock
 from distrain.environment import World
@@ -117,6 +117,15 @@ def test_copies_arrive_whole_and_the_host_waits_for_none(
     calls = [call for thread, _, call in gpu.calls if thread != "distrain-read"]
     assert "copy" in calls
     assert "copy that the host waits for" not in calls
+
+
+def test_memory_is_the_size_of_the_pinned_buffers(small: Dataset, gpu: SimulatedGpu) -> None:
+    order, ranks = order_of(small, 32), World(0, 2).virtual_ranks(4)
+    with closing(reader_of(gpu, small, order, range(1))) as reader:
+        next(reader)
+    of_torch = sum(1 << (size - 1).bit_length() for size in gpu.pinned_sizes)
+    of_numpy = 2 * 6 * order.samples_per_shard * 16  # two buffers; ids and positions of six lanes
+    assert memory(small, order, ranks, 1, pinned=True) == of_torch + of_numpy
 
 
 def test_closing_ends_a_reader_that_waits_for_the_gpu(small: Dataset, gpu: SimulatedGpu) -> None:

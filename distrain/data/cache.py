@@ -111,12 +111,7 @@ class Cache:
 
 def size(dataset: Dataset) -> int:
     """Bytes that a cache of the data set needs."""
-    return dataset.split("train").samples * sample_size(dataset)
-
-
-def sample_size(dataset: Dataset) -> int:
-    """Bytes of one sample in memory: image, label and id."""
-    return dataset.manifest.sample_bytes + 16
+    return dataset.split("train").samples * (dataset.manifest.sample_bytes + 16)  # of label and id
 
 
 def choose_device(setting: str, dataset: Dataset, device: torch.device, processes: int) -> torch.device | None:

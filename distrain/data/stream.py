@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain.data import shards
-from distrain.data.cache import Cache, sample_size
+from distrain.data.cache import Cache
 from distrain.data.cache import size as cache_size
 from distrain.data.fetch import Remote
 from distrain.data.manifest import Dataset, Shard
@@ -52,8 +52,11 @@ _GATHERED_SAMPLES = 256
 _POLL_SECONDS = 0.001
 """Interval of the questions whether a GPU has copied a round."""
 
-_ORDER_BYTES = 24
-"""Bytes of a sample's position and random bits."""
+_LABEL_BYTES, _BITS_BYTES = 8, 16
+"""Bytes of a sample's label and random bits, which are copied to a GPU, as its image is."""
+
+_HOST_BYTES = 16
+"""Bytes of a sample's id and position."""
 
 _CPU = torch.device("cpu")
 
@@ -263,12 +266,27 @@ class EvaluationBatches:
         return self._block is not None and self._start < len(self._block.labels)
 
 
-def memory(dataset: Dataset, order: Order, ranks: Sequence[World], read_ahead: int, cached: bool = False) -> int:
-    """Bytes that a process needs for the samples of its virtual ranks: those of the cache, or of the buffers."""
+def memory(
+    dataset: Dataset, order: Order, ranks: Sequence[World], read_ahead: int, cached: bool = False, pinned: bool = False
+) -> int:
+    """Bytes that a process needs for the samples of its virtual ranks: those of the cache, or of the buffers.
+
+    Args:
+        dataset: the data set whose train split is read.
+        order: the order of training.
+        ranks: the virtual ranks of the process.
+        read_ahead: rounds to read before they are needed.
+        cached: whether the train split is cached.
+        pinned: whether the buffers are in pinned memory, for a GPU. torch makes each tensor there a power of two long.
+    """
     if cached:
         return cache_size(dataset)
-    samples = sum(len(order.owned_lanes(world)) for world in ranks) * order.samples_per_shard
-    return (1 + max(read_ahead, order.rounds_per_step)) * samples * (sample_size(dataset) + _ORDER_BYTES)
+    buffers = 1 + max(read_ahead, order.rounds_per_step)
+    samples = [len(order.owned_lanes(world)) * order.samples_per_shard for world in ranks]
+    copied = [each * size for each in samples for size in (dataset.manifest.sample_bytes, _LABEL_BYTES, _BITS_BYTES)]
+    if pinned:
+        copied = [1 << (size - 1).bit_length() for size in copied]
+    return buffers * (sum(copied) + sum(samples) * _HOST_BYTES)
 
 
 def _read(dataset: Dataset, shard: Shard, stop: threading.Event) -> list[Block]:
