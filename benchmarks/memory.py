@@ -1,8 +1,9 @@
 """The cost of reading as the data grows: memory, time per image, and time to plan a step.
 
 - memory: growth of the peak resident memory of a new process that reads one epoch without a cache; compared with the
-  size of its buffers, lanes / processes × samples of a shard × bytes of a sample × (1 + read_ahead). The rest is one
-  shard while it is parsed, a batch that spans two rounds, modules imported on first use, and the allocator's overhead.
+  size of its buffers, lanes / processes × samples of a shard × (bytes of an image + 40) × (1 + read_ahead); the 40
+  bytes are label, id, position and random bits. The rest is one shard while it is parsed, a batch that spans two
+  rounds, modules imported on first use, and the allocator's overhead.
 - time: an epoch of 8×8 images, from 10⁴ to 10⁶ images
 - plan: `Order.owned_before` of each step and `Order.positions` of each round, for one of W processes with 32 samples
   each in a step

@@ -104,6 +104,11 @@ class SimulatedGpu:
         monkeypatch.setattr(torch.Tensor, "to", to)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
 
+    @property
+    def pinned_sizes(self) -> list[int]:
+        """Bytes of each tensor in pinned memory."""
+        return [each.numel() * each.element_size() for each in self._pinned.values()]
+
     def close(self) -> None:
         """End the streams' threads."""
         for stream in self._streams:

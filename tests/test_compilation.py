@@ -109,9 +109,16 @@ def test_a_model_that_replaces_its_buffers_cannot_use_cuda_graphs(data: Path, tm
         distrain.train(configuration(data, tmp_path / "run", sections, CUDA_GRAPHS))
 
 
+def compiler_settings() -> tuple[Any, ...]:
+    dynamo = torch._dynamo.config
+    return dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit, torch._inductor.config.deterministic
+
+
 def test_what_is_compiled_for_one_size_is_not_dynamic(data: Path, tmp_path: Path) -> None:
+    settings = compiler_settings()
     with simulated() as recorder:
         result = distrain.train(configuration(data, tmp_path / "run", {"train": {"compile": "default"}}))
+    assert compiler_settings() == settings
     assert recorder.graphs == ["compile forward 18"]
     assert recorder.events_of_training == ["forward", "backward"] * STEPS
     assert 0 < result["compile_seconds"] < result["seconds"]

@@ -18,7 +18,7 @@ from distrain.data import shards
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
-from distrain.data.stream import TrainingBatches
+from distrain.data.stream import TrainingBatches, memory
 from distrain.distributed.stopwatch import Stopwatch
 from distrain.distributed.virtual_ranks import _Clock
 from distrain.environment import World
@@ -45,10 +45,12 @@ def runtime_of(gpu: SimulatedGpu) -> Any:
     return SimpleNamespace(device=gpu.device, watchdog=watchdog, collectives=SimpleNamespace(any_busy=any_busy))
 
 
-def reader_of(gpu: SimulatedGpu, dataset: Dataset, order: Order, steps: range, cache: str = "off") -> TrainingBatches:
+def reader_of(
+    gpu: SimulatedGpu, dataset: Dataset, order: Order, steps: range, cache: str = "off", rank: int = 0
+) -> TrainingBatches:
     device = {"off": None, "ram": torch.device("cpu"), "device": gpu.device}[cache]
     train = Cache(dataset, device, pin=cache == "ram") if device is not None else None
-    ranks = World(0, 2).virtual_ranks(4)
+    ranks = World(rank, 2).virtual_ranks(4)
     return TrainingBatches(dataset, order, ranks, steps, 1, with_random_bits=True, device=gpu.device, cache=train)
 
 
@@ -76,19 +78,32 @@ def test_the_reading_thread_uses_the_gpu_of_its_process(small: Dataset, gpu: Sim
     assert devices == {3}
 
 
-@pytest.mark.parametrize(("batch", "cache"), [(32, "off"), (8, "off"), (300, "off"), (1100, "off"), (300, "ram")])
+@pytest.mark.parametrize(
+    ("batch", "cache", "rank"),
+    [
+        (32, "off", 0),
+        (8, "off", 0),
+        (300, "off", 0),
+        (1100, "off", 0),
+        (38, "off", 1),
+        (300, "ram", 0),
+        (38, "ram", 1),
+    ],
+)
 def test_copies_arrive_whole_and_the_host_waits_for_none(
-    small: Dataset, gpu: SimulatedGpu, batch: int, cache: str
+    small: Dataset, gpu: SimulatedGpu, batch: int, cache: str, rank: int
 ) -> None:
+    """A step of 38 samples that ends in the next round has two of it, and none for the virtual ranks of rank 1."""
     order = order_of(small, min(batch, 24 * 41))  # a round has 12 × 41 samples
     steps = range(3 * order.steps_per_epoch)
-    with closing(TrainingBatches(small, order, World(0, 2).virtual_ranks(4), steps, 1, with_random_bits=True)) as plain:
+    ranks = World(rank, 2).virtual_ranks(4)
+    with closing(TrainingBatches(small, order, ranks, steps, 1, with_random_bits=True)) as plain:
         expected = [
             (part.images.clone(), part.labels.clone(), part.random_bits.clone())
             for batches in plain
             for part in batches
         ]
-    with closing(reader_of(gpu, small, order, steps, cache)) as reader:
+    with closing(reader_of(gpu, small, order, steps, cache, rank)) as reader:
         feed = Feed(reader, order, runtime_of(gpu), Profile(gpu.device))
         copied = []
         for step in steps:
@@ -102,6 +117,15 @@ def test_copies_arrive_whole_and_the_host_waits_for_none(
     calls = [call for thread, _, call in gpu.calls if thread != "distrain-read"]
     assert "copy" in calls
     assert "copy that the host waits for" not in calls
+
+
+def test_memory_is_the_size_of_the_pinned_buffers(small: Dataset, gpu: SimulatedGpu) -> None:
+    order, ranks = order_of(small, 32), World(0, 2).virtual_ranks(4)
+    with closing(reader_of(gpu, small, order, range(1))) as reader:
+        next(reader)
+    of_torch = sum(1 << (size - 1).bit_length() for size in gpu.pinned_sizes)
+    of_numpy = 2 * 6 * order.samples_per_shard * 16  # two buffers; ids and positions of six lanes
+    assert memory(small, order, ranks, 1, pinned=True) == of_torch + of_numpy
 
 
 def test_closing_ends_a_reader_that_waits_for_the_gpu(small: Dataset, gpu: SimulatedGpu) -> None:
@@ -139,6 +163,33 @@ def test_data_is_the_time_in_which_the_gpu_waits_for_data(
     fractions = profile.take(time.perf_counter() - started, 0.0)
     assert fractions["data"] > 0.3 if is_slow else fractions["data"] < 0.05
     assert fractions["copy"] < 0.5
+
+
+def test_copies_are_measured_however_often_lines_are_written(gpu: SimulatedGpu) -> None:
+    profile, lines = Profile(gpu.device), []
+    for _ in range(12):
+        with profile.phase("copy"):
+            gpu.compute.submit(lambda: time.sleep(0.002))
+        profile.step()
+        gpu.compute.synchronize()
+        lines.append(profile.take(0.01, 0.0)["copy"])
+    assert [call for _, _, call in gpu.calls].count("Event.record") == 4  # two steps are measured
+    assert min(lines[1:]) > 0.1
+    assert profile.total()["copy"] > 0.1
+
+
+def test_a_cache_is_written_when_the_gpu_no_longer_uses_its_memory(small: Dataset, gpu: SimulatedGpu) -> None:
+    go_on, entry = threading.Event(), small.split("train").shards[0]
+    blocks = shards.read(small.root, entry, small.manifest.image_shape, len(small.manifest.classes))
+    gpu.compute.submit(go_on.wait)
+    train = Cache(small, gpu.device)
+    writer = threading.Thread(target=train.put, args=(0, blocks))
+    writer.start()
+    writer.join(0.2)
+    assert not train.contains(0)
+    go_on.set()
+    writer.join(60)
+    assert train.contains(0)
 
 
 def test_a_stopwatch_does_not_wait_for_the_gpu(gpu: SimulatedGpu) -> None:

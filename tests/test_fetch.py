@@ -24,13 +24,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from harness import REPO
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_stream import needed, order_of, reached
 
 import distrain
 from distrain import address, cli, config
 from distrain.data import fetch, manifest, shards
+from distrain.data.cache import Cache as MemoryCache
 from distrain.data.fetch import Cache, FetchOptions, Remote, locate
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
@@ -559,6 +562,27 @@ def test_closing_does_not_wait_for_the_network(
         begun = time.monotonic()
     assert time.monotonic() - begun < 2
     assert not [thread for thread in threading.enumerate() if thread.name == "distrain-read"]
+
+
+def test_a_shard_that_is_read_early_is_fetched_in_one_attempt(server: Server) -> None:
+    dataset = manifest.read(server.address, options(retries=2))
+    order = order_of(dataset, 32)
+    early = needed(dataset, order, World(0, 2), range(9))
+    victim = early[-3]  # not needed in the first two epochs, and not the last one that is read early
+    assert victim not in needed(dataset, order, World(0, 2), range(2))
+    server.faults[victim] = [status(503)] * 99
+    train, steps = MemoryCache(dataset, torch.device("cpu")), range(9 * order.steps_per_epoch)
+    batches = TrainingBatches(dataset, order, (World(0, 2),), steps, 1, with_random_bits=False, cache=train)
+    with closing(batches):
+        next(batches)
+        assert reached(lambda: victim in server.requested)
+        for _ in range(order.steps_per_epoch):
+            next(batches)
+        assert reached(lambda: set(early) <= set(server.requested))
+        assert server.requested.count(victim) == 1
+        with pytest.raises(UnreachableError, match="tried 3 times"):
+            list(batches)
+    assert server.requested.count(victim) == 4
 
 
 # The cache

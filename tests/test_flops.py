@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import distrain
 from distrain import cli
 from distrain.data.manifest import Dataset
+from distrain.errors import Stopped
 from distrain.models.small import Small
 from distrain.runs import results
 from distrain.training import flops
-from distrain.training.flops import Flops
+from distrain.training.flops import Flops, TrainingTime
 
 
 class Known(nn.Module):
@@ -29,6 +32,19 @@ class Known(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.two(self.norm(self.one(images)).relu()).flatten(1))
+        return logits
+
+
+class Grouped(nn.Module):
+    """Depthwise, grouped and transposed convolutions, for images of 8×8×3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.grouped = nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.Conv2d(6, 4, 1, groups=2)
+        self.transposed, self.head = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), nn.Linear(6 * 256, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.transposed(self.grouped(self.depthwise(images))).flatten(1))
         return logits
 
 
@@ -60,6 +76,23 @@ def test_flops_are_those_of_the_formula() -> None:
     one, two, head = 2 * 64 * 9 * 3 * 4, 2 * 64 * 9 * 4 * 6, 2 * 6 * 64 * 10
     # Backward: gradients of weights and of inputs, each as much as forward; the images have none.
     assert flops.of_model(Known(), (8, 8, 3)) == 2 * one + 3 * two + 3 * head
+
+
+def test_groups_of_a_convolution_are_counted_alone() -> None:
+    depthwise, grouped, transposed, head = 2 * 64 * 9 * 6, 2 * 64 * 3 * 4, 2 * 64 * 4 * 4 * 3, 2 * 6 * 256 * 10
+    assert flops.of_model(Grouped(), (8, 8, 3)) == 2 * depthwise + 3 * (grouped + transposed + head)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "efficientnet_b0"])
+def test_training_takes_three_times_the_flops_of_a_forward_pass(name: str) -> None:
+    with torch.device("meta"):
+        module = getattr(torchvision.models, name)()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        module(torch.empty(2, 3, 64, 64, device="meta"))
+    training = flops.of_model(module, (64, 64, 3))
+    assert training is not None
+    assert training / (counter.get_total_flops() / 2) == pytest.approx(3, rel=0.03)  # the images have no gradient
 
 
 def test_counting_changes_neither_the_model_nor_random_numbers() -> None:
@@ -109,10 +142,11 @@ def test_peaks_are_those_of_the_data_sheets_or_not_known(
     assert flops.peak(name, precision) == (None if tflops is None else tflops * 1e12)
 
 
-def test_rates_follow_from_images_per_second() -> None:
-    assert Flops(10**9, 4e12).rates(1000) == {"tflops_per_second": 1.0, "mfu": 0.25}
-    assert Flops(10**9, None).rates(1000) == {"tflops_per_second": 1.0, "mfu": None}
-    assert Flops(None, 4e12).rates(1000) == {"tflops_per_second": None, "mfu": None}
+def test_rates_follow_from_images_and_time() -> None:
+    assert Flops(10**9, None).rates(3000, TrainingTime(3.0, 12e12)) == {"tflops_per_second": 1.0, "mfu": 0.25}
+    assert Flops(10**9, None).rates(3000, TrainingTime(3.0, None)) == {"tflops_per_second": 1.0, "mfu": None}
+    assert Flops(None, None).rates(3000, TrainingTime(3.0, 12e12)) == {"tflops_per_second": None, "mfu": None}
+    assert Flops(10**9, None).rates(0, TrainingTime()) == {"tflops_per_second": 0.0, "mfu": None}
     assert results.format_rate(1234.5, 1.0, 0.25) == "1,234 images/s, 1 TFLOP/s, MFU 25.0 %"
     assert results.format_rate(1234.5, None, None) == "1,234 images/s"
 
@@ -146,3 +180,38 @@ def test_a_run_has_its_rates_in_metrics_result_status_and_report(
     assert list(page.parent.rglob("*mfu-step*.png"))
     assert cli.main(["status", str(run)]) == 0
     assert "MFU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", [1e12, None])
+def test_mfu_after_a_resume_is_that_of_the_devices_of_both_attempts(
+    first: float | None, small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt is stopped between two lines of metrics.jsonl; the only line is about all steps."""
+    run, second = tmp_path / "run", 3e12
+    tree = {
+        "data": {"dir": str(small.root)},
+        "run": {"dir": str(run)},
+        "model": {"name": "models_for_tests:Faulty"},
+        "train": {"epochs": 2, "global_batch_size": 64},
+        "eval": {"every_steps": 0},
+        "checkpoint": {"every_steps": 0},
+        "log": {"report": False},
+    }
+    monkeypatch.setattr(flops, "peak", lambda name, precision: first)
+    monkeypatch.setenv("FAULT", "stop:0:7")
+    with pytest.raises(Stopped):
+        distrain.train(tree)
+    (state,) = run.glob("checkpoints/*/state.json")
+    before = json.loads(state.read_text())["losses"]["seconds"]
+    monkeypatch.delenv("FAULT")
+    monkeypatch.setattr(flops, "peak", lambda name, precision: second)
+    result = distrain.train(tree)
+    (line,) = [each for each in map(json.loads, (run / "metrics.jsonl").open()) if "train/loss" in each]
+    if first is None:
+        assert result["mfu"] is None
+        assert "train/mfu" not in line
+        return
+    seconds = 30 * 64 / result["images_per_second"]
+    mean_peak = (before * first + (seconds - before) * second) / seconds
+    assert result["mfu"] == pytest.approx(result["tflops_per_second"] * 1e12 / mean_peak)
+    assert line["train/mfu"] == pytest.approx(result["mfu"])

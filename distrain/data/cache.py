@@ -59,6 +59,8 @@ class Cache:
         else:
             self._images = torch.empty(shape, dtype=torch.uint8, device=device)
             self._labels = torch.empty(total, dtype=torch.int64, device=device)
+        if self._stream is not None:  # the current stream may still use memory that was freed, and is allocated again
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @property
     def device(self) -> torch.device:
@@ -109,12 +111,7 @@ class Cache:
 
 def size(dataset: Dataset) -> int:
     """Bytes that a cache of the data set needs."""
-    return dataset.split("train").samples * sample_size(dataset)
-
-
-def sample_size(dataset: Dataset) -> int:
-    """Bytes of one sample in memory: image, label and id."""
-    return dataset.manifest.sample_bytes + 16
+    return dataset.split("train").samples * (dataset.manifest.sample_bytes + 16)  # of label and id
 
 
 def choose_device(setting: str, dataset: Dataset, device: torch.device, processes: int) -> torch.device | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import errno
 import hashlib
 import io
@@ -26,7 +27,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,12 @@ class Remote:
 
     def __truediv__(self, name: str) -> str:
         return f"{self._public_address}/{name}"
+
+    def without_retries(self) -> Remote:
+        """Return the same folder, of which each file is fetched in one attempt."""
+        remote = copy.copy(self)
+        remote._options = replace(self._options, retries=0)
+        return remote
 
     def read(self, name: str, size: int, sha256: str, check: Check, stop: threading.Event | None = None) -> bytes:
         """Return the content of a file, from the cache if possible; fetch it and cache it otherwise.

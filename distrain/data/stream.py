@@ -23,7 +23,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,8 +32,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain.data import shards
-from distrain.data.cache import Cache, sample_size
+from distrain.data.cache import Cache
 from distrain.data.cache import size as cache_size
+from distrain.data.fetch import Remote
 from distrain.data.manifest import Dataset, Shard
 from distrain.data.order import Order, augmentation_bits, evaluation_shards
 from distrain.data.shards import Block
@@ -51,8 +52,11 @@ _GATHERED_SAMPLES = 256
 _POLL_SECONDS = 0.001
 """Interval of the questions whether a GPU has copied a round."""
 
-_ORDER_BYTES = 24
-"""Bytes of a sample's position and random bits."""
+_LABEL_BYTES, _BITS_BYTES = 8, 16
+"""Bytes of a sample's label and random bits, which are copied to a GPU, as its image is."""
+
+_HOST_BYTES = 16
+"""Bytes of a sample's id and position."""
 
 _CPU = torch.device("cpu")
 
@@ -194,11 +198,13 @@ class TrainingBatches:
             assert self._current is not None
             if self._current.number < number:
                 # The thread reuses the round's buffers, so what is still needed of them is copied.
-                parts = [[_copy(batch) for batch in of_rank] for of_rank in parts]
+                for of_rank, part in zip(parts, self._current.parts, strict=True):
+                    if not isinstance(part, _Cached):
+                        of_rank[-1] = _concatenate([of_rank[-1]], self._pin)
                 self._next_round()
             for of_rank, part, world in zip(parts, self._current.parts, self._ranks, strict=True):
                 of_rank.append(part.take(self._slice(step, number, world)))
-        return [_join([part for part in of_rank if len(part.ids)] or of_rank[:1], self._pin) for of_rank in parts]
+        return [_join(of_rank, self._pin) for of_rank in parts]
 
     def _slice(self, step: int, number: int, world: World) -> slice:
         """Return which samples of a virtual rank in a round a step trains."""
@@ -260,12 +266,27 @@ class EvaluationBatches:
         return self._block is not None and self._start < len(self._block.labels)
 
 
-def memory(dataset: Dataset, order: Order, ranks: Sequence[World], read_ahead: int, cached: bool = False) -> int:
-    """Bytes that a process needs for the samples of its virtual ranks: those of the cache, or of the buffers."""
+def memory(
+    dataset: Dataset, order: Order, ranks: Sequence[World], read_ahead: int, cached: bool = False, pinned: bool = False
+) -> int:
+    """Bytes that a process needs for the samples of its virtual ranks: those of the cache, or of the buffers.
+
+    Args:
+        dataset: the data set whose train split is read.
+        order: the order of training.
+        ranks: the virtual ranks of the process.
+        read_ahead: rounds to read before they are needed.
+        cached: whether the train split is cached.
+        pinned: whether the buffers are in pinned memory, for a GPU. torch makes each tensor there a power of two long.
+    """
     if cached:
         return cache_size(dataset)
-    samples = sum(len(order.owned_lanes(world)) for world in ranks) * order.samples_per_shard
-    return (1 + max(read_ahead, order.rounds_per_step)) * samples * (sample_size(dataset) + _ORDER_BYTES)
+    buffers = 1 + max(read_ahead, order.rounds_per_step)
+    samples = [len(order.owned_lanes(world)) * order.samples_per_shard for world in ranks]
+    copied = [each * size for each in samples for size in (dataset.manifest.sample_bytes, _LABEL_BYTES, _BITS_BYTES)]
+    if pinned:
+        copied = [1 << (size - 1).bit_length() for size in copied]
+    return buffers * (sum(copied) + sum(samples) * _HOST_BYTES)
 
 
 def _read(dataset: Dataset, shard: Shard, stop: threading.Event) -> list[Block]:
@@ -278,30 +299,25 @@ def _read_whole(dataset: Dataset, owned: list[Shard], closed: threading.Event) -
         yield Block(*(np.concatenate(arrays) for arrays in zip(*_read(dataset, shard, closed), strict=True)))
 
 
-def _copy(batch: Batch) -> Batch:
-    return Batch(
-        batch.images.clone(),
-        batch.labels.clone(),
-        batch.ids.copy(),
-        batch.positions.copy(),
-        batch.random_bits.clone(),
-    )
-
-
 def _join(parts: list[Batch], pin: bool) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
+    """Return one batch of the samples of all parts; without a copy if only one part has any."""
+    with_samples = [part for part in parts if len(part.ids)] or parts[:1]
+    return with_samples[0] if len(with_samples) == 1 else _concatenate(with_samples, pin)
+
+
+def _concatenate(parts: list[Batch], pin: bool) -> Batch:
+    """Return a copy of the samples of all parts."""
     images, labels, ids, positions, random_bits = zip(*parts, strict=True)
     return Batch(
-        _concatenate(images, pin),
-        _concatenate(labels, pin),
+        _concatenate_tensors(images, pin),
+        _concatenate_tensors(labels, pin),
         np.concatenate(ids),
         np.concatenate(positions),
-        _concatenate(random_bits, pin),
+        _concatenate_tensors(random_bits, pin),
     )
 
 
-def _concatenate(tensors: tuple[Tensor, ...], pin: bool) -> Tensor:
+def _concatenate_tensors(tensors: tuple[Tensor, ...], pin: bool) -> Tensor:
     first = tensors[0]
     shape = (sum(map(len, tensors)), *first.shape[1:])
     pin = pin and first.device.type == "cpu"  # the samples of a cache may be on the GPU already
@@ -359,20 +375,30 @@ class _RoundReader:
                 parts.append(_Cached(cache, index.flatten(), positions, pinned))
             yield _Round(number, parts, None)
 
-    def fill(self, cache: Cache) -> Iterator[None]:
-        """Read the shards of all rounds into a cache, one at a time, in the order in which they are needed."""
+    def fill(self, cache: Cache) -> Iterator[bool]:
+        """Read the shards of all rounds into a cache, one at a time, in the order in which they are needed.
+
+        A round may wait for the shard that is being read, so a remote one is fetched without retries.
+
+        Yields:
+            Whether to continue before the next round: not after a shard that cannot be read. Such a shard is not read
+            early again; the error is raised when it is needed, where all processes stop together.
+        """
+        failed: set[int] = set()
         for number in self.rounds:
             for shard in itertools.chain.from_iterable(self._shards(number, world) for world in self.ranks):
-                if not cache.contains(shard):
-                    try:
-                        cache.put(shard, self._read(shard))
-                    except DataError:
-                        return  # raised when the shard is needed, where all processes stop together
+                if cache.contains(shard) or shard in failed:
+                    continue
+                try:
+                    cache.put(shard, self._read(shard, retry=False))
+                except DataError:
+                    failed.add(shard)
+                else:
                     self.count()
-                    yield
+                yield shard not in failed
             if cache.is_complete:
                 return
-            yield
+            yield True
 
     def _wait_for(self, copied: torch.cuda.Event) -> bool:
         """Wait until a GPU has copied what is in a buffer; return False if the reader is closed before."""
@@ -413,8 +439,11 @@ class _RoundReader:
         shards_of_lanes: list[int] = self.order.epoch_shards(epoch)[round_, world.rank :: world.size].tolist()
         return shards_of_lanes
 
-    def _read(self, shard: int) -> list[Block]:
-        return _read(self.dataset, self.dataset.split("train").shards[shard], self.closed)
+    def _read(self, shard: int, retry: bool = True) -> list[Block]:
+        dataset = self.dataset
+        if not retry and isinstance(dataset.root, Remote):
+            dataset = replace(dataset, root=dataset.root.without_retries())
+        return _read(dataset, dataset.split("train").shards[shard], self.closed)
 
 
 def _rounds_of(order: Order, steps: range) -> range:
@@ -455,7 +484,8 @@ class Background(Generic[T]):
         ahead: number of items.
         closed: set by `close`.
         gpu: the GPU that `items` use.
-        spare: work in small steps for the time in which the thread may make no further item.
+        spare: work in small steps for the time in which the thread may make no further item; it yields whether to
+            continue before the next item.
     """
 
     def __init__(
@@ -464,7 +494,7 @@ class Background(Generic[T]):
         ahead: int,
         closed: threading.Event | None = None,
         gpu: torch.device | None = None,
-        spare: Iterable[None] = (),
+        spare: Iterable[bool] = (),
     ) -> None:
         self._items, self._gpu, self._spare = items, gpu, iter(spare)
         self._ready: deque[T] = deque()
@@ -535,8 +565,6 @@ class Background(Generic[T]):
     def _wait_for_permit(self) -> None:
         """Wait until an item may be made; use the time."""
         while not self._permits.acquire(blocking=False):
-            try:
-                next(self._spare)
-            except StopIteration:
+            if not next(self._spare, False):
                 self._permits.acquire()
                 return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,26 @@ class Compilation:
             return
         with torch.compiler.set_stance("force_eager"):
             yield
+
+
+@contextlib.contextmanager
+def settings_restored(mode: str) -> Iterator[None]:
+    """Run the block, and restore torch's settings that `Compilation.apply` changes.
+
+    Args:
+        mode: `train.compile`.
+    """
+    if mode == "off":
+        yield
+        return
+    dynamo, inductor = torch._dynamo.config, torch._inductor.config
+    limits: dict[str, Any] = {
+        "recompile_limit": dynamo.recompile_limit,
+        "fail_on_recompile_limit_hit": dynamo.fail_on_recompile_limit_hit,
+    }
+    others: dict[str, Any] = {"deterministic": inductor.deterministic} if hasattr(inductor, "deterministic") else {}
+    with dynamo.patch(limits), inductor.patch(others):  # changes nothing; its end restores these values
+        yield
 
 
 class AccumulatedGradients:

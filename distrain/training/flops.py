@@ -2,7 +2,8 @@
 
 Model FLOPs utilisation (MFU) after Chowdhery et al., "PaLM" (2022): the FLOPs of the model's forward and backward
 passes per second, divided by the peak of all devices. FLOPs are those of convolutions and products of matrices, as
-torch's `FlopCounterMode` counts them; a model that computes activations again in its backward pass has more of them.
+torch's `FlopCounterMode` counts them, except for gradients of convolutions; a model that computes activations again in
+its backward pass has more of them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 _IMAGES = 2
 """Number of images of which the passes are counted: BatchNorm may refuse a single one."""
+
+
+@dataclass
+class TrainingTime:
+    """Time spent on training steps, by the devices of one attempt or of several.
+
+    Attributes:
+        seconds: the sum of all attempts.
+        peak_flops: FLOPs that the devices would have done at their peak; None if a peak is not known.
+    """
+
+    seconds: float = 0.0
+    peak_flops: float | None = 0.0
+
+    def add(self, seconds: float, peak: float | None) -> None:
+        """Add time of devices that together have this peak, in FLOP/s."""
+        self.seconds += seconds
+        self.peak_flops = None if self.peak_flops is None or peak is None else self.peak_flops + peak * seconds
 
 
 @dataclass(frozen=True)
@@ -34,12 +53,20 @@ class Flops:
     per_image: int | None
     peak: float | None
 
-    def rates(self, images_per_second: float) -> dict[str, float | None]:
-        """Return `tflops_per_second` of all devices together, and `mfu`; None where something is not known."""
+    def rates(self, images: int, time: TrainingTime) -> dict[str, float | None]:
+        """Return `tflops_per_second` of all devices together, and `mfu`; None where something is not known.
+
+        Args:
+            images: number of images trained.
+            time: the time that it took.
+        """
         if self.per_image is None:
             return {"tflops_per_second": None, "mfu": None}
-        achieved = self.per_image * images_per_second
-        return {"tflops_per_second": achieved / 1e12, "mfu": None if self.peak is None else achieved / self.peak}
+        done = self.per_image * images
+        return {
+            "tflops_per_second": done / max(time.seconds, 1e-9) / 1e12,
+            "mfu": done / time.peak_flops if time.peak_flops else None,
+        }
 
 
 def of_model(module: nn.Module, image_shape: Sequence[int]) -> int | None:
@@ -53,7 +80,8 @@ def of_model(module: nn.Module, image_shape: Sequence[int]) -> int | None:
         image_shape: height, width and channels.
     """
     height, width, channels = image_shape
-    counter, others = FlopCounterMode(display=False), _OtherOperations()
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    counter, others = FlopCounterMode(display=False, custom_mapping=formulas), _OtherOperations()
     try:
         without_values = copy.deepcopy(module).to("meta").train()
         dtype = next(without_values.parameters()).dtype
@@ -64,6 +92,17 @@ def of_model(module: nn.Module, image_shape: Sequence[int]) -> int | None:
         return None
     total = counter.get_total_flops()
     return total // _IMAGES if total and not others.used else None
+
+
+def _convolution_backward(gradient: list[int], inputs: list[int], weight: list[int], *others: Any, **_: Any) -> int:
+    """Return the FLOPs of a convolution's backward pass, from the arguments of `aten.convolution_backward`, or shapes.
+
+    The gradients of inputs and weights each take as many as the forward pass. torch's own formula has too many for
+    convolutions in groups.
+    """
+    transposed, needed = others[4], others[7]
+    gradients = int(needed[0]) + int(needed[1])
+    return gradients * conv_flop_count(inputs, weight, gradient, transposed)
 
 
 class _OtherOperations(TorchDispatchMode):

@@ -12,6 +12,7 @@ from torch import Tensor
 from distrain.distributed.numerics import sum_in_order
 from distrain.errors import DivergedError
 from distrain.runs import checkpoint
+from distrain.training.flops import TrainingTime
 from distrain.training.job import Job
 from distrain.training.profiling import Profile
 
@@ -26,11 +27,11 @@ class LossMeter:
         self._job = job
         self._pending: list[Tensor] = []
         self._clock = time.monotonic()
-        self._sum, self._steps, self._seconds = 0.0, 0, 0.0
+        self._sum, self._steps, self._time = 0.0, 0, TrainingTime()
         self.logged_step = 0
         """Steps done at the newest line about training."""
-        self.train_seconds = 0.0
-        """Seconds of training of all attempts, up to their last checkpoint."""
+        self.train_time = TrainingTime()
+        """Time of training of all attempts, up to their last checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, so that the mean of a line is the same after an interruption."""
@@ -38,14 +39,17 @@ class LossMeter:
             "logged_step": self.logged_step,
             "sum": self._sum,
             "steps": self._steps,
-            "seconds": self._seconds,
-            "train_seconds": self.train_seconds,
+            "seconds": self._time.seconds,
+            "peak_flops": self._time.peak_flops,
+            "train_seconds": self.train_time.seconds,
+            "train_peak_flops": self.train_time.peak_flops,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
-        self.logged_step, self.train_seconds = state["logged_step"], state["train_seconds"]
-        self._sum, self._steps, self._seconds = state["sum"], state["steps"], state["seconds"]
+        self.logged_step, self._sum, self._steps = state["logged_step"], state["sum"], state["steps"]
+        self._time = TrainingTime(state["seconds"], state.get("peak_flops"))
+        self.train_time = TrainingTime(state["train_seconds"], state.get("train_peak_flops"))
 
     def add(self, losses: Tensor) -> None:
         """Add the losses of a step, each summed over the samples of one virtual rank: [v]."""
@@ -75,8 +79,8 @@ class LossMeter:
             self._sum += value
         seconds = time.monotonic() - self._clock
         self._steps += len(sums)
-        self._seconds += seconds
-        self.train_seconds += seconds
+        for each in (self._time, self.train_time):
+            each.add(seconds, self._job.flops.peak)
         self.restart_clock()
 
     def _sums(self) -> list[float]:
@@ -92,17 +96,17 @@ class LossMeter:
     def take_line(self, step: int, profile: Profile) -> dict[str, Any]:
         """Return a line of metrics.jsonl about the steps since the last one; the next one begins here."""
         job, batch_size = self._job, self._job.order.global_batch_size
-        rate = self._steps * batch_size / max(self._seconds, 1e-9)
-        fractions = profile.take(self._seconds, job.model.distributed.exchange_fraction())
+        images, seconds = self._steps * batch_size, self._time.seconds
+        rates = {"images_per_second": images / max(seconds, 1e-9), **job.flops.rates(images, self._time)}
+        fractions = profile.take(seconds, job.model.distributed.exchange_fraction())
         line = {
             "epoch": job.epoch(step),
-            "train/loss": self._sum / (self._steps * batch_size),
+            "train/loss": self._sum / images,
             "train/lr": job.learning_rate(step - 1),
-            "train/images_per_second": rate,
-            **{f"train/{name}": value for name, value in job.flops.rates(rate).items() if value is not None},
+            **{f"train/{name}": value for name, value in rates.items() if value is not None},
             **{f"profile/{name}": round(part, 5) for name, part in fractions.items()},
         }
-        self.logged_step, self._sum, self._steps, self._seconds = step, 0.0, 0, 0.0
+        self.logged_step, self._sum, self._steps, self._time = step, 0.0, 0, TrainingTime()
         return line
 
 

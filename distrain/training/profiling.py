@@ -41,18 +41,21 @@ class Profile:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._host, self._device = Stopwatch(on_gpu=False), Stopwatch(self._on_gpu)
+        self._number = 0
         self._steps = self._sampled_steps = 0
+        self._copy_seconds = 0.0
         self._all: dict[str, float] = {}
 
     @property
     def _is_sampled(self) -> bool:
-        """Whether the copies of this step are measured. After a line has been written, the first step is unusual."""
-        return not self._on_gpu or self._steps % _SAMPLED == 1
+        """Whether the copies of this step are measured. The first step of an attempt is unusual."""
+        return not self._on_gpu or self._number % _SAMPLED == 1
 
     def step(self) -> None:
         """Count a step."""
         self._sampled_steps += self._is_sampled
         self._steps += 1
+        self._number += 1
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -76,7 +79,8 @@ class Profile:
         """
         measured = self._host.take() | self._device.take()
         if self._sampled_steps:
-            measured["copy"] = measured.get("copy", 0.0) * self._steps / self._sampled_steps
+            self._copy_seconds = measured.get("copy", 0.0) / self._sampled_steps
+        measured["copy"] = self._copy_seconds * self._steps  # without a sample: as in the newest one
         self._steps = self._sampled_steps = 0
         spent = {name: min(measured.get(name, 0.0), seconds) for name in get_args(Phase)}
         rest = max(seconds - sum(spent.values()), 0.0)

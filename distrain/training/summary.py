@@ -85,7 +85,14 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
             "grad_accum": job.accumulation_steps,
         },
         "memory": {
-            "bytes": memory(job.dataset, order, job.virtual_ranks, job.config.data.read_ahead, job.cache is not None),
+            "bytes": memory(
+                job.dataset,
+                order,
+                job.virtual_ranks,
+                job.config.data.read_ahead,
+                cached=job.cache is not None,
+                pinned=cuda,
+            ),
             "cache": None if job.cache is None else "device" if job.cache.device.type == "cuda" else "ram",
         },
         "compile": {

@@ -13,6 +13,7 @@ import torch
 
 from distrain import signals, startup
 from distrain.config import Config, from_tree, load
+from distrain.distributed import compilation
 from distrain.environment import Environment
 from distrain.training import setup
 from distrain.training.checkpointing import Checkpointer
@@ -48,6 +49,7 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str], environme
         config = load(Path(config))
     with (
         _torch_defaults(),
+        compilation.settings_restored(config.train.compile),
         signals.recorded(),
         closing(setup.start_watchdog(config, environment)) as watchdog,
         setup.start_runtime(config, environment, watchdog) as runtime,

@@ -331,7 +331,7 @@ class Trainer:
         """Return the content of RUN/result.json."""
         job, order = self.job, self.job.order
         epochs = job.epoch(self.step)
-        rate = self.step * order.global_batch_size / max(self.losses.train_seconds, 1e-9)
+        images, time_used = self.step * order.global_batch_size, self.losses.train_time
         return {
             **scores.as_dict(job.dataset.manifest.classes),
             "steps": self.step,
@@ -340,8 +340,8 @@ class Trainer:
             "dropped_per_epoch": job.dataset.split("train").samples - order.steps_per_epoch * order.global_batch_size,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
-            "images_per_second": rate,
-            **job.flops.rates(rate),
+            "images_per_second": images / max(time_used.seconds, 1e-9),
+            **job.flops.rates(images, time_used),
             "checkpoint": checkpoint.path_of(job.checkpoints, best_step).name,
             "val_accuracy": self.best["accuracy"] if self.best else None,
             "precision": job.config.train.precision,
