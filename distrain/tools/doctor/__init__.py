@@ -270,6 +270,7 @@ def data(config: Config, environment: Environment) -> Iterator[Finding]:
                 World(rank, size).virtual_ranks(config.train.virtual_ranks),
                 config.data.read_ahead,
                 cached,
+                pinned=config.run.device != "cpu" and torch.cuda.is_available(),
             )
             for rank in (0, size - 1)
         )
