@@ -23,7 +23,7 @@ from benchmarks.context import Context, take_turns
 from benchmarks.reader import BATCH, training_order
 from benchmarks.table import Row, Table, ratio
 from distrain import files
-from distrain.data import manifest, shards, stream
+from distrain.data import manifest, rounds, shards
 from distrain.data.manifest import Dataset, Manifest, Split
 from distrain.data.order import Order
 from distrain.environment import World
@@ -64,7 +64,7 @@ def measure(context: Context) -> Table:
     rows = []
     for case, dataset in zip(cases, datasets, strict=True):
         world, order = World(0, case.processes), training_order(dataset, BATCH)
-        buffers = stream.memory(dataset, order, (world,), read_ahead=1) / 2**20
+        buffers = rounds.memory(dataset, order, (world,), read_ahead=1) / 2**20
         rows += [grown[str(case)], Row(f"its buffers: {case}", "MiB", [buffers] * context.repeats)]
 
     times = {}

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.config import from_tree
-from distrain.data.stream import Batch
+from distrain.data.rounds import Batch
 from distrain.environment import Environment
 from distrain.training import setup
 from distrain.training.job import Job

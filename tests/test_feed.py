@@ -18,7 +18,8 @@ from distrain.data import shards
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
-from distrain.data.stream import TrainingBatches, memory
+from distrain.data.rounds import memory
+from distrain.data.stream import TrainingBatches
 from distrain.distributed.stopwatch import Stopwatch
 from distrain.distributed.virtual_ranks import _Clock
 from distrain.environment import World

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from distrain import machine
 from distrain.data import cache, manifest, shards
+from distrain.data.background import Background
 from distrain.data.cache import Cache
 from distrain.data.manifest import Dataset, Shard
 from distrain.data.order import Order, augmentation_bits
-from distrain.data.stream import Background, EvaluationBatches, TrainingBatches, memory
+from distrain.data.rounds import memory
+from distrain.data.stream import EvaluationBatches, TrainingBatches
 from distrain.environment import World
 from distrain.errors import ConfigError, ShardError
 

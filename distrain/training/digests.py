@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from distrain import models
 from distrain.data.order import mix_bits
-from distrain.data.stream import Batch
+from distrain.data.rounds import Batch
 from distrain.training.job import Job
 
 _BITS = 2**64

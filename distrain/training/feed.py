@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from distrain.data.order import Order
-from distrain.data.stream import Batch, TrainingBatches
+from distrain.data.rounds import Batch
+from distrain.data.stream import TrainingBatches
 from distrain.distributed.runtime import Runtime
 from distrain.training.profiling import Profile
 from distrain.training.stopping import wait_for_data

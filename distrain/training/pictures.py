@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distrain import files
 from distrain.data.order import augmentation_bits, mixup_weight
-from distrain.data.stream import Batch
+from distrain.data.rounds import Batch
 from distrain.distributed.runtime import Runtime
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED
 from distrain.training.augment import augment, mixup_partners

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrain.data.order import mixup_weight
-from distrain.data.stream import Batch
+from distrain.data.rounds import Batch
 from distrain.environment import World
 from distrain.training import augment
 from distrain.training.job import Job

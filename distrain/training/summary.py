@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distrain import files, machine
-from distrain.data.stream import memory
+from distrain.data.rounds import memory
 from distrain.runs import records, results
 from distrain.runs.folder import SETUP
 from distrain.text import clock, percent, plural, printable, shortened

@@ -11,7 +11,8 @@ from contextlib import closing
 from typing import Any, NoReturn
 
 from distrain import startup
-from distrain.data.stream import Batch, TrainingBatches
+from distrain.data.rounds import Batch
+from distrain.data.stream import TrainingBatches
 from distrain.distributed.collectives import StopAgreed
 from distrain.errors import DataError, SaveError, Stopped
 from distrain.runs import checkpoint, trackers

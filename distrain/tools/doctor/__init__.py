@@ -27,7 +27,7 @@ from torch import nn
 from distrain import address, console, files, machine, models, plugins, signals
 from distrain.config import Config
 from distrain.data import fetch, shards
-from distrain.data.stream import memory
+from distrain.data.rounds import memory
 from distrain.distributed.numerics import seed_cpu, unlike_ranks
 from distrain.distributed.runtime import Runtime
 from distrain.distributed.watchdog import Watchdog

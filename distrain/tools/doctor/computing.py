@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distrain.config import Config
 from distrain.data import cache
-from distrain.data.stream import Batch
+from distrain.data.rounds import Batch
 from distrain.distributed import devices
 from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment, World
