@@ -188,6 +188,7 @@ def test_training(context: Context) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.faults
 def test_tutorial(context: Context) -> None:
     assert set(medians(tutorial.measure(context))) == {
         "plain PyTorch script",
@@ -197,6 +198,7 @@ def test_tutorial(context: Context) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.faults
 def test_scaling(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Context, "max_processes", property(lambda _: 2))
     assert set(medians(scaling.measure(context))) == {
