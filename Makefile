@@ -49,7 +49,7 @@ test-slurm: $(VENV)/installed-dev ## Test launch/*.sbatch on a real SLURM; skips
 
 # The image's layers stay in podman's storage (about 6 GiB) and are used again.
 test-images: $(VENV)/installed-dev ## Build and run the image, and the pods of k8s/ as containers; skips likewise
-	$(BIN)/pytest -m images -rs --durations=5
+	$(BIN)/pytest -m "images and not faults" -rs --durations=5
 
 # Tests that passed with the same code are not run again. PART=kills runs one part.
 faults: $(VENV)/installed-dev ## Run all fault tests, up to an hour; resumes after an interruption

@@ -242,6 +242,7 @@ def test_memory_does_not_grow_with_the_data(context: Context, monkeypatch: pytes
 
 
 @pytest.mark.ranks
+@pytest.mark.faults
 def test_accuracy(context: Context) -> None:
     recipe = context.work / "recipe.yaml"
     shutil.copy(Path(__file__).parent.parent / "configs/cifar10.yaml", recipe)

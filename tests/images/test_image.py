@@ -62,6 +62,7 @@ def test_a_restricted_job_trains_and_saves_when_it_is_stopped(engine: Engine, im
     assert f"resuming from step-{stopped:08d}" in output
 
 
+@pytest.mark.faults  # a minute: left to `make faults`
 def test_a_compiled_job_trains(engine: Engine, image: str, folder: Path) -> None:
     podman_options = ["/tmp:rw,exec,mode=1777" if each.startswith("/tmp:") else each for each in options(folder)]
     prepared = ["prepare", "synthetic", "--samples", "640", "--test-samples", "64", "--out", "/work/data"]
