@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -82,6 +85,44 @@ def test_a_process_that_left_because_it_lost_another_one_is_not_the_lost_one() -
     assert second.first_lost([0, 2]) == [2]  # rank 0 has recorded its loss
     assert third.first_lost([0, 1]) == [2]  # its own connection to rank 2 is not known to be broken yet
     assert third.describe([1, 2]) == "rank 1, rank 2 on node7"
+
+
+def delay_connections(port: int, seconds: float) -> int:
+    """Return a port that leads to another one; after the first connection, others wait some time to be established."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(4096):
+                target.sendall(chunk)
+
+    def accept() -> None:
+        ours = listener.accept()[0]
+        fillers = [socket.socket() for _ in range(4)]  # these fill the queue of the listener
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        while True:
+            theirs = socket.create_connection(("127.0.0.1", port))
+            for ends in ((ours, theirs), (theirs, ours)):
+                threading.Thread(target=copy, args=ends, daemon=True).start()
+            if fillers:
+                time.sleep(seconds)
+                while fillers:
+                    fillers.pop().close()
+            ours = listener.accept()[0]
+
+    threading.Thread(target=accept, daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+@pytest.mark.faults
+def test_a_connection_that_takes_longer_than_a_lost_answer_of_dns_is_no_loss() -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = delay_connections(server.port, 6)
+    peer_store = PeerStore(TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False), World(1, 2))
+    server.set(here_key(0), "node7")
+    assert peer_store.hosts([0]) == {0: "node7"}
 
 
 HERE = {"lo": ["127.0.0.1", "::1"], "eth0": ["192.0.2.2"], "eth1": ["198.51.100.2"], "ib0": ["203.0.113.2"]}

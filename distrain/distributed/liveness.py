@@ -122,7 +122,8 @@ class LivenessClient:
 
     def __init__(self, store: Any, address: str, world: World, ended: Callable[[int, bool], None]) -> None:
         port, token = json.loads(store.get(_KEY))
-        self._address, self._hello = (address, port), f"{token}{world.rank:0{_FAREWELL - _TOKEN}d}".encode()
+        self._address: tuple[str, int] = (address, port)
+        self._hello = f"{token}{world.rank:0{_FAREWELL - _TOKEN}d}".encode()
         self._ended, self._closed = ended, False
         self._connection = self._connect()
         threading.Thread(target=self._work, name="distrain-liveness", daemon=True).start()
@@ -140,6 +141,7 @@ class LivenessClient:
 
     def _connect(self) -> socket.socket:
         connection = socket.create_connection(self._address, timeout=_CONNECT_SECONDS)
+        self._address = connection.getpeername()[:2]  # to connect again, in time: looking up a name may take seconds
         _prepare(connection, blocking=True)
         connection.sendall(self._hello)
         return connection

@@ -26,6 +26,9 @@ _LINGER_SECONDS = ASK_SECONDS + 2.0
 log = logging.getLogger("distrain")
 
 _TIMEOUT_SECONDS = 5.0
+_CONNECT_SECONDS = 60.0
+"""Longest time for a connection at the start: looking up a name takes 5 s for each answer that the network loses."""
+
 _FAILED = "distrain/failed"
 
 
@@ -54,7 +57,8 @@ class PeerStore:
     """
 
     def __init__(self, store: Any, world: World) -> None:
-        self._store, self._world = _new_connection(store), world
+        self._store, self._world = _new_connection(store, _CONNECT_SECONDS), world
+        self._store_to_ask = _new_connection(store, _CONNECT_SECONDS)
         self._pending: threading.Thread | None = None
         self._ended = False
 
@@ -81,9 +85,8 @@ class PeerStore:
         """
         wait = ASK_SECONDS * (0.618 * self._world.rank % 1)  # not all processes ask at the same moment
         try:
-            store = _new_connection(self._store)
             while not stop.wait(wait):
-                failure = self._read_failure(store)
+                failure = self._read_failure(self._store_to_ask)
                 if failure is not None:
                     return failure
                 wait = ASK_SECONDS
@@ -96,7 +99,7 @@ class PeerStore:
         keys = [_seen_key(rank) for rank in range(self._world.size)]
 
         def wait() -> None:
-            _new_connection(self._store).wait(keys, timedelta(seconds=_LINGER_SECONDS))
+            _new_connection(self._store, _TIMEOUT_SECONDS).wait(keys, timedelta(seconds=_LINGER_SECONDS))
 
         if self._world.rank == 0:
             self._bounded(wait)  # guard: linger
@@ -185,13 +188,17 @@ class PeerStore:
             self._pending = thread
 
 
-def _new_connection(store: Any) -> Any:
-    """Return the same store over another connection: while one call waits, others on its connection wait too."""
+def _new_connection(store: Any, seconds: float) -> Any:
+    """Return the same store over another connection: while one call waits, others on its connection wait too.
+
+    Raises:
+        DistNetworkError: its server does not answer within `seconds`.
+    """
     if not hasattr(store, "clone"):
         return store
-    seconds = store.timeout
-    store.set_timeout(timedelta(seconds=_TIMEOUT_SECONDS))  # to connect, too: its server may be gone
+    before = store.timeout
+    store.set_timeout(timedelta(seconds=seconds))  # that of connecting, too
     try:
         return store.clone()
     finally:
-        store.set_timeout(seconds)
+        store.set_timeout(before)
