@@ -649,8 +649,8 @@ def prepare_folder(
     decoding = {"background": background, "bit_depth": bit_depth, "max_pixels": max_pixels}
 
     def open_source(work: Path) -> Any:
+        from distrain.data.images import Decoding
         from distrain.data.sources.folder import Folder
-        from distrain.data.sources.images import Decoding
 
         return Folder(paths, image_size, work, Decoding(background, bit_depth, max_pixels))
 

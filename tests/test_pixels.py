@@ -14,9 +14,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from distrain import cli
+from distrain.data import images as decoding_module
 from distrain.data import manifest, shards
-from distrain.data.sources import images as decoding_module
-from distrain.data.sources.images import Decoding, UnreadableError, read_image
+from distrain.data.images import Decoding, UnreadableError, read_image
 
 Capture = pytest.CaptureFixture[str]
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 
 from distrain import address, machine
 from distrain.data import manifest, pool, shards
+from distrain.data.images import DepthWarning, UnreadableError, recorded_warnings
 from distrain.data.manifest import Dataset, Manifest, Shard, Split
 from distrain.data.order import Ints, split_permutation
 from distrain.data.ownership import OutputFolder
 from distrain.data.remarks import FLAT, Remark, Sample, is_flat, report
-from distrain.data.sources import DepthWarning, Source, UnreadableError, recorded_warnings
+from distrain.data.sources import Source
 from distrain.errors import AgainError, ConfigError, CrashedError, DataError
 from distrain.progress import Bar
 from distrain.text import named, plural, printable, shortened

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distrain.data.sources import DepthWarning, UnreadableError, recorded_warnings
-from distrain.data.sources.images import Decoding, read_image
+from distrain.data.images import Decoding, DepthWarning, UnreadableError, read_image, recorded_warnings
 from distrain.distributed import devices, gpu_errors
 from distrain.errors import ConfigError, DataError
 from distrain.files import read

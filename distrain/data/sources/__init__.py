@@ -5,39 +5,13 @@ Each source has a command in `distrain.cli`. The user's own classes need none: s
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-class UnreadableError(Exception):
-    """A sample cannot be read; the message says why."""
-
-
-class DepthWarning(UserWarning):
-    """An image has 16 bits per channel: `maximum` is its largest pixel value, in `bits` bits.
-
-    `adjustable`: `--bit-depth` decides how it is scaled to 8 bits.
-    """
-
-    def __init__(self, maximum: int, bits: int, adjustable: bool) -> None:
-        super().__init__(maximum, bits, adjustable)
-        self.maximum, self.bits, self.adjustable = maximum, bits, adjustable
-
-    def __str__(self) -> str:
-        return f"has pixels of {self.bits} bits, at most {self.maximum}"
-
-
-@contextlib.contextmanager
-def recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
-    """Record all warnings of the block instead of printing them, however often they are repeated."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield caught
+from distrain.data.images import UnreadableError as UnreadableError
 
 
 class Source(Protocol):

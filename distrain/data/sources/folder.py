@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain import address
+from distrain.data.images import Decoding, read_image
 from distrain.data.sources import UnreadableError
 from distrain.data.sources.archives import File, Member, Spool, list_archive, read
 from distrain.data.sources.duplicates import digest, equal_files
-from distrain.data.sources.images import Decoding, read_image
 from distrain.data.sources.layout import Image, Layout, arrange, describe
 from distrain.data.sources.names import never_has_images, other_kind, split_of
 from distrain.data.sources.tree import Tree, read_tree

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from distrain.data.sources import DepthWarning, UnreadableError
 from distrain.errors import DataError
 from distrain.text import shown
 
@@ -36,6 +35,32 @@ _FORMATS = (
     "TIFF", "WEBP",
 )  # fmt: skip
 """Formats that are read. Of Pillow's others, EPS runs Ghostscript on the file, and some hold no pixels."""
+
+
+class UnreadableError(Exception):
+    """A sample cannot be read; the message says why."""
+
+
+class DepthWarning(UserWarning):
+    """An image has 16 bits per channel: `maximum` is its largest pixel value, in `bits` bits.
+
+    `adjustable`: `--bit-depth` decides how it is scaled to 8 bits.
+    """
+
+    def __init__(self, maximum: int, bits: int, adjustable: bool) -> None:
+        super().__init__(maximum, bits, adjustable)
+        self.maximum, self.bits, self.adjustable = maximum, bits, adjustable
+
+    def __str__(self) -> str:
+        return f"has pixels of {self.bits} bits, at most {self.maximum}"
+
+
+@contextlib.contextmanager
+def recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    """Record all warnings of the block instead of printing them, however often they are repeated."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield caught
 
 
 @dataclass(frozen=True)
