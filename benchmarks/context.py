@@ -90,10 +90,10 @@ def _synchronize(device: str) -> None:
 def load(dataset: Dataset, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Load the images (uint8 [N, H, W, C]) and labels (int64 [N]) of a split, or the first `limit` of them."""
     manifest, images, labels, count = dataset.manifest, [], [], 0
-    for shard in dataset.split(split).shards:
+    for shard in dataset.blocks(split).shards:
         if limit is not None and count >= limit:
             break
-        for block in shards.read(dataset.root, shard, manifest.image_shape, len(manifest.classes)):
+        for block in shards.read(dataset.root, shard, dataset.image_shape, len(manifest.classes)):
             images.append(block.images)
             labels.append(block.labels)
             count += len(block.labels)

@@ -23,7 +23,7 @@ BATCH = 512
 def measure(context: Context) -> Table:
     """Measure the images/s of both, for every model."""
     dataset, manifest = context.dataset, context.dataset.manifest
-    height, width, channels = manifest.image_shape
+    height, width, channels = dataset.image_shape
     rows, ratios = [], []
     with single_process(context) as runtime:
         images, labels = (tensor.to(runtime.device) for tensor in load(dataset, "test"))
@@ -46,7 +46,7 @@ def measure(context: Context) -> Table:
             pair = list(take_turns("evaluation", "images/s", contestants, context.repeats).values())
             rows += pair
             ratios.append(ratio(*pair))
-    largest = min(BATCH, max(shard.samples for shard in dataset.split("test").shards))
+    largest = min(BATCH, int(dataset.split("test").sizes.max()))
     note = f"distrain's batches are slices of a shard: at most {largest} images here"
     return Table(f"Evaluation on {context.device}, {len(labels):,} images, batches of {BATCH}", rows, ratios, [note])
 

@@ -29,7 +29,7 @@ BATCH = 512
 def training_order(dataset: Dataset, batch: int) -> Order:
     """Return the order in which a run with this global batch size trains."""
     split = dataset.split("train")
-    return Order(len(split.shards), split.lanes, min(shard.samples for shard in split.shards), batch, seed=0)
+    return Order(len(split.sizes), split.lanes, int(split.sizes.min()), batch, seed=0)
 
 
 def read_epoch(dataset: Dataset, epoch: int = 0, cache: Cache | None = None, world: World | None = None) -> int:

@@ -40,7 +40,7 @@ _BLOCKS, _WHOLE_BLOCKS = "webdataset, block shards", "webdataset, block shards, 
 
 def measure(context: Context) -> Table:
     """Measure the images/s of all contestants."""
-    dataset, train = context.dataset, context.dataset.split("train")
+    dataset, train = context.dataset, context.dataset.blocks("train")
     subset = min(train.samples, 2_000 if context.quick else 10_000)
     images, labels = load(dataset, "train")
     blocks = [str(dataset.root / shard.name) for shard in train.shards]
@@ -78,7 +78,7 @@ def measure(context: Context) -> Table:
             f"distrain, the limit and block shards: {train.samples:,} images to uint8; "
             f"the others: {subset:,} images to floats",
             "only distrain checks digests; only PNG and JPEG files need an image decoder",
-            f"whole blocks are batches of at most {max(shard.samples for shard in train.shards):,} images here",
+            f"whole blocks are batches of at most {int(train.sizes.max()):,} images here",
         ],
     )
 

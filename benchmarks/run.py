@@ -108,7 +108,7 @@ def check(options: Options) -> None:
 
 
 def _check_dataset(dataset: Dataset) -> None:
-    channels, training_images = dataset.manifest.image_shape[2], dataset.split("train").samples
+    channels, training_images = dataset.image_shape[2], dataset.split("train").samples
     dataset.split("test")  # raises if there is none
     if channels != 3:
         raise ConfigError(f"{dataset.root}: images of {channels} channels; the benchmarks need 3")

@@ -41,7 +41,7 @@ def measure(context: Context) -> Table:
 def world_sizes(context: Context, batch: int) -> list[int]:
     """Return 1, 2, 4 … and the largest number of processes that the machine and the data set allow."""
     split = context.dataset.split("train")
-    samples = training_order(context.dataset, batch).samples_per_shard * len(split.shards)
+    samples = training_order(context.dataset, batch).samples_per_shard * len(split.sizes)
     largest = min(context.max_processes, split.lanes, samples // batch)
     return sorted({largest, *(2**power for power in range(largest.bit_length()))})
 

@@ -67,7 +67,7 @@ class _BareLoop:
 
     def __init__(self, context: Context, model: str, batch: int, images: Tensor, labels: Tensor) -> None:
         manifest, self._batch = context.dataset.manifest, batch
-        height, width, channels = manifest.image_shape
+        height, width, channels = context.dataset.image_shape
         self._images, self._labels, self._blank = images, labels, images[0, 0, 0]
         self._model = models.build(model, "relu", len(manifest.classes), (channels, height, width)).to(images.device)
         if images.is_cuda:

@@ -728,7 +728,7 @@ def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Calla
 def _describe(dataset: Any) -> str:
     manifest = dataset.manifest
     splits = ", ".join(
-        f"{name} {split.samples:,} in {plural(len(split.shards), 'shard')} of {plural(split.lanes, 'lane')}"
+        f"{name} {split.samples:,} in {plural(len(split.sizes), 'shard')} of {plural(split.lanes, 'lane')}"
         for name, split in manifest.splits.items()
     )
     return f"{splits}; {plural(len(manifest.classes), 'class')}, {'×'.join(map(str, manifest.image_shape))}"

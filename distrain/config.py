@@ -95,6 +95,7 @@ LocalPath = Annotated[str, BeforeValidator(_local)]
 PathOrAddress = Annotated[str, BeforeValidator(_path)]
 Seed = Annotated[int, BeforeValidator(_whole)]
 Whole = Annotated[int, BeforeValidator(_limited)]
+Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
 
@@ -140,6 +141,29 @@ class Data(Section):
         "folder of the data set (it has manifest.json), or its address: file://, http://, https://, s3://, gs://, hf://",
         min_length=1,
     )
+    tars: PathOrAddress | None = _key(
+        None, "folder or address of the tar files of an index; null: where they were when it was made", min_length=1
+    )
+    image_size: Whole | None = _key(
+        None,
+        "height and width of training images, for an index of images of several sizes; null: the size that all have",
+        identity=True,
+        ge=1,
+        le=2**14,
+    )
+    decode_threads: Whole | None = _key(
+        None,
+        "threads of a process that decode the images of an index; null: the cores that may be used, divided among the"
+        " processes of the machine",
+        ge=1,
+        le=1024,
+    )
+    skip_bad: Whole = _key(
+        0,
+        "number of images of an index that may turn out to be unreadable in a run: the next readable one is trained"
+        " instead, and they are not evaluated; more are an error",
+        ge=0,
+    )
     cache_dir: LocalPath | None = _key(
         None,
         "folder that caches the shards of a remote data set; null: distrain in $XDG_CACHE_HOME or ~/.cache",
@@ -165,7 +189,8 @@ class Data(Section):
         "auto",
         "where each process caches the training set. auto: on the GPU or in RAM if it fits in a quarter of the free"
         " memory, else off; ram; device: on the GPU; off: shards are read in every epoch. With a cache, each process"
-        " reads in the first epoch what it needs in later ones: almost the whole training set",
+        " reads in the first epoch what it needs in later ones: almost the whole training set. Of an index, encoded"
+        " images are cached, in RAM; by auto only if its tar files are remote",
     )
     read_ahead: Whole = _key(
         1,
@@ -200,6 +225,15 @@ class Augment(Section):
     crop_padding: Whole = _key(
         0, "shift images by up to this many pixels in each direction, with reflected edges", identity=True, ge=0
     )
+    crop_scale: Range | None = _key(
+        None,
+        "for an index: smallest and largest fraction of an image's area that a random part has, which is resized to"
+        " data.image_size (random resized crop; [0.08, 1] is usual for ImageNet); null: the largest part at the centre",
+        identity=True,
+    )
+    crop_ratio: Range = _key(
+        [0.75, 1.3333333333333333], "smallest and largest aspect ratio (width / height) of that part", identity=True
+    )
     cutout: Whole = _key(0, "side in pixels of a random square that is set to the mean; 0: none", identity=True, ge=0)
     mixup: float = _key(
         0.0,
@@ -209,6 +243,17 @@ class Augment(Section):
         ge=0,
         le=1,
     )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Augment:
+        problems = []
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            problems.append("crop_scale must be two numbers above 0, at most 1, the smaller one first")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            problems.append("crop_ratio must be two numbers above 0, the smaller one first")
+        if problems:
+            raise ValueError("\n  augment: ".join(problems))
+        return self
 
 
 class Train(Section):
@@ -303,6 +348,20 @@ class Eval(Section):
 
     every_steps: Whole | None = _key(None, "steps between evaluations; null: once per epoch; 0: only at the end", ge=0)
     batch_size: Whole = _key(512, "maximum number of samples that are evaluated at once", ge=1)
+    crop: Whole | None = _key(
+        None,
+        "for an index: height and width of the images that are evaluated, the centre of the resized ones; null:"
+        " data.image_size",
+        ge=1,
+        le=2**14,
+    )
+    resize: Whole | None = _key(
+        None,
+        "for an index: length of the shorter side to which images are resized before that crop; null: eval.crop, with"
+        " augment.crop_scale 8/7 of it (256 for 224)",
+        ge=1,
+        le=2**14,
+    )
 
 
 class Checkpoint(Section):

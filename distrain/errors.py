@@ -34,6 +34,10 @@ class DataError(UserError):
     """A source, data set or checkpoint is missing, damaged or not of the expected kind."""
 
 
+class UnreadableImagesError(DataError):
+    """More images than allowed turned out to be unreadable while they were used."""
+
+
 class ShardError(DataError):
     """A shard cannot be used. Only the process that read it knows."""
 

@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain import machine
+from distrain.data.fetch import Remote
 from distrain.data.manifest import Dataset
 from distrain.data.shards import Block
 from distrain.errors import ConfigError
+
+_VIEW_BYTES = 250
+"""Bytes of a cached sample of an index, besides its image."""
 
 _AUTO_DIVISOR = 4
 """`auto` uses at most one quarter of the free memory: the run needs the rest."""
@@ -43,12 +47,12 @@ class Cache:
             device: where images and labels are stored.
             pin: gather batches into pinned memory, from which they are copied to a GPU.
         """
-        sizes = [shard.samples for shard in dataset.split("train").shards]
+        sizes = dataset.split("train").sizes.tolist()
         self._starts = np.cumsum([0, *sizes])
         total = int(self._starts[-1])
         self._is_complete = np.zeros(len(sizes), dtype=bool)
         self._ids = np.empty(total, np.int64)
-        shape = (total, *dataset.manifest.image_shape)
+        shape = (total, *dataset.image_shape)
         self._pin = pin
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if device.type == "cpu":
@@ -111,7 +115,10 @@ class Cache:
 
 def size(dataset: Dataset) -> int:
     """Bytes that a cache of the data set needs."""
-    return dataset.split("train").samples * (dataset.manifest.sample_bytes + 16)  # of label and id
+    if dataset.is_index:
+        split = dataset.indexed("train")
+        return split.bytes + split.samples * _VIEW_BYTES
+    return dataset.split("train").samples * (dataset.sample_bytes + 16)  # of label and id
 
 
 def choose_device(setting: str, dataset: Dataset, device: torch.device, processes: int) -> torch.device | None:
@@ -129,7 +136,10 @@ def choose_device(setting: str, dataset: Dataset, device: torch.device, processe
     needed, on_gpu = size(dataset), device.type == "cuda"
     if setting == "device" and not on_gpu:
         raise ConfigError("data.cache=device needs a GPU; on the CPU use ram")
-    for memory in {"auto": ("device", "ram"), "off": ()}.get(setting, (setting,)):
+    auto: tuple[str, ...] = ("device", "ram")
+    if dataset.is_index:  # of local files, the system caches what was read, for all processes together
+        auto = ("ram",) if isinstance(dataset.tars, Remote) else ()
+    for memory in {"auto": auto, "off": ()}.get(setting, (setting,)):
         if memory == "device" and not on_gpu:
             continue
         free = torch.cuda.mem_get_info(device)[0] if memory == "device" else machine.free_memory() // processes

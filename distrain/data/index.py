@@ -45,10 +45,11 @@ _CURE = "bring the file back, or index the tar files again; `distrain verify` ch
 
 
 class Stretch(NamedTuple):
-    """The samples of a virtual shard: their encoded images, and their entries in the index."""
+    """The samples of a virtual shard: their encoded images, their entries in the index, and the number of the first."""
 
     images: list[memoryview]
     samples: Samples
+    first: int
 
 
 class Range(NamedTuple):
@@ -74,8 +75,7 @@ def load(dataset: Dataset, split_name: str) -> Samples:
     Raises:
         DataError: it cannot be read, or is damaged.
     """
-    split = dataset.split(split_name)
-    assert isinstance(split, IndexSplit)
+    split = dataset.indexed(split_name)
     where, data = printable(dataset.root / split.index.name), _read_file(dataset.root, split.index)
     try:
         samples: Samples = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
@@ -101,8 +101,7 @@ def read(dataset: Dataset, split_name: str, samples: Samples, number: int, stop:
     Raises:
         ShardError: a tar file cannot be read, or has changed since it was indexed.
     """
-    split = dataset.split(split_name)
-    assert isinstance(split, IndexSplit)
+    split = dataset.indexed(split_name)
     first, last = split.starts[number : number + 2]
     stretch = samples[first:last]
     images: list[memoryview] = []
@@ -110,7 +109,7 @@ def read(dataset: Dataset, split_name: str, samples: Samples, number: int, stop:
         tar, entries = split.tars[part.tar], stretch[part.first : part.last]
         data = memoryview(_read_range(dataset.tars, tar, part, entries, stop))
         images += [data[start:end] for start, end in _within(entries, part.start)]
-    return Stretch(images, stretch)
+    return Stretch(images, stretch, int(first))
 
 
 def tars_of(split: IndexSplit, first: int, last: int) -> NDArray[np.int64]:
@@ -139,10 +138,10 @@ def digest(image: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(image)
 
 
-def describe(split: IndexSplit, number: int, sample: np.void) -> str:
-    """Return the name of a sample of a split for messages: its tar file, and where its image begins."""
+def describe(split: IndexSplit, number: int, offset: int) -> str:
+    """Return the name of a sample for messages: its tar file, and where its image begins."""
     tar = split.tars[int(tars_of(split, number, number + 1)[0])]
-    return printable(f"{tar.name}, the image at byte {sample['offset']:,}")
+    return printable(f"{tar.name}, the image at byte {offset:,}")
 
 
 def _within(entries: Samples, start: int) -> list[tuple[int, int]]:

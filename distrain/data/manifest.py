@@ -106,10 +106,12 @@ class Tar(_Record):
 class IndexSplit(_Record):
     """The samples of train, val or test in tar files, in the order of the tar files.
 
-    They are cut into `shards` virtual shards: consecutive samples, whose numbers differ by one at most.
+    They are cut into `shards` virtual shards: consecutive samples, whose numbers differ by one at most. `bytes` is the
+    size of all encoded images.
     """
 
     samples: Annotated[int, Field(ge=1)]
+    bytes: Annotated[int, Field(ge=1)]
     lanes: Annotated[int, Field(ge=1)]
     shards: Annotated[int, Field(ge=1)]
     index: File
@@ -201,15 +203,9 @@ class Manifest(_Description):
         for name, split in self.splits.items():
             if not all(shard.name.startswith(f"{name}/") for shard in split.shards):
                 raise ValueError(f"{name} has shards of another split")
-            if any(shard.bytes < shard.samples * self.sample_bytes for shard in split.shards):
+            if any(shard.bytes < shard.samples * math.prod(self.image_shape) for shard in split.shards):
                 raise ValueError(f"a shard of {name} is smaller than its samples")
         return self
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one image: H · W · C."""
-        height, width, channels = self.image_shape
-        return height * width * channels
 
 
 _FORMATS: dict[str, type[Manifest] | type[IndexManifest]] = {
@@ -284,6 +280,29 @@ class Dataset:
                 f"{printable(self.root)}: has no split {shown(name)}, only {', '.join(self.manifest.splits)}"
             )
         return split
+
+    def blocks(self, name: str) -> Split:
+        """Return the split of this name of a data set of blocks."""
+        split = self.split(name)
+        assert isinstance(split, Split)
+        return split
+
+    def indexed(self, name: str) -> IndexSplit:
+        """Return the split of this name of an index."""
+        split = self.split(name)
+        assert isinstance(split, IndexSplit)
+        return split
+
+    @property
+    def is_index(self) -> bool:
+        """Whether the samples are encoded images in tar files; else they are blocks of images of one size."""
+        return isinstance(self.manifest, IndexManifest)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of an image that is trained: H · W · C."""
+        height, width, channels = self.image_shape
+        return height * width * channels
 
     def missing(self, splits: Sequence[str]) -> Iterator[str]:
         """Yield one line for each shard of the splits that is missing or has a wrong size.

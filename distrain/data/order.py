@@ -121,6 +121,10 @@ class Order:
         sizes = list(self._local_batches(world_size))
         return min(int(each.min()) for each in sizes), max(int(each.max()) for each in sizes)
 
+    def largest_local_batch(self, world: World) -> int:
+        """The largest local batch of a rank in any step."""
+        return max(int(sizes[world.rank]) for sizes in self._local_batches(world.size))
+
     def smallest_micro_batches(self, world_size: int, accumulation_steps: int) -> tuple[int, int]:
         """The smallest micro-batch of one rank, and of all ranks together, in any step; empty ones do not count."""
         one, together = self.global_batch_size, self.global_batch_size

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from distrain import address, machine
 from distrain.data import manifest, pool, shards
 from distrain.data.images import DepthWarning, UnreadableError, recorded_warnings
-from distrain.data.manifest import Dataset, Manifest, Shard, Split
+from distrain.data.manifest import Dataset, IndexManifest, Manifest, Shard, Split
 from distrain.data.order import Ints, split_permutation
 from distrain.data.ownership import OutputFolder
 from distrain.data.remarks import FLAT, Remark, Sample, is_flat, report
@@ -161,13 +161,13 @@ def prepare(
 
 
 def verify(dataset: Dataset) -> Iterator[str]:
-    """Read all shards of a data set; yield one line for each error."""
+    """Read all shards of a data set of blocks; yield one line for each error."""
     content = dataset.manifest
-    entries = [(name, shard) for name, split in content.splits.items() for shard in split.shards]
+    entries = [(name, shard) for name in content.splits for shard in dataset.blocks(name).shards]
     ids: dict[str, list[Ints]] = {}
     for name, shard in Bar("verify", entries):
         try:
-            blocks = shards.read(dataset.root, shard, content.image_shape, len(content.classes), ("sha256", "xxh3_128"))
+            blocks = shards.read(dataset.root, shard, dataset.image_shape, len(content.classes), ("sha256", "xxh3_128"))
         except DataError as error:
             yield str(error)
             continue
@@ -618,7 +618,7 @@ def _existing(out: Path, request: Mapping[str, Any], open_source: Callable[[Path
     return dataset
 
 
-def _other_images(existing: Manifest, source: Source) -> Iterator[str]:
+def _other_images(existing: Manifest | IndexManifest, source: Source) -> Iterator[str]:
     """Yield the differences between the classes and numbers of images of a data set and of a source."""
     for text, here, there in (
         ("without class", existing.classes, source.classes),

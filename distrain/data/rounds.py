@@ -1,7 +1,8 @@
 """The samples of a round, read from its shards into buffers or into a cache, in the order of training.
 
 A round has one shard of each lane (`distrain.data.order`). Its samples lie in its buffers, one for each virtual rank,
-row by row and lane by lane: those that a virtual rank trains in a step are consecutive.
+row by row and lane by lane: those that a virtual rank trains in a step are consecutive. Those of an index are encoded
+(`distrain.data.encoded`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distrain.data import shards
+from distrain.data import encoded, shards
 from distrain.data.cache import Cache
 from distrain.data.cache import size as cache_size
+from distrain.data.encoded import Encoded, EncodedCache, Stretches
 from distrain.data.fetch import Remote
 from distrain.data.manifest import Dataset, Shard
 from distrain.data.order import Order, augmentation_bits
@@ -94,7 +96,7 @@ class Round:
     """
 
     number: int
-    parts: Sequence[Batch | Cached]
+    parts: Sequence[Batch | Cached | Encoded]
     copied: torch.cuda.Event | None
 
 
@@ -111,6 +113,8 @@ class RoundReader:
     closed: threading.Event
     count: Callable[[], None]
     """Called after every shard."""
+    stretches: Stretches | None = None
+    """Reads the virtual shards of an index."""
 
     def into_buffers(self, buffers: int) -> Iterator[Round]:
         """Read rounds into buffers, which are used in turn: every `buffers`-th round overwrites the same one."""
@@ -149,7 +153,22 @@ class RoundReader:
                 parts.append(Cached(cache, index.flatten(), positions, pinned))
             yield Round(number, parts, None)
 
-    def fill(self, cache: Cache) -> Iterator[bool]:
+    def encoded(self, cache: EncodedCache | None) -> Iterator[Round]:
+        """Read the virtual shards of an index; with a cache, those that it does not contain."""
+        for number in self.rounds:
+            parts = []
+            for world in self.ranks:
+                columns = []
+                for _, shard, samples_used in self._parts(number, world):
+                    if cache is not None and not cache.contains(shard):
+                        cache.put(shard, self._read(shard))
+                    columns.append((self._read(shard) if cache is None else cache.get(shard), samples_used))
+                    self.count()
+                positions, random_bits = self._draw(number, world)
+                parts.append(encoded.interleave(columns, positions, random_bits.numpy().view(np.uint64)))
+            yield Round(number, parts, None)
+
+    def fill(self, cache: Cache | EncodedCache) -> Iterator[bool]:
         """Read the shards of all rounds into a cache, one at a time, in the order in which they are needed.
 
         A round may wait for the shard that is being read, so a remote one is fetched without retries.
@@ -184,7 +203,7 @@ class RoundReader:
     def _allocate(self, world: World) -> Batch:
         samples = len(self.order.owned_lanes(world)) * self.order.samples_per_shard
         return Batch(
-            self._empty((samples, *self.dataset.manifest.image_shape), torch.uint8),
+            self._empty((samples, *self.dataset.image_shape), torch.uint8),
             self._empty((samples,), torch.int64),
             np.empty(samples, np.int64),
             np.empty(samples, np.int64),
@@ -203,9 +222,9 @@ class RoundReader:
 
     def _parts(self, number: int, world: World) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         """Yield (column, shard, indices of its samples in training order) for each lane of a virtual rank."""
-        epoch, entries = number // self.order.rounds_per_epoch, self.dataset.split("train").shards
+        epoch, sizes = number // self.order.rounds_per_epoch, self.dataset.split("train").sizes
         for column, shard in enumerate(self._shards(number, world)):
-            yield column, shard, self.order.shard_samples(epoch, shard, entries[shard].samples)
+            yield column, shard, self.order.shard_samples(epoch, shard, int(sizes[shard]))
 
     def _shards(self, number: int, world: World) -> list[int]:
         """Return the shard of each lane of a virtual rank in a round."""
@@ -213,11 +232,14 @@ class RoundReader:
         shards_of_lanes: list[int] = self.order.epoch_shards(epoch)[round_, world.rank :: world.size].tolist()
         return shards_of_lanes
 
-    def _read(self, shard: int, retry: bool = True) -> list[Block]:
+    def _read(self, shard: int, retry: bool = True) -> Any:
+        """Return the content of a shard: blocks, or the stretch of an index."""
+        if self.stretches is not None:
+            return self.stretches.read(shard, retry)
         dataset = self.dataset
         if not retry and isinstance(dataset.root, Remote):
             dataset = replace(dataset, root=dataset.root.without_retries())
-        return read_shard(dataset, dataset.split("train").shards[shard], self.closed)
+        return read_shard(dataset, dataset.blocks("train").shards[shard], self.closed)
 
 
 def _copy_to_column(
@@ -242,13 +264,13 @@ def _copy_to_column(
         )
 
 
-def join(parts: list[Batch], pin: bool) -> Batch:
+def join(parts: Sequence[Batch], pin: bool) -> Batch:
     """Return one batch of the samples of all parts; without a copy if only one part has any."""
     with_samples = [part for part in parts if len(part.ids)] or parts[:1]
     return with_samples[0] if len(with_samples) == 1 else concatenate(with_samples, pin)
 
 
-def concatenate(parts: list[Batch], pin: bool) -> Batch:
+def concatenate(parts: Sequence[Batch], pin: bool) -> Batch:
     """Return a copy of the samples of all parts."""
     images, labels, ids, positions, random_bits = zip(*parts, strict=True)
     return Batch(
@@ -273,8 +295,7 @@ def read_shard(dataset: Dataset, shard: Shard, stop: threading.Event) -> list[Bl
     Raises:
         ShardError: it cannot be read, or does not match the manifest.
     """
-    manifest = dataset.manifest
-    return shards.read(dataset.root, shard, manifest.image_shape, len(manifest.classes), stop=stop)
+    return shards.read(dataset.root, shard, dataset.image_shape, len(dataset.manifest.classes), stop=stop)
 
 
 def rounds_of(order: Order, steps: range) -> range:
@@ -299,7 +320,7 @@ def memory(
         return cache_size(dataset)
     buffers = 1 + max(read_ahead, order.rounds_per_step)
     samples = [len(order.owned_lanes(world)) * order.samples_per_shard for world in ranks]
-    copied = [each * size for each in samples for size in (dataset.manifest.sample_bytes, _LABEL_BYTES, _BITS_BYTES)]
+    copied = [each * size for each in samples for size in (dataset.sample_bytes, _LABEL_BYTES, _BITS_BYTES)]
     if pinned:
         copied = [1 << (size - 1).bit_length() for size in copied]
     return buffers * (sum(copied) + sum(samples) * _HOST_BYTES)

@@ -13,8 +13,8 @@ With a cache (`distrain.data.cache`) the thread puts shards there that it does n
 indices: a batch is gathered from the cache. When nothing else is to be done, the thread reads the shards of later
 rounds, in the order in which this process needs them.
 
-Only `ready` waits for data, before a step that begins a round (`Order.begins_round`). All ranks wait there at the same
-step, so all of them handle a stop request or a damaged shard at the same step.
+Only `ready` waits for data that is read, before a step that begins a round (`Order.begins_round`). All ranks wait there
+at the same step, so all of them handle a stop request or a damaged shard at the same step.
 """
 
 from __future__ import annotations
@@ -27,22 +27,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distrain.data import decoded
 from distrain.data.background import Background
 from distrain.data.cache import Cache
+from distrain.data.decoding import Bad, Preprocessing
+from distrain.data.encoded import Stretches
 from distrain.data.manifest import Dataset, Shard
 from distrain.data.order import Order, evaluation_shards
-from distrain.data.rounds import Batch, Cached, Round, RoundReader, concatenate, join, read_shard, rounds_of
+from distrain.data.rounds import Batch, RoundReader, join, read_shard, rounds_of
 from distrain.data.shards import Block
+from distrain.data.steps import StepParts
 from distrain.environment import World
 
 _CPU = torch.device("cpu")
 
 
 class TrainingBatches:
-    """Iterator over the local batches of the given steps, one for each virtual rank. Close it to end its thread.
+    """Iterator over the local batches of the given steps, one for each virtual rank. Close it to end its threads.
 
     `ready` and `next` raise a ShardError if a shard cannot be read or does not match the manifest.
+
+    Args:
+        dataset: the data set whose train split is read.
+        order: the order of training.
+        ranks: the virtual ranks of this process.
+        steps: steps of the run, counted from 0 over all epochs.
+        read_ahead: rounds to read before they are needed.
+        with_random_bits: whether batches have the random bits of their samples.
+        device: where batches are used; for a GPU they are in pinned memory, and copied by `copy_stream`.
+        cache: where shards are kept in memory; None reads them in every epoch.
     """
+
+    decodes = False
+    """Whether `ready` may have to wait before any step, for images to be decoded."""
 
     def __init__(
         self,
@@ -55,19 +72,7 @@ class TrainingBatches:
         device: torch.device = _CPU,
         cache: Cache | None = None,
     ) -> None:
-        """Start to read.
-
-        Args:
-            dataset: the data set whose train split is read.
-            order: the order of training.
-            ranks: the virtual ranks of this process.
-            steps: steps of the run, counted from 0 over all epochs.
-            read_ahead: rounds to read before they are needed.
-            with_random_bits: whether batches have the random bits of their samples.
-            device: where batches are used; for a GPU they are in pinned memory, and copied by `copy_stream`.
-            cache: where shards are kept in memory; None reads them in every epoch.
-        """
-        self._order, self._ranks, self._steps = order, ranks, iter(steps)
+        self._steps = iter(steps)
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         """The stream that must copy the batches to a GPU: buffers are reused when its copies are done."""
         self._pin = self.copy_stream is not None
@@ -75,13 +80,13 @@ class TrainingBatches:
         closed = threading.Event()
         self.shards_read = 0
         """Number of shards read so far: it shows whether reading makes progress."""
+        self.bad: list[Bad] = []
         rounds = rounds_of(order, steps)
         reader = RoundReader(dataset, order, ranks, rounds, with_random_bits, self._pin, closed, self._count)
         items = reader.into_buffers(ahead + 1) if cache is None else reader.into_cache(cache)
         spare = reader.fill(cache) if cache is not None else ()
         gpu = self.copy_stream.device if self.copy_stream is not None else None
-        self._background = Background(items, ahead, closed, gpu, spare)
-        self._current: Round | None = None
+        self._rounds = StepParts(order, ranks, Background(items, ahead, closed, gpu, spare), self.copy_stream)
 
     def _count(self) -> None:
         self.shards_read += 1
@@ -91,12 +96,7 @@ class TrainingBatches:
 
         Earlier batches are no longer valid.
         """
-        rounds = self._order.rounds(step)
-        while self._current is None or self._current.number < rounds.start:
-            if not self._background.wait(1, timeout):
-                return False
-            self._next_round()
-        return self._background.wait(rounds.stop - 1 - self._current.number, timeout)
+        return self._rounds.ready(step, timeout)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -104,40 +104,11 @@ class TrainingBatches:
     def __next__(self) -> list[Batch]:
         step = next(self._steps)
         self.ready(step, None)
-        return self._batches(step)
+        return [join(of_rank, self._pin) for of_rank in self._rounds.parts(step)]
 
     def close(self) -> None:
         """End the thread after the shard that it reads."""
-        self._background.close()
-
-    def _batches(self, step: int) -> list[Batch]:
-        """Return the local batch of each virtual rank in a step: consecutive samples of one round, or of several."""
-        parts: list[list[Batch]] = [[] for _ in self._ranks]
-        for number in self._order.rounds(step):
-            assert self._current is not None
-            if self._current.number < number:
-                # The thread reuses the round's buffers, so what is still needed of them is copied.
-                for of_rank, part in zip(parts, self._current.parts, strict=True):
-                    if not isinstance(part, Cached):
-                        of_rank[-1] = concatenate([of_rank[-1]], self._pin)
-                self._next_round()
-            for of_rank, part, world in zip(parts, self._current.parts, self._ranks, strict=True):
-                of_rank.append(part.take(self._slice(step, number, world)))
-        return [join(of_rank, self._pin) for of_rank in parts]
-
-    def _slice(self, step: int, number: int, world: World) -> slice:
-        """Return which samples of a virtual rank in a round a step trains."""
-        order = self._order
-        epoch, in_epoch = divmod(step, order.steps_per_epoch)
-        size = len(order.owned_lanes(world)) * order.samples_per_shard
-        offset = (number - epoch * order.rounds_per_epoch) * size
-        start, stop = (order.owned_before(each * order.global_batch_size, world) for each in (in_epoch, in_epoch + 1))
-        return slice(max(start - offset, 0), min(stop - offset, size))
-
-    def _next_round(self) -> None:
-        if self._current is not None and self._current.copied is not None:
-            self._current.copied.record(self.copy_stream)
-        self._current = next(self._background)
+        self._rounds.close()
 
 
 class EvaluationBatches:
@@ -147,16 +118,29 @@ class EvaluationBatches:
     and so the logits, are the same for any number of processes. Each sample belongs to exactly one rank.
     """
 
-    def __init__(self, dataset: Dataset, split_name: str, world: World, batch_size: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        split_name: str,
+        world: World,
+        batch_size: int,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
         split = dataset.split(split_name)
-        indices = evaluation_shards(len(split.shards), split.lanes, world)
-        owned = [split.shards[index] for index in indices]
-        counts = [-(-shard.samples // batch_size) for shard in split.shards]
+        numbers = evaluation_shards(len(split.sizes), split.lanes, world)
+        counts = (-(-split.sizes // batch_size)).tolist()
         ends = list(itertools.accumulate(counts))
-        self.numbers = [number for index in indices for number in range(ends[index] - counts[index], ends[index])]
+        self.numbers = [batch for shard in numbers for batch in range(ends[shard] - counts[shard], ends[shard])]
         """Numbers of this process's batches among those of the split."""
+        self.bad: list[Bad] = []
+        """Samples so far that could not be decoded: they are in no batch."""
         closed = threading.Event()
-        self._background = Background(_read_whole(dataset, owned, closed), 1, closed)
+        if preprocessing is None:
+            blocks = _read_whole(dataset, [dataset.blocks(split_name).shards[shard] for shard in numbers], closed)
+        else:
+            stretches = Stretches(dataset, split_name, closed)
+            blocks = decoded.decode(stretches, numbers, batch_size, preprocessing, self.bad)
+        self._background = Background(blocks, 1, closed)
         self._size = batch_size
         self._block: Block | None = None
         self._start = 0

@@ -101,12 +101,18 @@ class NodeExit(Record):
     attempts_without_progress: Count = 0
 
 
+class _SetupEvaluation(Part):
+    crop: Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]
+    resize: Annotated[int, Field(ge=1, le=2**20)] | None
+
+
 class _SetupData(Part):
     dir: str
     source: dict[str, Any]
     manifest: str
     classes: Annotated[list[str], Field(min_length=1)]
     image_shape: Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=3, max_length=3)]
+    evaluation: _SetupEvaluation | None = None
     splits: dict[str, Count]
     shards: Count
     lanes: Count
@@ -176,6 +182,7 @@ class Result(Record):
     val_accuracy: Fraction | None
     profile: dict[str, Finite]
     warnings: list[str]
+    unreadable: list[str] = []
 
     @model_validator(mode="after")
     def _fits(self) -> Result:
@@ -208,6 +215,7 @@ class State(Record):
     peak: _Best | None = None
     collapsed: bool = False
     warnings: list[str] = []
+    bad: dict[str, str] = {}
     ids: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     bits: dict[str, str]
 

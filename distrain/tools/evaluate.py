@@ -23,7 +23,7 @@ from distrain.errors import ConfigError, DataError, Stopped
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
-from distrain.training import evaluation
+from distrain.training import evaluation, inputs
 from distrain.training.evaluation import Scores
 from distrain.training.setup import build_model, check_same_data, read_data, start_runtime, start_watchdog
 
@@ -64,6 +64,7 @@ def evaluate_run(
             log.warning("skipped %s", line)
         saved = rt.collectives.all_or_none(lambda: checkpoint.load(path))
         check_same_data(rt, dataset, [split])
+        inputs.check(config, dataset)
         _check_identity(config, dataset, saved)
         try:
             scores = _evaluate(config, dataset, split, saved, rt)
@@ -92,14 +93,19 @@ def _evaluate(config: Config, dataset: Dataset, split: str, saved: Checkpoint, r
         torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
         for key in ("mean", "std")
     )
-    scores = evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt)
+    preprocessing = inputs.preprocessing(config, dataset, rt.environment.local_world_size)
+    scores = evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt, preprocessing)
+    bad = evaluation.describe_bad(dataset, split, scores.bad) if scores.bad else {}
+    evaluation.check_bad(bad, config.data.skip_bad)
+    for name, reason in bad.items() if rt.is_main else ():
+        log.warning("%s cannot be decoded (%s): it is not evaluated", name, reason)
     if not math.isfinite(scores.loss):
         raise DataError(f"{saved.path}: its model gives logits for {split} that are not finite; use another checkpoint")
     return scores
 
 
 def _load_model(config: Config, dataset: Dataset, saved: Checkpoint, rt: Runtime) -> nn.Module:
-    module = build_model(config, dataset.manifest, rt.dtype)
+    module = build_model(config, dataset, rt.dtype)
     models.load(module, saved.model, config.model.name, saved.path)
     return module
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain import models
+from distrain.data import images
+from distrain.data.images import Decoding, read_image
 from distrain.distributed.numerics import NEED_GPU, autocast, set_numerics
 from distrain.errors import DataError
 from distrain.runs import checkpoint, folder
@@ -31,13 +33,26 @@ class LoadedModel:
     """`train.precision`, in which logits are computed."""
     classes: list[str]
     image_shape: tuple[int, int, int]
-    """(H, W, C)."""
+    """(H, W, C) of the images that are evaluated."""
+    resize: int | None
+    """Length of the shorter side before the crop to `image_shape`, of a run on an index; else None."""
     mean: Tensor
     std: Tensor
     source: dict[str, Any]
     """The manifest's `source` of its data set: how it was prepared."""
     checkpoint: str
     """Name of the checkpoint's folder."""
+
+    def pixels(self, data: bytes) -> Tensor:
+        """Decode an image file as for evaluation: uint8 [H, W, C].
+
+        Raises:
+            UnreadableError: it cannot be decoded.
+        """
+        decoding = Decoding.of(self.source)
+        if self.resize is None:
+            return torch.from_numpy(read_image(data, self.image_shape, decoding))
+        return images.resize_and_crop(images.decode(data, decoding), self.resize, self.image_shape[:2])
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Return the probabilities [N, K] of the classes for images uint8 [N, H, W, C], computed as in evaluation.
@@ -93,8 +108,11 @@ def load(run: Path, which: str | None, device: str = "cpu", precision: str | Non
     model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed, dtype)
     models.load(model, saved.model, settings.name, path)
     mean, std = (_normalization(saved, key, channels).to(device, dtype) for key in ("mean", "std"))
-    image_shape, source = (height, width, channels), data.get("source", {})
-    return LoadedModel(model.to(device).eval(), chosen, classes, image_shape, mean, std, source, path.name)
+    evaluation = data.get("evaluation") or {"crop": [height, width], "resize": None}
+    image_shape, source = (*evaluation["crop"], channels), data.get("source", {})
+    return LoadedModel(
+        model.to(device).eval(), chosen, classes, image_shape, evaluation["resize"], mean, std, source, path.name
+    )
 
 
 def _precision_of(trained: str, device: str) -> str:

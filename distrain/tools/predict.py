@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from distrain.data.images import Decoding, DepthWarning, UnreadableError, read_image, recorded_warnings
+from distrain.data.images import DepthWarning, UnreadableError, recorded_warnings
 from distrain.distributed import devices, gpu_errors
 from distrain.errors import ConfigError, DataError
 from distrain.files import read
 from distrain.text import counted, percent, printable, shortened
 from distrain.tools import loaded_model
+from distrain.tools.loaded_model import LoadedModel
 
 log = logging.getLogger("distrain")
 
@@ -48,13 +48,11 @@ def predict(run: Path, files: Sequence[Path], which: str | None, device: str) ->
         model = loaded_model.load(run, which, chosen_device)
     if model.image_shape[2] not in (1, 3):
         raise ConfigError(f"{run}: its images have {model.image_shape[2]} channels; image files have 1 or 3")
-    decoding = Decoding.of(model.source)
-    _check(files, model.image_shape, decoding)
+    _check(files, model)
     for start in range(0, len(files), _BATCH_SIZE):
         batch = files[start : start + _BATCH_SIZE]
         with recorded_warnings():  # `_check` has shown them
-            pixels = [read_image(read(file, _MAX_BYTES), model.image_shape, decoding) for file in batch]
-        images = torch.from_numpy(np.stack(pixels))
+            images = torch.stack([model.pixels(read(file, _MAX_BYTES)) for file in batch])
         with gpu_errors.explained(gpu, "predict"):
             probabilities = model.probabilities(images)
         for file, row in zip(batch, probabilities, strict=True):
@@ -62,14 +60,14 @@ def predict(run: Path, files: Sequence[Path], which: str | None, device: str) ->
             yield {"file": str(file), "classes": {model.classes[k]: float(row[k]) for k in order}}
 
 
-def _check(files: Sequence[Path], image_shape: tuple[int, int, int], decoding: Decoding) -> None:
+def _check(files: Sequence[Path], model: LoadedModel) -> None:
     """Read all files once, so that a bad one among thousands is reported before the first prediction."""
     problems: list[str] = []
     remarks: list[tuple[str, Path]] = []
     for file in files:
         try:
             with recorded_warnings() as caught:
-                read_image(read(file, _MAX_BYTES), image_shape, decoding)
+                model.pixels(read(file, _MAX_BYTES))
         except OSError as error:
             problems.append(f"{printable(str(file))}: {error.strerror or str(error)}")
         except UnreadableError as error:

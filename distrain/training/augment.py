@@ -39,7 +39,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def needs_random_bits(settings: Augment) -> bool:
     """Whether `augment` uses random bits: drawing them takes time."""
-    return settings.flip or settings.crop_padding > 0 or settings.cutout > 0
+    return settings.flip or settings.crop_padding > 0 or settings.cutout > 0 or settings.crop_scale is not None
 
 
 def augment(images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor) -> Tensor:

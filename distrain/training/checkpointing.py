@@ -22,7 +22,7 @@ from distrain.runs.folder import METRICS, RESULT
 from distrain.runs.lease import Lease
 from distrain.runs.logs import Logs
 from distrain.training import optim
-from distrain.training.job import TRAINED_WEIGHTS, Job
+from distrain.training.job import IMAGE_DECODER, TRAINED_WEIGHTS, Job
 
 log = logging.getLogger("distrain")
 
@@ -184,13 +184,16 @@ class Checkpointer:
 
     def _warn_of_other_bits(self, path: Path, before: dict[str, str]) -> None:
         """Warn where this attempt computes with other software or hardware than the one that saved the checkpoint."""
-        if self._job.config.train.virtual_ranks is None or not self._job.runtime.is_main:
+        if not self._job.runtime.is_main:
             return
-        changed = differences(before, self._job.runtime.what_decides_bits)
+        now = self._job.what_decides_bits
+        if self._job.config.train.virtual_ranks is None:  # only the pixels of batches do not depend on rounding
+            before, now = ({key: each[key] for key in (IMAGE_DECODER,) if key in each} for each in (before, now))
+        changed = differences(before, now)
         if changed:
             changes = "; ".join(f"{name} {new}, before {old}" for name, old, new in changed)
             log.warning(
-                "%s was saved with other software or hardware, so the last bits of the weights may differ: %s",
+                "%s was saved with other software or hardware, so the bits of the weights may differ: %s",
                 path.name,
                 changes,
             )
@@ -211,7 +214,7 @@ class Checkpointer:
             "epoch": int(job.epoch(step)),
             "world_size": job.runtime.world.size,
             "cpu_threads": job.config.run.cpu_threads,
-            "bits": job.runtime.what_decides_bits,
+            "bits": job.what_decides_bits,
         }
         weights, tensors = model.checkpoint_tensors()
         metadata = {CLASSES: json.dumps(job.dataset.manifest.classes)}

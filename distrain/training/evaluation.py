@@ -6,7 +6,7 @@ The total must be that of the manifest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distrain import startup
+from distrain.data import index
+from distrain.data.decoding import Bad, Preprocessing
 from distrain.data.manifest import Dataset
 from distrain.data.stream import EvaluationBatches
 from distrain.distributed.collectives import POLL_SECONDS
 from distrain.distributed.numerics import sum_in_order
 from distrain.distributed.runtime import Runtime
-from distrain.errors import DataError
+from distrain.errors import DataError, UnreadableImagesError
 from distrain.progress import Bar
 from distrain.runs import results
 from distrain.runs.results import Confusion
+from distrain.text import plural, shortened
 from distrain.training.augment import normalize
+
+WHAT_INSTEAD = "in training the next readable one is used, and it is not evaluated"
+_MAX_NAMED = 10
 
 Collect = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -40,6 +46,8 @@ class Scores:
 
     confusion: Confusion
     loss: float
+    bad: tuple[Bad, ...] = ()
+    """Samples of an index that could not be decoded, and are not scored."""
 
     @property
     def total(self) -> int:
@@ -99,6 +107,7 @@ def evaluate(
     std: Tensor,
     batch_size: int,
     runtime: Runtime,
+    preprocessing: Preprocessing | None = None,
     collect: Collect | None = None,
 ) -> Scores:
     """Score a model on a split, on all processes together; the result is the same on each of them.
@@ -111,6 +120,7 @@ def evaluate(
         std: [C].
         batch_size: most samples at once.
         runtime: this process among its peers.
+        preprocessing: how the images of an index are decoded.
         collect: called with each batch of this process: images, ids, labels, logits.
 
     Raises:
@@ -134,22 +144,43 @@ def evaluate(
     model.eval()
     with (
         runtime.watchdog.phase("evaluate"),
-        closing(EvaluationBatches(dataset, split, runtime.world, batch_size)) as batches,
+        closing(EvaluationBatches(dataset, split, runtime.world, batch_size, preprocessing)) as batches,
         closing(Bar(split, unit="batches", leave=False, show=runtime.is_main)) as bar,
     ):
         _for_each(batches, score, runtime, bar)
     model.train(training)
     local = dict(zip(batches.numbers, torch.stack(losses).tolist() if losses else (), strict=True))
-    first, *others = runtime.collectives.from_all((counter.counted(), local))
-    confusion = first[0].plus([each for each, _ in others])
-    expected = dataset.split(split).samples
+    first, *others = runtime.collectives.from_all((counter.counted(), local, batches.bad))
+    confusion = first[0].plus([each for each, *_ in others])
+    bad = sorted((each for *_, of_rank in (first, *others) for each in of_rank), key=lambda each: each.number)
+    expected = dataset.split(split).samples - len(bad)
     if confusion.total != expected:
         raise DataError(
             f"{dataset.root}: {confusion.total} samples of {split} were scored, the manifest has {expected}"
         )
-    of_batches = {number: loss for _, each in (first, *others) for number, loss in each.items()}
+    of_batches = {number: loss for _, each, _ in (first, *others) for number, loss in each.items()}
     # In the order of the batches: the same bits on any number of processes.
-    return Scores(confusion, sum_in_order(of_batches[each] for each in sorted(of_batches)) / expected)
+    return Scores(confusion, sum_in_order(of_batches[each] for each in sorted(of_batches)) / expected, tuple(bad))
+
+
+def describe_bad(dataset: Dataset, split_name: str, bad: Sequence[Bad]) -> dict[str, str]:
+    """Return name and reason of images of an index that could not be decoded."""
+    return {index.describe(dataset.indexed(split_name), each.number, each.offset): each.reason for each in bad}
+
+
+def check_bad(bad: Mapping[str, str], allowed: int) -> None:
+    """Check that no more images than allowed could not be decoded.
+
+    Raises:
+        UnreadableImagesError: they are more.
+    """
+    if len(bad) > allowed:
+        header = f"{plural(len(bad), 'image')} cannot be decoded, {allowed} allowed:"
+        lines = [f"{name}: {reason}" for name, reason in sorted(bad.items())]
+        raise UnreadableImagesError(
+            "\n  ".join([header, *shortened(lines, _MAX_NAMED)])
+            + f"\nreplace them in the tar files and index these again, or allow them: data.skip_bad={len(bad)}"
+        )
 
 
 def _for_each(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from distrain.data.decoded import DecodedBatches
 from distrain.data.order import Order
 from distrain.data.rounds import Batch
 from distrain.data.stream import TrainingBatches
@@ -22,7 +23,9 @@ class Feed:
         profile: counts the time of waiting and copying.
     """
 
-    def __init__(self, batches: TrainingBatches, order: Order, runtime: Runtime, profile: Profile) -> None:
+    def __init__(
+        self, batches: TrainingBatches | DecodedBatches, order: Order, runtime: Runtime, profile: Profile
+    ) -> None:
         self._batches, self._order, self._runtime, self._profile = batches, order, runtime, profile
         self._device, self._stream = runtime.device, batches.copy_stream
         self._ahead: list[Batch] | None = None
@@ -39,6 +42,9 @@ class Feed:
             with self._profile.phase("data" if self._started else "start"):
                 wait_for_data(self._runtime, self._batches, step)
             self._started = True
+        elif self._batches.decodes and self._ahead is None:
+            with self._profile.phase("data"):  # images are decoded in a bounded time: no agreement is needed
+                self._batches.ready(step, None)
         with self._profile.phase("copy"):
             batches, self._ahead = self._ahead or self._copy(), None
             if self._stream is not None:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrain.config import Config
+from distrain.data import images
 from distrain.data.cache import Cache
+from distrain.data.decoding import Preprocessing
+from distrain.data.encoded import EncodedCache
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.distributed.compilation import Compilation
@@ -25,6 +28,7 @@ from distrain.training.augment import Normalizer
 from distrain.training.flops import Flops
 from distrain.training.optim import WeightAverage
 
+IMAGE_DECODER = "image decoder"
 TRAINED_WEIGHTS = "weights."
 """Prefix, in optimizer.safetensors, of the trained weights if model.safetensors holds their EMA."""
 
@@ -96,6 +100,7 @@ class Job:
         accumulation_steps: micro-batches of every virtual rank in a step.
         compilation: how passes of training are compiled, and for which sizes.
         flops: FLOPs of an image, and of the devices, on rank 0.
+        preprocessing: how the images of an index are decoded; None for blocks.
         started: when this attempt began, by `time.monotonic`.
         compile_seconds: seconds of this attempt's first passes, if they compiled the model; else 0.
     """
@@ -106,13 +111,14 @@ class Job:
     total_steps: int
     runtime: Runtime
     model: TrainedModel
-    cache: Cache | None
+    cache: Cache | EncodedCache | None
     identity: dict[str, Any]
     dependent_layers: list[str]
     virtual_ranks: tuple[World, ...]
     accumulation_steps: int
     compilation: Compilation
     flops: Flops
+    preprocessing: Preprocessing | None
     started: float
     compile_seconds: float = 0.0
 
@@ -120,6 +126,12 @@ class Job:
     def has_batch_norm(self) -> bool:
         """Whether the model has BatchNorm."""
         return any(isinstance(layer, _BatchNorm) for layer in self.model.module.modules())
+
+    @property
+    def what_decides_bits(self) -> dict[str, str]:
+        """The facts that decide the last bits of a result here, besides the configuration."""
+        decoder = {IMAGE_DECODER: images.decoder_version()} if self.preprocessing is not None else {}
+        return {**self.runtime.what_decides_bits, **decoder}
 
     @property
     def folder(self) -> Path:

@@ -18,8 +18,9 @@ from distrain import address, models, startup
 from distrain.config import Config, identity, public
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
+from distrain.data.encoded import EncodedCache
 from distrain.data.fetch import FetchOptions
-from distrain.data.manifest import Dataset, Manifest
+from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.distributed import runtime
 from distrain.distributed.collectives import Collectives
@@ -37,7 +38,7 @@ from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
 from distrain.runs.trackers import check_tensorboard
 from distrain.text import plural, shortened
-from distrain.training import flops, optim
+from distrain.training import flops, inputs, optim
 from distrain.training.flops import Flops
 from distrain.training.job import Job, TrainedModel
 from distrain.training.optim import WeightAverage
@@ -133,10 +134,10 @@ def read_data(config: Config, *splits: str) -> Dataset:
         UserError: it cannot be read, or lacks one of the splits.
     """
     startup.waits_for(f"reading the description of {address.without_secrets(config.data.dir)}")
-    dataset = manifest.read(config.data.dir, FetchOptions.of(config.data))
+    dataset = manifest.read(config.data.dir, FetchOptions.of(config.data), config.data.tars)
     for split in splits:
         dataset.split(split)
-    return dataset
+    return dataset.with_image_size(config.data.image_size)
 
 
 def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
@@ -163,10 +164,11 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     number = virtual_ranks[0].size
     mean, std = _normalization(config, dataset)
     _check_augmentation(config, dataset)
+    inputs.check(config, dataset)
     fewest, most = order.local_batch_sizes(number)
     accumulation_steps = -(-most // (config.train.micro_batch_size or most))
     smallest = (0,) if fewest < accumulation_steps else ()
-    module = collectives.all_or_none(lambda: build_model(config, dataset.manifest, runtime.dtype, (2, 1, *smallest)))
+    module = collectives.all_or_none(lambda: build_model(config, dataset, runtime.dtype, (2, 1, *smallest)))
     _check_batch_norm(config, module, dataset, order, number, accumulation_steps)
     run_flops = _count_flops(config, module, dataset, runtime)  # before layers are replaced by those with collectives
     dependent: list[str] = []
@@ -186,7 +188,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     compilation = Compilation(config.train.compile, sizes)
     distributed, optimizer = _prepare(config, module, runtime, compilation)
     mean_tensor, std_tensor = (torch.tensor(each, dtype=runtime.dtype, device=runtime.device) for each in (mean, std))
-    width = dataset.manifest.image_shape[1]
+    width = dataset.image_shape[1]
     return Job(
         config=config,
         dataset=dataset,
@@ -208,6 +210,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         accumulation_steps=accumulation_steps,
         compilation=compilation,
         flops=run_flops,
+        preprocessing=inputs.preprocessing(config, dataset, runtime.environment.local_world_size),
         started=started,
     )
 
@@ -260,7 +263,7 @@ def _check_batch_norm(
     if local > 1:
         return
     synchronised = config.train.virtual_ranks is None and number > 1 and together > 1
-    height, width, channels = dataset.manifest.image_shape
+    height, width, channels = dataset.image_shape
     image = torch.zeros(1, channels, height, width, dtype=next(module.parameters()).dtype)
     norms = models.norms_of_one_value(module, image)
     alone = [name for name, layer in norms if not (can_be_synchronised(layer) and synchronised)]
@@ -309,7 +312,7 @@ def _count_flops(config: Config, module: nn.Module, dataset: Dataset, runtime: R
         return Flops(None, None)
     name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
     peak = flops.peak(name, config.train.precision)
-    per_image = flops.of_model(module, dataset.manifest.image_shape)
+    per_image = flops.of_model(module, dataset.image_shape)
     return Flops(per_image, None if peak is None else peak * runtime.world.size)
 
 
@@ -321,12 +324,16 @@ def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> WeightAver
     return ema
 
 
-def _make_cache(config: Config, dataset: Dataset, runtime: Runtime) -> Cache | None:
+def _make_cache(config: Config, dataset: Dataset, runtime: Runtime) -> Cache | EncodedCache | None:
     processes = runtime.environment.local_world_size
     device = runtime.collectives.all_or_none(
         lambda: cache.choose_device(config.data.cache, dataset, runtime.device, processes)
     )
-    return Cache(dataset, device, pin=device.type != runtime.device.type) if device is not None else None
+    if device is None:
+        return None
+    if dataset.is_index:
+        return EncodedCache(dataset.indexed("train").shards)
+    return Cache(dataset, device, pin=device.type != runtime.device.type)
 
 
 def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
@@ -337,7 +344,7 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
     """
     split = dataset.split("train")
     batch = config.train.global_batch_size
-    order = Order(len(split.shards), split.lanes, min(shard.samples for shard in split.shards), batch, config.run.seed)
+    order = Order(len(split.sizes), split.lanes, int(split.sizes.min()), batch, config.run.seed)
     if config.train.virtual_ranks is not None:
         _check_virtual_ranks(config.train.virtual_ranks, config, split.lanes, world_size)
     if world_size > split.lanes:
@@ -382,7 +389,7 @@ def _check_virtual_ranks(number: int, config: Config, lanes: int, world_size: in
 
 
 def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
-    channels = dataset.manifest.image_shape[2]
+    channels = dataset.image_shape[2]
     values = []
     for key, configured, measured in (
         ("mean", config.data.mean, dataset.manifest.mean),
@@ -396,7 +403,7 @@ def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[
 
 
 def _check_augmentation(config: Config, dataset: Dataset) -> None:
-    settings, smallest = config.augment, min(dataset.manifest.image_shape[:2])
+    settings, smallest = config.augment, min(dataset.image_shape[:2])
     if settings.crop_padding >= smallest:
         raise ConfigError(f"augment.crop_padding={settings.crop_padding}: at most {smallest - 1} for these images")
     if settings.cutout > smallest:
@@ -409,13 +416,18 @@ def _check_augmentation(config: Config, dataset: Dataset) -> None:
         )
 
 
-def build_model(config: Config, data: Manifest, dtype: torch.dtype, batch_sizes: Sequence[int] = (2,)) -> nn.Module:
+def build_model(config: Config, dataset: Dataset, dtype: torch.dtype, batch_sizes: Sequence[int] = (2,)) -> nn.Module:
     """Build the model that the configuration names, with its initial weights, and try it on black images.
 
     Raises:
         ConfigError: it cannot be built, or does not give one logit for each class.
     """
-    return models.from_config(config.model, len(data.classes), data.image_shape, config.run.seed, dtype, batch_sizes)
+    classes, shape = len(dataset.manifest.classes), dataset.image_shape
+    module = models.from_config(config.model, classes, shape, config.run.seed, dtype, batch_sizes)
+    height, width, channels = inputs.evaluation_shape(config, dataset)
+    if [height, width, channels] != shape:
+        models.check_output(config.model.name, module, torch.zeros(2, channels, height, width, dtype=dtype), classes)
+    return module
 
 
 def _prepare(

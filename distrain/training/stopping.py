@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+from distrain.data.decoded import DecodedBatches
 from distrain.data.stream import TrainingBatches
 from distrain.distributed.collectives import POLL_SECONDS, Collectives, StopAgreed
 from distrain.distributed.runtime import Runtime
@@ -54,7 +55,7 @@ class StopPoll:
         return agreed.flags[0] > 0
 
 
-def wait_for_data(runtime: Runtime, batches: TrainingBatches, step: int) -> None:
+def wait_for_data(runtime: Runtime, batches: TrainingBatches | DecodedBatches, step: int) -> None:
     """Wait, between two steps and together, until every process has its data of the round that begins.
 
     Raises:

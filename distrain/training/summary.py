@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from distrain import files, machine
-from distrain.data.rounds import memory
 from distrain.runs import records, results
 from distrain.runs.folder import SETUP
 from distrain.text import clock, percent, plural, printable, shortened
-from distrain.training import optim, profiling
+from distrain.training import inputs, optim, profiling
 from distrain.training.checkpointing import os_error_of
 from distrain.training.job import Job
 
@@ -57,9 +56,10 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
             "source": manifest.source,
             "manifest": job.dataset.digest,
             "classes": manifest.classes,
-            "image_shape": manifest.image_shape,
+            "image_shape": job.dataset.image_shape,
+            "evaluation": _evaluation(job),
             "splits": {str(name): split.samples for name, split in manifest.splits.items()},
-            "shards": len(train.shards),
+            "shards": len(train.sizes),
             "lanes": train.lanes,
         },
         "model": {
@@ -85,13 +85,8 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
             "grad_accum": job.accumulation_steps,
         },
         "memory": {
-            "bytes": memory(
-                job.dataset,
-                order,
-                job.virtual_ranks,
-                job.config.data.read_ahead,
-                cached=job.cache is not None,
-                pinned=cuda,
+            "bytes": inputs.memory(
+                job.config, job.dataset, order, job.virtual_ranks, cached=job.cache is not None, pinned=cuda
             ),
             "cache": None if job.cache is None else "device" if job.cache.device.type == "cuda" else "ram",
         },
@@ -105,8 +100,16 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
         "from_step": from_step,
         "machine": machine.describe(),
         "versions": machine.versions(),
-        "bits": runtime.what_decides_bits,
+        "bits": job.what_decides_bits,
     }
+
+
+def _evaluation(job: Job) -> dict[str, Any] | None:
+    """Return how the images of an index are evaluated, for `predict` and `export`; None for blocks."""
+    if job.preprocessing is None:
+        return None
+    transform = job.preprocessing.evaluation
+    return {"crop": [transform.height, transform.width], "resize": transform.resize}
 
 
 def _log_warnings(job: Job, setup: dict[str, Any]) -> None:

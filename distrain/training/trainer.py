@@ -6,15 +6,19 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NoReturn
 
 from distrain import startup
+from distrain.data.cache import Cache
+from distrain.data.decoded import DecodedBatches
+from distrain.data.decoding import Bad
+from distrain.data.encoded import EncodedCache
 from distrain.data.rounds import Batch
 from distrain.data.stream import TrainingBatches
 from distrain.distributed.collectives import StopAgreed
-from distrain.errors import DataError, SaveError, Stopped
+from distrain.errors import DataError, SaveError, Stopped, UnreadableImagesError
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import TRACE
 from distrain.training import augment, digests, evaluation, health, pictures, profiling
@@ -50,6 +54,8 @@ class Trainer:
         self._peak: dict[str, Any] | None = state.get("peak")
         self._collapsed: bool = state.get("collapsed", False)
         self._warnings: list[str] = state.get("warnings", [])
+        self._bad: dict[str, str] = state.get("bad", {})
+        self._reader: TrainingBatches | DecodedBatches | None = None
         self._seconds_before: float = state.get("seconds", 0.0)
         self.compile_seconds: float = state.get("compile_seconds", 0.0) + job.compile_seconds
         self.losses, self.profile = LossMeter(job), Profile(job.runtime.device)
@@ -69,6 +75,7 @@ class Trainer:
             "peak": self._peak,
             "collapsed": self._collapsed,
             "warnings": self._warnings,
+            "bad": self._bad,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
             "lines": self.logs.metrics.lines if self.logs.metrics is not None else 0,
@@ -95,6 +102,8 @@ class Trainer:
                 result = self.finish()
             except StopAgreed as stop:
                 self._stop(stop)
+            except UnreadableImagesError:
+                raise  # the steps since the last checkpoint were trained with substitutes
             except DataError:
                 # All processes are here, between two steps: the steps since the last checkpoint are not lost.
                 self._save_before_exit("data")  # guard: save-on-data-error
@@ -156,20 +165,18 @@ class Trainer:
         return result
 
     @contextlib.contextmanager
-    def _batches(self) -> Iterator[TrainingBatches]:
-        job = self.job
-        batches = TrainingBatches(
-            job.dataset,
-            job.order,
-            job.virtual_ranks,
-            range(self.step, job.total_steps),
-            job.config.data.read_ahead,
-            with_random_bits=augment.needs_random_bits(job.config.augment),
-            device=job.runtime.device,
-            cache=job.cache,
-        )
-        with closing(batches):
-            yield batches
+    def _batches(self) -> Iterator[TrainingBatches | DecodedBatches]:
+        job, steps = self.job, range(self.step, self.job.total_steps)
+        what = (job.dataset, job.order, job.virtual_ranks, steps, job.config.data.read_ahead)
+        device, cache = job.runtime.device, job.cache
+        if job.preprocessing is not None:
+            assert not isinstance(cache, Cache)
+            self._reader = DecodedBatches(*what, job.preprocessing, device, cache)
+        else:
+            assert not isinstance(cache, EncodedCache)
+            self._reader = TrainingBatches(*what, augment.needs_random_bits(job.config.augment), device, cache)
+        with closing(self._reader):
+            yield self._reader
 
     def _tracer(self) -> contextlib.AbstractContextManager[profiling.Tracer]:
         job = self.job
@@ -193,6 +200,7 @@ class Trainer:
             if self.losses.is_full:
                 self._free_memory()
             return
+        self._check_images()
         self.losses.read(step)  # nothing is evaluated or saved before the loss is known to be finite
         if write_line and self.losses.logged_step < step:
             self._log(with_digests=evaluate or save)
@@ -206,6 +214,27 @@ class Trainer:
             if self.checkpointer.saved_step != step:
                 self.best = best_before  # without a checkpoint it could not be loaded at the end
         self.losses.restart_clock()
+
+    def _check_images(self) -> None:
+        """Record which images of the steps so far could not be decoded; a collective for an index.
+
+        Raises:
+            UnreadableImagesError: on all processes, if they are more than allowed. Nothing is saved of these steps.
+        """
+        if self._reader is not None and self.job.preprocessing is not None:
+            bad, self._reader.bad = self._reader.bad, []
+            self._record_bad(
+                "train", [each for of_rank in self.job.runtime.collectives.from_all(bad) for each in of_rank]
+            )
+
+    def _record_bad(self, split: str, bad: Sequence[Bad]) -> None:
+        """Record images that could not be decoded, the same on all processes."""
+        new = evaluation.describe_bad(self.job.dataset, split, bad)
+        new = {name: reason for name, reason in new.items() if name not in self._bad}
+        self._bad = {**self._bad, **new}
+        evaluation.check_bad(self._bad, self.job.config.data.skip_bad)
+        for name, reason in new.items() if self.job.runtime.is_main else ():
+            log.warning("%s cannot be decoded (%s): %s", name, reason, evaluation.WHAT_INSTEAD)
 
     def _free_memory(self) -> None:
         """Read losses and write audit lines that would stay in memory until the next save."""
@@ -272,8 +301,10 @@ class Trainer:
         batch_size = job.config.eval.batch_size
         with job.compilation.suspended():
             scores = evaluation.evaluate(
-                model.eval_model, job.dataset, split, model.mean, model.std, batch_size, job.runtime, collect
-            )
+                model.eval_model, job.dataset, split, model.mean, model.std, batch_size, job.runtime,
+                job.preprocessing, collect,
+            )  # fmt: skip
+        self._record_bad(split, scores.bad)
         if not math.isfinite(scores.loss):
             raise diverged(job, self.step - 1, f"the loss on {split} is {scores.loss}")
         return scores
@@ -290,6 +321,7 @@ class Trainer:
     def _save_before_exit(self, why: str) -> None:
         """Save the steps since the last checkpoint, if their weights are good."""
         if self.step and self.checkpointer.saved_step != self.step and not self.checkpointer.finished:
+            self._check_images()
             self.losses.read(self.step)
             check_weights(self.job, self.step)
             self._save(why)
@@ -349,6 +381,7 @@ class Trainer:
             "device": str(job.runtime.device.type),
             "dependent_layers": job.dependent_layers,
             "warnings": self._warnings,
+            "unreadable": [f"{name}: {reason}" for name, reason in sorted(self._bad.items())],
             "profile": {name: round(part, 5) for name, part in self.profile.total().items()},
         }
 

@@ -53,7 +53,7 @@ def warm_up(job: Job) -> float:
 
 def _inputs(job: Job, size: int) -> Tensor:
     """Return a normalised black micro-batch, in the memory layout of a training step: [size, C, H, W]."""
-    shape = job.dataset.manifest.image_shape
+    shape = job.dataset.image_shape
     inputs = job.model.normalize(torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device))
     return inputs.lerp(inputs, 0.5) if job.config.augment.mixup else inputs
 

@@ -14,6 +14,7 @@ import resource
 import shutil
 import socket
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -26,8 +27,10 @@ from torch import nn
 
 from distrain import address, console, files, machine, models, plugins, signals
 from distrain.config import Config
-from distrain.data import fetch, shards
-from distrain.data.rounds import memory
+from distrain.data import fetch
+from distrain.data.encoded import Stretches
+from distrain.data.manifest import Dataset
+from distrain.data.rounds import read_shard
 from distrain.distributed.numerics import seed_cpu, unlike_ranks
 from distrain.distributed.runtime import Runtime
 from distrain.distributed.watchdog import Watchdog
@@ -39,6 +42,7 @@ from distrain.runs.trackers import check_tensorboard
 from distrain.text import plural
 from distrain.tools.doctor import computing
 from distrain.tools.doctor.finding import Finding, Level
+from distrain.training import inputs
 from distrain.training.checkpointing import os_error_of
 from distrain.training.setup import (
     build_model,
@@ -243,16 +247,13 @@ def data(config: Config, environment: Environment) -> Iterator[Finding]:
     except (UserError, AgainError) as error:
         yield Finding("data", "bad", str(error), "set data.dir to a folder that all nodes see")
         return
-    shard = dataset.split("train").shards[0]
-    start = time.monotonic()
+    start, manifest = time.monotonic(), dataset.manifest
     try:
-        manifest = dataset.manifest
-        for _ in shards.read(dataset.root, shard, manifest.image_shape, len(manifest.classes)):
-            pass
+        size = _read_a_shard(dataset)
     except (UserError, AgainError) as error:
         yield Finding("data", "bad", str(error), "`distrain verify` checks all shards")
         return
-    rate = shard.bytes / max(time.monotonic() - start, 1e-6) / 2**20
+    rate = size / max(time.monotonic() - start, 1e-6) / 2**20
     yield Finding("data", "ok", f"{dataset.root}: {manifest.splits['train'].samples:,} samples, {rate:,.0f} MiB/s")
     size, local = environment.world.size, environment.local_world_size
     try:
@@ -264,11 +265,11 @@ def data(config: Config, environment: Environment) -> Iterator[Finding]:
     needed = local * (
         _BASE_BYTES
         + max(
-            memory(
+            inputs.memory(
+                config,
                 dataset,
                 order,
                 World(rank, size).virtual_ranks(config.train.virtual_ranks),
-                config.data.read_ahead,
                 cached,
                 pinned=config.run.device != "cpu" and torch.cuda.is_available(),
             )
@@ -305,10 +306,20 @@ def model_and_run_folder(config: Config, environment: Environment) -> Iterator[F
         yield _grace(config, size, speed)
 
 
+def _read_a_shard(dataset: Dataset) -> int:
+    """Read the first shard of train; return its bytes."""
+    if dataset.is_index:
+        stretch = Stretches(dataset, "train", threading.Event()).read(0)
+        return sum(map(len, stretch.images))
+    shard = dataset.blocks("train").shards[0]
+    read_shard(dataset, shard, threading.Event())
+    return shard.bytes
+
+
 def _try_model(config: Config) -> nn.Module:
-    data = read_data(config).manifest
-    height, width, channels = data.image_shape
-    module = build_model(config, data, torch.float32)
+    dataset = read_data(config)
+    height, width, channels = dataset.image_shape
+    module = build_model(config, dataset, torch.float32)
     virtual = config.train.virtual_ranks is not None
     buffers, images = Buffers(module) if virtual else None, torch.zeros(2, channels, height, width)
     with plugins.user_code(f"model.name={config.model.name}: fails in training"):

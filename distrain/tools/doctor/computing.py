@@ -201,7 +201,7 @@ def _batch(job: Job, rank: World) -> Batch:
     """Return a local batch of step 0 with random pixels, as large as the real one."""
     size, device = job.order.owned_before(job.order.global_batch_size, rank), job.runtime.device
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (size, *job.dataset.manifest.image_shape), dtype=torch.uint8, generator=generator)
+    images = torch.randint(256, (size, *job.dataset.image_shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(len(job.dataset.manifest.classes), (size,), generator=generator)
     bits = torch.randint(2**62, (size, 2), generator=generator)
     numbers = torch.arange(size).numpy()

@@ -1,0 +1,195 @@
+"""Batches of an index: the samples and pixels of every step are the same, whatever reads and decodes them."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from indexes import build, jpeg
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as V
+
+from distrain.data import index
+from distrain.data.cache import size as cache_size
+from distrain.data.crops import random_boxes
+from distrain.data.decoded import DecodedBatches, memory
+from distrain.data.decoding import Decoder, EvaluationTransform, Preprocessing, TrainingTransform
+from distrain.data.encoded import EncodedCache, Stretches
+from distrain.data.images import Decoding
+from distrain.data.manifest import Dataset
+from distrain.data.order import Order, augmentation_bits
+from distrain.data.stream import EvaluationBatches
+from distrain.environment import World
+from distrain.errors import ShardError
+
+SIZE = 16
+ALONE = World()
+SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """170 training images in tar files of 3 to 90 samples, in 12 virtual shards of 4 lanes; 23 of test."""
+    folder = tmp_path_factory.mktemp("index")
+    return build(folder, {"train": [3, 90, 17, 60], "test": [20, 3]}, lanes=4, shards=12).with_image_size(SIZE)
+
+
+def order_of(dataset: Dataset, batch: int = 10) -> Order:
+    split = dataset.split("train")
+    return Order(len(split.sizes), split.lanes, int(split.sizes.min()), batch, seed=7)
+
+
+def preprocessing(threads: int = 2) -> Preprocessing:
+    return Preprocessing(
+        Decoder(threads, Decoding()), TrainingTransform(SIZE, SIZE, SCALE, RATIO), EvaluationTransform(SIZE, SIZE, 20)
+    )
+
+
+def trained(
+    dataset: Dataset, steps: range, world: World = ALONE, threads: int = 2, ranks: Sequence[World] | None = None,
+    cache: EncodedCache | None = None,
+) -> dict[int, list[tuple[int, int, int, str]]]:  # fmt: skip
+    """For each step: position, id, label and digest of the pixels of each sample."""
+    order, samples = order_of(dataset), {}
+    with closing(
+        DecodedBatches(dataset, order, ranks or (world,), steps, 1, preprocessing(threads), cache=cache)
+    ) as batches:
+        for step, of_ranks in zip(steps, batches, strict=True):
+            samples[step] = [
+                (position, id_, label, hashlib.sha256(image.numpy().tobytes()).hexdigest())
+                for batch in of_ranks
+                for position, id_, label, image in zip(
+                    batch.positions.tolist(), batch.ids.tolist(), batch.labels.tolist(), batch.images, strict=True
+                )
+            ]
+    return samples
+
+
+def merged(parts: Sequence[dict[int, list[Any]]]) -> dict[int, list[Any]]:
+    return {step: sorted(sample for part in parts for sample in part[step]) for step in parts[0]}
+
+
+def test_every_step_has_the_same_pixels_on_any_number_of_ranks_and_threads(dataset: Dataset) -> None:
+    steps = range(order_of(dataset).steps_per_epoch * 2)
+    expected = merged([trained(dataset, steps)])
+    assert all([position for position, *_ in samples] == list(range(10)) for samples in expected.values())
+    for threads in (1, 7):
+        assert merged([trained(dataset, steps, threads=threads)]) == expected
+    for size in (2, 3, 4):
+        assert merged([trained(dataset, steps, World(rank, size)) for rank in range(size)]) == expected
+    assert merged([trained(dataset, steps, ranks=[World(rank, 4) for rank in range(4)])]) == expected
+    for first in (1, 13, 20):  # a resume
+        later = range(first, len(steps))
+        assert merged([trained(dataset, later)]) == {step: expected[step] for step in later}
+
+
+def test_an_epoch_has_each_sample_once(dataset: Dataset) -> None:
+    order = order_of(dataset)
+    ids = [id_ for samples in trained(dataset, range(order.steps_per_epoch)).values() for _, id_, *_ in samples]
+    assert len(set(ids)) == len(ids) == order.steps_per_epoch * 10
+
+
+def test_pixels_are_those_of_torchvision(dataset: Dataset) -> None:
+    order = order_of(dataset)
+    steps = range(3)
+    samples = index.load(dataset, "train")
+    with closing(DecodedBatches(dataset, order, (World(),), steps, 1, preprocessing())) as batches:
+        for step, (batch,) in zip(steps, batches, strict=True):
+            bits = augmentation_bits(order.seed, np.full(len(batch.ids), step), batch.positions)
+            assert (batch.random_bits.numpy().view(np.uint64) == bits).all()
+            for row, id_ in enumerate(batch.ids.tolist()):
+                entry = samples[id_]
+                data = np.frombuffer(jpeg(id_), np.uint8).copy()
+                image = decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
+                box = random_boxes(np.array([[entry["height"], entry["width"]]]), bits[row : row + 1, 1], SCALE, RATIO)
+                expected = V.resized_crop(image, *box[0].tolist(), [SIZE, SIZE], antialias=True)
+                assert (batch.images[row].permute(2, 0, 1) == expected).all()
+                assert batch.labels[row] == id_ % 3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_each_sample_is_evaluated_once_as_by_torchvision(dataset: Dataset, size: int) -> None:
+    seen = {}
+    for rank in range(size):
+        with closing(EvaluationBatches(dataset, "test", World(rank, size), 5, preprocessing())) as batches:
+            for images, labels, ids in batches:
+                assert 1 <= len(images) <= 5
+                seen |= {
+                    id_: (image, label) for image, label, id_ in zip(images, labels.tolist(), ids.tolist(), strict=True)
+                }
+    assert sorted(seen) == list(range(23))
+    for id_, (image, label) in seen.items():
+        number = 170 + id_
+        data = torch.from_numpy(np.frombuffer(jpeg(number), np.uint8).copy())
+        whole = decode_jpeg(data, mode=ImageReadMode.RGB)
+        expected = V.center_crop(V.resize(whole, [20], antialias=True), [SIZE, SIZE])
+        assert (image.permute(2, 0, 1) == expected).all()
+        assert label == number % 3
+
+
+def test_a_cache_has_the_same_samples_and_all_encoded_bytes_once(dataset: Dataset) -> None:
+    steps = range(order_of(dataset).steps_per_epoch * 2)
+    cache = EncodedCache(12)
+    assert trained(dataset, steps, cache=cache) == trained(dataset, steps)
+    assert cache.is_complete
+    held = sum(len(image) for number in range(12) for image in cache.get(number).images)
+    assert held == dataset.indexed("train").bytes
+    assert held < cache_size(dataset) < held + 170 * 300
+
+
+def test_the_memory_that_is_stated_grows_with_lanes_and_rounds(dataset: Dataset) -> None:
+    order = order_of(dataset)
+    one, two = (memory(dataset, order, (World(0, size),), 1, cached=False) for size in (1, 2))
+    split = dataset.indexed("train")
+    assert one > 2 * split.lanes * split.bytes // split.shards
+    assert two < one
+
+
+def test_an_image_that_changed_is_named(dataset: Dataset, tmp_path: Path) -> None:
+    damaged = build(tmp_path, {"train": [3, 90, 17, 60], "test": [4]}, lanes=4, shards=12)
+    sample = index.load(damaged, "train")[100]
+    with (tmp_path / "tars/train-0002.tar").open("r+b") as file:
+        file.seek(int(sample["offset"]) + 10)
+        file.write(b"\0\1\2\3\4\5\6\7")
+    stretches = Stretches(damaged, "train", threading.Event())
+    number = int(np.searchsorted(damaged.indexed("train").starts, 100, "right")) - 1
+    with pytest.raises(
+        ShardError,
+        match=rf"train-0002.tar: changed since it was indexed \(the image at byte {sample['offset']:,} differs",
+    ):
+        stretches.read(number)
+    (tmp_path / "tars/train-0002.tar").unlink()
+    with pytest.raises(ShardError, match="train-0002.tar: No such file or directory; bring the file back"):
+        stretches.read(number)
+
+
+def test_a_sample_that_cannot_be_decoded_is_replaced_by_the_next_one_and_reported(tmp_path: Path) -> None:
+    bad = {number: jpeg(number)[:200] for number in (5, 6, 60)}
+    folder = build(tmp_path, {"train": [170], "test": [8]}, lanes=4, shards=12, images=bad).with_image_size(SIZE)
+    good = build(tmp_path / "good", {"train": [170], "test": [8]}, lanes=4, shards=12).with_image_size(SIZE)
+    order = order_of(folder)
+    steps = range(order.steps_per_epoch)
+    expected, seen = merged([trained(good, steps)]), merged([trained(folder, steps)])
+    substitutes = {5: 7, 6: 7, 60: 61}
+    for step in steps:
+        for (position, id_, *other), (position_, id__, *other_) in zip(expected[step], seen[step], strict=True):
+            assert position == position_
+            assert id__ == substitutes.get(id_, id_)
+            if id_ not in bad:
+                assert other == other_
+    assert merged([trained(folder, steps, World(rank, 3)) for rank in range(3)]) == seen
+    with closing(DecodedBatches(folder, order, (World(),), steps, 1, preprocessing())) as batches:
+        for _ in batches:
+            pass
+        assert {each.id for each in batches.bad} <= set(bad)
+        assert {index.describe(folder.indexed("train"), each.number, each.offset) for each in batches.bad} <= {
+            f"train-0000.tar, the image at byte {index.load(folder, 'train')[number]['offset']:,}" for number in bad
+        }
+        assert batches.bad
