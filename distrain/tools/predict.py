@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distrain.data.images import DepthWarning, UnreadableError, recorded_warnings
+from distrain.data.pillow import DepthWarning, UnreadableError, recorded_warnings
 from distrain.distributed import devices, gpu_errors
 from distrain.errors import ConfigError, DataError
 from distrain.files import read
