@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from distrain.errors import DataError
@@ -25,6 +25,9 @@ _PNG_DEPTH = 24
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 """Tags of TIFF."""
+
+_PNG_EXIF = re.compile(rb"eXIf|Raw profile type|XML:com\.adobe\.xmp")
+"""Names in a PNG file that has EXIF data, which may say that the image is turned."""
 
 _CONVERT = "convert it to 8 bits"
 
@@ -159,6 +162,20 @@ def opened(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
         raise UnreadableError(f"has {size}, more than --max-pixels {max_pixels}") from error
     except Exception as error:  # decoders raise many types for damaged files
         raise UnreadableError(str(error) or type(error).__name__) from error
+
+
+def header_size(data: bytes, decoding: Decoding) -> tuple[int, int]:
+    """Return the height and width of an image file's upright image, from its header: no pixels are decoded.
+
+    Raises:
+        UnreadableError: it is not an image, its header is damaged, or it has more pixels than `decoding.max_pixels`.
+    """
+    with opened(data, decoding.max_pixels) as image:
+        width, height = image.size
+        # Pillow turns the size of a TIFF itself. It decodes a PNG, as EXIF data may be behind the pixels.
+        upright = image.format == "TIFF" or (image.format == "PNG" and not _PNG_EXIF.search(data))
+        turned = not upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
 
 
 def is_jpeg(image: Image.Image) -> bool:
