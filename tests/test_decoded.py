@@ -56,7 +56,7 @@ def trained(
     dataset: Dataset, steps: range, world: World = ALONE, threads: int = 2, ranks: Sequence[World] | None = None,
     cache: EncodedCache | None = None,
 ) -> dict[int, list[tuple[int, int, int, str]]]:  # fmt: skip
-    """For each step: position, id, label and digest of the pixels of each sample."""
+    """Position, id, label and digest of the pixels of each sample, by step."""
     order, samples = order_of(dataset), {}
     with closing(
         DecodedBatches(dataset, order, ranks or (world,), steps, 1, preprocessing(threads), cache=cache)
@@ -139,9 +139,9 @@ def test_a_cache_has_the_same_samples_and_all_encoded_bytes_once(dataset: Datase
     cache = EncodedCache(12)
     assert trained(dataset, steps, cache=cache) == trained(dataset, steps)
     assert cache.is_complete
-    held = sum(len(image) for number in range(12) for image in cache.get(number).images)
-    assert held == dataset.indexed("train").bytes
-    assert held < cache_size(dataset) < held + 170 * 300
+    cached = sum(len(image) for number in range(12) for image in cache.get(number).images)
+    assert cached == dataset.indexed("train").bytes
+    assert cached < cache_size(dataset) < cached + 170 * 300
 
 
 def test_the_memory_that_is_stated_grows_with_lanes_and_rounds(dataset: Dataset) -> None:

@@ -61,7 +61,7 @@ def refused(folder: Path) -> str:
 def test_a_valid_manifest_is_read_as_it_stands(tmp_path: Path) -> None:
     dataset = manifest.read(write(tmp_path, VALID))
     assert dataset.manifest.model_dump() == VALID
-    assert dataset.manifest.sample_bytes == 48
+    assert dataset.sample_bytes == 48
     assert [entry.samples for entry in dataset.split("train").shards] == [4, 3]
     assert dataset.root == tmp_path
 
