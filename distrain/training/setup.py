@@ -102,7 +102,7 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
     return replace(job, compile_seconds=seconds if job.compilation.is_on else 0.0)
 
 
-_MAY_DIFFER = ("run.dir", "data.dir", "data.cache_dir", "data.cache_gib", "model.init")
+_MAY_DIFFER = ("run.dir", "data.dir", "data.tars", "data.cache_dir", "data.cache_gib", "model.init")
 """Keys that name paths, which may differ between nodes; what is stored there is compared."""
 
 
