@@ -25,6 +25,9 @@ _DRAFT = 2
 _PNG_DEPTH = 24
 """Position of a PNG file's bit depth."""
 
+_PNG_EXIF = re.compile(rb"eXIf|Raw profile type|XML:com\.adobe\.xmp")
+"""Names in a PNG file that has EXIF data, which may say that the image is turned."""
+
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 """Tags of TIFF."""
 
@@ -117,6 +120,30 @@ def read_image(
         raise UnreadableError(f"has {size}, more than --max-pixels {decoding.max_pixels}") from error
     except Exception as error:  # PIL's decoders raise many types for damaged files
         raise UnreadableError(str(error) or type(error).__name__) from error
+
+
+def header_size(data: bytes, decoding: Decoding) -> tuple[int, int]:
+    """Return the height and width of an image file's upright image, from its header: no pixels are decoded.
+
+    Raises:
+        UnreadableError: it is not an image, its header is damaged, or it has more pixels than `decoding.max_pixels`.
+    """
+    try:
+        with _limited_to(decoding.max_pixels), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            warnings.simplefilter("ignore", UserWarning)  # until _limited_to ends
+            width, height = image.size
+            # Pillow turns the size of a TIFF itself. It decodes a PNG, as EXIF data may be behind the pixels.
+            upright = image.format == "TIFF" or (image.format == "PNG" and not _PNG_EXIF.search(data))
+            turned = not upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableError("not an image of a known format") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UnreadableError(f"has more pixels than --max-pixels {decoding.max_pixels}") from error
+    except Exception as error:  # PIL's decoders raise many types for damaged files
+        raise UnreadableError(str(error) or type(error).__name__) from error
+    return (width, height) if turned else (height, width)
 
 
 @contextlib.contextmanager
