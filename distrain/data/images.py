@@ -1,320 +1,200 @@
-"""Image files, decoded to the pixels that are stored and predicted."""
+"""The decoder and the resizer of image files: for data sets, training and predictions.
+
+JPEG files are decoded by torchvision, all others by Pillow, which also reads the header of every file. For a JPEG file
+both give the same pixels; torchvision is faster. Images are resized by torch, as in torchvision's transforms.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
-import struct
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import PIL
+import torch
+import torchvision.io
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import ExifTags
+from torch import Tensor
 
-from distrain.errors import DataError
-from distrain.text import shown
+from distrain.data import pillow
+from distrain.data.pillow import DEFAULT_DECODING, Decoding, UnreadableError
+from distrain.errors import ConfigError
+
+__all__ = [
+    "Box", "Decoding", "UnreadableError", "centred_box", "decode", "decoder_version", "evaluation_size", "read_image",
+    "resize", "resize_and_crop",
+]  # fmt: skip
+
+try:
+    # The function of torchvision.io that calls it warns for each file that it is deprecated.
+    _decode_jpeg_file = torch.ops.image.decode_jpeg
+    _GREY, _RGB = torchvision.io.ImageReadMode.GRAY.value, torchvision.io.ImageReadMode.RGB.value
+except AttributeError as error:
+    raise ConfigError(
+        f"torchvision {torchvision.__version__} decodes no JPEG files; install another version, such as 0.29"
+    ) from error
 
 _DRAFT = 2
 """A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this multiple of the target, as in Pillow."""
 
-_PNG_DEPTH = 24
-"""Position of a PNG file's bit depth."""
+_MODES = {("RGB", 3): _RGB, ("L", 3): _RGB, ("L", 1): _GREY}
+"""Pillow's mode of a JPEG file, and the number of channels, for which torchvision decodes to Pillow's pixels.
 
-_PNG_EXIF = re.compile(rb"eXIf|Raw profile type|XML:com\.adobe\.xmp")
-"""Names in a PNG file that has EXIF data, which may say that the image is turned."""
+For files in CMYK, and for the grey of a colour image, the two may differ.
+"""
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
-"""Tags of TIFF."""
-
-_CONVERT = "convert it to 8 bits"
-
-_FORMATS = (
-    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "SUN", "TGA",
-    "TIFF", "WEBP",
-)  # fmt: skip
-"""Formats that are read. Of Pillow's others, EPS runs Ghostscript on the file, and some hold no pixels."""
+_TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
+    2: (False, (1,)), 3: (False, (0, 1)), 4: (False, (0,)),
+    5: (True, ()), 6: (True, (1,)), 7: (True, (0, 1)), 8: (True, (0,)),
+}  # fmt: skip
+"""Turns by orientation of EXIF: whether rows and columns are exchanged, and which axes are reversed then."""
 
 
-class UnreadableError(Exception):
-    """A sample cannot be read; the message says why."""
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
-class DepthWarning(UserWarning):
-    """An image has 16 bits per channel: `maximum` is its largest pixel value, in `bits` bits.
+def decode(
+    data: bytes | memoryview, decoding: Decoding = DEFAULT_DECODING, channels: int = 3, fraction: int = 1
+) -> Tensor:
+    """Decode an image file: uint8 [H, W, C], upright. Several threads may call this at the same time.
 
-    `adjustable`: `--bit-depth` decides how it is scaled to 8 bits.
-    """
+    What is decided about the image (its transparency, its frames) is a `warnings.warn`, like Pillow's own;
+    `pillow.ignore_warnings` silences them.
 
-    def __init__(self, maximum: int, bits: int, adjustable: bool) -> None:
-        super().__init__(maximum, bits, adjustable)
-        self.maximum, self.bits, self.adjustable = maximum, bits, adjustable
-
-    def __str__(self) -> str:
-        return f"has pixels of {self.bits} bits, at most {self.maximum}"
-
-
-@contextlib.contextmanager
-def recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
-    """Record all warnings of the block instead of printing them, however often they are repeated."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield caught
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """The decoding of image files to pixels: options of `prepare folder`, and entries of the manifest's `source`.
-
-    Attributes:
-        background: colour behind transparent pixels, `#rrggbb`.
-        bit_depth: bits of a pixel in files of 16 bits that do not state fewer themselves.
-        max_pixels: an image with more pixels is refused.
-    """
-
-    background: str = "#ffffff"
-    bit_depth: int = 16
-    max_pixels: int = 89_478_485
-
-    @classmethod
-    def of(cls, source: Mapping[str, Any]) -> Decoding:
-        """Return the decoding that a manifest's `source` records; the default for sources without image files.
-
-        Raises:
-            DataError: a value is not of its type.
-        """
-        values = {field.name: source[field.name] for field in fields(cls) if field.name in source}
-        for name, value in values.items():
-            if type(value) is not type(getattr(cls, name)):
-                raise DataError(f"source.{name}: {shown(value)} in setup.json is damaged; restore the file")
-        return cls(**values)
-
-
-def read_image(
-    data: bytes,
-    image_shape: tuple[int, int, int],
-    decoding: Decoding = Decoding(),
-) -> NDArray[np.uint8]:
-    """Decode an image file to uint8 [H, W, C], C = 1 or 3; resize it so that it covers H×W and crop it to the centre.
-
-    What is decided about the image (its transparency, its frames) is a `warnings.warn`, like Pillow's own.
+    Args:
+        data: content of the file.
+        decoding: options.
+        channels: C: 3, or 1 for grey.
+        fraction: 1, 2, 4 or 8: a JPEG file is decoded at this fraction of its size; other files are decoded in full.
 
     Raises:
         UnreadableError: it is damaged or not an image, has more pixels than `decoding.max_pixels`, or has pixels
             without a defined maximum.
     """
-    try:
-        with _limited_to(decoding.max_pixels), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return _decode(image, data, image_shape, decoding)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableError("not an image of a known format") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        pixels = re.search(r"\d+", str(error))
-        size = f"{int(pixels[0]):,} pixels" if pixels else str(error)
-        raise UnreadableError(f"has {size}, more than --max-pixels {decoding.max_pixels}") from error
-    except Exception as error:  # PIL's decoders raise many types for damaged files
-        raise UnreadableError(str(error) or type(error).__name__) from error
+    return _decode(data, decoding, channels, lambda height, width: fraction)
 
 
-def header_size(data: bytes, decoding: Decoding) -> tuple[int, int]:
-    """Return the height and width of an image file's upright image, from its header: no pixels are decoded.
+def resize(pixels: Tensor, box: Box, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
+    """Return uint8 [h, w, C]: the box of the image, resized (bilinear, antialiased); a plain crop if sizes are equal.
 
-    Raises:
-        UnreadableError: it is not an image, its header is damaged, or it has more pixels than `decoding.max_pixels`.
+    Args:
+        pixels: uint8 [H, W, C].
+        box: a part of the image.
+        size: h and w.
+        out: uint8 [h, w, C], contiguous: the pixels are written here, which is faster than a copy, and it is returned.
     """
-    try:
-        with _limited_to(decoding.max_pixels), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            warnings.simplefilter("ignore", UserWarning)  # until _limited_to ends
-            width, height = image.size
-            # Pillow turns the size of a TIFF itself. It decodes a PNG, as EXIF data may be behind the pixels.
-            upright = image.format == "TIFF" or (image.format == "PNG" and not _PNG_EXIF.search(data))
-            turned = not upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableError("not an image of a known format") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UnreadableError(f"has more pixels than --max-pixels {decoding.max_pixels}") from error
-    except Exception as error:  # PIL's decoders raise many types for damaged files
-        raise UnreadableError(str(error) or type(error).__name__) from error
-    return (width, height) if turned else (height, width)
+    if out is None:
+        out = torch.empty(*size, pixels.shape[2], dtype=torch.uint8)
+    top, left, height, width = box
+    part = pixels[top : top + height, left : left + width]
+    if (height, width) == tuple(size):
+        return out.copy_(part)
+    # `torch.nn.functional.interpolate` without `out`, whose result is in planes and would have to be copied.
+    torch.ops.aten._upsample_bilinear2d_aa.out(_planes(part), list(size), False, out=_planes(out))
+    return out
 
 
-@contextlib.contextmanager
-def _limited_to(max_pixels: int) -> Iterator[None]:
-    """Make Pillow refuse images with more pixels. Its own limit is a variable of its module."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+def evaluation_size(height: int, width: int, resize: int) -> tuple[int, int]:
+    """Return height and width whose shorter side is `resize`, as torchvision's `Resize(resize)` computes them."""
+    longer = int(resize * max(height, width) / min(height, width))
+    return (resize, longer) if height <= width else (longer, resize)
 
 
-def _decode(
-    image: Image.Image, data: bytes, image_shape: tuple[int, int, int], decoding: Decoding
+def resize_and_crop(pixels: Tensor, shorter: int, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
+    """Return uint8 [h, w, C]: the image as by torchvision's `Resize(shorter, antialias=True)` and `CenterCrop(size)`.
+
+    Args:
+        pixels: uint8 [H, W, C].
+        shorter: length of the shorter side after resizing: at least h and w.
+        size: h and w.
+        out: as for `resize`.
+    """
+    resized = evaluation_size(pixels.shape[0], pixels.shape[1], shorter)
+    top, left = (round((length - target) / 2) for length, target in zip(resized, size, strict=True))
+    everything = Box(0, 0, pixels.shape[0], pixels.shape[1])
+    return resize(resize(pixels, everything, resized), Box(top, left, *size), size, out)
+
+
+def read_image(
+    data: bytes | memoryview,
+    image_shape: tuple[int, int, int],
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> NDArray[np.uint8]:
-    height, width, channels = image_shape
-    mode = "RGB" if channels == 3 else "L"
-    if image.format in ("JPEG", "MPO"):
-        fitted = _decode_photo(image, (width, height), mode)
-    else:
-        if getattr(image, "is_animated", False):
-            warnings.warn("has several frames or pages; the first one is used", stacklevel=2)
-        upright = _in_8_bits(image, data, decoding)
-        if upright.has_transparency_data:
-            upright = _composed(upright, decoding.background)
-        fitted = _fit(upright.convert(mode), (width, height), upright.size)
-    return np.asarray(fitted).reshape(height, width, channels)
+    """Decode an image file to uint8 [H, W, C], C = 1 or 3: its largest centred part with this aspect ratio, resized.
 
-
-def _decode_photo(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image:
-    """Decode a JPEG file, at a fraction of its size if it is large. It is turned upright last, when it is small."""
-    side = _DRAFT * max(size)
-    draft = image.draft(image.mode, (side, side))
-    # At 1/8, 1203 pixels become 150.375: the last one is the rest.
-    extent = (image.width, image.height) if draft is None else draft[1][2:]
-    pixels = image.convert(mode)
-    turned = pixels.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return ImageOps.exif_transpose(_fit(pixels, size[::-1] if turned else size, extent))
-
-
-def _fit(image: Image.Image, size: tuple[int, int], extent: tuple[float, float]) -> Image.Image:
-    """Resize an image so that it covers `size`, and crop it to the centre. `extent` is its real size in its pixels."""
-    scale = min(extent[0] / size[0], extent[1] / size[1])
-    width, height = size[0] * scale, size[1] * scale
-    left, top = (extent[0] - width) / 2, (extent[1] - height) / 2
-    return image.resize(size, Image.Resampling.BILINEAR, (left, top, left + width, top + height))
-
-
-def _composed(image: Image.Image, background: str) -> Image.Image:
-    """Return an image with transparent pixels in front of a colour."""
-    if image.mode == "La":  # Pillow converts it to LA alone
-        image = image.convert("LA")
-    rgba = image.convert("RGBA")
-    alpha = rgba.getchannel("A")
-    if alpha.getextrema()[0] == 255:
-        return rgba.convert("RGB")
-    warnings.warn(f"has transparent pixels; they are shown on --background {background}", stacklevel=2)
-    canvas = Image.new("RGB", rgba.size, background)
-    canvas.paste(rgba.convert("RGB"), mask=alpha)
-    return canvas
-
-
-def _in_8_bits(image: Image.Image, data: bytes, decoding: Decoding) -> Image.Image:
-    """Return an image upright and in a mode with 8 bits per channel.
+    Large JPEG files are decoded at a fraction of their size, which is faster and differs a little.
 
     Raises:
-        UnreadableError: its pixels have no defined maximum, or are above it.
+        UnreadableError: as `decode`.
     """
-    is_16_bit_grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    if is_16_bit_grey:
-        return _grey_in_8_bits(image, data, decoding)
-    if image.mode in ("I", "F"):
-        raise UnreadableError(f"its pixels have PIL's mode {image.mode}; convert them to 8 bits")
-    if "transparency" in image.info:
-        image.info["transparency"] = _transparency_in_8_bits(image, data)
-    has_16_bits = _has_16_bit_channels(image, data)
-    upright = ImageOps.exif_transpose(image)
-    if has_16_bits:
-        if decoding.bit_depth < 16:
-            raise UnreadableError(f"has 16 bits per colour, where --bit-depth has no effect; {_CONVERT}")
-        brightest = int(np.asarray(upright.convert("RGB")).max())
-        warnings.warn(DepthWarning(257 * brightest, 16, False), stacklevel=2)
-    return upright
+    height, width, channels = image_shape
+
+    def fraction(image_height: int, image_width: int) -> int:
+        multiple = min(image_height, image_width) / (_DRAFT * max(height, width))
+        return next((fraction for fraction in (8, 4, 2) if fraction <= multiple), 1)
+
+    pixels = _decode(data, decoding, channels, fraction)
+    box = centred_box(pixels.shape[0], pixels.shape[1], (height, width))
+    return resize(pixels, box, (height, width)).numpy()
 
 
-def _grey_in_8_bits(image: Image.Image, data: bytes, decoding: Decoding) -> Image.Image:
-    """Return a grey image of 16 bits upright and scaled to 8 bits: by what the file states, else by `bit_depth`.
-
-    Never by the largest pixel: the same brightness must have the same value in all images.
-    """
-    # These facts are lost when the image is loaded.
-    stated_bits = _stated_bits(image, data)
-    tile = getattr(image, "tile", None) or [None]
-    scaled_by_pillow = image.format == "PPM" and isinstance(getattr(tile[0], "args", None), tuple)  # by its maxval
-    inverted = image.format == "TIFF" and _tag(image, _PHOTOMETRIC, 1) == 0  # which Pillow does for 8 bits only
-    transparent = image.info.pop("transparency", None)
-    pixels = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
-    bits, adjustable = 16, False
-    if stated_bits < 16:
-        scaled = image.format == "PNG" and _is_scaled(pixels, stated_bits)
-        bits = 16 if scaled else stated_bits
-    elif not scaled_by_pillow:
-        bits, adjustable = decoding.bit_depth, True
-    largest, maximum = 2**bits - 1, int(pixels.max())
-    if maximum > largest:
-        cure = "use a larger --bit-depth" if adjustable else _CONVERT
-        raise UnreadableError(f"has pixels up to {maximum}, above the {largest} of {bits} bits; {cure}")
-    warnings.warn(DepthWarning(maximum, bits, adjustable), stacklevel=2)
-    brightness = largest - pixels if inverted else pixels
-    grey = Image.fromarray(((brightness * 255 + largest // 2) // largest).astype(np.uint8))
-    if transparent is None:
-        return grey
-    return Image.merge("LA", (grey, Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8))))
+def centred_box(height: int, width: int, size: tuple[int, int]) -> Box:
+    """Return the largest box in the centre of an image that has the aspect ratio of `size`, rounded to whole pixels."""
+    scale = min(height / size[0], width / size[1])
+    box_height, box_width = (max(1, round(scale * length)) for length in size)
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def _stated_bits(image: Image.Image, data: bytes) -> int:
-    """Return the bits per pixel that a grey file of 16 bits says it uses: PNG's sBIT, TIFF's BitsPerSample; else 16."""
-    if image.format == "PNG":
-        significant = _png_chunk(data, b"sBIT")
-        return significant[0] if len(significant) == 1 and 0 < significant[0] < 16 else 16
-    if image.format == "TIFF":
-        return min(16, _tag(image, _BITS_PER_SAMPLE, 16))
-    return 16
+def decoder_version() -> str:
+    """Return the versions of what decides the pixels of decoded and resized images."""
+    versions = {"torchvision": torchvision.__version__, "torch": torch.__version__, "Pillow": PIL.__version__}
+    return ", ".join(f"{name} {version.split('+')[0]}" for name, version in versions.items())
 
 
-def _is_scaled(pixels: NDArray[np.int64], bits: int) -> bool:
-    """Whether pixels of 16 bits are samples of `bits` bits that were scaled to the full range, as PNG demands.
-
-    Some programs write sBIT and leave the samples as they are.
-    """
-    samples = pixels >> (16 - bits)
-    return bool((np.abs(pixels - (samples * 65535 + 2 ** (bits - 1)) // (2**bits - 1)) <= 1).all()) or bool(
-        (pixels == samples << (16 - bits)).all()
-    )
-
-
-def _transparency_in_8_bits(image: Image.Image, data: bytes) -> Any:
-    """Return the transparent colour of an image in the range of its pixels. Pillow gives it in that of the file."""
-    value = image.info["transparency"]
-    if image.format != "PNG":
-        return value
-    depth = data[_PNG_DEPTH]
-    if image.mode == "L" and depth < 8:
-        return value * 255 // (2**depth - 1)
-    if image.mode == "RGB" and depth == 16:
-        return tuple(channel >> 8 for channel in value)
-    return value
+def _decode(data: bytes | memoryview, decoding: Decoding, channels: int, fraction: Callable[[int, int], int]) -> Tensor:
+    """Decode an image file. `fraction` returns that of a JPEG file of this height and width."""
+    with pillow.opened(data, decoding.max_pixels) as image:
+        if not pillow.is_jpeg(image):
+            return torch.from_numpy(pillow.decode(image, data, decoding, channels))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        divisor = fraction(image.height, image.width)
+        mode = _MODES.get((image.mode, channels))
+        if divisor > 1 or mode is None:
+            pixels = torch.from_numpy(pillow.decode_jpeg(image, channels, divisor))
+        else:
+            pixels = _decode_whole_jpeg(data, mode)
+        return _upright(pixels, orientation)
 
 
-def _has_16_bit_channels(image: Image.Image, data: bytes) -> bool:
-    """Whether this is a file of several channels of 16 bits, of which Pillow reads only the higher 8."""
-    if image.format == "PNG":
-        return data[_PNG_DEPTH] == 16
-    return image.format == "TIFF" and _tag(image, _BITS_PER_SAMPLE, 8) == 16
+def _decode_whole_jpeg(data: bytes | memoryview, mode: int) -> Tensor:
+    """Decode a JPEG file by torchvision: uint8 [H, W, C], not turned."""
+    file = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # of bytes without a copy, torch warns
+    try:
+        planes: Tensor = _decode_jpeg_file(file, mode, False)
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        if "can't allocate memory" in message:
+            raise MemoryError(message) from error
+        # Such as "decode_jpeg, …/decode_jpeg.cpp:171, Image is incomplete or truncated".
+        raise UnreadableError(f"a damaged JPEG file: {message.split(', ')[-1]}") from error
+    return planes.permute(1, 2, 0)
 
 
-def _tag(image: Image.Image, number: int, default: int) -> int:
-    assert isinstance(image, TiffImageFile)
-    value = image.tag_v2.get(number, default)
-    return int(value[0] if isinstance(value, tuple) else value)
+def _upright(pixels: Tensor, orientation: int) -> Tensor:
+    """Turn an image [H, W, C] of this orientation of EXIF."""
+    exchanged, reversed_axes = _TURNS.get(orientation, (False, ()))
+    if exchanged:
+        pixels = pixels.transpose(0, 1)
+    return pixels.flip(reversed_axes).contiguous() if exchanged or reversed_axes else pixels
 
 
-def _png_chunk(data: bytes, name: bytes) -> bytes:
-    """Return the content of the first chunk of this name before a PNG file's pixels; empty without one."""
-    position = 8
-    while position + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        if kind in (name, b"IDAT"):
-            return data[position + 8 : position + 8 + length] if kind == name else b""
-        position += length + 12
-    return b""
+def _planes(pixels: Tensor) -> Tensor:
+    """View an image [h, w, C] as a batch [1, C, h, w]."""
+    return pixels.permute(2, 0, 1)[None]

@@ -112,6 +112,8 @@ def _start(function: Any, shared: Any, parent: int, started: Any, progress: Any)
         _slot = 3 * started.value
         started.value += 1
     progress[_slot] = os.getpid()
+    if "torch" in sys.modules:  # one process per core; and OpenMP's threads of the parent do not exist here
+        sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would be an exception in the source's code
 

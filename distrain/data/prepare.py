@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 
 from distrain import address, machine
 from distrain.data import manifest, pool, shards
-from distrain.data.images import DepthWarning, UnreadableError, recorded_warnings
 from distrain.data.manifest import Dataset, IndexManifest, Manifest, Shard, Split
 from distrain.data.order import Ints, split_permutation
 from distrain.data.ownership import OutputFolder
+from distrain.data.pillow import DepthWarning, UnreadableError, recorded_warnings
 from distrain.data.remarks import FLAT, Remark, Sample, is_flat, report
 from distrain.data.sources import Source
 from distrain.errors import AgainError, ConfigError, DataError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.data.images import DepthWarning
+from distrain.data.pillow import DepthWarning
 from distrain.text import counted, named
 
 log = logging.getLogger("distrain")

@@ -20,8 +20,8 @@ import xxhash
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
-from distrain.data.images import Decoding, UnreadableError, header_size
 from distrain.data.index import SAMPLE, digest
+from distrain.data.pillow import Decoding, UnreadableError, header_size
 from distrain.errors import ConfigError, DataError, UserError
 from distrain.text import printable, shown
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distrain.data.images import Decoding, DepthWarning, UnreadableError, read_image, recorded_warnings
+from distrain.data.images import Decoding, UnreadableError, read_image
+from distrain.data.pillow import DepthWarning, recorded_warnings
 from distrain.distributed import devices, gpu_errors
 from distrain.errors import ConfigError, DataError
 from distrain.files import read

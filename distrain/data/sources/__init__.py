@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.data.images import UnreadableError as UnreadableError
+from distrain.data.pillow import UnreadableError as UnreadableError
 
 
 class Source(Protocol):
