@@ -140,17 +140,26 @@ class Data(Section):
         "folder of the data set (it has manifest.json), or its address: file://, http://, https://, s3://, gs://, hf://",
         min_length=1,
     )
+    tars: PathOrAddress | None = _key(
+        None,
+        "folder or address of the tar files of an index; null: where they were when it was made",
+        min_length=1,
+    )
     cache_dir: LocalPath | None = _key(
         None,
-        "folder that caches the shards of a remote data set; null: distrain in $XDG_CACHE_HOME or ~/.cache",
+        "folder that caches what is fetched from a remote data set; null: distrain in $XDG_CACHE_HOME or ~/.cache",
         min_length=1,
     )
     cache_gib: float = _key(
-        50.0, "maximum size of that folder in GiB; 0: no cache, shards are fetched at every use", ge=0, le=2**30
+        50.0, "maximum size of that folder in GiB; 0: no cache, data are fetched at every use", ge=0, le=2**30
     )
     fetch_retries: Whole = _key(5, "how often a failed fetch is retried, with exponential backoff", ge=0, le=100)
     fetch_timeout_seconds: float = _key(
-        60.0, "time-out of one attempt to fetch a shard; raise it for a slow network", gt=0, le=86400
+        60.0,
+        "time-out of one attempt to fetch a shard, or a range of a tar file; where a tar file is fetched whole, of each"
+        " MiB. Raise it for a slow network",
+        gt=0,
+        le=86400,
     )
     mean: PerChannel | None = _key(
         None, "mean of each channel, subtracted from images in 0 … 1; null: that of the train split", identity=True
@@ -451,7 +460,9 @@ def identity(config: Config) -> dict[str, Any]:
 def public(config: Config) -> dict[str, Any]:
     """Return the configuration as it may be recorded: without the secrets of an address."""
     tree = config.model_dump()
-    tree["data"]["dir"] = address.without_secrets(config.data.dir)
+    for key in ("dir", "tars"):
+        location = tree["data"][key]
+        tree["data"][key] = None if location is None else address.without_secrets(location)
     return tree
 
 

@@ -34,7 +34,8 @@ import distrain
 from distrain import address, cli, config
 from distrain.data import fetch, manifest, shards
 from distrain.data.cache import Cache as MemoryCache
-from distrain.data.fetch import Cache, FetchOptions, Remote, locate
+from distrain.data.disk_cache import Cache
+from distrain.data.fetch import FetchOptions, Remote, locate
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.data.stream import EvaluationBatches, TrainingBatches
@@ -198,7 +199,7 @@ def server(small: Dataset) -> Iterator[Server]:
 
 
 def options(cache: Path | None = None, max_bytes: int = 2**30, retries: int = 2, seconds: float = 5) -> FetchOptions:
-    return FetchOptions(cache, max_bytes, retries, seconds)
+    return FetchOptions(cache, max_bytes if cache is not None else 0, retries, seconds)
 
 
 def content(dataset: Dataset, name: str = SHARD) -> list[int]:
@@ -309,7 +310,7 @@ def test_the_user_s_cache_folder_is_the_default(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
         assert fetch.cache_folder(None) == tmp_path / ".cache/distrain"
     assert fetch.cache_folder("~/x") == tmp_path / "x"
-    assert FetchOptions.of(config.from_tree({"data": {"cache_gib": "0"}}).data).cache_dir is None
+    assert FetchOptions.of(config.from_tree({"data": {"cache_gib": "0"}}).data).cache_bytes == 0
     assert FetchOptions.of(config.from_tree({"data": {"cache_gib": "0.5"}}).data).cache_bytes == 2**29
 
 
@@ -327,7 +328,7 @@ def test_a_remote_data_set_equals_the_local_one(scheme: str, small: Dataset, ser
         assert content(dataset) == content(small)
     (entry,) = (tmp_path / "cache").iterdir()
     assert entry.read_bytes() == (small.root / SHARD).read_bytes()
-    assert entry.name == hashlib.sha256(entry.read_bytes()).hexdigest() + ".tar"
+    assert entry.name == hashlib.sha256(entry.read_bytes()).hexdigest() + ".cached"
     if scheme == "http":
         assert server.requested == ["manifest.json", SHARD]  # no question before, none after
 
@@ -427,7 +428,7 @@ def test_missing_credentials_are_not_cured_by_time(
 ) -> None:
     dataset = manifest.read(f"file://{small.root}", options())
 
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise error
 
     monkeypatch.setattr(dataset.root._fs, "open", refuse)  # type: ignore[union-attr]
@@ -640,10 +641,10 @@ def test_the_file_being_written_counts_and_the_least_recently_used_go(
     cache = Cache(tmp_path, 100)
     for index in range(4):
         cache.put(name_of(index), bytes(25))
-        os.utime(tmp_path / f"{name_of(index)}.tar", (1000 + index, 1000 + index))
+        os.utime(tmp_path / f"{name_of(index)}.cached", (1000 + index, 1000 + index))
     assert cache.get(name_of(0), fine, 25)
     cache.put(name_of(5), bytes(26))
-    cached = {index for index in range(6) if (tmp_path / f"{name_of(index)}.tar").exists()}
+    cached = {index for index in range(6) if (tmp_path / f"{name_of(index)}.cached").exists()}
     assert cached == {0, 3, 5}
     # A file that another process is writing is not deleted, but counted.
     (tmp_path / f".{name_of(6)}.{'0' * 32}.partial").write_bytes(bytes(60))
@@ -660,14 +661,14 @@ def test_the_file_being_written_counts_and_the_least_recently_used_go(
 
 def test_leftovers_are_swept_and_the_files_of_others_stay(tmp_path: Path) -> None:
     old, young = (tmp_path / f".{name_of(1)}.{digit * 32}.partial" for digit in "ab")
-    others = [tmp_path / "notes.tar", tmp_path / ".partial", tmp_path / f"{name_of(3)}.tar.gz"]
+    others = [tmp_path / "notes.cached", tmp_path / ".partial", tmp_path / f"{name_of(3)}.cached.gz"]
     for path in (old, young, *others):
         path.write_bytes(bytes(10))
         os.utime(path, (1000, 1000))
     os.utime(young)
     Cache(tmp_path, 20).put(name_of(2), bytes(10))
     Cache(tmp_path, 20).put(name_of(4), bytes(10))
-    assert {path.name for path in tmp_path.iterdir()} == {young.name, *(p.name for p in others), f"{name_of(4)}.tar"}
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, *(p.name for p in others), f"{name_of(4)}.cached"}
 
 
 @pytest.mark.parametrize("folder", ["file/below", "/proc/nowhere", "taken"])
@@ -676,7 +677,7 @@ def test_a_cache_that_cannot_be_written_logs_one_warning_and_is_not_used(
 ) -> None:
     (tmp_path / "file").touch()
     for shard in small.split("train").shards:  # something else has the entries' names
-        (tmp_path / "taken" / f"{shard.sha256}.tar").mkdir(parents=True)
+        (tmp_path / "taken" / f"{shard.sha256}.cached").mkdir(parents=True)
     dataset = manifest.read(server.address, options(tmp_path / folder))
     for _ in range(2):
         for shard in dataset.split("train").shards[:3]:
@@ -709,7 +710,9 @@ def test_a_full_disk_makes_room_and_without_any_warns_once(
         assert content(dataset, name) == content(small, name)
     cached = list((tiny_disk / "cache").iterdir())
     assert 2 <= len(cached) < len(names)
-    assert {hashlib.sha256(path.read_bytes()).hexdigest() + ".tar" for path in cached} == {path.name for path in cached}
+    assert {hashlib.sha256(path.read_bytes()).hexdigest() + ".cached" for path in cached} == {
+        path.name for path in cached
+    }
     assert not caplog.records  # the disk is the limit, and nothing is lost
     for path in cached:
         path.unlink()
@@ -754,7 +757,7 @@ def test_four_processes_share_a_cache(room: int, server: Server, small: Dataset,
     cached = list((tmp_path / "cache").iterdir())
     assert sum(path.stat().st_size for path in cached) <= room * size
     for path in cached:
-        assert path.name == hashlib.sha256(path.read_bytes()).hexdigest() + ".tar"
+        assert path.name == hashlib.sha256(path.read_bytes()).hexdigest() + ".cached"
     fetched = len(server.requested) - 4
     uses = 4 * 6 * 24
     if room == 6:

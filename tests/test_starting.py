@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from distrain import cli, config, signals
-from distrain.data.fetch import FetchOptions
+from distrain.data.fetch import FetchOptions, locate
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, Stopped
 from distrain.launcher.cluster import Topology
@@ -44,9 +44,10 @@ def test_a_local_data_set_needs_no_home_for_a_cache(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000 - 1)  # a user without an entry in /etc/passwd
     local, remote = ({"data": {"dir": where}} for where in ("data/photos", "https://example.com/photos"))
-    assert FetchOptions.of(config.from_tree(local).data).cache_dir is None
+    local_data, remote_data = (config.from_tree(tree).data for tree in (local, remote))
+    assert locate(local_data.dir, FetchOptions.of(local_data)) == Path("data/photos")
     with pytest.raises(ConfigError, match="there is no home folder; set data.cache_dir"):
-        FetchOptions.of(config.from_tree(remote).data)
+        locate(remote_data.dir, FetchOptions.of(remote_data))
 
 
 @pytest.mark.parametrize(

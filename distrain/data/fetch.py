@@ -1,20 +1,16 @@
-"""Data sets at remote addresses: fsspec fetches their shards, and a folder of limited size caches them.
+"""Data sets at remote addresses: fsspec fetches files, or ranges of files, and a folder of limited size caches them.
 
-1. A file in the cache is named by the sha256 of its content. Every read of it is checked; a damaged file is deleted
-   and fetched again.
+1. An entry of the cache is named by what determines its content: the sha256 of a file, or of this and a range. Every
+   read of it is checked; a damaged entry is deleted and fetched again.
 2. A fetch is limited in time, memory and number of attempts. Transient failures (a 503, a stalled connection, a
    truncated body, wrong bytes) are retried after random waits with exponential backoff.
-3. Content that matches the manifest is written under a unique temporary name, synced and renamed. The least recently
-   used files are deleted to make room.
-
-Any number of processes share a cache without a lock: temporary names are unique, a rename is atomic, and a file that
-another process deletes between two reads is fetched again.
+3. A server that ignores range requests sends whole files. Such a file is fetched once, into the cache, and its ranges
+   are read there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import errno
 import hashlib
@@ -25,19 +21,20 @@ import queue
 import re
 import threading
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
+import fsspec.asyn
 import tenacity
 
 from distrain import address, files
 from distrain.config import Data
+from distrain.data.disk_cache import Cache, Check
 from distrain.errors import ConfigError
 from distrain.text import plural, printable
 
@@ -48,26 +45,18 @@ _FIRST_WAIT_SECONDS = 1.0
 """Longest wait before the second attempt; it doubles with each attempt."""
 _LONGEST_WAIT_SECONDS = 30.0
 _CHUNK_BYTES = 2**20
+_BLOCK_BYTES = 2**23
+"""Bytes of one request to an object store, where a file is read from its beginning to its end."""
 _STOP_POLL_SECONDS = 0.1
 """Interval at which a fetch checks whether reading was stopped."""
-_LEFTOVER_SECONDS = 3600
-"""Age at which a temporary file is deleted: its process must be dead, since writing takes seconds."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-_ENTRY = re.compile(r"[0-9a-f]{64}\.tar")
-_PARTIAL = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{32}\.partial")
-"""Names of the files in a cache folder that are counted and may be deleted; other files are never touched."""
 
 _NETWORK = (
     "check the network and the server; data.fetch_retries and data.fetch_timeout_seconds set how long it is tried"
 )
-_CREDENTIALS = "check the address and its credentials (a run's config.yaml has none: give data.dir again)"
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}
 """Names of exceptions of botocore and google.auth, which need not be installed."""
 
-Check = Callable[[bytes], str | None]
-"""A function that returns what is wrong with a file's content, or None."""
+T = TypeVar("T")
 
 log = logging.getLogger("distrain")
 
@@ -90,24 +79,40 @@ class _TransientError(FetchError):
     """A failed attempt that is worth a retry."""
 
 
+class _NoRangesError(FetchError):
+    """The server answers a request for a range with something else."""
+
+    def __init__(self) -> None:
+        super().__init__("the server does not support range requests")
+
+
+class _Part(NamedTuple):
+    """A range of bytes of a remote file: `start` … `stop` - 1."""
+
+    url: str
+    start: int
+    stop: int
+    file_bytes: int
+    file_sha256: str
+
+
 @dataclass(frozen=True)
 class FetchOptions:
-    """Settings for fetching files, as in section `data`. Without a cache folder nothing is stored."""
+    """Settings for fetching files, as in section `data`. With `cache_bytes=0` nothing is cached."""
 
-    cache_dir: Path | None
+    cache_dir: str | Path | None
     cache_bytes: int
     retries: int
     timeout_seconds: float
 
     @classmethod
     def of(cls, data: Data, cached: bool = True) -> FetchOptions:
-        """Return the options that a configuration sets; `cached=False` turns the cache off, as a local folder does."""
-        remote = address.scheme(data.dir) is not None
-        folder = cache_folder(data.cache_dir) if cached and remote and data.cache_gib > 0 else None
-        return cls(folder, int(data.cache_gib * 2**30), data.fetch_retries, data.fetch_timeout_seconds)
+        """Return the options that a configuration sets; `cached=False` turns the cache off."""
+        cache_bytes = int(data.cache_gib * 2**30) if cached else 0
+        return cls(data.cache_dir, cache_bytes, data.fetch_retries, data.fetch_timeout_seconds)
 
 
-def cache_folder(cache_dir: str | None) -> Path:
+def cache_folder(cache_dir: str | Path | None) -> Path:
     """Return the folder of the cache: `cache_dir`, or distrain's folder among the user's caches.
 
     Raises:
@@ -121,35 +126,42 @@ def cache_folder(cache_dir: str | None) -> Path:
         raise ConfigError(f"{folder}: there is no home folder; set data.cache_dir") from None
 
 
-def locate(location: str | Path, options: FetchOptions) -> Path | Remote:
+def locate(location: str | Path, options: FetchOptions, key: str = "data.dir") -> Path | Remote:
     """Return the path of a local folder, or a `Remote` for an address.
 
+    Args:
+        location: the folder or address.
+        options: how it is fetched.
+        key: the configuration's key that names it, for messages.
+
     Raises:
-        ConfigError: the address's scheme is not supported, or its package is not installed.
+        ConfigError: the address's scheme is not supported, its package is not installed, or there is no cache folder.
     """
     if isinstance(location, Path):
         return location
     if location.lower().startswith("pipe:"):
-        raise ConfigError("data.dir: pipe: would run a command; give a folder or an address")
+        raise ConfigError(f"{key}: pipe: would run a command; give a folder or an address")
     scheme = address.scheme(location)
     if "://" in location and "::" in re.sub(r"\[[0-9A-Fa-f:.]+\]", "", location):  # [::1] is a host
-        raise ConfigError("data.dir: chained addresses (::) are not supported; give a folder or a plain address")
+        raise ConfigError(f"{key}: chained addresses (::) are not supported; give a folder or a plain address")
     if scheme is None:
         return Path(location)
     if scheme not in _EXTRAS:
-        raise ConfigError(f"data.dir: {scheme}:// is not supported, only {'://, '.join(_EXTRAS)}://")
-    return Remote(location, scheme, options)
+        raise ConfigError(f"{key}: {scheme}:// is not supported, only {'://, '.join(_EXTRAS)}://")
+    return Remote(location, scheme, options, key)
 
 
 class Remote:
-    """The folder of a data set at an address. As text it shows the address without secrets."""
+    """A remote folder: that of a data set, or of tar files. As text it shows the address without secrets."""
 
-    def __init__(self, location: str, scheme: str, options: FetchOptions) -> None:
+    def __init__(self, location: str, scheme: str, options: FetchOptions, key: str) -> None:
         self._address, self._public_address = location, address.without_secrets(location).rstrip("/")
         self._http, self._is_file = scheme in ("http", "https"), scheme == "file"
-        self._options = options
-        self._fs = _file_system(scheme, options.timeout_seconds)
-        self._cache = Cache(options.cache_dir, options.cache_bytes) if options.cache_dir is not None else None
+        self._options, self._key = options, key
+        self._fs = _file_system(scheme, options.timeout_seconds, key)
+        cached = options.cache_bytes > 0
+        self._cache = Cache(cache_folder(options.cache_dir), options.cache_bytes) if cached else None
+        self._first_whole = threading.Lock()
 
     def __str__(self) -> str:
         return self._public_address
@@ -197,6 +209,84 @@ class Remote:
 
         The other arguments and errors are those of `read`.
         """
+        url, stop = self._url(name), stop or threading.Event()
+
+        def get(abandoned: threading.Event) -> bytes:
+            return self._get(url, max_bytes, abandoned)
+
+        return self.retrying(lambda: self._attempt(get, max_bytes, check, stop), stop)
+
+    def read_range(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        file_bytes: int,
+        file_sha256: str,
+        check: Check,
+        stop_event: threading.Event | None = None,
+    ) -> bytes:
+        """Return the bytes `start` … `stop` - 1 of a file, from the cache if possible; fetch and cache them otherwise.
+
+        Args:
+            name: path of the file below the address.
+            start: first byte.
+            stop: end of the range.
+            file_bytes: size of the file in bytes.
+            file_sha256: its digest, in hexadecimal.
+            check: checks the range, whether cached or fetched.
+            stop_event: ends waits and fetches when it is set.
+
+        Raises:
+            FetchError: the range cannot be fetched; or the server sends whole files only, and there is no room for one.
+        """
+        key = hashlib.sha256(f"{file_sha256}:{start}-{stop}".encode()).hexdigest()
+        if self._cache is not None:
+            cached = self._cache.get(key, check, stop - start)
+            cached = cached or self._cache.get(file_sha256, check, stop - start, start)
+            if cached is not None:
+                return cached
+        part, stop_event = _Part(self._url(name), start, stop, file_bytes, file_sha256), stop_event or threading.Event()
+
+        def get(abandoned: threading.Event) -> bytes:
+            return self._get_range(part, abandoned)
+
+        try:
+            data = self.retrying(lambda: self._attempt(get, stop - start, check, stop_event), stop_event)
+        except _NoRangesError:
+            cache = self._whole_files()
+        else:
+            if self._cache is not None:
+                self._cache.put(key, data)
+            return data
+        return self.retrying(lambda: self._read_whole(cache, part, check, stop_event), stop_event)
+
+    def stream(self, name: str, stop: threading.Event | None = None) -> BinaryIO:
+        """Open a file that is read from its beginning to its end.
+
+        Each MiB of it has the time-out of an attempt. Opening and reading raise `FetchError`: `retrying` can repeat an
+        action that opens the file and reads it.
+        """
+        return io.BufferedReader(_Stream(self, self._url(name), stop or threading.Event()), _CHUNK_BYTES)
+
+    def size(self, name: str, stop: threading.Event | None = None) -> int | None:
+        """Return the size of a file in bytes; None if the server does not say it."""
+        try:
+            size = self._limited(lambda _: self._fs.size(self._url(name)), stop or threading.Event())
+        except FetchError:
+            return None
+        return size if isinstance(size, int) else None
+
+    def retrying(self, action: Callable[[], T], stop: threading.Event | None = None) -> T:
+        """Return the result of `action`, which is repeated after transient failures, as often as the options allow.
+
+        Args:
+            action: something that reads from this folder.
+            stop: ends the waits between attempts when it is set.
+
+        Raises:
+            FetchError: it failed.
+        """
         stop = stop or threading.Event()
         retrying = tenacity.Retrying(  # guard: fetch-retries
             retry=tenacity.retry_if_exception_type(_TransientError),
@@ -206,43 +296,132 @@ class Remote:
             reraise=True,
         )
         try:
-            return retrying(self._attempt, self._url(name), max_bytes, check, stop)
+            return retrying(action)
         except _TransientError as error:
             attempts = retrying.statistics["attempt_number"]
             raise FetchError(
                 f"{error.reason} (tried {plural(attempts, 'time')})", error.cure, error.cure == _NETWORK
             ) from None
 
-    def _attempt(self, url: str, max_bytes: int, check: Check, stop: threading.Event) -> bytes:
+    def _attempt(
+        self, get: Callable[[threading.Event], bytes], max_bytes: int, check: Check, stop: threading.Event
+    ) -> bytes:
+        data = self._limited(get, stop)
+        too_long = f"more than the expected {max_bytes} bytes"
+        reason = too_long if len(data) > max_bytes else check(data)  # guard: wrong-bytes
+        if reason is not None:
+            raise _TransientError(reason)
+        return data
+
+    def _limited(self, get: Callable[[threading.Event], T], stop: threading.Event) -> T:
+        """Return the result of `get`, limited in time; its errors become `FetchError`s without secrets."""
         try:
-            data = _with_timeout(
-                lambda abandoned: self._get(url, max_bytes, abandoned), self._options.timeout_seconds, stop
-            )
+            return _with_timeout(get, self._options.timeout_seconds, stop)
         except (MemoryError, FetchError):
             raise
         except Exception as error:
             problem = self._explain(error)
-        else:
-            too_long = f"more than the expected {max_bytes} bytes"
-            reason = too_long if len(data) > max_bytes else check(data)  # guard: wrong-bytes
-            if reason is None:
-                return data
-            problem = _TransientError(reason)
         raise problem  # not inside `except`: a traceback would show the original error, with secrets of the address
 
     def _get(self, url: str, max_bytes: int, abandoned: threading.Event) -> bytes:
-        # block_size 0 streams the file; fsspec's other reader sends more requests. With a size, it requests none.
-        options = {"block_size": 0, "size": max_bytes} if self._http else {}
         content = io.BytesIO()
-        if self._is_file:
-            self._check_file(self._fs._strip_protocol(url))
-        with self._fs.open(url, "rb", **options) as file:
+        with self._open(url) as file:
             while content.tell() <= max_bytes and not abandoned.is_set():  # guard: no-more-than-promised
                 chunk = file.read(min(_CHUNK_BYTES, max_bytes + 1 - content.tell()))
                 if not chunk:
                     break
                 content.write(chunk)
         return content.getvalue()
+
+    def _open(self, url: str) -> Any:
+        """Open a file that is read from its beginning to its end."""
+        if self._is_file:
+            self._check_file(self._fs._strip_protocol(url))
+        if not self._http:
+            return self._fs.open(url, "rb", block_size=_BLOCK_BYTES)
+        import aiohttp
+
+        # block_size 0 streams the file; fsspec's other reader sends more requests. With a size, it requests none.
+        seconds = self._options.timeout_seconds
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+        return self._fs.open(url, "rb", block_size=0, size=1, timeout=timeout)
+
+    def _get_range(self, part: _Part, abandoned: threading.Event) -> bytes:
+        if self._http:
+            data: bytes = fsspec.asyn.sync(self._fs.loop, self._get_http_range, part, abandoned)
+            return data
+        if self._is_file:
+            self._check_file(self._fs._strip_protocol(part.url))
+        # With a size and without a cache, fsspec sends one request, for this range.
+        with self._fs.open(part.url, "rb", size=part.file_bytes, cache_type="none") as file:
+            file.seek(part.start)
+            return bytes(file.read(part.stop - part.start))
+
+    async def _get_http_range(self, part: _Part, abandoned: threading.Event) -> bytes:
+        session = await self._fs.set_session()
+        headers = {"Range": f"bytes={part.start}-{part.stop - 1}", "Accept-Encoding": "identity"}
+        content, most = bytearray(), part.stop - part.start + 1
+        async with session.get(self._fs.encode_url(part.url), headers=headers) as response:
+            response.raise_for_status()
+            if response.status != HTTPStatus.PARTIAL_CONTENT:  # guard: partial-content
+                raise _NoRangesError
+            sent = response.headers.get("Content-Range", "")
+            if not sent.startswith(f"bytes {part.start}-"):
+                raise _TransientError(f"the server sent another range: {printable(sent, 50)}")
+            while len(content) < most and not abandoned.is_set():
+                chunk = await response.content.read(most - len(content))
+                if not chunk:
+                    break
+                content += chunk
+        return bytes(content)
+
+    def _whole_files(self) -> Cache:
+        """Return the cache, into which whole files are fetched where the server ignores ranges; log it once."""
+        reason = "the server does not support range requests: tar files are fetched whole"
+        if self._cache is None:
+            raise FetchError(
+                f"{reason}, but there is no cache", "raise data.cache_gib, or copy the tar files to a disk of the job"
+            )
+        if self._first_whole.acquire(blocking=False):
+            log.warning("%s: %s, into %s", self, reason, self._cache.folder)
+        return self._cache
+
+    def _read_whole(self, cache: Cache, part: _Part, check: Check, stop: threading.Event) -> bytes:
+        """Return a range of a file from the cache, into which the whole file is fetched if it is not there."""
+        key, size = part.file_sha256, part.stop - part.start
+        with cache.only_one(key, self._options.timeout_seconds + _LONGEST_WAIT_SECONDS, stop):
+            data = cache.get(key, check, size, part.start)  # another process may have fetched it
+            if data is not None:
+                return data
+            problem = cache.store(key, part.file_bytes, lambda: self._pieces(part, stop))
+        if problem is not None:
+            error_type = FetchError if part.file_bytes > cache.max_bytes else _TransientError  # others may leave room
+            raise error_type(
+                f"the server sends whole files only, and {cache.folder} has no room for this one: {problem}",
+                "or copy the tar files to a disk of the job",
+            )
+        data = cache.get(key, lambda _: None, size, part.start)
+        if data is None:
+            raise _TransientError(f"deleted from {cache.folder} before it was read", "raise data.cache_gib")
+        reason = check(data)
+        if reason is not None:
+            raise FetchError(reason)
+        return data
+
+    def _pieces(self, part: _Part, stop: threading.Event) -> Iterator[bytes]:
+        """Yield the content of a whole file, and check its size and digest."""
+        digest, size = hashlib.sha256(), 0
+        with _Stream(self, part.url, stop) as file:
+            while piece := file.read(_CHUNK_BYTES):
+                size += len(piece)
+                if size > part.file_bytes:  # guard: whole-file-size
+                    raise _TransientError(f"more than the expected {part.file_bytes} bytes")
+                digest.update(piece)
+                yield piece
+        if size < part.file_bytes:
+            raise _TransientError(f"{size} bytes instead of {part.file_bytes}")
+        if digest.hexdigest() != part.file_sha256:  # guard: whole-file-digest
+            raise _TransientError("changed since it was indexed (its sha256 differs)")
 
     @staticmethod
     def _check_file(path: str) -> None:
@@ -261,11 +440,15 @@ class Remote:
         return urlunsplit((scheme, host, f"{path.rstrip('/')}/{name}", query, ""))  # the query may be a token
 
     def _explain(self, error: Exception) -> FetchError:
+        credentials = f"check the address and its credentials (a run's config.yaml has none: give {self._key} again)"
         response = getattr(error, "response", None)
         status = (
             getattr(error, "status", None) or getattr(response, "status_code", None) or getattr(error, "code", None)
         )
-        if isinstance(error, FileNotFoundError):
+        behind = getattr(error.__cause__, "response", None)  # s3fs raises an OSError for botocore's error
+        if isinstance(behind, dict) and behind.get("Error", {}).get("Code") == "InvalidRange":
+            status = 416
+        elif isinstance(error, FileNotFoundError):
             status = 404
         elif isinstance(error, PermissionError):
             status = 403
@@ -273,7 +456,9 @@ class Remote:
             phrase = HTTPStatus(status).phrase if status in HTTPStatus.__members__.values() else ""
             reason = f"HTTP {status} {phrase}".rstrip() if self._http else phrase or str(status)
             if status in (401, 403):
-                return FetchError(reason, _CREDENTIALS)
+                return FetchError(reason, credentials)
+            if status == 416:
+                reason += ": the file is shorter than when it was indexed"
             if status < 500 and status not in (408, 425, 429):
                 return FetchError(reason)
             return _TransientError(reason, _NETWORK)
@@ -281,7 +466,7 @@ class Remote:
             return _TransientError(f"no complete answer within {self._options.timeout_seconds:g} s", _NETWORK)
         if _NO_CREDENTIALS.intersection(type_.__name__ for type_ in type(error).__mro__):
             # Retried: machines in a cloud get credentials from a server, which may be busy.
-            return _TransientError(printable(str(error).splitlines()[0]), _CREDENTIALS)
+            return _TransientError(printable(str(error).splitlines()[0]), credentials)
         message = (str(error) or type(error).__name__).replace(self._address, self._public_address)
         reason = printable(address.scrub(message.splitlines()[0]))
         # ValueError: a wrong address, or a certificate that does not match. A retry cannot help.
@@ -289,113 +474,53 @@ class Remote:
         return (FetchError if is_final else _TransientError)(reason, _NETWORK)
 
 
-class Cache:
-    """A folder of files that are named by their sha256. Their total size, with those being written, is limited."""
+class _Stream(io.RawIOBase):
+    """A remote file that is read from its beginning to its end. Opening it, and each read, have the time-out."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
-        self._first_warning = threading.Lock()
+    _file: Any = None
 
-    def get(self, sha256: str, check: Check, size: int) -> bytes | None:
-        """Return the content with this digest and size; None if it is not cached, or damaged."""
-        path = self._path(sha256)
-        try:
-            data = files.read(path, size)
-        except FileNotFoundError:
-            return None
-        except OSError:
-            data = None  # treated as damaged
-        intact = data is not None and check(data) is None  # guard: check-cached-bytes
-        with contextlib.suppress(OSError):  # evicted in the meantime, or a read-only cache
-            if intact:
-                os.utime(path)  # now the most recently used
-            else:
-                path.unlink()
-        return data if intact else None
+    def __init__(self, remote: Remote, url: str, stop: threading.Event) -> None:
+        self._remote, self._stop = remote, stop
+        self._file = remote._limited(lambda _: remote._open(url), stop)
 
-    def put(self, sha256: str, data: bytes) -> None:
-        """Store a content if there is room for it; log one warning if there is not."""
-        partial = self._folder / f".{sha256}.{uuid.uuid4().hex}.partial"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            try:
-                if not self._reserve(partial, len(data)):
-                    self._warn("data.cache_gib is too small for the shards that are fetched at the same time; raise it")
-                    return
-                self._write(partial, data)
-                partial.replace(self._path(sha256))
-            finally:
-                partial.unlink(missing_ok=True)
-        except OSError as error:
-            self._warn(f"{error.strerror}; make room there, or set data.cache_dir to a folder with more")
-
-    def _path(self, sha256: str) -> Path:
-        return self._folder / f"{sha256}.tar"
-
-    def _reserve(self, partial: Path, size: int) -> bool:
-        """Reserve space for a file and delete old files to stay within the limit; return whether it may be written."""
-        # Reserve first, count second: of two processes, the second one to count sees both files.
-        with partial.open("xb") as file:
-            file.truncate(size)
-        entries, total = self._scan()
-        excess = total - self._max_bytes
-        if excess > sum(size for _, size, _ in entries):
-            return False
-        self._delete(entries, excess)  # guard: cache-bound
+    def readable(self) -> bool:
+        """Return True."""
         return True
 
-    def _write(self, partial: Path, data: bytes) -> None:
-        with partial.open("r+b", buffering=0) as file:  # not "wb", which would release the reserved space
-            while True:
-                try:
-                    file.seek(0)
-                    view = memoryview(data)
-                    while view:
-                        view = view[file.write(view) :]
-                    os.fsync(file.fileno())
-                    return
-                except OSError as error:
-                    file.truncate(0)  # release the blocks written so far
-                    file.truncate(len(data))
-                    if error.errno not in _FULL or not self._delete(self._scan()[0], len(data)):
-                        raise
+    def readinto(self, buffer: Any) -> int:
+        """Read up to a MiB into `buffer`; return the number of bytes, 0 at the end."""
+        size = min(len(buffer), _CHUNK_BYTES)
+        file, self._file = self._file, None  # an abandoned thread closes it
+        data = self._remote._limited(lambda abandoned: _read_up_to(file, size, abandoned), self._stop)
+        self._file = file
+        buffer[: len(data)] = data
+        return len(data)
 
-    def _scan(self) -> tuple[list[tuple[int, int, str]], int]:
-        """List (last use, bytes, path) of complete files, and all bytes; delete leftovers of dead processes."""
-        entries, total = [], 0
-        with os.scandir(self._folder) as folder:
-            for entry in folder:
-                complete = _ENTRY.fullmatch(entry.name)
-                if not complete and not _PARTIAL.fullmatch(entry.name):
-                    continue
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                    if not complete and time.time() - status.st_mtime > _LEFTOVER_SECONDS:
-                        os.unlink(entry.path)
-                        continue
-                except FileNotFoundError:  # another process has deleted it
-                    continue
-                total += status.st_size
-                if complete:
-                    entries.append((status.st_mtime_ns, status.st_size, entry.path))
-        return entries, total
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+        super().close()
 
-    @staticmethod
-    def _delete(entries: list[tuple[int, int, str]], needed: int) -> bool:
-        """Delete the least recently used files until `needed` bytes are free; return whether there were any files."""
-        for _, size, path in sorted(entries):
-            if needed <= 0:
+
+def _read_up_to(file: Any, size: int, abandoned: threading.Event) -> bytes:
+    """Return `size` bytes, fewer at the end of the file. The file is closed if that fails, or is abandoned."""
+    content, complete = bytearray(), False
+    try:
+        while len(content) < size and not abandoned.is_set():
+            chunk = file.read(size - len(content))
+            if not chunk:
                 break
-            Path(path).unlink(missing_ok=True)
-            needed -= size
-        return bool(entries)
+            content += chunk
+        complete = not abandoned.is_set()
+    finally:
+        if not complete:
+            file.close()
+    return bytes(content)
 
-    def _warn(self, reason: str) -> None:
-        if self._first_warning.acquire(blocking=False):  # guard: full-cache
-            log.warning("%s: shards cannot be cached there and are fetched at every use: %s", self._folder, reason)
 
-
-def _file_system(scheme: str, timeout_seconds: float) -> Any:
+def _file_system(scheme: str, timeout_seconds: float, key: str) -> Any:
     options: dict[str, Any] = {}
     if scheme in ("http", "https"):
         import aiohttp
@@ -406,15 +531,15 @@ def _file_system(scheme: str, timeout_seconds: float) -> Any:
         return fsspec.filesystem(scheme, **options)
     except ImportError:
         extra = _EXTRAS[scheme]
-        raise ConfigError(f"data.dir: {scheme}:// needs a package: pip install 'distrain[{extra}]'") from None
+        raise ConfigError(f"{key}: {scheme}:// needs a package: pip install 'distrain[{extra}]'") from None
 
 
-def _with_timeout(get: Callable[[threading.Event], bytes], seconds: float, stop: threading.Event) -> bytes:
+def _with_timeout(get: Callable[[threading.Event], T], seconds: float, stop: threading.Event) -> T:
     """Return the result of `get`, which runs in a thread, as not every file system has time-outs.
 
     The thread is abandoned after `seconds`, or when `stop` is set: then the event that `get` receives is set.
     """
-    results: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+    results: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
     abandoned = threading.Event()
 
     def work() -> None:

@@ -346,7 +346,7 @@ def _locate_tars(root: Path | Remote, options: FetchOptions, tars: str | None) -
         tars = content.get("location") if isinstance(content, dict) else None
         if not isinstance(tars, str) or not tars:
             raise DataError(f"{printable(root / TARS)}: has no location of the tar files; set data.tars")
-    return locate(tars, options)
+    return locate(tars, options, "data.tars")
 
 
 def _read_file(root: Path | Remote, name: str) -> bytes:

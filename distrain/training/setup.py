@@ -101,7 +101,7 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
     return replace(job, compile_seconds=seconds if job.compilation.is_on else 0.0)
 
 
-_MAY_DIFFER = ("run.dir", "data.dir", "data.cache_dir", "data.cache_gib", "model.init")
+_MAY_DIFFER = ("run.dir", "data.dir", "data.tars", "data.cache_dir", "data.cache_gib", "model.init")
 """Keys that name paths, which may differ between nodes; what is stored there is compared."""
 
 
@@ -133,7 +133,7 @@ def read_data(config: Config, *splits: str) -> Dataset:
         UserError: it cannot be read, or lacks one of the splits.
     """
     startup.waits_for(f"reading the description of {address.without_secrets(config.data.dir)}")
-    dataset = manifest.read(config.data.dir, FetchOptions.of(config.data))
+    dataset = manifest.read(config.data.dir, FetchOptions.of(config.data), config.data.tars)
     for split in splits:
         dataset.split(split)
     return dataset
