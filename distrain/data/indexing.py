@@ -24,12 +24,12 @@ import xxhash
 
 from distrain import address, files, machine
 from distrain.config import Data
-from distrain.data import images, index, listing, mixing, patterns, pool, prepare
+from distrain.data import index, listing, mixing, patterns, pool, prepare
 from distrain.data.fetch import FetchOptions
-from distrain.data.images import Decoding, UnreadableError
 from distrain.data.manifest import TARS, Dataset, File, IndexManifest, IndexSplit, SplitName, Tar
 from distrain.data.order import Ints, split_permutation
 from distrain.data.ownership import OutputFolder
+from distrain.data.pillow import Decoding, UnreadableError, recorded_warnings
 from distrain.data.prepare import Options, Selection
 from distrain.data.sources.webdataset import WebDataset
 from distrain.data.tars import Contents, Fields
@@ -86,7 +86,7 @@ def prepare_webdataset(out: Path, tar_options: TarOptions, options: Options) -> 
     """
     fields = Fields.parse(tar_options.image, tar_options.label)
     location, names = _names(tar_options.patterns)
-    fetching = FetchOptions.of(Data(dir=location), cached=False)
+    fetching = FetchOptions.of(Data())
     tar_files = {split: listing.find(location, of_split, fetching) for split, of_split in names.items()}
 
     def open_source(work: Path) -> WebDataset:
@@ -279,7 +279,7 @@ def _measure_some(source: WebDataset, ids: Ints, progress: Callable[[int], None]
     for number in ids.tolist():
         progress(number)
         try:
-            with images.recorded_warnings():
+            with recorded_warnings():
                 histogram += prepare.histogram_of(source.decode("train", number))
         except UnreadableError as error:
             unreadable.append((number, str(error)))

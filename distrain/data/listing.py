@@ -6,7 +6,6 @@ those that are not there, or that have changed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -15,20 +14,22 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from distrain import files, machine
 from distrain.data import pool, tars
 from distrain.data.fetch import FetchError, FetchOptions, Remote, locate
-from distrain.data.images import Decoding
+from distrain.data.pillow import Decoding
 from distrain.data.tars import Contents, Fields
 from distrain.errors import DataError, UnreachableError
 from distrain.progress import Bar
 from distrain.text import plural, printable
 
 log = logging.getLogger("distrain")
+
+T = TypeVar("T")
 
 FOLDER = "tars"
 """Folder of what was learnt, in the folder of unfinished work."""
@@ -143,33 +144,39 @@ def _read(request: _Request, tar_files: Sequence[TarFile], total: int) -> Iterat
 def _read_one(request: _Request, tar: TarFile, progress: Callable[[int], None]) -> None:
     """Read a tar file and write what was learnt. Runs in a worker process."""
     root = locate(request.location, request.fetching)
-    with opened(root, tar.name) as stream:
-        contents = tars.read(stream, tar.name, request.fields, request.decoding, progress)
+
+    def read(stream: BinaryIO) -> Contents:
+        contents = tars.read(stream, str(root / tar.name), request.fields, request.decoding, progress)
         if tar.version is not None and tar.version != _version(os.fstat(stream.fileno())):
-            raise DataError(
-                f"{printable(root / tar.name)}: changed while it was read; wait until it is complete and run this again"
-            )
+            where = printable(root / tar.name)
+            raise DataError(f"{where}: changed while it was read; wait until it is complete and run this again")
+        return contents
+
+    contents = read_file(root, tar.name, read)
     _save(request.path(tar), contents)
 
 
-@contextlib.contextmanager
-def opened(root: Path | Remote, name: str) -> Iterator[BinaryIO]:
-    """Open a tar file to be read once, from its begin to its end.
+def read_file(root: Path | Remote, name: str, action: Callable[[BinaryIO], T]) -> T:
+    """Return the result of `action`, which reads a tar file once from its beginning to its end.
 
     Raises:
-        DataError: it cannot be opened or read.
+        DataError: the file cannot be read.
+        UnreachableError: a server did not answer after all retries.
     """
     if isinstance(root, Remote):
-        try:
+
+        def attempt() -> T:
             with root.stream(name) as stream:
-                yield stream
+                return action(stream)
+
+        try:
+            return root.retrying(attempt)
         except FetchError as error:
             error_type = UnreachableError if error.unreachable else DataError
             raise error_type(f"{root / name}: {error.reason}; {error.cure or _CURE}") from None
-        return
     try:
         with files.open_regular(root / name) as file:
-            yield file
+            return action(file)
     except OSError as error:
         raise DataError(f"{printable(root / name)}: {error.strerror}; {_CURE}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -62,10 +63,9 @@ def _verify_index(dataset: Dataset, content: IndexManifest, ids: dict[str, Ints]
         for tar, of_tar in zip(split.tars, _by_tar(split, samples), strict=True):
             parts.setdefault(tar.name, []).append((tar, of_tar))
     for name, of_name in Bar("verify", list(parts.items())):
-        tars = [tar for tar, _ in of_name]
+        tars, every = [tar for tar, _ in of_name], np.concatenate([samples for _, samples in of_name])
         try:
-            with listing.opened(dataset.tars, name) as stream:
-                reason = _check_tar(stream, tars[0], np.concatenate([samples for _, samples in of_name]))
+            reason = listing.read_file(dataset.tars, name, functools.partial(_check_tar, tars[0], every))
         except DataError as error:
             yield str(error)
             continue
@@ -81,7 +81,7 @@ def _by_tar(split: IndexSplit, samples: Samples) -> Iterator[Samples]:
         yield samples[start:end]
 
 
-def _check_tar(stream: BinaryIO, tar: Tar, samples: Samples) -> str | None:
+def _check_tar(tar: Tar, samples: Samples, stream: BinaryIO) -> str | None:
     """Read a tar file to its end; return what is wrong with it, or None."""
     sha256 = hashlib.sha256()
     position = 0

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from distrain.data import index
 from distrain.data.fetch import FetchOptions, Remote, locate
-from distrain.data.images import Decoding, read_image
+from distrain.data.images import decode, read_image
 from distrain.data.labels import to_classes
 from distrain.data.manifest import Tar
+from distrain.data.pillow import Decoding
 from distrain.data.tars import Contents
 from distrain.text import printable
 
@@ -105,8 +106,7 @@ class WebDataset:
 
     def decode(self, split: str, number: int) -> NDArray[np.uint8]:
         """Decode one image in its size: uint8 [H, W, 3]. The errors are those of `load`."""
-        sample = self.samples[split][number]
-        return read_image(self.encoded(split, number), (int(sample["height"]), int(sample["width"]), 3), self._decoding)
+        return decode(self.encoded(split, number), self._decoding).numpy()
 
     def _root(self) -> Path | Remote:
         """Open their location: once in each process, as connections cannot be used in a forked one."""
