@@ -473,13 +473,14 @@ def send_to_wandb(run: Path, mode: str, out: Path | None) -> None:
 
 @cli.command()
 @click.argument("folder")
-def verify(folder: str) -> None:
-    """Check every digest and count of the data set in FOLDER, or at an address."""
-    from distrain.data import manifest, prepare
+@click.option("--tars", help="Folder or address of an index's tar files.  [default: where they were indexed]")
+def verify(folder: str, tars: str | None) -> None:
+    """Check every digest and count of the data set in FOLDER, or at an address, and of the tar files of an index."""
+    from distrain.data import manifest, verification
     from distrain.errors import DataError
 
-    dataset = manifest.read(folder)
-    wrong = list(prepare.verify(dataset))
+    dataset = manifest.read(folder, tars=tars)
+    wrong = list(verification.verify(dataset))
     if wrong:
         raise DataError("\n  ".join([f"{dataset.root}: {len(wrong)} found wrong:", *wrong]))
     console.show(f"{dataset.root}: {_describe(dataset)}: all as written")
@@ -548,7 +549,7 @@ _prepare_options = _options(
     click.option(
         "--shards",
         type=click.IntRange(1),
-        help="Tar files of each split, a multiple of the lanes.  [default: files of at most 32 MiB]",
+        help="Shards of each split, a multiple of the lanes.  [default: files of at most 32 MiB]",
     ),
     click.option(
         "--seed",
@@ -657,6 +658,84 @@ def prepare_folder(
     _prepare(out, "folder", {"image_size": image_size, **decoding}, open_source, options)
 
 
+@prepare_group.command("webdataset")
+@click.argument("train", nargs=-1, required=True, metavar="TRAIN...")
+@click.option("--val", multiple=True, metavar="PATTERN", help="Tar files of val; may be repeated.")
+@click.option("--test", multiple=True, metavar="PATTERN", help="Tar files of test; may be repeated.")
+@click.option(
+    "--image", default="jpg;jpeg;png;webp", show_default=True, help="Fields that are images; the first one is used."
+)
+@click.option("--label", default="cls", show_default=True, help="Field that is the label: cls, txt or json:path.to.it.")
+@click.option(
+    "--classes",
+    type=click.Path(path_type=Path),
+    help="Text file with a class name in each line.  [default: the labels of train]",
+)
+@click.option("--accept-order", is_flag=True, help="Accept samples that are sorted by class in the tar files.")
+@click.option(
+    "--normalization",
+    default="measured",
+    show_default=True,
+    type=click.Choice(["measured", "imagenet"]),
+    help="Mean and std: of 1,000 drawn images of train, or ImageNet's.",
+)
+@click.option("--convert", is_flag=True, help="Write blocks of images of one size, shuffled, instead of an index.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(1),
+    help="With --convert, height and width: images are resized and centre-cropped.  [default: as they are]",
+)
+@_decoding_options
+@_prepare_options
+def prepare_webdataset(
+    train: tuple[str, ...],
+    val: tuple[str, ...],
+    test: tuple[str, ...],
+    image: str,
+    label: str,
+    classes: Path | None,
+    accept_order: bool,
+    normalization: str,
+    convert: bool,
+    image_size: int | None,
+    background: str,
+    bit_depth: int,
+    max_pixels: int,
+    out: Path,
+    **options: Any,
+) -> None:
+    """Tar files of KEY.jpg and KEY.cls (or .json, .txt), as they are: an index of them is written.
+
+    \b
+    distrain prepare webdataset 'train-{0000..1281}.tar' --test 'val-{00..63}.tar' --out data/imagenet
+
+    TRAIN and PATTERN are paths or addresses (http://, https://, s3://) of tar files, with {000..123}, {a,b}, * and ?,
+    or @FILE with one of them in each line. Each tar file is read once; if this is interrupted, the same command
+    continues. Training reads the images from the tar files, in their order.
+    """
+    if image_size is not None and not convert:
+        raise ConfigError(
+            "--image-size has no effect without --convert: an index has images as they are;"
+            " set data.image_size when you train"
+        )
+    from distrain.data import indexing, labels, prepare
+    from distrain.data.images import Decoding
+
+    tar_options = indexing.TarOptions(
+        {"train": train, "val": val, "test": test},
+        image,
+        label,
+        labels.read_classes(classes) if classes is not None else None,
+        Decoding(background, bit_depth, max_pixels),
+        accept_order,
+        normalization,
+        convert,
+        image_size,
+    )
+    dataset, made = indexing.prepare_webdataset(out, tar_options, prepare.Options(**options))
+    _show(dataset, made, "options, names and sizes of tar files")
+
+
 @prepare_group.command("synthetic")
 @click.option("--samples", default=20000, show_default=True, type=click.IntRange(1), help="Training pictures.")
 @click.option("--test-samples", default=4000, show_default=True, type=click.IntRange(1), help="Test pictures.")
@@ -716,19 +795,34 @@ def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Calla
     from distrain.data import prepare
 
     dataset, made = prepare.prepare(out, kind, arguments, open_source, prepare.Options(**options))
+    _show(dataset, made, "options" if kind in prepare.FIXED_BY_OPTIONS else "options, classes and numbers of images")
+
+
+def _show(dataset: Any, made: bool, compared: str) -> None:
+    """Show a data set on stdout, and if it was there already, what of it was compared."""
     skipped = dataset.manifest.source.get("skipped")
     dropped = f"; {skipped} unreadable dropped" if skipped else ""
-    compared = "options" if kind in prepare.FIXED_BY_OPTIONS else "options, classes and numbers of images"
     unchanged = (
         "" if made else f": already prepared, not changed; the {compared} are the same, pixels were not compared"
     )
-    console.show(f"{out}: {_describe(dataset)}{dropped}{unchanged}")
+    console.show(f"{dataset.root}: {_describe(dataset)}{dropped}{unchanged}")
 
 
 def _describe(dataset: Any) -> str:
     manifest = dataset.manifest
+    is_index = manifest.format == "distrain-index"
     splits = ", ".join(
-        f"{name} {split.samples:,} in {plural(len(split.sizes), 'shard')} of {plural(split.lanes, 'lane')}"
+        f"{name} {split.samples:,} in "
+        + (
+            f"{plural(len(split.tars), 'tar file')}, {split.shards:,} virtual shards"
+            if is_index
+            else plural(len(split.shards), "shard")
+        )
+        + f" of {plural(split.lanes, 'lane')}"
         for name, split in manifest.splits.items()
     )
-    return f"{splits}; {plural(len(manifest.classes), 'class')}, {'×'.join(map(str, manifest.image_shape))}"
+    if manifest.image_shape is not None:
+        size = "×".join(map(str, manifest.image_shape))
+    else:
+        size = " to ".join("×".join(map(str, each)) for each in (manifest.smallest, manifest.largest))
+    return f"{splits}; {plural(len(manifest.classes), 'class')}, {size}"

@@ -112,6 +112,12 @@ def read(dataset: Dataset, split_name: str, samples: Samples, number: int, stop:
     return Stretch(images, stretch, int(first))
 
 
+def read_image(root: Path | Remote, tar: Tar, sample: Samples) -> bytes:
+    """Read one encoded image; `sample` is its entry, an array of one. The errors are those of `read`."""
+    (part,) = ranges(sample, np.zeros(1, np.int64))
+    return _read_range(root, tar, part, sample, threading.Event())
+
+
 def tars_of(split: IndexSplit, first: int, last: int) -> NDArray[np.int64]:
     """Return the number of the tar file that each of the samples first … last - 1 is in: int64 [n]."""
     ends = np.cumsum([tar.samples for tar in split.tars])

@@ -2,6 +2,9 @@
 
 Everything is written to OUT/.partial, whose file `owner` is locked (flock) by the owner and its workers. The kernel
 releases the lock when the last of them has ended, however that happens.
+
+An owner that fails removes all of it, except a folder that it names as resumable: the next owner that gives the same
+name continues with it. Any other owner removes it.
 """
 
 from __future__ import annotations
@@ -34,17 +37,22 @@ class OutputFolder:
         work: an empty folder inside for everything that is not complete.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Take the folder; remove what a killed owner left.
+    def __init__(self, path: Path, resumable: str | None = None) -> None:
+        """Take the folder; remove what an earlier owner left.
+
+        Args:
+            path: the folder.
+            resumable: name of a folder in `work` that an earlier owner may have left, and that is left on failure.
 
         Raises:
             BusyError: another process owns it.
             ConfigError: it holds something else, or cannot be created.
         """
         self.path, self.work = path, path / ".partial"
+        self._resumable = resumable
         self._created = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._moved: dict[str, int] = {}
-        """Splits that are in `path` already → their inodes, by which they are known again after a restart."""
+        """Files and folders that are in `path` already → their inodes, by which a restarted owner recognises them."""
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path}: is a file; choose another --out")
         if self.work.is_symlink():
@@ -63,24 +71,25 @@ class OutputFolder:
             self.discard()
             raise
 
-    def finish(self, root: Path, splits: Iterable[str], manifest_text: str) -> None:
-        """Move the splits from `root` (in `work`) to their places, write the manifest and give the folder back."""
-        for split in splits:
-            if (self.path / split).exists():
-                raise ConfigError(f"{self.path / split}: appeared while the data set was prepared; move it away")
-            for file in (root / split).iterdir():
+    def finish(self, root: Path, names: Iterable[str], manifest_text: str) -> None:
+        """Move files and folders from `root` (in `work`) to `path`, write the manifest and give the folder back."""
+        for name in names:
+            if (self.path / name).exists():
+                raise ConfigError(f"{self.path / name}: appeared while the data set was prepared; move it away")
+            for file in (root / name).iterdir() if (root / name).is_dir() else [root / name]:
                 files.sync(file)
-        self._moved = {split: (root / split).stat().st_ino for split in splits}
+        self._moved = {name: (root / name).stat().st_ino for name in names}
         files.write(self.work / _MOVED, json.dumps(self._moved).encode())
-        for split in splits:
-            (root / split).rename(self.path / split)
+        for name in names:
+            (root / name).rename(self.path / name)
         files.sync(self.path)
         files.replace(self.path / manifest.NAME, manifest_text)
         self._moved = {}  # what is complete stays, whatever happens from here on
+        self._resumable = None
         self._release()
 
     def discard(self) -> None:
-        """Remove all that this process wrote, and give the folder back."""
+        """Remove all that this process wrote but the resumable folder, and give the folder back."""
         if self._moved:
             (self.path / manifest.NAME).unlink(missing_ok=True)  # first: without it, the folder is not a data set
         self._clear()
@@ -151,23 +160,37 @@ class OutputFolder:
                 )
 
     def _clear(self) -> None:
-        """Remove what owners wrote, but not the lock."""
-        for split, inode in self._moved.items():
+        """Remove what owners wrote, but not the lock, nor the resumable folder."""
+        for name, inode in self._moved.items():
             with contextlib.suppress(OSError):
-                if (self.path / split).stat().st_ino == inode:
-                    shutil.rmtree(self.path / split)
+                if (self.path / name).stat().st_ino == inode:
+                    _remove(self.path / name)
         self._moved = {}
         with contextlib.suppress(OSError):
-            for entry in list(os.scandir(self.work)):
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                elif entry.name not in (_OWNER, _UNLOCKED):
-                    os.unlink(entry.path)
+            for path in list(self.work.iterdir()):
+                if path.name not in (_OWNER, _UNLOCKED, self._resumable):
+                    _remove(path)
 
     def _release(self) -> None:
         self._clear()
-        for name in (_UNLOCKED, _OWNER):
-            (self.work / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.work.rmdir()
+        (self.work / _UNLOCKED).unlink(missing_ok=True)
+        if not self._has_resumable():  # otherwise the file `owner` says that the folder is ours
+            (self.work / _OWNER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.work.rmdir()
         os.close(self._lock)
+
+    def _has_resumable(self) -> bool:
+        """Whether something can be resumed; an empty folder is removed."""
+        if self._resumable is None:
+            return False
+        with contextlib.suppress(OSError):
+            (self.work / self._resumable).rmdir()
+        return (self.work / self._resumable).exists()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()

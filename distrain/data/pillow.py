@@ -23,6 +23,9 @@ from distrain.text import shown
 _PNG_DEPTH = 24
 """Position of a PNG file's bit depth."""
 
+_PNG_EXIF = re.compile(rb"eXIf|Raw profile type|XML:com\.adobe\.xmp")
+"""Names in a PNG file that has EXIF data, which may say that the image is turned."""
+
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 """Tags of TIFF."""
 
@@ -170,7 +173,8 @@ def header_size(data: bytes, decoding: Decoding) -> tuple[int, int]:
     Raises:
         UnreadableError: it is not an image, its header is damaged, or it has more pixels than `decoding.max_pixels`.
     """
-    with opened(data, decoding.max_pixels) as image:
+    with warnings.catch_warnings(), opened(data, decoding.max_pixels) as image:
+        warnings.simplefilter("ignore", UserWarning)
         width, height = image.size
         # Pillow turns the size of a TIFF itself. It decodes a PNG, as EXIF data may be behind the pixels.
         upright = image.format == "TIFF" or (image.format == "PNG" and not _PNG_EXIF.search(data))

@@ -13,10 +13,16 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from distrain.errors import AgainError, CrashedError
+from distrain.text import printable
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _NONE = -1
+
+_KILLED_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
+"""Signals that come from outside: from the kernel when memory runs out, from a person, from a scheduler."""
 
 
 class WorkerDiedError(Exception):
@@ -30,6 +36,23 @@ class WorkerDiedError(Exception):
     def __init__(self, exit_code: int | None, progress: tuple[int, int] | None) -> None:
         super().__init__(exit_code, progress)
         self.exit_code, self.progress = exit_code, progress
+
+    def explained(self, what: str | None, remains: str) -> Exception:
+        """Return the error that the user sees: one who killed a worker can be asked to stop, a crash will come again.
+
+        Args:
+            what: name of what the worker read; None: not known.
+            remains: what is left on the disk.
+        """
+        where = f" while it read {printable(what)}" if what else ""
+        if self.exit_code is None or -self.exit_code in _KILLED_BY:
+            name = "" if self.exit_code is None else f" by {signal.Signals(-self.exit_code).name}"
+            return AgainError(
+                f"a worker process was killed{name}{where}; {remains}. If memory ran out, use a machine with more"
+                " of it, or fewer cores (taskset); run the same command again"
+            )
+        how = signal.Signals(-self.exit_code).name if self.exit_code < 0 else f"exit code {self.exit_code}"
+        return CrashedError(f"a worker process crashed ({how}){where}; {remains}. Repair or delete what it read")
 
 
 def run(

@@ -1,4 +1,4 @@
-"""`distrain prepare` makes a data set from a source; `distrain verify` checks that it has not changed.
+"""`distrain prepare` makes a data set from a source.
 
 1. Choose the samples of each split (limit, stratified val and test) and shuffle them. This depends only on the seed.
 2. Distribute them to shards whose sizes differ by at most one.
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from distrain.data.ownership import OutputFolder
 from distrain.data.pillow import DepthWarning, UnreadableError, recorded_warnings
 from distrain.data.remarks import FLAT, Remark, Sample, is_flat, report
 from distrain.data.sources import Source
-from distrain.errors import AgainError, ConfigError, CrashedError, DataError
+from distrain.errors import AgainError, ConfigError, DataError
 from distrain.progress import Bar
 from distrain.text import named, plural, printable, shortened
 
@@ -50,14 +50,14 @@ SHARD_BYTES = 32 * 2**20
 _SHARD_OVERHEAD = 16 * 2**10
 """Maximum of the bytes of a shard's headers, and what fills the tar's last record."""
 
-FIXED_BY_OPTIONS = ("cifar10", "synthetic")
+FIXED_BY_OPTIONS = ("cifar10", "synthetic", "webdataset")
 """Sources whose options say which samples they have."""
 
-_KILLED_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
-"""Signals that come from outside: from the kernel when memory runs out, from a person, from a scheduler."""
+RESULTS = ("skipped", "listed", "labels", "mixing")
+"""Entries of a manifest's `source` that are not options, but were measured."""
 
 SplitName = Literal["train", "val", "test"]
-_SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 _TEST_DRAW, _VAL_DRAW, _LIMIT_DRAW, _SHUFFLE_DRAW = 0, 1, 10, 20
 
 
@@ -76,11 +76,17 @@ class Options:
 
 
 @dataclass(frozen=True)
-class _Selection:
+class Selection:
     """The samples of an output split: their split in the source, and their ids in final order."""
 
     source_split: str
     ids: Ints
+
+
+Writer = Callable[[Any, OutputFolder, Options, Mapping[str, Any]], "tuple[Path, list[str], Manifest | IndexManifest]"]
+"""A function that writes a data set from a source, in the folder's `work`, with options, for a request.
+
+It returns the folder of what it wrote, the names in it that belong to the data set, and the manifest."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,13 @@ class _ShardResult:
 
 
 def prepare(
-    out: Path, kind: str, source_options: Mapping[str, Any], open_source: Callable[[Path], Source], options: Options
+    out: Path,
+    kind: str,
+    source_options: Mapping[str, Any],
+    open_source: Callable[[Path], Any],
+    options: Options,
+    write: Writer | None = None,
+    resumable: str | None = None,
 ) -> tuple[Dataset, bool]:
     """Make a data set in `out`, or return the one that is already there.
 
@@ -112,6 +124,8 @@ def prepare(
             on the machine.
         open_source: opens the source. It may write files to the folder that it receives.
         options: the other options.
+        write: writes the data set; None: as blocks.
+        resumable: name of a folder, in the one that `open_source` receives, that a failure leaves for the next attempt.
 
     Returns:
         The data set, and whether it was made by this call.
@@ -132,62 +146,35 @@ def prepare(
         raise ConfigError(f"--out {printable(out)}: is an address; choose a folder, and upload it when it is complete")
     if (out / manifest.NAME).exists():
         return _existing(out, request, open_source), False
-    folder = OutputFolder(out)
+    folder = OutputFolder(out, resumable)
     try:
         if (out / manifest.NAME).exists():  # another process has just finished it
             folder.discard()
             return _existing(out, request, open_source), False
         source = open_source(folder.work)
-        _check_source(source, options)
-        root, content, skipped = _write(source, folder, options, source_options)
-        new_manifest = Manifest(
-            format="distrain-blocks",
-            version=1,
-            source={**request, **_listed(source), "skipped": skipped},
-            classes=source.classes,
-            image_shape=list(source.image_shape),
-            mean=content.mean,
-            std=content.std,
-            splits=content.splits,
-        )
-        folder.finish(root, list(content.splits), manifest.to_json(new_manifest))
+        check_source(source, options)
+        root, names, new_manifest = (write or write_blocks)(source, folder, options, request)
+        folder.finish(root, names, manifest.to_json(new_manifest))
     except OSError as error:
         folder.discard()
-        raise DataError(f"{error.filename or out}: {error.strerror or error}; nothing was kept in {out}") from error
+        remains = "run the same command again: it continues" if resumable else f"nothing was kept in {out}"
+        raise DataError(f"{error.filename or out}: {error.strerror or error}; {remains}") from error
     except BaseException:
         folder.discard()
         raise
     return manifest.read(out), True
 
 
-def verify(dataset: Dataset) -> Iterator[str]:
-    """Read all shards of a data set of blocks; yield one line for each error."""
-    content = dataset.manifest
-    entries = [(name, shard) for name in content.splits for shard in dataset.blocks(name).shards]
-    ids: dict[str, list[Ints]] = {}
-    for name, shard in Bar("verify", entries):
-        try:
-            blocks = shards.read(dataset.root, shard, dataset.image_shape, len(content.classes), ("sha256", "xxh3_128"))
-        except DataError as error:
-            yield str(error)
-            continue
-        ids.setdefault(name, []).extend(block.ids for block in blocks)
-    for split_name, parts in ids.items():
-        values, counts = np.unique(np.concatenate(parts), return_counts=True)
-        if (counts > 1).any():
-            yield f"{dataset.root}/{split_name}: id {values[counts > 1][0]} occurs {counts[counts > 1][0]} times"
-
-
 def choose(
     labels: Mapping[str, NDArray[np.int64]], excluded: Mapping[str, Collection[int]], options: Options
-) -> dict[SplitName, _Selection]:
+) -> dict[SplitName, Selection]:
     """Choose and shuffle the samples of each split. Val and test are drawn from train if the source has none."""
-    chosen: dict[SplitName, _Selection] = {}
-    for split in _SPLITS:
+    chosen: dict[SplitName, Selection] = {}
+    for split in SPLITS:
         if split in labels:
             everything = np.arange(len(labels[split]), dtype=np.int64)
             dropped = np.array(sorted(excluded.get(split, ())), np.int64)
-            chosen[split] = _Selection(split, np.setdiff1d(everything, dropped))
+            chosen[split] = Selection(split, np.setdiff1d(everything, dropped))
     test_fraction = DEFAULT_TEST_FRACTION if options.test_fraction is None else options.test_fraction
     draws: list[tuple[SplitName, float, int]] = [
         ("test", test_fraction, _TEST_DRAW),
@@ -198,15 +185,15 @@ def choose(
             train = chosen["train"].ids
             count = round(fraction * len(train))
             taken = stratified(labels["train"][train], count, options.seed, draw)
-            chosen[split] = _Selection("train", train[taken])
-            chosen["train"] = _Selection("train", np.delete(train, taken))
+            chosen[split] = Selection("train", train[taken])
+            chosen["train"] = Selection("train", np.delete(train, taken))
     for number, (split, part) in enumerate(sorted(chosen.items())):
         ids = part.ids
         if options.limit is not None and options.limit < len(ids):
             labels_here = labels[part.source_split][ids]
             ids = ids[np.sort(stratified(labels_here, options.limit, options.seed, _LIMIT_DRAW + number))]
         ids = ids[split_permutation(len(ids), options.seed, _SHUFFLE_DRAW + number)]
-        chosen[split] = _Selection(part.source_split, ids)
+        chosen[split] = Selection(part.source_split, ids)
     return chosen
 
 
@@ -222,15 +209,29 @@ def stratified(labels: NDArray[np.int64], count: int, seed: int, draw: int) -> I
     return shuffled[np.sort(by_class[rank_in_class < np.repeat(taken, sizes)])]
 
 
-def layout(samples: int, sample_bytes: int, num_shards: int | None, lanes: int | None) -> tuple[int, int]:
+def layout(
+    samples: int,
+    sample_bytes: float,
+    num_shards: int | None,
+    lanes: int | None,
+    default_shards: Callable[[int, float, int], int] | None = None,
+) -> tuple[int, int]:
     """Return the number of shards and of lanes of a train split.
+
+    Args:
+        samples: its number of samples.
+        sample_bytes: mean size of a sample.
+        num_shards: number of shards; None: the default.
+        lanes: number of lanes; None: the default.
+        default_shards: returns the number of shards of `samples`, `sample_bytes` and lanes; None: that of blocks.
 
     Raises:
         ConfigError: the number of shards is not a multiple of the lanes, or above the number of samples.
     """
+    default_shards = default_shards or _default_shards
     if num_shards is None:
-        lanes = lanes or _default_lanes(samples, sample_bytes)
-        num_shards = _default_shards(samples, sample_bytes, lanes)
+        lanes = lanes or _default_lanes(samples, sample_bytes, default_shards)
+        num_shards = default_shards(samples, sample_bytes, lanes)
     elif lanes is None:
         lanes = max(n for n in range(1, DEFAULT_LANES + 1) if num_shards % n == 0)
     if num_shards % lanes:
@@ -243,23 +244,40 @@ def layout(samples: int, sample_bytes: int, num_shards: int | None, lanes: int |
     return num_shards, lanes
 
 
-def _default_lanes(samples: int, sample_bytes: int) -> int:
+def _default_lanes(samples: int, sample_bytes: float, default_shards: Callable[[int, float, int], int]) -> int:
     """Return the largest number of lanes with which an epoch drops few samples; a power of two if one of 8 … 64 does.
 
     An epoch uses as many samples of each shard as the smallest one has.
     """
 
     def drops_few(lanes: int) -> bool:
-        return lanes <= samples and samples % _default_shards(samples, sample_bytes, lanes) <= _DROPPED * samples
+        return lanes <= samples and samples % default_shards(samples, sample_bytes, lanes) <= _DROPPED * samples
 
     candidates: list[int] = [DEFAULT_LANES, 32, 16, 8, *range(DEFAULT_LANES - 1, 0, -1)]
     return next(lanes for lanes in candidates if drops_few(lanes))
 
 
-def _default_shards(samples: int, sample_bytes: int, lanes: int) -> int:
-    per_lane = max(1, -(-samples * sample_bytes // (lanes * SHARD_BYTES)))
-    shards_per_lane: int = min(per_lane, max(1, samples // lanes))
-    return lanes * shards_per_lane
+def _default_shards(samples: int, sample_bytes: float, lanes: int) -> int:
+    per_lane = max(1, math.ceil(samples * sample_bytes / (lanes * SHARD_BYTES)))
+    return lanes * min(per_lane, max(1, samples // lanes))
+
+
+def layout_of(
+    split: str,
+    samples: int,
+    sample_bytes: float,
+    options: Options,
+    default_shards: Callable[[int, float, int], int] | None = None,
+) -> tuple[int, int]:
+    """Return the number of shards and of lanes of a split. The other arguments and errors are those of `layout`."""
+    num_shards, lanes = options.shards, options.lanes
+    if split != "train":
+        # Evaluation works with any number of lanes that divides the shards: a small split gets fewer of both.
+        if num_shards is not None and num_shards > samples:
+            num_shards = lanes = samples
+        elif lanes is not None and lanes > samples:
+            lanes = samples
+    return layout(samples, sample_bytes, num_shards, lanes, default_shards)
 
 
 @dataclass(frozen=True)
@@ -281,8 +299,34 @@ class _Task(NamedTuple):
     ids: Ints
 
 
+def write_blocks(
+    source: Source, folder: OutputFolder, options: Options, request: Mapping[str, Any], dropped: Sequence[str] = ()
+) -> tuple[Path, list[str], Manifest]:
+    """Write a data set of blocks; return the folder with its splits, their names, and its manifest.
+
+    `dropped` has a line for each sample that the source does not have, as it cannot be read.
+    """
+    check_unreadable(dropped, options.skip_bad)
+    root, content, skipped = _write(source, folder, options, request, dropped)
+    new_manifest = Manifest(
+        format="distrain-blocks",
+        version=1,
+        source={**request, **listed(source), "skipped": skipped},
+        classes=source.classes,
+        image_shape=list(source.image_shape),
+        mean=content.mean,
+        std=content.std,
+        splits=content.splits,
+    )
+    return root, list(content.splits), new_manifest
+
+
 def _write(
-    source: Source, folder: OutputFolder, options: Options, source_options: Mapping[str, Any]
+    source: Source,
+    folder: OutputFolder,
+    options: Options,
+    source_options: Mapping[str, Any],
+    dropped: Sequence[str],
 ) -> tuple[Path, _Content, int]:
     """Write all shards; return their folder, their description and the number of unreadable samples.
 
@@ -295,7 +339,7 @@ def _write(
     for attempt in itertools.count():
         root, previous = (folder.work / f"attempt-{number}" for number in (attempt, attempt - 1))
         chosen = choose(source.labels, unreadable, options)
-        _check_chosen(source, chosen, options)
+        check_chosen(source, chosen, options)
         lanes, tasks = _assign(source, chosen, root, options)
         if not _has_space(folder.path, source, tasks, required=attempt == 0):
             shutil.rmtree(previous)
@@ -310,10 +354,10 @@ def _write(
             unreadable.setdefault(task.source_split, {}).update(result.unreadable)
         if not any(result.unreadable for result in results):
             break
-        if _count(unreadable) > options.skip_bad:
-            _refuse(source, unreadable, options.skip_bad)
+        check_unreadable([*dropped, *one_line_each(source, unreadable)], options.skip_bad)
         decoded = _Decoded(source, tasks, results)
-    _warn_of_dropped(source, unreadable)
+    lines = [*dropped, *one_line_each(source, unreadable)]
+    warn_of_dropped(lines)
     used = {(task.source_split, index) for task in tasks for index in task.ids.tolist()} if remarks else set()
     report(
         {sample: remarks[sample] for sample in sorted(remarks) if sample in used},
@@ -322,15 +366,11 @@ def _write(
         max(int(np.flatnonzero(result.histogram.sum(0))[-1]) for result in results),
         source_options,
     )
-    _report_limits(chosen, lanes, source, options)
-    return root, _describe(lanes, tasks, results, source), _count(unreadable)
+    report_limits(chosen, lanes, source, options)
+    return root, _describe(lanes, tasks, results, source), len(lines)
 
 
-def _count(unreadable: Mapping[str, Mapping[int, str]]) -> int:
-    return sum(len(reasons) for reasons in unreadable.values())
-
-
-def _check_chosen(source: Source, chosen: Mapping[SplitName, _Selection], options: Options) -> None:
+def check_chosen(source: Source, chosen: Mapping[SplitName, Selection], options: Options) -> None:
     """Check that all splits have samples, and train has some of each class."""
     if "train" not in chosen or not len(chosen["train"].ids):
         raise DataError("no training samples are left; use more images or smaller fractions")
@@ -338,14 +378,16 @@ def _check_chosen(source: Source, chosen: Mapping[SplitName, _Selection], option
         if not len(part.ids):
             raise DataError(f"no samples are left for {split}; use more images or a larger --{split}-fraction")
     missing = _missing_classes(source, chosen["train"])
-    if missing:
+    if missing == ["0"] and source.classes[0] == "0" and 0 not in source.labels["train"]:
+        log.warning("no training sample has the label 0: are the labels counted from 1? Class 0 is never trained")
+    elif missing:
         drawn = [f"--{split}-fraction" for split in chosen if split != "train" and split not in source.labels]
         cures = [f"a smaller {' or '.join(drawn)}"] if drawn else []
         cures += [] if options.limit is None else ["a larger --limit"]
         raise DataError(f"train has no image of {_named_classes(missing)}; use {' or '.join(['more images', *cures])}")
 
 
-def _missing_classes(source: Source, part: _Selection) -> list[str]:
+def _missing_classes(source: Source, part: Selection) -> list[str]:
     """Return the classes of which a split has no sample."""
     counts = np.bincount(source.labels[part.source_split][part.ids], minlength=len(source.classes))
     return [source.classes[label] for label in np.flatnonzero(counts == 0)]
@@ -374,21 +416,27 @@ def _has_space(out: Path, source: Source, tasks: Sequence[_Task], required: bool
     return False
 
 
-def _refuse(source: Source, unreadable: Mapping[str, Mapping[int, str]], allowed: int) -> None:
-    lines = _one_line_each(source, unreadable)
+def check_unreadable(lines: Sequence[str], allowed: int) -> None:
+    """Check the number of samples that cannot be read, of which each has a line.
+
+    Raises:
+        DataError: there are more than allowed.
+    """
+    if len(lines) <= allowed:
+        return
     header = f"{len(lines)} unreadable among the sources, {allowed} allowed:"
     cure = f"repair or delete them, or drop them with --skip-bad {len(lines)}"
     raise DataError("\n  ".join([header, *shortened(lines, 10)]) + f"\n{cure}")
 
 
-def _warn_of_dropped(source: Source, unreadable: Mapping[str, Mapping[int, str]]) -> None:
+def warn_of_dropped(lines: Sequence[str]) -> None:
     """Log all dropped samples. Nothing else records which they are, as the manifest has no paths."""
-    lines = _one_line_each(source, unreadable)
     if lines:
         log.warning("%s", "\n  ".join([f"{len(lines)} unreadable dropped:", *lines]))
 
 
-def _one_line_each(source: Source, unreadable: Mapping[str, Mapping[int, str]]) -> list[str]:
+def one_line_each(source: Source, unreadable: Mapping[str, Mapping[int, str]]) -> list[str]:
+    """Return the names of samples that cannot be read, with the reasons."""
     return [
         f"{printable(source.name(split, index))}: {reason}"
         for split, reasons in unreadable.items()
@@ -396,7 +444,7 @@ def _one_line_each(source: Source, unreadable: Mapping[str, Mapping[int, str]]) 
     ]
 
 
-def _check_source(source: Source, options: Options) -> None:
+def check_source(source: Source, options: Options) -> None:
     """Check the labels of a source, and that no option was given that does nothing with this source.
 
     Raises:
@@ -412,7 +460,7 @@ def _check_source(source: Source, options: Options) -> None:
             )
 
 
-def _listed(source: Source) -> dict[str, Any]:
+def listed(source: Source) -> dict[str, Any]:
     """Return the number of samples of each split of a source, and a digest of all labels, for the manifest."""
     digest = xxhash.xxh3_64()
     for split in sorted(source.labels):
@@ -420,8 +468,8 @@ def _listed(source: Source) -> dict[str, Any]:
     return {"listed": {split: len(labels) for split, labels in source.labels.items()}, "labels": digest.hexdigest()}
 
 
-def _report_limits(
-    chosen: Mapping[SplitName, _Selection], lanes: Mapping[SplitName, int], source: Source, options: Options
+def report_limits(
+    chosen: Mapping[SplitName, Selection], lanes: Mapping[SplitName, int], source: Source, options: Options
 ) -> None:
     """Log which of the limits that were given had no effect, or not the whole one, and which classes are not scored."""
     largest = max(len(part.ids) for part in chosen.values())
@@ -453,22 +501,14 @@ def _check_labels(source: Source) -> None:
 
 
 def _assign(
-    source: Source, chosen: Mapping[SplitName, _Selection], root: Path, options: Options
+    source: Source, chosen: Mapping[SplitName, Selection], root: Path, options: Options
 ) -> tuple[dict[SplitName, int], list[_Task]]:
     """Assign the samples to shards; return the number of lanes of each split, and a task for each shard."""
     sample_bytes = int(np.prod(source.image_shape))
     lanes: dict[SplitName, int] = {}
     tasks: list[_Task] = []
     for split, part in chosen.items():
-        samples = len(part.ids)
-        requested_shards, requested_lanes = options.shards, options.lanes
-        if split != "train":
-            # Evaluation works with any number of lanes that divides the shards: a small split gets fewer of both.
-            if requested_shards is not None and requested_shards > samples:
-                requested_shards = requested_lanes = samples
-            elif requested_lanes is not None and requested_lanes > samples:
-                requested_lanes = samples
-        num_shards, lanes[split] = layout(samples, sample_bytes, requested_shards, requested_lanes)
+        num_shards, lanes[split] = layout_of(split, len(part.ids), sample_bytes, options)
         for number, ids in enumerate(np.array_split(part.ids, num_shards)):
             name = f"{split}/{number:05d}.tar"
             tasks.append(_Task(split, name, root / name, part.source_split, ids))
@@ -485,23 +525,11 @@ def _run(source: Source, tasks: Sequence[_Task]) -> Iterator[_ShardResult]:
                 bar.update(len(task.ids))
                 yield result
     except pool.WorkerDiedError as error:
-        raise _explained(error, source, tasks) from None
-
-
-def _explained(error: pool.WorkerDiedError, source: Source, tasks: Sequence[_Task]) -> Exception:
-    """Return the error that the user sees: one who killed a worker can be asked to stop, a crash will come again."""
-    where = ""
-    if error.progress is not None and error.progress[1] >= 0:
-        task, row = tasks[error.progress[0]], error.progress[1]
-        where = f" while it read {printable(source.name(task.source_split, int(task.ids[row])))}"
-    if error.exit_code is None or -error.exit_code in _KILLED_BY:
-        name = "" if error.exit_code is None else f" by {signal.Signals(-error.exit_code).name}"
-        return AgainError(
-            f"a worker process was killed{name}{where}; nothing was kept. If memory ran out, use a machine with more"
-            " of it, or fewer cores (taskset); run the same command again"
-        )
-    how = signal.Signals(-error.exit_code).name if error.exit_code < 0 else f"exit code {error.exit_code}"
-    return CrashedError(f"a worker process crashed ({how}){where}; nothing was kept. Repair or delete what it read")
+        what = None
+        if error.progress is not None and error.progress[1] >= 0:
+            task, row = tasks[error.progress[0]], error.progress[1]
+            what = source.name(task.source_split, int(task.ids[row]))
+        raise error.explained(what, "nothing was kept") from None
 
 
 def _write_shard(source: Source, task: _Task, progress: Callable[[int], None]) -> _ShardResult:
@@ -522,7 +550,7 @@ def _write_shard(source: Source, task: _Task, progress: Callable[[int], None]) -
     images, ids = images[readable], task.ids[readable]
     if len(ids):
         shards.write(task.path, shards.Block(images, source.labels[task.source_split][ids], ids))
-    histogram = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    histogram = histogram_of(images)
     shard = None if unreadable else shards.describe(task.path, task.name, len(ids))
     return _ShardResult(shard, histogram, unreadable, remarks)
 
@@ -579,23 +607,34 @@ def _describe(
         entries[task.split].append(result.shard)
         if task.split == "train":
             histogram += result.histogram
+    mean, std = mean_and_std(histogram)
+    splits = {
+        split: Split(samples=sum(shard.samples for shard in of_split), lanes=lanes[split], shards=of_split)
+        for split, of_split in sorted(entries.items(), key=lambda item: SPLITS.index(item[0]))
+    }
+    return _Content(splits, mean, std)
+
+
+def histogram_of(images: NDArray[np.uint8]) -> Ints:
+    """Count the values of the pixels of images [..., C], for each channel: int64 [C, 256]."""
+    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+
+
+def mean_and_std(histogram: Ints) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel, of pixels in 0 … 1, from a histogram: int64 [C, 256]."""
     # The histogram has integers, so mean and std have the same bits for any order of the sums.
     level = np.arange(256) / 255
     weight = histogram / histogram.sum(1, keepdims=True)
     mean = (weight * level).sum(1)
     std = np.sqrt((weight * (level - mean[:, None]) ** 2).sum(1))
     std[std == 0] = 1  # a constant channel is normalised to 0, not to 0 / 0
-    splits = {
-        split: Split(samples=sum(shard.samples for shard in of_split), lanes=lanes[split], shards=of_split)
-        for split, of_split in sorted(entries.items(), key=lambda item: _SPLITS.index(item[0]))
-    }
-    return _Content(splits, mean.tolist(), std.tolist())
+    return mean.tolist(), std.tolist()
 
 
 def _existing(out: Path, request: Mapping[str, Any], open_source: Callable[[Path], Source]) -> Dataset:
     """Return the data set that is in `out`, if it was made with the requested options from as many images."""
     dataset = manifest.read(out)
-    made_with = {k: v for k, v in dataset.manifest.source.items() if k not in ("skipped", "listed", "labels")}
+    made_with = {k: v for k, v in dataset.manifest.source.items() if k not in RESULTS}
     differences = [
         f"{key}: {printable(str(made_with.get(key)))}, now {printable(str(request.get(key)))}"
         for key in sorted({*made_with, *request})
@@ -605,6 +644,7 @@ def _existing(out: Path, request: Mapping[str, Any], open_source: Callable[[Path
     if not differences and request["kind"] not in FIXED_BY_OPTIONS:
         how = "from other images"
         beside = out.parent if os.access(out.parent, os.W_OK) else None  # it has had space for the same before
+        assert isinstance(dataset.manifest, Manifest)
         try:
             with tempfile.TemporaryDirectory(prefix=".distrain-", dir=beside) as work:
                 differences = list(_other_images(dataset.manifest, open_source(Path(work))))
@@ -627,8 +667,8 @@ def _other_images(existing: Manifest | IndexManifest, source: Source) -> Iterato
         missing = [repr(name) for name in here if name not in set(there)]
         if missing:
             yield f"now {text} {', '.join(shortened(missing, 3))}"
-    before, now = existing.source.get("listed", {}), _listed(source)
-    for split in _SPLITS:
+    before, now = existing.source.get("listed", {}), listed(source)
+    for split in SPLITS:
         if before.get(split, 0) != now["listed"].get(split, 0):
             yield f"{split}: {before.get(split, 0):,} images, now {now['listed'].get(split, 0):,}"
     if existing.source.get("labels") != now["labels"]:
