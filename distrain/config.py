@@ -158,6 +158,12 @@ class Data(Section):
         ge=1,
         le=1024,
     )
+    decode_device: Literal["cpu", "gpu"] = _key(
+        "cpu",
+        "where training images of an index are decoded; gpu: JPEG files by nvJPEG, whose pixels differ from a CPU's by"
+        " rounding",
+        identity=True,
+    )
     skip_bad: Whole = _key(
         0,
         "number of images of an index that may turn out to be unreadable in a run: the next readable one is trained"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from indexes import build, jpeg
+from PIL import ExifTags, Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as V
 
@@ -22,6 +24,7 @@ from distrain.data.crops import random_boxes
 from distrain.data.decoded import DecodedBatches, memory
 from distrain.data.decoding import Decoder, EvaluationTransform, Preprocessing, TrainingTransform
 from distrain.data.encoded import EncodedCache, Stretches
+from distrain.data.gpu_decoding import GpuDecoder
 from distrain.data.images import Decoding
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order, augmentation_bits
@@ -193,3 +196,37 @@ def test_a_sample_that_cannot_be_decoded_is_replaced_by_the_next_one_and_reporte
             f"train-0000.tar, the image at byte {index.load(folder, 'train')[number]['offset']:,}" for number in bad
         }
         assert batches.bad
+
+
+def turned(number: int) -> bytes:
+    """A JPEG file that EXIF turns."""
+    image = Image.open(io.BytesIO(jpeg(number)))
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 3
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(number))).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_whole_batches_are_decoded_to_the_same_pixels_as_single_images(tmp_path: Path) -> None:
+    """The decoder for GPUs, which takes whole batches, on a CPU: nvJPEG alone is missing."""
+    special = {3: jpeg(3)[:200], 50: turned(50), 90: png(90), 91: b"no image", 130: jpeg(130)[:-50]}
+    folder = build(tmp_path, {"train": [170], "test": [8]}, lanes=4, shards=12, images=special).with_image_size(SIZE)
+    order, transform = order_of(folder), preprocessing().training
+    results = []
+    for decoder in (Decoder(2, Decoding()), GpuDecoder(torch.device("cpu"), 2, Decoding())):
+        how = Preprocessing(decoder, transform, preprocessing().evaluation)
+        with closing(DecodedBatches(folder, order, (ALONE,), range(order.steps_per_epoch), 1, how)) as batches:
+            pixels = [batch.images.clone() for (batch,) in batches]
+            results.append((torch.cat(pixels), sorted((bad.id, bad.reason) for bad in batches.bad)))
+        decoder.close()
+    assert results[0][0].equal(results[1][0])
+    assert results[0][1] == results[1][1]
+    assert {3, 91, 130} >= {id_ for id_, _ in results[0][1]}
+    assert len(results[0][1]) >= 2

@@ -112,7 +112,9 @@ class DecodedBatches:
 
     def __next__(self) -> list[Batch]:
         if self._current is not None and self._current.copied is not None:
-            self._current.copied.record(self.copy_stream)
+            # Images that were decoded on the GPU are not copied: what is computed with them has been enqueued by now.
+            on_gpu = self._preprocessing.decoder.device.type == "cuda"
+            self._current.copied.record(torch.cuda.current_stream() if on_gpu else self.copy_stream)
         self._current = next(self._background)
         batches = []
         for samples, buffer, tasks in zip(*self._current[:3], strict=True):
@@ -155,9 +157,10 @@ class DecodedBatches:
             return False  # raised again after the steps before this one
 
     def _allocate(self, samples: int) -> Batch:
-        pin = self.copy_stream is not None
+        pin, device = self.copy_stream is not None, self._preprocessing.decoder.device
+        on_cpu = device.type == "cpu"
         return Batch(
-            torch.empty((samples, *self._shape), dtype=torch.uint8, pin_memory=pin),
+            torch.empty((samples, *self._shape), dtype=torch.uint8, pin_memory=pin and on_cpu, device=device),
             torch.empty(samples, dtype=torch.int64, pin_memory=pin),
             np.empty(samples, np.int64),
             np.empty(samples, np.int64),

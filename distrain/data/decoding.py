@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -116,16 +117,19 @@ class Decoder:
         decoding: how image files become pixels.
     """
 
+    device = torch.device("cpu")
+    """The device to which training images are decoded."""
+
     def __init__(self, threads: int, decoding: Decoding) -> None:
-        self.threads, self._decoding = threads, decoding
+        self.threads, self.decoding = threads, decoding
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="distrain-decode")
 
     def start(self, batch: Encoded, transform: Transform, out: Tensor) -> list[Future[list[Bad]]]:
         """Start to decode a batch to the rows of `out`, uint8 [n, H, W, C]; the tasks return what was bad."""
-        boxes = transform.boxes(_sizes(batch.samples), batch.random_bits)
+        boxes = self.boxes(batch, transform)
 
         def work(rows: range) -> list[Bad]:
-            reports = (self._decode(batch, row, transform, boxes[row], out[row]) for row in rows)
+            reports = (self.decode_row(batch, row, transform, boxes[row], out[row]) for row in rows)
             return [bad for bad in reports if bad is not None]
 
         size = len(batch.samples)
@@ -135,7 +139,12 @@ class Decoder:
         """End the threads after their tasks."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(
+    @staticmethod
+    def boxes(batch: Encoded, transform: Transform) -> Boxes:
+        """Return the part of each image of a batch that is used."""
+        return transform.boxes(_sizes(batch.samples), batch.random_bits)
+
+    def decode_row(
         self, batch: Encoded, row: int, transform: Transform, box: NDArray[np.int64], out: Tensor
     ) -> Bad | None:
         """Decode a sample. If it is bad, the next one of its virtual shard that can be decoded takes its row.
@@ -164,7 +173,7 @@ class Decoder:
         return bad
 
     def _write(self, stretch: Stretch, number: int, transform: Transform, box: NDArray[np.int64], out: Tensor) -> None:
-        entry, pixels = stretch.samples[number], images.decode(stretch.images[number], self._decoding)
+        entry, pixels = stretch.samples[number], images.decode(stretch.images[number], self.decoding)
         if pixels.shape[:2] != (entry["height"], entry["width"]):
             raise UnreadableError(f"is {pixels.shape[0]}×{pixels.shape[1]}, not as its header says")
         transform.apply(pixels, Box(*box.tolist()), out)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
+import torch.nn.functional as F
 import torchvision.io
 from numpy.typing import NDArray
 from PIL import ExifTags
@@ -91,14 +92,27 @@ def resize(pixels: Tensor, box: Box, size: tuple[int, int], out: Tensor | None =
         out: uint8 [h, w, C], contiguous: the pixels are written here, which is faster than a copy, and it is returned.
     """
     if out is None:
-        out = torch.empty(*size, pixels.shape[2], dtype=torch.uint8)
+        out = torch.empty(*size, pixels.shape[2], dtype=torch.uint8, device=pixels.device)
     top, left, height, width = box
     part = pixels[top : top + height, left : left + width]
     if (height, width) == tuple(size):
         return out.copy_(part)
+    if pixels.device.type != "cpu":  # no kernel of a GPU takes uint8
+        resized = F.interpolate(_planes(part).float(), list(size), mode="bilinear", antialias=True)
+        return out.copy_(resized[0].permute(1, 2, 0).round_().clamp_(0, 255))
     # `torch.nn.functional.interpolate` without `out`, whose result is in planes and would have to be copied.
     torch.ops.aten._upsample_bilinear2d_aa.out(_planes(part), list(size), False, out=_planes(out))
     return out
+
+
+def is_plain_jpeg(data: bytes | memoryview, decoding: Decoding = DEFAULT_DECODING) -> bool:
+    """Whether a file is a JPEG image in colour or grey, upright, and not larger than allowed."""
+    try:
+        with pillow.opened(data, decoding.max_pixels) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNS
+            return pillow.is_jpeg(image) and (image.mode, 3) in _MODES and not turned
+    except UnreadableError:
+        return False
 
 
 def evaluation_size(height: int, width: int, resize: int) -> tuple[int, int]:

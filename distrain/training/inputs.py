@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from distrain import machine
 from distrain.config import Config
 from distrain.data import decoded, images, rounds
 from distrain.data.decoding import Decoder, EvaluationTransform, Preprocessing, TrainingTransform
+from distrain.data.gpu_decoding import GpuDecoder
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.environment import World
@@ -34,6 +37,7 @@ def check(config: Config, dataset: Dataset) -> None:
         "eval.crop": config.eval.crop,
         "eval.resize": config.eval.resize,
         "data.decode_threads": config.data.decode_threads,
+        "data.decode_device": None if config.data.decode_device == "cpu" else config.data.decode_device,
     }
     given = [key for key, value in keys.items() if value is not None]
     if given:
@@ -71,20 +75,32 @@ def evaluation_shape(config: Config, dataset: Dataset) -> list[int]:
     return [transform.height, transform.width, 3]
 
 
-def preprocessing(config: Config, dataset: Dataset, processes: int) -> Preprocessing | None:
+def preprocessing(
+    config: Config, dataset: Dataset, processes: int, device: torch.device | None = None
+) -> Preprocessing | None:
     """Return how the images of an index are decoded; None for blocks.
 
     Args:
         config: the configuration.
         dataset: the data set.
         processes: number of processes on this machine, which share its cores.
+        device: the device that this process trains on; None: images are only evaluated.
+
+    Raises:
+        ConfigError: images should be decoded on a GPU, but a CPU trains.
     """
     if not dataset.is_index:
         return None
     height, width, _ = dataset.image_shape
-    augment = config.augment
+    augment, decoding = config.augment, images.Decoding.of(dataset.manifest.source)
+    threads = decode_threads(config, processes)
+    decoder = Decoder(threads, decoding)
+    if config.data.decode_device == "gpu" and device is not None:
+        if device.type != "cuda":
+            raise ConfigError("data.decode_device=gpu: this run trains on the CPU; use cpu")
+        decoder = GpuDecoder(device, threads, decoding)
     return Preprocessing(
-        Decoder(decode_threads(config, processes), images.Decoding.of(dataset.manifest.source)),
+        decoder,
         TrainingTransform(height, width, augment.crop_scale, augment.crop_ratio),
         evaluation(config, dataset),
     )

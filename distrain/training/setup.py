@@ -210,7 +210,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         accumulation_steps=accumulation_steps,
         compilation=compilation,
         flops=run_flops,
-        preprocessing=inputs.preprocessing(config, dataset, runtime.environment.local_world_size),
+        preprocessing=inputs.preprocessing(config, dataset, runtime.environment.local_world_size, runtime.device),
         started=started,
     )
 
