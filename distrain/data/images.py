@@ -129,12 +129,13 @@ def header_size(data: bytes, decoding: Decoding) -> tuple[int, int]:
         UnreadableError: it is not an image, its header is damaged, or it has more pixels than `decoding.max_pixels`.
     """
     try:
-        with _limited_to(decoding.max_pixels), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            warnings.simplefilter("ignore", UserWarning)  # until _limited_to ends
-            width, height = image.size
-            # Pillow turns the size of a TIFF itself. It decodes a PNG, as EXIF data may be behind the pixels.
-            upright = image.format == "TIFF" or (image.format == "PNG" and not _PNG_EXIF.search(data))
-            turned = not upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        with _limited_to(decoding.max_pixels):
+            warnings.simplefilter("ignore", UserWarning)  # until _limited_to ends; decoding repeats them
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                width, height = image.size
+                # Pillow turns the size of a TIFF itself. It decodes a PNG, as EXIF data may be behind the pixels.
+                upright = image.format == "TIFF" or (image.format == "PNG" and not _PNG_EXIF.search(data))
+                turned = not upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
