@@ -112,6 +112,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no host": (["s3:///a.tar"], "has an empty part"),
     "an empty part": (["s3://b//a.tar"], "has an empty part"),
     "dots": (["http://h/a/../b.tar"], r"or \. or \.\."),
+    "not UTF-8": (["*-latin.tar"], "-latin.tar: its name is not UTF-8 text"),
     "NUL": (["a\0.tar"], "is no pattern"),
 }
 
@@ -119,6 +120,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_patterns_that_cannot_be_used_are_one_message(tars: Path, case: str) -> None:
     os.mkfifo("pipe.tar")
+    Path(os.fsdecode(b"\xe9-latin.tar")).touch()
     Path("link.tar").symlink_to("a-1.tar")
     Path("empty.txt").write_text("# nothing\n\n")
     Path("nested.txt").write_text("@empty.txt\n")
@@ -142,6 +144,11 @@ def test_messages_show_no_secrets() -> None:
     for call in (
         lambda: expand([secret, secret]),
         lambda: expand([f"{secret}#1"]),
+        lambda: expand([f"{secret}{{"]),
+        lambda: expand([f"a::{secret}"]),
+        lambda: expand([f"pipe:curl {secret}"]),
+        lambda: expand(["https://user:secret@h/{0..9999999}.tar"]),
+        lambda: expand(["s3://user:secret@h/*.tar"]),
         lambda: common_root([secret, "https://user:secret@h/b.tar?token=other"]),
         lambda: common_root([secret, "https://user:secret@i/b.tar?token=secret"]),
     ):
