@@ -44,6 +44,8 @@ _COMPLETE = 3
 """A sample has an image (1) and a label (2)."""
 
 _MAGIC = slice(257, 262)
+_END = bytes(tarfile.BLOCKSIZE)
+"""The block that ends a tar file."""
 
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gzip -d"),
@@ -240,7 +242,8 @@ def _members(tar: _Tar, name: str) -> Iterator[tarfile.TarInfo]:
     last = ""
     try:
         with tarfile.open(fileobj=cast(Any, tar), mode="r:", encoding="utf-8") as archive:
-            while (member := archive.next()) is not None:
+            # Python 3.10 would look for a member before the beginning if there is none.
+            while tar.last != _END and (member := archive.next()) is not None:
                 cast(Any, archive).members = []  # it would retain all members
                 last = member.name
                 yield member
@@ -251,7 +254,7 @@ def _members(tar: _Tar, name: str) -> Iterator[tarfile.TarInfo]:
             raise DataError(f"{name}: is not a tar file; give the tar files of a WebDataset") from None
         raise _damaged(tar, name, last) from None
     # tarfile ends without an error at a damaged header, and at the end of a truncated file.
-    if tar.last != bytes(tarfile.BLOCKSIZE):
+    if tar.last != _END:
         raise _damaged(tar, name, last)
 
 
