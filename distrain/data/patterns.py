@@ -75,12 +75,11 @@ def common_root(names: Sequence[str]) -> tuple[str, list[str]]:
     first = addresses[0]
     for name, each in zip(names, addresses, strict=True):
         if each.host != first.host:
-            both = f"{address.without_secrets(names[0])} and {address.without_secrets(name)}"
             cure = "make one data set of each, or copy them together"
-            raise ConfigError(f"{printable(both)}: are on different hosts; {cure}")
+            raise ConfigError(f"{_public(names[0])} and {_public(name)}: are on different hosts; {cure}")
         if each.query != first.query:
             raise ConfigError(
-                f"{printable(address.without_secrets(name))}: has another query (?…) than the first address; use one"
+                f"{_public(name)}: has another query (?…) than the first address; use one"
                 " token for all of them, or s3:// or gs:// with credentials, or download the tar files"
             )
     folders = [each.parts[:-1] for each in addresses]
@@ -96,13 +95,13 @@ def _expand(pattern: str, folder: str, in_file: bool = False) -> Iterator[str]:
         raise ConfigError(f"{shown(pattern)}: is no pattern; give a path or an address of tar files")
     if pattern.startswith("@"):
         if in_file:
-            raise ConfigError(f"{printable(pattern)}: a file with patterns cannot name another one; give both with @")
+            raise ConfigError(f"{_public(pattern)}: a file with patterns cannot name another one; give both with @")
         yield from _expand_file(_absolute(pattern[1:], folder))
         return
     parts = _JOINT.split(pattern)
     for part, following in itertools.zip_longest(parts, parts[1:], fillvalue=""):
         if address.scheme(following) and re.fullmatch(r"[a-z0-9]+", part):
-            raise ConfigError(f"{printable(part)}::…: chained addresses are not supported; give plain addresses")
+            raise ConfigError(f"{_public(part)}::…: chained addresses are not supported; give plain addresses")
         for text in _expand_braces(part):
             yield from _locate(text, folder)
 
@@ -127,9 +126,9 @@ def _expand_braces(pattern: str) -> Iterator[str]:
         texts = braceexpand(pattern) if number <= MAX_TARS else iter(())
     except ValueError:
         cure = "close each {, or write a \\ before one that is part of a name"
-        raise ConfigError(f"{printable(pattern)}: its braces are not balanced; {cure}") from None
+        raise ConfigError(f"{_public(pattern)}: its braces are not balanced; {cure}") from None
     if number > MAX_TARS:
-        raise _too_many(f"{printable(pattern)}: names")
+        raise _too_many(f"{_public(pattern)}: names")
     yield from texts
 
 
@@ -163,7 +162,7 @@ def _locate(text: str, folder: str) -> Iterator[str]:
     if not text.strip():
         raise ConfigError("a pattern is empty; give a path or an address of tar files")
     if text.lstrip().lower().startswith("pipe:"):
-        raise ConfigError(f"{printable(text)}: pipe: would run a command; give paths or addresses")
+        raise ConfigError(f"{_public(text)}: pipe: would run a command; give paths or addresses")
     scheme = address.scheme(text)
     if scheme not in (None, "file"):
         _check_address(text)
@@ -172,16 +171,14 @@ def _locate(text: str, folder: str) -> Iterator[str]:
     if scheme == "file":
         text = text[len("file://") :]
         if not text.startswith("/"):
-            raise ConfigError(
-                f"file://{printable(text)}: names another host; write file:///FOLDER/…, or the path alone"
-            )
+            raise ConfigError(f"file://{_public(text)}: names another host; write file:///FOLDER/…, or the path alone")
     path = _absolute(text, folder)
     if not _WILDCARDS.search(text) or os.path.lexists(path):
         yield _checked(path)
         return
     matches = sorted(glob.glob(_absolute(text, glob.escape(folder)), recursive=True))
     if not matches:
-        raise DataError(f"{printable(text)}: matches no file; check the pattern")
+        raise DataError(f"{_public(text)}: matches no file; check the pattern")
     yield from map(_checked, matches)
 
 
@@ -195,7 +192,10 @@ def _absolute(path: str, folder: str) -> str:
 def _checked(path: str) -> str:
     """Return the path of a file that is there, and regular."""
     try:
+        path.encode()
         mode = os.stat(path).st_mode
+    except UnicodeEncodeError:
+        raise DataError(f"{printable(path)}: its name is not UTF-8 text, as a manifest needs; rename it") from None
     except OSError as error:
         raise DataError(f"{printable(path)}: {error.strerror}; check the pattern, or bring the file back") from None
     if stat.S_ISDIR(mode):
@@ -210,7 +210,7 @@ def _check_address(text: str) -> None:
     path = "/".join(_split(text).parts)
     wildcards = "*" if address.scheme(text) in _HTTP else "*?["
     if any(each in path for each in wildcards):
-        public = printable(address.without_secrets(text))
+        public = _public(text)
         raise ConfigError(
             f"{public}: remote folders are not listed; name the files with braces, such as {{0000..0146}}"
         )
@@ -226,7 +226,7 @@ class _Address(NamedTuple):
 
 def _split(text: str) -> _Address:
     scheme, _, rest = text.partition("://")
-    public = printable(address.without_secrets(text))
+    public = _public(text)
     query = ""
     if scheme.lower() in _HTTP:
         if "#" in rest:
@@ -248,10 +248,14 @@ def _refuse_repeated(names: list[str]) -> None:
             identity = status.st_dev, status.st_ino
         if identity in seen:
             raise DataError(
-                f"{printable(address.without_secrets(name))}: is named twice, so each of its samples would be in the"
-                " data set twice; name it once"
+                f"{_public(name)}: is named twice, so each of its samples would be in the data set twice; name it once"
             )
         seen.add(identity)
+
+
+def _public(text: str) -> str:
+    """Return a pattern or name for messages, without the secrets of its addresses."""
+    return printable(address.scrub(text))
 
 
 def _too_many(what: str) -> ConfigError:

@@ -23,13 +23,13 @@ from distrain.text import shown
 _PNG_DEPTH = 24
 """Position of a PNG file's bit depth."""
 
-_PNG_EXIF = re.compile(rb"eXIf|Raw profile type|XML:com\.adobe\.xmp")
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 """Names in a PNG file that has EXIF data, which may say that the image is turned."""
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 """Tags of TIFF."""
 
-_PNG_EXIF = re.compile(rb"eXIf|Raw profile type|XML:com\.adobe\.xmp")
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 """Names in a PNG file that has EXIF data, which may say that the image is turned."""
 
 _CONVERT = "convert it to 8 bits"
@@ -177,7 +177,7 @@ def header_size(data: bytes, decoding: Decoding) -> tuple[int, int]:
         warnings.simplefilter("ignore", UserWarning)
         width, height = image.size
         # Pillow turns the size of a TIFF itself. It decodes a PNG, as EXIF data may be behind the pixels.
-        upright = image.format == "TIFF" or (image.format == "PNG" and not _PNG_EXIF.search(data))
+        upright = image.format == "TIFF" or (image.format == "PNG" and not any(name in data for name in _PNG_EXIF))
         turned = not upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 

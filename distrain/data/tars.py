@@ -44,6 +44,8 @@ _COMPLETE = 3
 """A sample has an image (1) and a label (2)."""
 
 _MAGIC = slice(257, 262)
+_END = bytes(tarfile.BLOCKSIZE)
+"""The block that ends a tar file."""
 
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gzip -d"),
@@ -60,6 +62,8 @@ _META = re.compile(r"__[^/]*__($|/)")
 """Names that webdataset passes over."""
 
 _COPY = "copy or download it again"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Code points that JSON's escapes can name and no UTF-8 file can hold."""
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _EXTENSION = re.compile(r"[^./\s;:][^/\s;:]*")
 
@@ -90,7 +94,7 @@ class Fields:
         extension = _extension("--label", name, "cls, txt or json:path.to.label")
         if extension in extensions:
             raise ConfigError(f"--label {shown(label)}: is an extension of --image too; name the label's, such as cls")
-        if colon and not _is_json(extension):
+        if colon and not _is_kind(extension, "json"):
             raise ConfigError(f"--label {shown(label)}: only json has a path; give {extension}, or json:{path}")
         keys = tuple(path.split(".")) if colon else ()
         if "" in keys:
@@ -238,7 +242,8 @@ def _members(tar: _Tar, name: str) -> Iterator[tarfile.TarInfo]:
     last = ""
     try:
         with tarfile.open(fileobj=cast(Any, tar), mode="r:", encoding="utf-8") as archive:
-            while (member := archive.next()) is not None:
+            # Python 3.10 would look for a member before the beginning if there is none.
+            while tar.last != _END and (member := archive.next()) is not None:
                 cast(Any, archive).members = []  # it would retain all members
                 last = member.name
                 yield member
@@ -249,12 +254,12 @@ def _members(tar: _Tar, name: str) -> Iterator[tarfile.TarInfo]:
             raise DataError(f"{name}: is not a tar file; give the tar files of a WebDataset") from None
         raise _damaged(tar, name, last) from None
     # tarfile ends without an error at a damaged header, and at the end of a truncated file.
-    if tar.last != bytes(tarfile.BLOCKSIZE):
+    if tar.last != _END:
         raise _damaged(tar, name, last)
 
 
 def _damaged(tar: _Tar, name: str, last: str) -> DataError:
-    where = f"after the member {printable(last)}" if last else "at its begin"
+    where = f"after the member {printable(last)}" if last else "at its beginning"
     if tar.is_short:
         return DataError(f"{name}: is truncated {where}: it has no end marker; {_COPY}")
     return DataError(f"{name}: has a damaged header {where}, near byte {tar.tell():,}; {_COPY}")
@@ -277,15 +282,14 @@ def parse_label(data: bytes, fields: Fields) -> int | str:
     Raises:
         UnreadableError: there is none.
     """
-    if _is_json(fields.label):
+    if _is_kind(fields.label, "json"):
         return _json_label(data, fields.path)
     try:
-        text = data.decode("utf-8-sig").strip()
+        name = _name(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise UnreadableError("is not UTF-8 text") from None
-    if _NUMBER.fullmatch(text) and not _is_kind(fields.label, "txt"):
-        return int(text)
-    return _name(text)
+    is_number = _NUMBER.fullmatch(name) and not _is_kind(fields.label, "txt")
+    return int(name) if is_number else name
 
 
 def _json_label(data: bytes, path: tuple[str, ...]) -> int | str:
@@ -308,15 +312,14 @@ def _json_label(data: bytes, path: tuple[str, ...]) -> int | str:
 
 
 def _name(text: str) -> str:
-    if not text:
+    name = text.strip()
+    if not name:
         raise UnreadableError("is empty")
-    if len(text) > MAX_NAME:
+    if len(name) > MAX_NAME:
         raise UnreadableError(f"has more than {MAX_NAME:,} characters")
-    return sys.intern(text)  # the same few names come again and again
-
-
-def _is_json(extension: str) -> bool:
-    return _is_kind(extension, "json")
+    if _SURROGATE.search(name):
+        raise UnreadableError("has half a character (a surrogate)")
+    return sys.intern(name)  # the same few names come again and again
 
 
 def _is_kind(extension: str, kind: str) -> bool:
