@@ -273,7 +273,8 @@ def test_the_examples_of_exported_files_answer_like_predict(
     expected = json.loads(capsys.readouterr().out.splitlines()[-1])["classes"]
     (example,) = (block.text for block in tagged("python run") if f"{module}." in block.text)
     exec(compile(example, "extending.md", "exec"), {})
-    assert ast.literal_eval(capsys.readouterr().out) == pytest.approx(expected, abs=1e-5)
+    difference = 1e-5 if module == "torch.export" else 1e-2  # the other one resizes by Pillow
+    assert ast.literal_eval(capsys.readouterr().out) == pytest.approx(expected, abs=difference)
 
 
 @pytest.fixture(scope="module")

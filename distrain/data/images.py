@@ -163,7 +163,7 @@ def centred_box(height: int, width: int, size: tuple[int, int]) -> Box:
     """Return the largest box in the centre of an image that has the aspect ratio of `size`, rounded to whole pixels."""
     scale = min(height / size[0], width / size[1])
     box_height, box_width = (max(1, round(scale * length)) for length in size)
-    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+    return Box(round((height - box_height) / 2), round((width - box_width) / 2), box_height, box_width)
 
 
 def decoder_version() -> str:
