@@ -23,9 +23,6 @@ from distrain.text import shown
 _PNG_DEPTH = 24
 """Position of a PNG file's bit depth."""
 
-_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
-"""Names in a PNG file that has EXIF data, which may say that the image is turned."""
-
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 """Tags of TIFF."""
 
