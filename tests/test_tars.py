@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from distrain.data import tars
-from distrain.data.images import Decoding, UnreadableError, header_size
+from distrain.data.pillow import Decoding, UnreadableError, header_size
 from distrain.data.tars import Contents, Fields
 from distrain.errors import ConfigError, DataError, UnreachableError
 
@@ -263,7 +263,7 @@ def test_images_that_cannot_be_read_are_no_samples() -> None:
     contents = read(pack([*members, ("d.jpg", image(20, 20)), ("d.cls", b"1")]), decoding=Decoding(max_pixels=399))
     assert [key for key, _ in contents.unreadable] == ["a", "b", "d"]
     assert contents.unreadable[1][1] == "not an image of a known format"
-    assert contents.unreadable[2][1] == "has more pixels than --max-pixels 399"
+    assert contents.unreadable[2][1] == "has 400 pixels, more than --max-pixels 399"
     assert contents.keys.tolist() == [xxhash.xxh3_64_intdigest(b"c")]
 
 
@@ -484,7 +484,7 @@ def test_a_size_is_read_from_the_header_alone() -> None:
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "JPEG")
     assert header_size(file.getvalue()[:2000], DECODING) == (300, 400)
-    with pytest.raises(UnreadableError, match="has more pixels than --max-pixels 119999"):
+    with pytest.raises(UnreadableError, match="has 120,000 pixels, more than --max-pixels 119999"):
         header_size(file.getvalue(), Decoding(max_pixels=119_999))
     png = image(kind="PNG")
     header = struct.pack(">IIBBBBB", 0, 5, 8, 2, 0, 0, 0)
