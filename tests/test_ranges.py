@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from harness import REPO
 from test_fetch import (
@@ -42,11 +44,14 @@ from test_fetch import (
     status,
     wrong_bytes,
 )
+from test_stream import reached
 
 from distrain import config
+from distrain.data import index, manifest
 from distrain.data.disk_cache import Cache
 from distrain.data.fetch import FetchError, Remote, locate
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, ShardError
+from distrain.training.setup import read_data
 
 _ = quick  # a fixture of all tests here
 
@@ -325,6 +330,13 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(without_ranges: RangeServe
         assert without_ranges.whole == number + 2
 
 
+def test_a_wrong_index_of_the_right_file_is_an_error(without_ranges: RangeServer, tmp_path: Path) -> None:
+    root = remote(without_ranges.address, tmp_path / "cache")
+    with pytest.raises(FetchError, match="^changed since it was indexed$"):
+        root.read_range(TAR, 0, 9, len(CONTENT), SHA256, lambda _: "changed since it was indexed")
+    assert without_ranges.whole == 1
+
+
 @pytest.mark.parametrize(
     "fault", [status(503), cut, cut_without_a_length, wrong_bytes, longer, reset, stall_in_the_body, endless]
 )
@@ -447,8 +459,9 @@ def test_a_process_killed_while_it_fetches_a_file_is_replaced_by_one_of_those_th
     first = reader(without_ranges, tmp_path / "cache")
     assert in_the_body.wait(30)
     others = [reader(without_ranges, tmp_path / "cache", number, number + 99) for number in range(2)]
-    while len(without_ranges.ranges) < 4:  # both know that there are no ranges
-        time.sleep(0.01)
+    assert reached(lambda: len([each for each in without_ranges.ranges if each]) == 3)  # both know: no ranges
+    time.sleep(0.3)
+    assert without_ranges.whole == 1  # they wait
     first.kill()
     assert [other.communicate(timeout=30)[0] for other in others] == [CONTENT[:99], CONTENT[1:100]]
     assert first.wait() == -9
@@ -475,7 +488,10 @@ def test_no_wait_for_a_lock_is_endless(
             with pytest.raises(FetchError, match="reading was stopped"):
                 read(root, event=event)
         else:
-            assert read(root) == CONTENT[START:STOP]
+            late = threading.Timer(5, event.set)  # ends a wait without end
+            late.start()
+            assert read(root, event=event) == CONTENT[START:STOP]
+            late.cancel()
     assert time.monotonic() - begun < 5
     assert without_ranges.whole == (0 if how == "stop" else 1)
 
@@ -529,7 +545,13 @@ def test_room_that_other_fetches_leave_is_waited_for(without_ranges: RangeServer
     (tmp_path / "cache").mkdir()
     other = tmp_path / "cache" / f".{'1' * 64}.{'0' * 32}.partial"
     other.write_bytes(bytes(10))
-    threading.Timer(0.2, other.unlink).start()
+
+    def leave(handler: Handler, body: bytes) -> None:
+        if len(without_ranges.ranges) == 1:
+            threading.Timer(0.3, other.unlink).start()
+        handler.answer(body)
+
+    without_ranges.always = leave
     assert is_right(remote(without_ranges.address, tmp_path / "cache", max_bytes=len(CONTENT), retries=50))
     assert entries(tmp_path / "cache") == [len(CONTENT)]
 
@@ -545,6 +567,51 @@ def test_locks_that_nobody_used_for_an_hour_are_deleted(without_ranges: RangeSer
         os.utime(lock, (1000, 1000))
     assert is_right(root)
     assert [lock.exists() for lock in locks] == [True, False]
+
+
+# An index whose tar files are remote
+
+
+IMAGES = [(1000, 400), (30_000, 5000), (35_512, 70_000), (2**21, 100_000)]
+"""Position and size of each "image" in the tar file."""
+
+
+@pytest.fixture
+def index_folder(tmp_path: Path) -> Path:
+    """An index of the tar file, without tars.json."""
+    rows = [(at, index.digest(CONTENT[at : at + size]), i, size, 0, 1, 1) for i, (at, size) in enumerate(IMAGES)]
+    content = index.to_bytes(np.array(rows, index.SAMPLE))
+    entry = {"name": "train.npy", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    tar = {"name": TAR, "bytes": len(CONTENT), "samples": len(IMAGES), "sha256": SHA256}
+    train = {"samples": len(IMAGES), "lanes": 1, "shards": 1, "index": entry, "tars": [tar]}
+    tree = {
+        **{"format": "distrain-index", "version": 1, "source": {}, "classes": ["a"], "normalization": "none"},
+        **{"mean": [0.5] * 3, "std": [0.5] * 3, "image_shape": None, "smallest": [1, 1], "largest": [2, 2]},
+        "splits": {"train": train},
+    }
+    folder = tmp_path / "index"
+    folder.mkdir()
+    (folder / "train.npy").write_bytes(content)
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    return folder
+
+
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+def test_a_local_index_of_remote_tar_files_is_read(
+    ignores_ranges: bool, index_folder: Path, server: RangeServer, tmp_path: Path
+) -> None:
+    server.ignores_ranges = ignores_ranges
+    keys = [f"data.dir={index_folder}", f"data.tars={server.address}", f"data.cache_dir={tmp_path / 'cache'}"]
+    for _ in range(2):
+        dataset = read_data(config.load(None, keys), "train")
+        images = index.read(dataset, "train", index.load(dataset, "train"), 0, threading.Event()).images
+        assert images == [CONTENT[at : at + size] for at, size in IMAGES]
+    assert len(server.ranges) == 2  # of three images that are near each other, and of the last one; or the tar file
+    (index_folder / "tars.json").write_text(json.dumps({"location": server.address + "/elsewhere"}))
+    dataset = manifest.read(index_folder)
+    with pytest.raises(ShardError) as caught:
+        index.read(dataset, "train", index.load(dataset, "train"), 0, threading.Event())
+    assert str(caught.value).startswith(f"{server.address}/elsewhere/{TAR}: HTTP 404 Not Found; bring the file back")
 
 
 # Streams

@@ -416,12 +416,10 @@ class Remote:
         with _Stream(self, part.url, stop) as file:
             while piece := file.read(_CHUNK_BYTES):
                 size += len(piece)
-                if size > part.file_bytes:  # guard: whole-file-size
+                if size > part.file_bytes:
                     raise _TransientError(f"more than the expected {part.file_bytes} bytes")
                 digest.update(piece)
                 yield piece
-        if size < part.file_bytes:
-            raise _TransientError(f"{size} bytes instead of {part.file_bytes}")
         if digest.hexdigest() != part.file_sha256:  # guard: whole-file-digest
             raise _TransientError("changed since it was indexed (its sha256 differs)")
 
