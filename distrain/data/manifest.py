@@ -371,13 +371,14 @@ def _locate_tars(root: Path | Remote, options: FetchOptions, tars: str | None) -
 def _read_file(root: Path | Remote, name: str) -> bytes:
     if isinstance(root, Remote):
         return _fetch(root, name)
+    cure = "set data.tars" if name == TARS else "make one with `distrain prepare`, or set data.dir"
     try:
         return files.read(root / name, _MAX_BYTES)
     except FileNotFoundError as error:
-        reason = f"is not a data set (no {name})" if root.is_dir() else error.strerror
-        raise DataError(f"{printable(root)}: {reason}; make one with `distrain prepare`, or set data.dir") from None
+        problem = f"has no {name}" if name == TARS else f"is not a data set (no {name})"
+        reason = problem if root.is_dir() else error.strerror
+        raise DataError(f"{printable(root)}: {reason}; {cure}") from None
     except OSError as error:
-        cure = "make one with `distrain prepare`, or set data.dir"
         raise DataError(f"{printable(root / name)}: {error.strerror}; {cure}") from None
 
 
@@ -385,7 +386,8 @@ def _fetch(root: Remote, name: str) -> bytes:
     try:
         return root.fetch(name, _MAX_BYTES, _check_json)
     except FetchError as error:
-        cure = error.cure or "upload a folder that `distrain prepare` made, or set data.dir"
+        uploaded = "upload a folder that `distrain prepare` made, or set data.dir"
+        cure = error.cure or ("set data.tars" if name == TARS else uploaded)
         error_type = UnreachableError if error.unreachable else DataError
         raise error_type(f"{root / name}: {error.reason}; {cure}") from None
 
