@@ -35,7 +35,7 @@ from distrain.data.sources.webdataset import WebDataset
 from distrain.data.tars import Contents, Fields
 from distrain.errors import ConfigError, DataError
 from distrain.progress import Bar
-from distrain.text import named, percent, plural, printable, shortened
+from distrain.text import named, percent, plural, printable, shortened, shown
 
 log = logging.getLogger("distrain")
 
@@ -100,6 +100,8 @@ def prepare_webdataset(out: Path, tar_options: TarOptions, options: Options) -> 
         if tar_options.convert:
             source.image_shape = _image_shape(source, tar_options.image_size)
         _report(source, tar_options)
+        if len(source.classes) == 1:
+            raise DataError(f"only one class, {shown(source.classes[0])}: training needs two; choose another --label")
         return source
 
     def write(source: WebDataset, folder: OutputFolder, options: Options, request: Mapping[str, Any]) -> Any:
@@ -107,9 +109,20 @@ def prepare_webdataset(out: Path, tar_options: TarOptions, options: Options) -> 
             return prepare.write_blocks(source, folder, options, request, source.dropped)
         return _write_index(source, folder, options, request, tar_options, location)
 
-    return prepare.prepare(
+    dataset, made = prepare.prepare(
         out, "webdataset", _request(tar_options, tar_files), open_source, options, write, listing.FOLDER
     )
+    if not made and isinstance(dataset.manifest, IndexManifest):
+        _update_location(out, location)
+    return dataset, made
+
+
+def _update_location(out: Path, location: str) -> None:
+    """Record where the tar files of an index are, if they were moved: they have the same names and sizes there."""
+    content = _location_json(location)
+    if (out / TARS).read_bytes() != content:
+        files.replace(out / TARS, content)
+        log.info("%s: the tar files are in %s now", out / TARS, printable(address.without_secrets(location)))
 
 
 def _names(all_patterns: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, list[str]]]:
@@ -184,7 +197,7 @@ def _write_index(
     _report_memory(source, chosen["train"], *layouts["train"])
     root = folder.work / "index"
     root.mkdir()
-    files.write(root / TARS, json.dumps({"location": _public(location)}, ensure_ascii=False).encode() + b"\n")
+    files.write(root / TARS, _location_json(location))
     splits = {split: _write_split(source, split, part, layouts[split], root) for split, part in chosen.items()}
     used = np.concatenate([_entries(source, part) for part in chosen.values()])
     sizes = np.stack([used["height"], used["width"]], 1)
@@ -426,12 +439,12 @@ def _write_split(
     return IndexSplit(samples=len(samples), lanes=layout[1], shards=layout[0], index=file, tars=tars)
 
 
-def _public(location: str) -> str:
+def _location_json(location: str) -> bytes:
     public = address.without_secrets(location)
     if public != location:
         log.warning(
-            "the address of the tar files has a password or a query, which %s does not record; give it as data.tars"
+            "the address of the tar files has a password or a query, which %s does not record: give it as data.tars"
             " when you train",
             TARS,
         )
-    return public
+    return json.dumps({"location": public}, ensure_ascii=False).encode() + b"\n"

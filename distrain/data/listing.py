@@ -119,9 +119,10 @@ def read_all(
     _remove_others(request, tar_files)
     done = {tar.name: contents for tar in tar_files if (contents := _load(request.path(tar))) is not None}
     missing = [tar for tar in tar_files if tar.name not in done]
-    if done and missing:
-        log.info("%s of %s were read by an earlier attempt", f"{len(done):,}", plural(len(tar_files), "tar file"))
-    for tar in _read(request, missing, len(tar_files)):
+    if done:
+        log.info("%s of %s: read by an earlier attempt", f"{len(done):,}", plural(len(tar_files), "tar file"))
+    earlier = [tar for tar in tar_files if tar.name in done]
+    for tar in _read(request, missing, earlier):
         contents = _load(request.path(tar))
         if contents is None:
             raise DataError(f"{request.path(tar)}: disappeared; run the same command again")
@@ -129,16 +130,32 @@ def read_all(
     return [done[tar.name] for tar in tar_files]
 
 
-def _read(request: _Request, tar_files: Sequence[TarFile], total: int) -> Iterator[TarFile]:
-    workers = max(1, min(machine.cores(), len(tar_files)))
+def _read(request: _Request, tar_files: Sequence[TarFile], earlier: Sequence[TarFile]) -> Iterator[TarFile]:
+    """Read tar files in worker processes, with a bar that shows MiB, or tar files if their sizes are not known."""
+    sized = all(tar.version is not None for tar in (*tar_files, *earlier))
+    unit = 2**20 if sized else 1
+    sizes = np.cumsum([0, *(_size(tar) if sized else 1 for tar in (*earlier, *tar_files))])
+    done = len(earlier)
+
+    def advance(reports: Sequence[int]) -> None:
+        bytes_or_tars = int(sizes[done]) + (sum(reports) if sized else 0)
+        bar.update(max(0, bytes_or_tars // unit - bar.n))
+
     try:
-        with Bar("read tar files", total=total, done=total - len(tar_files)) as bar:
-            for tar, _ in zip(tar_files, pool.run(_read_one, request, tar_files, workers), strict=True):
-                bar.update(1)
+        with Bar("read tar files", total=int(sizes[-1]) // unit, done=int(sizes[done]) // unit) as bar:
+            workers = max(1, min(machine.cores(), len(tar_files)))
+            results = pool.run(_read_one, request, tar_files, workers, advance)
+            for tar, _ in zip(tar_files, results, strict=True):
+                done += 1
+                advance([])
                 yield tar
     except pool.WorkerDiedError as error:
         what = tar_files[error.progress[0]].name if error.progress is not None else None
         raise error.explained(what, "tar files that were read to their end are not read again") from None
+
+
+def _size(tar: TarFile) -> int:
+    return tar.version[0] if tar.version is not None else 0
 
 
 def _read_one(request: _Request, tar: TarFile, progress: Callable[[int], None]) -> None:
