@@ -32,7 +32,7 @@ from distrain.data.ownership import OutputFolder
 from distrain.data.pillow import Decoding, UnreadableError, recorded_warnings
 from distrain.data.prepare import Options, Selection
 from distrain.data.sources.webdataset import WebDataset
-from distrain.data.tars import Contents, Fields
+from distrain.data.tars import Fields
 from distrain.errors import ConfigError, DataError
 from distrain.progress import Bar
 from distrain.text import named, percent, plural, printable, shortened, shown
@@ -92,16 +92,15 @@ def prepare_webdataset(out: Path, tar_options: TarOptions, options: Options) -> 
     def open_source(work: Path) -> WebDataset:
         every = [tar for of_split in tar_files.values() for tar in of_split]
         contents = listing.read_all(location, every, fetching, fields, tar_options.decoding, work)
-        for tar, content in zip(every, contents, strict=True):
-            _check_content(tar.name, content, tar_options)
         remaining = iter(contents)
         by_split = {split: list(itertools.islice(remaining, len(of_split))) for split, of_split in names.items()}
         source = WebDataset(location, fetching, names, by_split, tar_options.classes, tar_options.decoding)
         if tar_options.convert:
             source.image_shape = _image_shape(source, tar_options.image_size)
         _report(source, tar_options)
-        if len(source.classes) == 1:
-            raise DataError(f"only one class, {shown(source.classes[0])}: training needs two; choose another --label")
+        if len(np.unique(source.labels["train"])) == 1:
+            label = shown(source.classes[source.labels["train"][0]])
+            raise DataError(f"all samples of train have the label {label}: training needs two; choose another --label")
         return source
 
     def write(source: WebDataset, folder: OutputFolder, options: Options, request: Mapping[str, Any]) -> Any:
@@ -145,6 +144,7 @@ def _request(tar_options: TarOptions, tar_files: Mapping[str, Sequence[listing.T
         **vars(tar_options.decoding),
         "tars": {split: _names_and_sizes(of_split) for split, of_split in tar_files.items()},
     }
+    request["convert"] = tar_options.convert
     if tar_options.convert:
         return {**request, "image_size": tar_options.image_size}
     return {**request, "normalization": tar_options.normalization, "accept_order": tar_options.accept_order}
@@ -157,18 +157,6 @@ def _names_and_sizes(tar_files: Sequence[listing.TarFile]) -> str:
 
 def _digest(value: Any) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
-
-
-def _check_content(name: str, contents: Contents, tar_options: TarOptions) -> None:
-    """Check that a tar file has samples."""
-    if not len(contents.samples) and not contents.unreadable:
-        passed_over = "; ".join(
-            f"{count:,} {what} ({', '.join(names)})" for what, (count, names) in contents.passed_over.items()
-        )
-        raise DataError(
-            f"{printable(name)}: has no sample with an image ({tar_options.image}) and a label ({tar_options.label});"
-            f" it has {passed_over or 'no files'}; choose --image and --label, or remove it from the pattern"
-        )
 
 
 def _image_shape(source: WebDataset, image_size: int | None) -> tuple[int, int, int]:
@@ -198,7 +186,11 @@ def _write_index(
     root = folder.work / "index"
     root.mkdir()
     files.write(root / TARS, _location_json(location))
-    splits = {split: _write_split(source, split, part, layouts[split], root) for split, part in chosen.items()}
+    splits = {
+        split: _write_split(source, split, chosen[split], layouts[split], root)
+        for split in prepare.SPLITS
+        if split in chosen
+    }
     used = np.concatenate([_entries(source, part) for part in chosen.values()])
     sizes = np.stack([used["height"], used["width"]], 1)
     mean, std = prepare.mean_and_std(pixels.histogram) if is_measured else _IMAGENET
@@ -369,8 +361,11 @@ def _report(source: WebDataset, tar_options: TarOptions) -> None:
     lines.append(f"{plural(len(source.classes), 'class')} from {origin}: {', '.join(_first_names(source.classes))}")
     log.info("%s", "\n  ".join(["recognised:", *lines]))
     passed_over = _passed_over(source)
-    if passed_over:
-        log.warning("%s", "\n  ".join(["passed over:", *passed_over]))
+    fields = [line for line in passed_over if " × field ." in line]
+    if fields:
+        log.info("%s", "\n  ".join(["fields that are not used:", *fields]))
+    if len(passed_over) > len(fields):
+        log.warning("%s", "\n  ".join(["passed over:", *(line for line in passed_over if line not in fields)]))
     for warning in _repeated(source):
         log.warning("%s", warning)
 

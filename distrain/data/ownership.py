@@ -98,7 +98,7 @@ class OutputFolder:
         self._release()
         if self._resumable is not None and (self.work / self._resumable).exists():
             log.info(
-                "%s has what was read so far: run the same command again, and it continues; or delete the folder",
+                "%s has what was read so far: another attempt continues with it; delete it if there is none",
                 self.work / self._resumable,
             )
         with contextlib.suppress(OSError):  # it holds something that this process did not write
