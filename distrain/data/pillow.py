@@ -23,7 +23,7 @@ from distrain.text import shown
 _PNG_DEPTH = 24
 """Position of a PNG file's bit depth."""
 
-_PNG_EXIF = re.compile(rb"eXIf|Raw profile type|XML:com\.adobe\.xmp")
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 """Names in a PNG file that has EXIF data, which may say that the image is turned."""
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
@@ -170,12 +170,13 @@ def header_size(data: bytes, decoding: Decoding) -> tuple[int, int]:
     Raises:
         UnreadableError: it is not an image, its header is damaged, or it has more pixels than `decoding.max_pixels`.
     """
-    with warnings.catch_warnings(), opened(data, decoding.max_pixels) as image:
-        warnings.simplefilter("ignore", UserWarning)
-        width, height = image.size
-        # Pillow turns the size of a TIFF itself. It decodes a PNG, as EXIF data may be behind the pixels.
-        upright = image.format == "TIFF" or (image.format == "PNG" and not _PNG_EXIF.search(data))
-        turned = not upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # decoding repeats them
+        with opened(data, decoding.max_pixels) as image:
+            width, height = image.size
+            # Pillow turns the size of a TIFF itself. It decodes a PNG, as EXIF data may be behind the pixels.
+            upright = image.format == "TIFF" or (image.format == "PNG" and not any(name in data for name in _PNG_EXIF))
+            turned = not upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
