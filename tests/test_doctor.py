@@ -157,6 +157,7 @@ def test_a_temporary_folder_that_cannot_be_written_is_a_note(tmp_path: Path, mon
         (["data.dir=s3://bucket/data", "data.cache_dir=TMP/cache", "data.cache_gib=1e9"], "note"),
         (["data.dir=s3://bucket/data", "data.cache_dir=/proc/nowhere", "data.cache_gib=0"], None),
         (["data.dir=data", "data.cache_dir=/proc/nowhere"], None),
+        (["data.dir=data", "data.tars=s3://bucket/tars", "data.cache_dir=/proc/nowhere"], "note"),
     ],
 )
 def test_the_cache_of_a_remote_data_set_is_tried(keys: list[str], level: str | None, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        name = url.path.lstrip("/")
+        name = unquote(url.path.lstrip("/"))
         self.server.requested.append(name)
         if self.server.needed is not None:
             credentials = {"authorization": self.headers.get("Authorization"), "query": url.query}
@@ -89,10 +89,14 @@ class Handler(BaseHTTPRequestHandler):
             return
         faults = self.server.faults.get(name, [])
         fault = faults.pop(0) if faults else self.server.always
+        body = self.body_of(path)
         if fault is None:
-            self.answer(path.read_bytes())
+            self.answer(body)
         else:
-            fault(self, path.read_bytes())
+            fault(self, body)
+
+    def body_of(self, path: Path) -> bytes:
+        return path.read_bytes()
 
     def answer(self, body: bytes, status: int = 200, length: int | None = None) -> None:
         self.send_response(status)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import fsspec
 import fsspec.asyn
@@ -352,7 +352,9 @@ class Remote:
             return data
         if self._is_file:
             self._check_file(self._fs._strip_protocol(part.url))
-        # With a size and without a cache, fsspec sends one request, for this range.
+        # Both send one request, for this range alone.
+        if isinstance(self._fs, fsspec.asyn.AsyncFileSystem):
+            return bytes(self._fs.cat_file(part.url, start=part.start, end=part.stop))
         with self._fs.open(part.url, "rb", size=part.file_bytes, cache_type="none") as file:
             file.seek(part.start)
             return bytes(file.read(part.stop - part.start))
@@ -414,12 +416,10 @@ class Remote:
         with _Stream(self, part.url, stop) as file:
             while piece := file.read(_CHUNK_BYTES):
                 size += len(piece)
-                if size > part.file_bytes:  # guard: whole-file-size
+                if size > part.file_bytes:
                     raise _TransientError(f"more than the expected {part.file_bytes} bytes")
                 digest.update(piece)
                 yield piece
-        if size < part.file_bytes:
-            raise _TransientError(f"{size} bytes instead of {part.file_bytes}")
         if digest.hexdigest() != part.file_sha256:  # guard: whole-file-digest
             raise _TransientError("changed since it was indexed (its sha256 differs)")
 
@@ -437,7 +437,7 @@ class Remote:
         if not self._http:
             return f"{self._address.rstrip('/')}/{name}"
         scheme, host, path, query, _ = urlsplit(self._address)
-        return urlunsplit((scheme, host, f"{path.rstrip('/')}/{name}", query, ""))  # the query may be a token
+        return urlunsplit((scheme, host, f"{path.rstrip('/')}/{quote(name)}", query, ""))  # the query may be a token
 
     def _explain(self, error: Exception) -> FetchError:
         credentials = f"check the address and its credentials (a run's config.yaml has none: give {self._key} again)"

@@ -54,6 +54,7 @@ def describe(job: Job, from_step: int) -> dict[str, Any]:
     return {
         "data": {
             "dir": str(job.dataset.root),
+            "tars": str(job.dataset.tars),
             "source": manifest.source,
             "manifest": job.dataset.digest,
             "classes": manifest.classes,

@@ -62,7 +62,12 @@ SHARD = "78, the shard is named, everything trained is saved; with the shard res
 STOPS, KILLED, HANGS, DISKS, OWNERS, DATA, CODES, LINKS = (
     f"tests/faults/test_{name}.py" for name in ("stops", "kills", "hangs", "disks", "owners", "data", "codes", "links")
 )
-FETCH, LOSSES, RENDEZVOUS = "tests/test_fetch.py", "tests/test_losses.py", "tests/test_rendezvous.py"
+FETCH, RANGES, LOSSES, RENDEZVOUS = (
+    "tests/test_fetch.py",
+    "tests/test_ranges.py",
+    "tests/test_losses.py",
+    "tests/test_rendezvous.py",
+)
 FILES, WATCHDOG = "tests/test_run_files.py", "tests/test_watchdog.py"
 
 FAULTS = [
@@ -263,6 +268,18 @@ FAULTS = [
           f"{FETCH}::test_a_full_disk_makes_room_and_without_any_warns_once"),
     Fault("four processes fill one cache", "data", "its limit is kept, every byte is right",
           "space is reserved before it is counted", "cache-bound", DROP, f"{FETCH}::test_four_processes_share_a_cache"),
+    Fault("a server that ignores range requests", "data", "the tar file is fetched once, whole, into the cache",
+          "only an answer with status 206 is a range", "partial-content", NEVER,
+          f"{RANGES}::test_a_whole_file_is_fetched_once_and_every_range_read_from_it"),
+    Fault("a whole tar file with other bytes", "data", "tried again; no range of it is read",
+          "its sha256 is checked while it is written", "whole-file-digest", NEVER,
+          f"{RANGES}::test_a_whole_file_that_is_not_the_indexed_one_is_fetched_again"),
+    Fault("a process killed while it fetches a whole tar file for all of its node", "data",
+          "one of the others fetches it", "they wait for a lock, which ends with its process", "fetched-by-one", DROP,
+          f"{RANGES}::test_a_process_killed_while_it_fetches_a_file_is_replaced_by_one_of_those_that_wait"),
+    Fault("a process stopped while it fetches a whole tar file for all of its node", "data",
+          "the others fetch it themselves", "they wait only while the file grows", "holder-that-hangs", NEVER,
+          f"{RANGES}::test_no_wait_for_a_lock_is_endless[hangs]"),
 ]  # fmt: skip
 
 INTRO = """\

@@ -196,7 +196,8 @@ def temporary_folder(config: Config, environment: Environment) -> Iterator[Findi
 
 def cache_folder(config: Config, environment: Environment) -> Iterator[Finding]:
     """Check the folder that caches the shards of a remote data set; without it they are fetched at every use."""
-    if address.scheme(config.data.dir) is None or not config.data.cache_gib:
+    locations = (config.data.dir, config.data.tars or "")
+    if not any(map(address.scheme, locations)) or not config.data.cache_gib:
         return
     try:
         folder = _nearest(fetch.cache_folder(config.data.cache_dir))

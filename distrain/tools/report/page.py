@@ -424,6 +424,7 @@ def _facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     source = ", ".join(f"{key}: {_value(value)}" for key, value in data["source"].items())
     data_rows = [
         ("folder", data["dir"]),
+        *([("tar files", data["tars"])] if data.get("tars", data["dir"]) != data["dir"] else []),
         ("splits", ", ".join(f"{name} {number:,}" for name, number in data["splits"].items())),
         ("images", "×".join(map(str, data["image_shape"]))),
         ("classes", str(len(data["classes"]))),
