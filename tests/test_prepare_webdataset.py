@@ -132,7 +132,7 @@ def test_what_was_recognised_is_logged(tars: Path, tmp_path: Path, capsys: Captu
     assert "train: 150 samples in 4 tar files of 1.0 MiB" in output
     assert "images: 8×9 to 12×9, median 10×9" in output
     assert "3 classes from labels (cls): 0, 1, 2" in output
-    assert "180 × field .json: train-00000.tar: 000000.json, train-00000.tar: 000001.json and 13 more" in output
+    assert "180 × field .json: train-00000.tar: 000000.json, train-00000.tar: 000001.json …" in output
     assert "30 images of test also in train" not in output
     assert manifest.read(tmp_path / "out").manifest.mean == [0.485, 0.456, 0.406]
 
@@ -227,10 +227,10 @@ def wait_for_first(folder: Path) -> None:
 
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_one_is_continued(number: signal.Signals, tmp_path: Path, capsys: Capture) -> None:
     tars, out = tmp_path / "tars", tmp_path / "out"
-    write_numbered(tars, "all", LABELS * 4, 200)
+    write_numbered(tars, "all", LABELS * 2, 100)
     process = start(tars, out)
     try:
         wait_for_first(out / ".partial/tars")
@@ -239,14 +239,14 @@ def test_an_interrupted_one_is_continued(number: signal.Signals, tmp_path: Path,
         process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
     assert gone(workers), "workers outlive the command"
     read_before = len(list((out / ".partial/tars").glob("*.npz")))
-    assert 0 < read_before < 200, "interrupted too late to prove anything"
+    assert 0 < read_before < 100, "interrupted too late to prove anything"
     assert run("verify", out) == 78
     capsys.readouterr()
     assert run("prepare", "webdataset", tars / "*.tar", "--out", out) == 0
-    assert f"{read_before} of 200 tar files: read by an earlier attempt" in capsys.readouterr().err
+    assert f"{read_before} of 100 tar files: read by an earlier attempt" in capsys.readouterr().err
     assert run("prepare", "webdataset", tars / "*.tar", "--out", tmp_path / "undisturbed") == 0
     assert files(out) == files(tmp_path / "undisturbed")
 
@@ -254,7 +254,7 @@ def test_an_interrupted_one_is_continued(number: signal.Signals, tmp_path: Path,
 @linux
 def test_of_two_at_once_one_makes_the_index(tmp_path: Path, capsys: Capture) -> None:
     tars, out = tmp_path / "tars", tmp_path / "out"
-    write_numbered(tars, "all", LABELS * 2, 100)
+    write_numbered(tars, "all", LABELS, 50)
     process = start(tars, out)
     try:
         wait_for_first(out / ".partial/tars")
@@ -497,6 +497,7 @@ def test_fields_that_no_sample_has_are_named_with_those_there_are(tars: Path, tm
     ("options", "message"),
     [
         (["--image-size", 8], "--image-size has no effect without --convert"),
+        (["--convert", "--image-size", 8, "--accept-order"], "--accept-order has no effect with --convert"),
         (["--convert"], "--convert: the images have several sizes; choose one with --image-size"),
         (["--test-fraction", 0.5], "--test-fraction 0.5 has no effect, as the source has a test split"),
         (["--lanes", 151], "151 shards for 150 training samples"),

@@ -176,10 +176,16 @@ def _write_index(
     location: str,
 ) -> tuple[Path, list[str], IndexManifest]:
     """Write an index of the samples; return its folder, the names of its files and its manifest."""
-    is_measured = tar_options.normalization == "measured"
-    chosen, pixels, dropped = _choose(source, options, is_measured)
+    chosen, dropped = _choose(source, options, {})
+    num_shards, _ = _layout("train", _entries(source, chosen["train"]), options)
+    rho = _check_mixing(source, chosen["train"], num_shards, tar_options.accept_order)
+    mean, std = _IMAGENET
+    normalization = "ImageNet's"
+    if tar_options.normalization == "measured":
+        chosen, dropped, pixels = _measure(source, options)
+        mean, std = prepare.mean_and_std(pixels.histogram)
+        normalization = f"measured on {plural(pixels.images, 'drawn image')}"
     layouts = {split: _layout(split, _entries(source, part), options) for split, part in chosen.items()}
-    rho = _check_mixing(source, chosen["train"], layouts["train"][0], tar_options.accept_order)
     prepare.warn_of_dropped(dropped)
     prepare.report_limits(chosen, {split: lanes for split, (_, lanes) in layouts.items()}, source, options)
     _report_memory(source, chosen["train"], *layouts["train"])
@@ -193,7 +199,6 @@ def _write_index(
     }
     used = np.concatenate([_entries(source, part) for part in chosen.values()])
     sizes = np.stack([used["height"], used["width"]], 1)
-    mean, std = prepare.mean_and_std(pixels.histogram) if is_measured else _IMAGENET
     description = IndexManifest(
         format="distrain-index",
         version=1,
@@ -204,7 +209,7 @@ def _write_index(
         image_shape=[*sizes[0].tolist(), 3] if (sizes == sizes[0]).all() else None,
         smallest=sizes.min(0).tolist(),
         largest=sizes.max(0).tolist(),
-        normalization=f"measured on {plural(pixels.images, 'drawn image')}" if is_measured else "ImageNet's",
+        normalization=normalization,
         splits=splits,
     )
     return root, [TARS, *(f"{split}.npy" for split in splits)], description
@@ -216,31 +221,40 @@ def _entries(source: WebDataset, part: Selection) -> index.Samples:
 
 
 def _choose(
-    source: WebDataset, options: Options, measured: bool
-) -> tuple[dict[SplitName, Selection], _Pixels, list[str]]:
-    """Choose the samples of each split, in the order of the tar files, and measure the pixels of some.
+    source: WebDataset, options: Options, unreadable: Mapping[int, str]
+) -> tuple[dict[SplitName, Selection], list[str]]:
+    """Choose the samples of each split, in the order of the tar files.
 
-    If some of those cannot be decoded, all samples are chosen again without them.
+    Args:
+        source: the samples.
+        options: options of the choice.
+        unreadable: numbers of training samples that cannot be decoded, and the reasons.
 
     Returns:
-        The samples, the pixels, and a line for each sample that is dropped.
+        The samples, and a line for each one that is dropped.
+    """
+    dropped = [*source.dropped, *prepare.one_line_each(source, {"train": unreadable})]
+    prepare.check_unreadable(dropped, options.skip_bad)
+    chosen = {
+        split: replace(part, ids=np.sort(part.ids))
+        for split, part in prepare.choose(source.labels, {"train": unreadable}, options).items()
+    }
+    prepare.check_chosen(source, chosen, options)
+    return chosen, dropped
+
+
+def _measure(source: WebDataset, options: Options) -> tuple[dict[SplitName, Selection], list[str], _Pixels]:
+    """Measure the pixels of a sample of train. If some cannot be decoded, all samples are chosen again without them.
+
+    Returns:
+        The samples and the lines of `_choose`, and the pixels.
     """
     unreadable: dict[int, str] = {}
     while True:
-        dropped = [*source.dropped, *prepare.one_line_each(source, {"train": unreadable})]
-        prepare.check_unreadable(dropped, options.skip_bad)
-        chosen = {
-            split: replace(part, ids=np.sort(part.ids))
-            for split, part in prepare.choose(source.labels, {"train": unreadable}, options).items()
-        }
-        prepare.check_chosen(source, chosen, options)
-        pixels = (
-            _measure(source, chosen["train"], options.seed)
-            if measured
-            else _Pixels(np.zeros((3, 256), np.int64), 0, [])
-        )
+        chosen, dropped = _choose(source, options, unreadable)
+        pixels = _measure_pixels(source, chosen["train"], options.seed)
         if not pixels.unreadable:
-            return chosen, pixels, dropped
+            return chosen, dropped, pixels
         unreadable.update(pixels.unreadable)
 
 
@@ -258,7 +272,7 @@ class _Pixels(NamedTuple):
     unreadable: list[tuple[int, str]]
 
 
-def _measure(source: WebDataset, part: Selection, seed: int) -> _Pixels:
+def _measure_pixels(source: WebDataset, part: Selection, seed: int) -> _Pixels:
     """Decode a fixed sample of the training images, drawn by the seed, in worker processes."""
     drawn = split_permutation(len(source.labels[part.source_split]), seed, _MEASURE_DRAW)
     ids = np.sort(drawn[np.isin(drawn, part.ids)][:_MEASURED_IMAGES])
@@ -344,34 +358,35 @@ def _report_memory(source: WebDataset, part: Selection, num_shards: int, lanes: 
 
 
 def _report(source: WebDataset, tar_options: TarOptions) -> None:
-    """Log what was recognised in the tar files."""
+    """Log what was recognised in the tar files, and what was passed over."""
+    origin = "--classes" if tar_options.classes is not None else f"labels ({tar_options.label})"
+    classes = ", ".join(printable(name, 40) for name in shortened(source.classes, 5))
+    lines = [*_sizes(source), f"{plural(len(source.classes), 'class')} from {origin}: {classes}"]
+    log.info("%s", "\n  ".join(["recognised:", *lines]))
+    passed_over = _passed_over(source)
+    fields = [line for line in passed_over if " × field ." in line]
+    others = [line for line in passed_over if line not in fields]
+    if fields:
+        log.info("%s", "\n  ".join(["fields that are not used:", *fields]))
+    if others:
+        log.warning("%s", "\n  ".join(["passed over:", *others]))
+    for warning in _repeated(source):
+        log.warning("%s", warning)
+
+
+def _sizes(source: WebDataset) -> list[str]:
+    """Return one line for each split, with its samples and bytes, and one about the sizes of the images."""
     lines = []
     for split, samples in source.samples.items():
         tars = plural(len(source.tars[split]), "tar file")
         size = sum(contents.bytes for contents in source.contents[split]) / 2**20
         lines.append(f"{split}: {plural(len(samples), 'sample')} in {tars} of {size:,.1f} MiB")
     every = np.concatenate(list(source.samples.values()))
-    area = every["height"].astype(np.int64) * every["width"]
-    by_area = np.argsort(area, kind="stable")
-    sizes = [f"{every['height'][i]}×{every['width'][i]}" for i in by_area[[0, len(by_area) // 2, -1]].tolist()]
-    lines.append(
-        f"images: all {sizes[0]}" if source.common_shape else f"images: {sizes[0]} to {sizes[2]}, median {sizes[1]}"
-    )
-    origin = "--classes" if tar_options.classes is not None else f"labels ({tar_options.label})"
-    lines.append(f"{plural(len(source.classes), 'class')} from {origin}: {', '.join(_first_names(source.classes))}")
-    log.info("%s", "\n  ".join(["recognised:", *lines]))
-    passed_over = _passed_over(source)
-    fields = [line for line in passed_over if " × field ." in line]
-    if fields:
-        log.info("%s", "\n  ".join(["fields that are not used:", *fields]))
-    if len(passed_over) > len(fields):
-        log.warning("%s", "\n  ".join(["passed over:", *(line for line in passed_over if line not in fields)]))
-    for warning in _repeated(source):
-        log.warning("%s", warning)
-
-
-def _first_names(classes: Sequence[str]) -> list[str]:
-    return [printable(name, 40) for name in shortened(classes, 5)]
+    by_area = np.argsort(every["height"].astype(np.int64) * every["width"], kind="stable")
+    three = every[by_area[[0, len(by_area) // 2, -1]]]
+    smallest, median, largest = (f"{sample['height']}×{sample['width']}" for sample in three)
+    sizes = f"all {smallest}" if source.common_shape else f"{smallest} to {largest}, median {median}"
+    return [*lines, f"images: {sizes}"]
 
 
 def _passed_over(source: WebDataset) -> list[str]:
@@ -382,8 +397,11 @@ def _passed_over(source: WebDataset) -> list[str]:
         for tar, contents in zip(source.tars[split], of_split, strict=True):
             for what, (count, first) in contents.passed_over.items():
                 counts[what] += count
-                names.setdefault(what, []).extend(f"{tar}: {name}" for name in first)
-    return [f"{count:,} × {what}: {named(names[what], str, 2)}" for what, count in counts.most_common()]
+                names[what] = [*names.get(what, []), *(f"{tar}: {name}" for name in first)][:2]
+    return [
+        f"{count:,} × {what}: {', '.join(map(printable, names[what]))}{' …' if count > 2 else ''}"
+        for what, count in counts.most_common()
+    ]
 
 
 def _repeated(source: WebDataset) -> list[str]:

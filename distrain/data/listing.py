@@ -25,7 +25,7 @@ from distrain.data.pillow import Decoding
 from distrain.data.tars import Contents, Fields
 from distrain.errors import DataError, UnreachableError
 from distrain.progress import Bar
-from distrain.text import plural, printable
+from distrain.text import plural, printable, shortened
 
 log = logging.getLogger("distrain")
 
@@ -93,7 +93,7 @@ def find(location: str, names: Sequence[str], fetching: FetchOptions) -> list[Ta
             problems.append(f"{printable(root / name)}: {error.strerror}")
     if problems:
         header = f"{len(problems)} of {plural(len(names), 'tar file')} cannot be read; {_CURE}:"
-        raise DataError("\n  ".join([header, *problems[:10], *([] if len(problems) <= 10 else ["…"])]))
+        raise DataError("\n  ".join([header, *shortened(problems, 10)]))
     return tar_files
 
 
@@ -119,9 +119,9 @@ def read_all(
     _remove_others(request, tar_files)
     done = {tar.name: contents for tar in tar_files if (contents := _load(request.path(tar))) is not None}
     missing = [tar for tar in tar_files if tar.name not in done]
-    if done:
-        log.info("%s of %s: read by an earlier attempt", f"{len(done):,}", plural(len(tar_files), "tar file"))
     earlier = [tar for tar in tar_files if tar.name in done]
+    if earlier:
+        log.info("%s of %s: read by an earlier attempt", f"{len(earlier):,}", plural(len(tar_files), "tar file"))
     for tar in _read(request, missing, earlier):
         contents = _load(request.path(tar))
         if contents is None:
