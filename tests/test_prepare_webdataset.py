@@ -25,7 +25,7 @@ from tar_files import jpeg, write, write_numbered
 from test_prepare import children, files, gone, refused, run
 from test_prepare import samples as samples_of_blocks
 
-from distrain.data import index, listing, manifest, mixing
+from distrain.data import index, listing, manifest, mixing, pool
 from distrain.data.fetch import FetchOptions
 from distrain.data.indexing import STRETCH_BYTES, STRETCH_SAMPLES, default_shards
 from distrain.data.labels import to_classes
@@ -251,6 +251,20 @@ def test_an_interrupted_one_is_continued(number: signal.Signals, tmp_path: Path,
     assert files(out) == files(tmp_path / "undisturbed")
 
 
+def fail_or_wait(_shared: None, task: int, _progress: Any) -> None:
+    if task == 0:
+        raise DataError("the first task")
+    threading.Event().wait(120)
+
+
+@linux
+def test_an_error_ends_the_other_workers_at_once() -> None:
+    begin = time.monotonic()
+    with pytest.raises(DataError, match="the first task"):
+        list(pool.run(fail_or_wait, None, [0, 1], 2))
+    assert time.monotonic() - begin < 60
+
+
 @linux
 def test_of_two_at_once_one_makes_the_index(tmp_path: Path, capsys: Capture) -> None:
     tars, out = tmp_path / "tars", tmp_path / "out"
@@ -291,11 +305,14 @@ def test_what_was_read_is_not_used_for_other_fields_or_changed_files(tmp_path: P
     command = ["webdataset", tars / "*.tar", "--out", out]
     assert run("prepare", *command) == 78  # sorted
     os.utime(paths[0], ns=(1, 1))
-    next((out / ".partial/tars").glob("*.npz")).write_bytes(b"damaged")
     capsys.readouterr()
     assert run("prepare", *command) == 78
+    assert "3 of 4 tar files: read by an earlier attempt" in capsys.readouterr().err
+    next((out / ".partial/tars").glob("*.npz")).write_bytes(b"damaged")
+    assert run("prepare", *command) == 78
     output = capsys.readouterr().err
-    assert "is damaged; its tar file is read again" in output or "3 of 4 tar files" in output
+    assert "is damaged; its tar file is read again" in output
+    assert "3 of 4 tar files: read by an earlier attempt" in output
     assert run("prepare", *command, "--image", "jpg", "--accept-order") == 0
     assert "earlier attempt" not in capsys.readouterr().err
 
@@ -372,14 +389,17 @@ def test_blocks_have_the_pixels_that_a_folder_of_the_same_images_gives(tmp_path:
 
 
 def test_rho_of_random_order_is_within_its_error_and_that_of_sorted_data_is_1() -> None:
-    for classes, samples, shards in ((2, 130, 64), (10, 1000, 60), (300, 5000, 64), (3, 9, 2)):
-        starts: Ints = np.arange(shards + 1) * samples // shards
-        labels = np.arange(samples) % classes
+    for labels, shards in (
+        (np.arange(130) % 2, 64),
+        (np.arange(1000) % 10, 60),
+        (np.arange(5000) % 300, 64),
+        ((np.arange(4000) % 10 == 0).astype(np.int64), 64),  # one class has nine tenths
+    ):
+        starts: Ints = np.arange(shards + 1) * len(labels) // shards
         draws = [mixing.measure(np.random.default_rng(seed).permutation(labels), starts) for seed in range(200)]
         rhos = np.array([draw.rho for draw in draws])
-        assert abs(rhos.mean()) < 3 * draws[0].error / 200**0.5 + 1e-3
-        assert rhos.std() == pytest.approx(draws[0].error, rel=0.35) or shards < 10
-        assert not any(draw.exceeds(mixing.NOTICEABLE) for draw in draws) or classes == 2
+        assert abs(rhos.mean()) < 4 * draws[0].error / 200**0.5
+        assert rhos.std() == pytest.approx(draws[0].error, rel=0.25)
         assert not any(draw.exceeds(mixing.SORTED) for draw in draws)
     blocks = np.repeat(np.arange(10), 64)
     measured = mixing.measure(blocks, np.arange(0, 641, 64))
