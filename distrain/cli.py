@@ -715,9 +715,12 @@ def prepare_webdataset(
     """
     if image_size is not None and not convert:
         raise ConfigError(
-            "--image-size has no effect without --convert: an index has images as they are;"
-            " set data.image_size when you train"
+            "--image-size has no effect without --convert: an index has images as they are; set data.image_size when"
+            " you train"
         )
+    if convert and (accept_order or normalization != "measured"):
+        name = "--accept-order" if accept_order else "--normalization"
+        raise ConfigError(f"{name} has no effect with --convert; remove it")
     from distrain.data import indexing, labels, prepare
     from distrain.data.images import Decoding
 

@@ -32,10 +32,10 @@ from distrain.data.ownership import OutputFolder
 from distrain.data.pillow import Decoding, UnreadableError, recorded_warnings
 from distrain.data.prepare import Options, Selection
 from distrain.data.sources.webdataset import WebDataset
-from distrain.data.tars import Contents, Fields
+from distrain.data.tars import Fields
 from distrain.errors import ConfigError, DataError
 from distrain.progress import Bar
-from distrain.text import named, percent, plural, printable, shortened
+from distrain.text import named, percent, plural, printable, shortened, shown
 
 log = logging.getLogger("distrain")
 
@@ -92,14 +92,15 @@ def prepare_webdataset(out: Path, tar_options: TarOptions, options: Options) -> 
     def open_source(work: Path) -> WebDataset:
         every = [tar for of_split in tar_files.values() for tar in of_split]
         contents = listing.read_all(location, every, fetching, fields, tar_options.decoding, work)
-        for tar, content in zip(every, contents, strict=True):
-            _check_content(tar.name, content, tar_options)
         remaining = iter(contents)
         by_split = {split: list(itertools.islice(remaining, len(of_split))) for split, of_split in names.items()}
         source = WebDataset(location, fetching, names, by_split, tar_options.classes, tar_options.decoding)
         if tar_options.convert:
             source.image_shape = _image_shape(source, tar_options.image_size)
         _report(source, tar_options)
+        if len(np.unique(source.labels["train"])) == 1:
+            label = shown(source.classes[source.labels["train"][0]])
+            raise DataError(f"all samples of train have the label {label}: training needs two; choose another --label")
         return source
 
     def write(source: WebDataset, folder: OutputFolder, options: Options, request: Mapping[str, Any]) -> Any:
@@ -107,9 +108,20 @@ def prepare_webdataset(out: Path, tar_options: TarOptions, options: Options) -> 
             return prepare.write_blocks(source, folder, options, request, source.dropped)
         return _write_index(source, folder, options, request, tar_options, location)
 
-    return prepare.prepare(
+    dataset, made = prepare.prepare(
         out, "webdataset", _request(tar_options, tar_files), open_source, options, write, listing.FOLDER
     )
+    if not made and isinstance(dataset.manifest, IndexManifest):
+        _update_location(out, location)
+    return dataset, made
+
+
+def _update_location(out: Path, location: str) -> None:
+    """Record where the tar files of an index are, if they were moved: they have the same names and sizes there."""
+    content = _location_json(location)
+    if (out / TARS).read_bytes() != content:
+        files.replace(out / TARS, content)
+        log.info("%s: the tar files are in %s now", out / TARS, printable(address.without_secrets(location)))
 
 
 def _names(all_patterns: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, list[str]]]:
@@ -132,6 +144,7 @@ def _request(tar_options: TarOptions, tar_files: Mapping[str, Sequence[listing.T
         **vars(tar_options.decoding),
         "tars": {split: _names_and_sizes(of_split) for split, of_split in tar_files.items()},
     }
+    request["convert"] = tar_options.convert
     if tar_options.convert:
         return {**request, "image_size": tar_options.image_size}
     return {**request, "normalization": tar_options.normalization, "accept_order": tar_options.accept_order}
@@ -144,18 +157,6 @@ def _names_and_sizes(tar_files: Sequence[listing.TarFile]) -> str:
 
 def _digest(value: Any) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
-
-
-def _check_content(name: str, contents: Contents, tar_options: TarOptions) -> None:
-    """Check that a tar file has samples."""
-    if not len(contents.samples) and not contents.unreadable:
-        passed_over = "; ".join(
-            f"{count:,} {what} ({', '.join(names)})" for what, (count, names) in contents.passed_over.items()
-        )
-        raise DataError(
-            f"{printable(name)}: has no sample with an image ({tar_options.image}) and a label ({tar_options.label});"
-            f" it has {passed_over or 'no files'}; choose --image and --label, or remove it from the pattern"
-        )
 
 
 def _image_shape(source: WebDataset, image_size: int | None) -> tuple[int, int, int]:
@@ -175,20 +176,29 @@ def _write_index(
     location: str,
 ) -> tuple[Path, list[str], IndexManifest]:
     """Write an index of the samples; return its folder, the names of its files and its manifest."""
-    is_measured = tar_options.normalization == "measured"
-    chosen, pixels, dropped = _choose(source, options, is_measured)
+    chosen, dropped = _choose(source, options, {})
+    num_shards, _ = _layout("train", _entries(source, chosen["train"]), options)
+    rho = _check_mixing(source, chosen["train"], num_shards, tar_options.accept_order)
+    mean, std = _IMAGENET
+    normalization = "ImageNet's"
+    if tar_options.normalization == "measured":
+        chosen, dropped, pixels = _measure(source, options)
+        mean, std = prepare.mean_and_std(pixels.histogram)
+        normalization = f"measured on {plural(pixels.images, 'drawn image')}"
     layouts = {split: _layout(split, _entries(source, part), options) for split, part in chosen.items()}
-    rho = _check_mixing(source, chosen["train"], layouts["train"][0], tar_options.accept_order)
     prepare.warn_of_dropped(dropped)
     prepare.report_limits(chosen, {split: lanes for split, (_, lanes) in layouts.items()}, source, options)
     _report_memory(source, chosen["train"], *layouts["train"])
     root = folder.work / "index"
     root.mkdir()
-    files.write(root / TARS, json.dumps({"location": _public(location)}, ensure_ascii=False).encode() + b"\n")
-    splits = {split: _write_split(source, split, part, layouts[split], root) for split, part in chosen.items()}
+    files.write(root / TARS, _location_json(location))
+    splits = {
+        split: _write_split(source, split, chosen[split], layouts[split], root)
+        for split in prepare.SPLITS
+        if split in chosen
+    }
     used = np.concatenate([_entries(source, part) for part in chosen.values()])
     sizes = np.stack([used["height"], used["width"]], 1)
-    mean, std = prepare.mean_and_std(pixels.histogram) if is_measured else _IMAGENET
     description = IndexManifest(
         format="distrain-index",
         version=1,
@@ -199,7 +209,7 @@ def _write_index(
         image_shape=[*sizes[0].tolist(), 3] if (sizes == sizes[0]).all() else None,
         smallest=sizes.min(0).tolist(),
         largest=sizes.max(0).tolist(),
-        normalization=f"measured on {plural(pixels.images, 'drawn image')}" if is_measured else "ImageNet's",
+        normalization=normalization,
         splits=splits,
     )
     return root, [TARS, *(f"{split}.npy" for split in splits)], description
@@ -211,31 +221,40 @@ def _entries(source: WebDataset, part: Selection) -> index.Samples:
 
 
 def _choose(
-    source: WebDataset, options: Options, measured: bool
-) -> tuple[dict[SplitName, Selection], _Pixels, list[str]]:
-    """Choose the samples of each split, in the order of the tar files, and measure the pixels of some.
+    source: WebDataset, options: Options, unreadable: Mapping[int, str]
+) -> tuple[dict[SplitName, Selection], list[str]]:
+    """Choose the samples of each split, in the order of the tar files.
 
-    If some of those cannot be decoded, all samples are chosen again without them.
+    Args:
+        source: the samples.
+        options: options of the choice.
+        unreadable: numbers of training samples that cannot be decoded, and the reasons.
 
     Returns:
-        The samples, the pixels, and a line for each sample that is dropped.
+        The samples, and a line for each one that is dropped.
+    """
+    dropped = [*source.dropped, *prepare.one_line_each(source, {"train": unreadable})]
+    prepare.check_unreadable(dropped, options.skip_bad)
+    chosen = {
+        split: replace(part, ids=np.sort(part.ids))
+        for split, part in prepare.choose(source.labels, {"train": unreadable}, options).items()
+    }
+    prepare.check_chosen(source, chosen, options)
+    return chosen, dropped
+
+
+def _measure(source: WebDataset, options: Options) -> tuple[dict[SplitName, Selection], list[str], _Pixels]:
+    """Measure the pixels of a sample of train. If some cannot be decoded, all samples are chosen again without them.
+
+    Returns:
+        The samples and the lines of `_choose`, and the pixels.
     """
     unreadable: dict[int, str] = {}
     while True:
-        dropped = [*source.dropped, *prepare.one_line_each(source, {"train": unreadable})]
-        prepare.check_unreadable(dropped, options.skip_bad)
-        chosen = {
-            split: replace(part, ids=np.sort(part.ids))
-            for split, part in prepare.choose(source.labels, {"train": unreadable}, options).items()
-        }
-        prepare.check_chosen(source, chosen, options)
-        pixels = (
-            _measure(source, chosen["train"], options.seed)
-            if measured
-            else _Pixels(np.zeros((3, 256), np.int64), 0, [])
-        )
+        chosen, dropped = _choose(source, options, unreadable)
+        pixels = _measure_pixels(source, chosen["train"], options.seed)
         if not pixels.unreadable:
-            return chosen, pixels, dropped
+            return chosen, dropped, pixels
         unreadable.update(pixels.unreadable)
 
 
@@ -253,7 +272,7 @@ class _Pixels(NamedTuple):
     unreadable: list[tuple[int, str]]
 
 
-def _measure(source: WebDataset, part: Selection, seed: int) -> _Pixels:
+def _measure_pixels(source: WebDataset, part: Selection, seed: int) -> _Pixels:
     """Decode a fixed sample of the training images, drawn by the seed, in worker processes."""
     drawn = split_permutation(len(source.labels[part.source_split]), seed, _MEASURE_DRAW)
     ids = np.sort(drawn[np.isin(drawn, part.ids)][:_MEASURED_IMAGES])
@@ -339,31 +358,35 @@ def _report_memory(source: WebDataset, part: Selection, num_shards: int, lanes: 
 
 
 def _report(source: WebDataset, tar_options: TarOptions) -> None:
-    """Log what was recognised in the tar files."""
+    """Log what was recognised in the tar files, and what was passed over."""
+    origin = "--classes" if tar_options.classes is not None else f"labels ({tar_options.label})"
+    classes = ", ".join(printable(name, 40) for name in shortened(source.classes, 5))
+    lines = [*_sizes(source), f"{plural(len(source.classes), 'class')} from {origin}: {classes}"]
+    log.info("%s", "\n  ".join(["recognised:", *lines]))
+    passed_over = _passed_over(source)
+    fields = [line for line in passed_over if " × field ." in line]
+    others = [line for line in passed_over if line not in fields]
+    if fields:
+        log.info("%s", "\n  ".join(["fields that are not used:", *fields]))
+    if others:
+        log.warning("%s", "\n  ".join(["passed over:", *others]))
+    for warning in _repeated(source):
+        log.warning("%s", warning)
+
+
+def _sizes(source: WebDataset) -> list[str]:
+    """Return one line for each split, with its samples and bytes, and one about the sizes of the images."""
     lines = []
     for split, samples in source.samples.items():
         tars = plural(len(source.tars[split]), "tar file")
         size = sum(contents.bytes for contents in source.contents[split]) / 2**20
         lines.append(f"{split}: {plural(len(samples), 'sample')} in {tars} of {size:,.1f} MiB")
     every = np.concatenate(list(source.samples.values()))
-    area = every["height"].astype(np.int64) * every["width"]
-    by_area = np.argsort(area, kind="stable")
-    sizes = [f"{every['height'][i]}×{every['width'][i]}" for i in by_area[[0, len(by_area) // 2, -1]].tolist()]
-    lines.append(
-        f"images: all {sizes[0]}" if source.common_shape else f"images: {sizes[0]} to {sizes[2]}, median {sizes[1]}"
-    )
-    origin = "--classes" if tar_options.classes is not None else f"labels ({tar_options.label})"
-    lines.append(f"{plural(len(source.classes), 'class')} from {origin}: {', '.join(_first_names(source.classes))}")
-    log.info("%s", "\n  ".join(["recognised:", *lines]))
-    passed_over = _passed_over(source)
-    if passed_over:
-        log.warning("%s", "\n  ".join(["passed over:", *passed_over]))
-    for warning in _repeated(source):
-        log.warning("%s", warning)
-
-
-def _first_names(classes: Sequence[str]) -> list[str]:
-    return [printable(name, 40) for name in shortened(classes, 5)]
+    by_area = np.argsort(every["height"].astype(np.int64) * every["width"], kind="stable")
+    three = every[by_area[[0, len(by_area) // 2, -1]]]
+    smallest, median, largest = (f"{sample['height']}×{sample['width']}" for sample in three)
+    sizes = f"all {smallest}" if source.common_shape else f"{smallest} to {largest}, median {median}"
+    return [*lines, f"images: {sizes}"]
 
 
 def _passed_over(source: WebDataset) -> list[str]:
@@ -374,8 +397,11 @@ def _passed_over(source: WebDataset) -> list[str]:
         for tar, contents in zip(source.tars[split], of_split, strict=True):
             for what, (count, first) in contents.passed_over.items():
                 counts[what] += count
-                names.setdefault(what, []).extend(f"{tar}: {name}" for name in first)
-    return [f"{count:,} × {what}: {named(names[what], str, 2)}" for what, count in counts.most_common()]
+                names[what] = [*names.get(what, []), *(f"{tar}: {name}" for name in first)][:2]
+    return [
+        f"{count:,} × {what}: {', '.join(map(printable, names[what]))}{' …' if count > 2 else ''}"
+        for what, count in counts.most_common()
+    ]
 
 
 def _repeated(source: WebDataset) -> list[str]:
@@ -427,12 +453,12 @@ def _write_split(
     return IndexSplit(samples=len(samples), bytes=size, lanes=layout[1], shards=layout[0], index=file, tars=tars)
 
 
-def _public(location: str) -> str:
+def _location_json(location: str) -> bytes:
     public = address.without_secrets(location)
     if public != location:
         log.warning(
-            "the address of the tar files has a password or a query, which %s does not record; give it as data.tars"
+            "the address of the tar files has a password or a query, which %s does not record: give it as data.tars"
             " when you train",
             TARS,
         )
-    return public
+    return json.dumps({"location": public}, ensure_ascii=False).encode() + b"\n"

@@ -25,7 +25,7 @@ from distrain.data.pillow import Decoding
 from distrain.data.tars import Contents, Fields
 from distrain.errors import DataError, UnreachableError
 from distrain.progress import Bar
-from distrain.text import plural, printable
+from distrain.text import plural, printable, shortened
 
 log = logging.getLogger("distrain")
 
@@ -53,7 +53,7 @@ class TarFile:
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """All that the workers need.
 
     Attributes:
@@ -93,7 +93,7 @@ def find(location: str, names: Sequence[str], fetching: FetchOptions) -> list[Ta
             problems.append(f"{printable(root / name)}: {error.strerror}")
     if problems:
         header = f"{len(problems)} of {plural(len(names), 'tar file')} cannot be read; {_CURE}:"
-        raise DataError("\n  ".join([header, *problems[:10], *([] if len(problems) <= 10 else ["…"])]))
+        raise DataError("\n  ".join([header, *shortened(problems, 10)]))
     return tar_files
 
 
@@ -114,14 +114,15 @@ def read_all(
         DataError: a tar file cannot be read, is damaged, or has no sample.
         AgainError: a worker process was killed.
     """
-    request = _Request(location, fetching, fields, decoding, work / FOLDER)
+    request = Request(location, fetching, fields, decoding, work / FOLDER)
     request.folder.mkdir(exist_ok=True)
     _remove_others(request, tar_files)
     done = {tar.name: contents for tar in tar_files if (contents := _load(request.path(tar))) is not None}
     missing = [tar for tar in tar_files if tar.name not in done]
-    if done and missing:
-        log.info("%s of %s were read by an earlier attempt", f"{len(done):,}", plural(len(tar_files), "tar file"))
-    for tar in _read(request, missing, len(tar_files)):
+    earlier = [tar for tar in tar_files if tar.name in done]
+    if earlier:
+        log.info("%s of %s: read by an earlier attempt", f"{len(earlier):,}", plural(len(tar_files), "tar file"))
+    for tar in _read(request, missing, earlier):
         contents = _load(request.path(tar))
         if contents is None:
             raise DataError(f"{request.path(tar)}: disappeared; run the same command again")
@@ -129,19 +130,35 @@ def read_all(
     return [done[tar.name] for tar in tar_files]
 
 
-def _read(request: _Request, tar_files: Sequence[TarFile], total: int) -> Iterator[TarFile]:
-    workers = max(1, min(machine.cores(), len(tar_files)))
+def _read(request: Request, tar_files: Sequence[TarFile], earlier: Sequence[TarFile]) -> Iterator[TarFile]:
+    """Read tar files in worker processes, with a bar that shows MiB, or tar files if their sizes are not known."""
+    sized = all(tar.version is not None for tar in (*tar_files, *earlier))
+    unit = 2**20 if sized else 1
+    sizes = np.cumsum([0, *(_size(tar) if sized else 1 for tar in (*earlier, *tar_files))])
+    done = len(earlier)
+
+    def advance(reports: Sequence[int]) -> None:
+        bytes_or_tars = int(sizes[done]) + (sum(reports) if sized else 0)
+        bar.update(max(0, bytes_or_tars // unit - bar.n))
+
     try:
-        with Bar("read tar files", total=total, done=total - len(tar_files)) as bar:
-            for tar, _ in zip(tar_files, pool.run(_read_one, request, tar_files, workers), strict=True):
-                bar.update(1)
+        with Bar("read tar files", total=int(sizes[-1]) // unit, done=int(sizes[done]) // unit) as bar:
+            workers = max(1, min(machine.cores(), len(tar_files)))
+            results = pool.run(read_one, request, tar_files, workers, advance)
+            for tar, _ in zip(tar_files, results, strict=True):
+                done += 1
+                advance([])
                 yield tar
     except pool.WorkerDiedError as error:
         what = tar_files[error.progress[0]].name if error.progress is not None else None
         raise error.explained(what, "tar files that were read to their end are not read again") from None
 
 
-def _read_one(request: _Request, tar: TarFile, progress: Callable[[int], None]) -> None:
+def _size(tar: TarFile) -> int:
+    return tar.version[0] if tar.version is not None else 0
+
+
+def read_one(request: Request, tar: TarFile, progress: Callable[[int], None]) -> None:
     """Read a tar file and write what was learnt. Runs in a worker process."""
     root = locate(request.location, request.fetching)
 
@@ -153,7 +170,20 @@ def _read_one(request: _Request, tar: TarFile, progress: Callable[[int], None]) 
         return contents
 
     contents = read_file(root, tar.name, read)
+    if not len(contents.samples) and not contents.unreadable:
+        raise DataError(f"{printable(root / tar.name)}: {_without_samples(contents, request.fields)}")
     _save(request.path(tar), contents)
+
+
+def _without_samples(contents: Contents, fields: Fields) -> str:
+    members = [
+        f"{count:,} {what} ({', '.join(names)})" for what, (count, names) in sorted(contents.passed_over.items())
+    ]
+    label = ":".join([fields.label, *([".".join(fields.path)] if fields.path else [])])
+    return (
+        f"has no sample with an image ({';'.join(fields.image)}) and a label ({label}), but"
+        f" {'; '.join(members) or 'no files'}. Choose --image and --label, or remove it from the pattern"
+    )
 
 
 def read_file(root: Path | Remote, name: str, action: Callable[[BinaryIO], T]) -> T:
@@ -185,7 +215,7 @@ def _version(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _remove_others(request: _Request, tar_files: Sequence[TarFile]) -> None:
+def _remove_others(request: Request, tar_files: Sequence[TarFile]) -> None:
     """Remove what belongs to another request, or to a tar file that has changed, and what was not complete."""
     names = {request.path(tar).name for tar in tar_files}
     for path in list(request.folder.iterdir()):

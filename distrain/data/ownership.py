@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -23,6 +24,8 @@ from pathlib import Path
 from distrain import files
 from distrain.data import manifest
 from distrain.errors import BusyError, ConfigError
+
+log = logging.getLogger("distrain")
 
 _OWNER, _UNLOCKED, _MOVED = "owner", "unlocked", "moved.json"
 _WAIT_SECONDS = 2.0
@@ -92,8 +95,12 @@ class OutputFolder:
         """Remove all that this process wrote but the resumable folder, and give the folder back."""
         if self._moved:
             (self.path / manifest.NAME).unlink(missing_ok=True)  # first: without it, the folder is not a data set
-        self._clear()
         self._release()
+        if self._resumable is not None and (self.work / self._resumable).exists():
+            log.info(
+                "%s has what was read so far: another attempt continues with it; delete it if there is none",
+                self.work / self._resumable,
+            )
         with contextlib.suppress(OSError):  # it holds something that this process did not write
             for folder in self._created:
                 folder.rmdir()

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _NONE = -1
+_IDLE_SECONDS = 0.5
 
 _KILLED_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 """Signals that come from outside: from the kernel when memory runs out, from a person, from a scheduler."""
@@ -56,7 +57,11 @@ class WorkerDiedError(Exception):
 
 
 def run(
-    function: Callable[[Any, Task, Callable[[int], None]], Result], shared: Any, tasks: Sequence[Task], workers: int
+    function: Callable[[Any, Task, Callable[[int], None]], Result],
+    shared: Any,
+    tasks: Sequence[Task],
+    workers: int,
+    idle: Callable[[list[int]], None] | None = None,
 ) -> Iterator[Result]:
     """Yield `function(shared, task, report)` for each task, in order. The calls run in worker processes.
 
@@ -65,6 +70,7 @@ def run(
         shared: an object that is sent to each worker once.
         tasks: the tasks.
         workers: number of processes.
+        idle: is called now and then while a result is awaited, with what the tasks in progress have reported.
 
     Raises:
         WorkerDiedError: a worker was killed, or crashed.
@@ -73,14 +79,23 @@ def run(
     started, progress = context.Value("q", 0), context.RawArray("q", [_NONE] * 3 * workers)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start, (function, shared, os.getpid(), started, progress))
+    processes: list[Any] = []
+    complete = False
     try:
-        results = pool.map(_work, enumerate(tasks))
+        futures = [pool.submit(_work, numbered) for numbered in enumerate(tasks)]
         processes = [process for process in multiprocessing.active_children() if process not in others]
         try:
-            yield from results
+            for future in futures:
+                while idle is not None and not wait([future], _IDLE_SECONDS).done:
+                    idle([report for task, report in zip(progress[1::3], progress[2::3], strict=True) if task != _NONE])
+                yield future.result()
         except BrokenProcessPool:
             raise _death(processes, progress) from None
+        complete = True
     finally:
+        if not complete:  # a task may take minutes
+            for process in processes:
+                process.terminate()
         pool.shutdown(cancel_futures=True)
 
 

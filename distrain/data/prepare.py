@@ -475,8 +475,9 @@ def report_limits(
     largest = max(len(part.ids) for part in chosen.values())
     if options.limit is not None and largest < options.limit:
         log.warning("--limit %d has no effect: the largest split has %d samples", options.limit, largest)
+    never_trained = _missing_classes(source, chosen["train"])
     for split, part in chosen.items():
-        missing = _missing_classes(source, part)
+        missing = [name for name in _missing_classes(source, part) if name not in never_trained]
         if missing:
             drawn = f"; use more images or a larger --{split}-fraction" if split not in source.labels else ""
             cure = "; use a larger --limit" if len(part.ids) == options.limit else drawn
