@@ -181,6 +181,8 @@ FAULTS = [
           replace("if error is not None:\n    raise error"), f"{DATA}::test_a_shard_is_harmed[shrink-train]"),
     Fault("a shard's bytes change", "train", SHARD, "every read is checked against the manifest", "digest-of-shard",
           NEVER, f"{DATA}::test_a_shard_is_harmed[change-train]"),
+    Fault("an image of a tar file changes", "train", SHARD, "each image is compared with its digest in the index",
+          "digest-of-sample", NEVER, "tests/test_decoded.py::test_an_image_that_changed_is_named"),
     Fault("a shard changes", "evaluate", SHARD, "all ranks exit from an evaluation together", "data-error-for-all",
           replace("if error is not None:\n    raise error"), f"{DATA}::test_a_shard_is_harmed[change-test]"),
     Fault("an exception in one rank", "train", "1, shown once: host, phase, step, traceback",
