@@ -439,7 +439,7 @@ def test_every_file_is_a_sample_or_passed_over_or_an_error(
         (["manifest.json", "train/00000.tar"], "a prepared data set already; train on it with data.dir={top}"),
         (
             ["0.jpg", "0.cls", "1.jpg", "1.cls"],
-            "WebDataset shards have no class folders: write a source (prepare source",
+            "WebDataset shards have no class folders: use `distrain prepare webdataset`",
         ),
         (images("train/images"), "If the classes are in a table, write a source (prepare source, docs/extending.md)"),
         (images("pets/cat", "pets/dog"), "If cat, dog are the classes, give {top}/pets"),

@@ -555,6 +555,14 @@ def test_unreadable_images_are_named_or_dropped(tmp_path: Path, capsys: Capture)
     assert samples_read["id"].tolist() == [number for number in range(149) if number != 6]
 
 
+def test_a_split_without_a_readable_image_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    path = write(tmp_path / "a.tar", [(f"{number}", {"jpg": b"no image", "cls": b"0"}) for number in range(20)])
+    assert run("prepare", "webdataset", path, "--skip-bad", 20, "--out", tmp_path / "out") == 78
+    error = capsys.readouterr().err
+    assert "no image of train can be read:\n  a.tar, 0: not an image of a known format" in error
+    assert error.endswith("and 10 more\n")
+
+
 def test_repeated_samples_are_reported(tmp_path: Path, capsys: Capture) -> None:
     paths = write_numbered(tmp_path / "tars", "all", LABELS[:40], 2)
     again = shutil.copy(paths[0], tmp_path / "again.tar")

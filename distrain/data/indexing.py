@@ -32,7 +32,7 @@ from distrain.data.ownership import OutputFolder
 from distrain.data.pillow import Decoding, UnreadableError, recorded_warnings
 from distrain.data.prepare import Options, Selection
 from distrain.data.sources.webdataset import WebDataset
-from distrain.data.tars import Fields
+from distrain.data.tars import Contents, Fields
 from distrain.errors import ConfigError, DataError
 from distrain.progress import Bar
 from distrain.text import named, percent, plural, printable, shortened, shown
@@ -94,6 +94,8 @@ def prepare_webdataset(out: Path, tar_options: TarOptions, options: Options) -> 
         contents = listing.read_all(location, every, fetching, fields, tar_options.decoding, work)
         remaining = iter(contents)
         by_split = {split: list(itertools.islice(remaining, len(of_split))) for split, of_split in names.items()}
+        for split, of_split in by_split.items():
+            _check_readable(split, names[split], of_split)
         source = WebDataset(location, fetching, names, by_split, tar_options.classes, tar_options.decoding)
         if tar_options.convert:
             source.image_shape = _image_shape(source, tar_options.image_size)
@@ -157,6 +159,17 @@ def _names_and_sizes(tar_files: Sequence[listing.TarFile]) -> str:
 
 def _digest(value: Any) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
+
+
+def _check_readable(split: str, names: Sequence[str], contents: Sequence[Contents]) -> None:
+    """Check that at least one image of a split can be read."""
+    if not any(len(each.samples) for each in contents):
+        lines = [
+            printable(f"{name}, {key}: {reason}")
+            for name, each in zip(names, contents, strict=True)
+            for key, reason in each.unreadable
+        ]
+        raise DataError("\n  ".join([f"no image of {split} can be read:", *shortened(lines, 10)]))
 
 
 def _image_shape(source: WebDataset, image_size: int | None) -> tuple[int, int, int]:

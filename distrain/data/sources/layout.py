@@ -307,7 +307,7 @@ def _loose(tree: Tree, loose: list[Parts]) -> str:
     if split and split_of(split) != "train":
         return f"{head}, or move {printable(split)}/ away: images without a class cannot be evaluated"
     if any(parts[-1].endswith(".cls") for parts in tree.files):
-        return f"{head}. WebDataset shards have no class folders: {_WRITE_A_SOURCE} that reads them"
+        return f"{head}. WebDataset shards have no class folders: use `distrain prepare webdataset`"
     if all(len(parts) == 1 for parts in tree.files):
         head = f"{tree.label(first)}: no class folders; put images into train/CLASS/ and test/CLASS/{others}"
     return f"{head}. If the classes are in a table, {_WRITE_A_SOURCE} that reads it"
