@@ -19,11 +19,12 @@ from benchmarks import DEFAULT_PARTS, PARTS, plot
 from benchmarks.context import Context
 from benchmarks.table import Table
 from distrain import config, files, machine, models
-from distrain.data import manifest, prepare
+from distrain.data import manifest
 from distrain.data.manifest import Dataset
-from distrain.data.sources.folder import Folder
-from distrain.data.sources.synthetic import Synthetic
 from distrain.errors import ConfigError
+from distrain.prepare import blocks
+from distrain.prepare.sources.folder import Folder
+from distrain.prepare.sources.synthetic import Synthetic
 
 RESULT, PLOT = "bench.json", "bench.png"
 _MIN_TRAINING_IMAGES = 512
@@ -137,7 +138,7 @@ def _open_dataset(options: Options) -> Dataset:
         def open_source(work: Path) -> Any:
             return Synthetic(train, test, side, classes, 0)
 
-    return prepare.prepare(options.out / "data", kind, request, open_source, prepare.Options())[0]
+    return blocks.prepare(options.out / "data", kind, request, open_source, blocks.Options())[0]
 
 
 @contextlib.contextmanager

@@ -476,8 +476,9 @@ def send_to_wandb(run: Path, mode: str, out: Path | None) -> None:
 @click.option("--tars", help="Folder or address of an index's tar files.  [default: where they were indexed]")
 def verify(folder: str, tars: str | None) -> None:
     """Check every digest and count of the data set in FOLDER, or at an address, and of the tar files of an index."""
-    from distrain.data import manifest, verification
+    from distrain.data import manifest
     from distrain.errors import DataError
+    from distrain.prepare import verification
 
     dataset = manifest.read(folder, tars=tars)
     wrong = list(verification.verify(dataset))
@@ -576,7 +577,7 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
     """CIFAR-10, downloaded and verified by torchvision."""
 
     def open_source(work: Path) -> Any:
-        from distrain.data.sources.cifar10 import Cifar10
+        from distrain.prepare.sources.cifar10 import Cifar10
 
         return Cifar10(root, work)
 
@@ -651,7 +652,7 @@ def prepare_folder(
 
     def open_source(work: Path) -> Any:
         from distrain.data.images import Decoding
-        from distrain.data.sources.folder import Folder
+        from distrain.prepare.sources.folder import Folder
 
         return Folder(paths, image_size, work, Decoding(background, bit_depth, max_pixels))
 
@@ -721,8 +722,8 @@ def prepare_webdataset(
     if convert and (accept_order or normalization != "measured"):
         name = "--accept-order" if accept_order else "--normalization"
         raise ConfigError(f"{name} has no effect with --convert; remove it")
-    from distrain.data import indexing, labels, prepare
     from distrain.data.images import Decoding
+    from distrain.prepare import blocks, indexing, labels
 
     tar_options = indexing.TarOptions(
         {"train": train, "val": val, "test": test},
@@ -735,7 +736,7 @@ def prepare_webdataset(
         convert,
         image_size,
     )
-    dataset, made = indexing.prepare_webdataset(out, tar_options, prepare.Options(**options))
+    dataset, made = indexing.prepare_webdataset(out, tar_options, blocks.Options(**options))
     _show(dataset, made, "options, names and sizes of tar files")
 
 
@@ -751,7 +752,7 @@ def prepare_synthetic(
     """Generated pictures, drawn from a seed. No download."""
 
     def open_source(work: Path) -> Any:
-        from distrain.data.sources.synthetic import Synthetic
+        from distrain.prepare.sources.synthetic import Synthetic
 
         return Synthetic(samples, test_samples, image_size, classes, options["seed"])
 
@@ -785,7 +786,7 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
     """
 
     def open_source(_work: Path) -> Any:
-        from distrain.data.sources.user_class import UserSource
+        from distrain.prepare.sources.user_class import UserSource
 
         return UserSource(name, arguments)
 
@@ -795,10 +796,10 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
 
 def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Callable[[Path], Any], options: Any) -> None:
     """Prepare a data set and describe it on stdout."""
-    from distrain.data import prepare
+    from distrain.prepare import blocks
 
-    dataset, made = prepare.prepare(out, kind, arguments, open_source, prepare.Options(**options))
-    _show(dataset, made, "options" if kind in prepare.FIXED_BY_OPTIONS else "options, classes and numbers of images")
+    dataset, made = blocks.prepare(out, kind, arguments, open_source, blocks.Options(**options))
+    _show(dataset, made, "options" if kind in blocks.FIXED_BY_OPTIONS else "options, classes and numbers of images")
 
 
 def _show(dataset: Any, made: bool, compared: str) -> None:

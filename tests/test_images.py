@@ -291,7 +291,8 @@ def test_a_lack_of_memory_is_no_fault_of_the_file() -> None:
 
 FORK = """
 import sys, torch
-from distrain.data import pool, images
+from distrain.data import images
+from distrain.prepare import pool
 torch.set_num_threads(2)
 torch.rand(2000, 2000).exp().sum()  # OpenMP's threads are started
 

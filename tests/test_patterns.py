@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from webdataset.shardlists import expand_urls
 
 from distrain.config import Data
-from distrain.data import patterns
 from distrain.data.fetch import FetchOptions, Remote, locate
-from distrain.data.patterns import common_root, expand
 from distrain.errors import ConfigError, DataError
+from distrain.prepare import patterns
+from distrain.prepare.patterns import common_root, expand
 
 OPTIONS = FetchOptions.of(Data(), cached=False)
 

@@ -31,12 +31,12 @@ from PIL import Image
 from distrain import cli
 from distrain.data import manifest, shards
 from distrain.data.manifest import Dataset
-from distrain.data.ownership import OutputFolder
-from distrain.data.prepare import DEFAULT_LANES, SHARD_BYTES, Options, choose, layout, stratified
 from distrain.data.shards import Block
-from distrain.data.sources.folder import Folder
-from distrain.data.sources.synthetic import Synthetic
 from distrain.errors import ConfigError, DataError
+from distrain.prepare.blocks import DEFAULT_LANES, SHARD_BYTES, Options, choose, layout, stratified
+from distrain.prepare.ownership import OutputFolder
+from distrain.prepare.sources.folder import Folder
+from distrain.prepare.sources.synthetic import Synthetic
 
 Capture = pytest.CaptureFixture[str]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs forked workers and /proc")
@@ -741,7 +741,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distrain.data.sources import UnreadableError
+from distrain.prepare.sources import UnreadableError
 
 
 class Dots:

@@ -25,16 +25,17 @@ from tar_files import jpeg, write, write_numbered
 from test_prepare import children, files, gone, refused, run
 from test_prepare import samples as samples_of_blocks
 
-from distrain.data import index, listing, manifest, mixing, pool
+from distrain.data import index, manifest
 from distrain.data.fetch import FetchOptions
-from distrain.data.indexing import STRETCH_BYTES, STRETCH_SAMPLES, default_shards
-from distrain.data.labels import to_classes
 from distrain.data.manifest import Dataset, IndexManifest, IndexSplit
 from distrain.data.order import Ints
 from distrain.data.pillow import Decoding
-from distrain.data.prepare import layout
-from distrain.data.tars import Fields
 from distrain.errors import DataError
+from distrain.prepare import listing, mixing, pool
+from distrain.prepare.blocks import layout
+from distrain.prepare.indexing import STRETCH_BYTES, STRETCH_SAMPLES, default_shards
+from distrain.prepare.labels import to_classes
+from distrain.prepare.tars import Fields
 
 Capture = pytest.CaptureFixture[str]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs forked workers and /proc")

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from distrain.data import tars
 from distrain.data.pillow import Decoding, UnreadableError, header_size
-from distrain.data.tars import Contents, Fields
 from distrain.errors import ConfigError, DataError, UnreachableError
+from distrain.prepare import tars
+from distrain.prepare.tars import Contents, Fields
 
 FIELDS = Fields.parse("jpg;jpeg;png", "cls")
 DECODING = Decoding()

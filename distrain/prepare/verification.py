@@ -11,11 +11,12 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from distrain.data import index, listing, shards
+from distrain.data import index, shards
 from distrain.data.index import Samples
 from distrain.data.manifest import Dataset, IndexManifest, IndexSplit, Manifest, Tar
 from distrain.data.order import Ints
 from distrain.errors import DataError
+from distrain.prepare import listing
 from distrain.progress import Bar
 from distrain.text import named, plural, printable
 

@@ -27,14 +27,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from distrain import address, machine
-from distrain.data import manifest, pool, shards
+from distrain.data import manifest, shards
 from distrain.data.manifest import Dataset, IndexManifest, Manifest, Shard, Split
 from distrain.data.order import Ints, split_permutation
-from distrain.data.ownership import OutputFolder
 from distrain.data.pillow import DepthWarning, UnreadableError, recorded_warnings
-from distrain.data.remarks import FLAT, Remark, Sample, is_flat, report
-from distrain.data.sources import Source
 from distrain.errors import AgainError, ConfigError, DataError
+from distrain.prepare import pool
+from distrain.prepare.ownership import OutputFolder
+from distrain.prepare.remarks import FLAT, Remark, Sample, is_flat, report
+from distrain.prepare.sources import Source
 from distrain.progress import Bar
 from distrain.text import named, plural, printable, shortened
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from distrain.data import index
 from distrain.data.fetch import FetchOptions, Remote, locate
 from distrain.data.images import decode, read_image
-from distrain.data.labels import to_classes
 from distrain.data.manifest import Tar
 from distrain.data.pillow import Decoding
-from distrain.data.tars import Contents
+from distrain.prepare.labels import to_classes
+from distrain.prepare.tars import Contents
 from distrain.text import printable
 
 

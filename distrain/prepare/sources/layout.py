@@ -12,10 +12,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from distrain.data.sources.archives import File
-from distrain.data.sources.names import classes_in, is_archive, is_image, normal, other_kind, similar_splits, split_of
-from distrain.data.sources.tree import Parts, Tree
 from distrain.errors import DataError
+from distrain.prepare.sources.archives import File
+from distrain.prepare.sources.names import (
+    classes_in,
+    is_archive,
+    is_image,
+    normal,
+    other_kind,
+    similar_splits,
+    split_of,
+)
+from distrain.prepare.sources.tree import Parts, Tree
 from distrain.text import plural, printable, shortened
 
 SPLITS = ("train", "val", "test")

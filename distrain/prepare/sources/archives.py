@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from distrain.data.sources import UnreadableError
 from distrain.errors import DataError
 from distrain.files import open_regular
+from distrain.prepare.sources import UnreadableError
 from distrain.text import printable
 
 log = logging.getLogger("distrain")

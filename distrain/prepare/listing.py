@@ -19,11 +19,11 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from distrain import files, machine
-from distrain.data import pool, tars
 from distrain.data.fetch import FetchError, FetchOptions, Remote, locate
 from distrain.data.pillow import Decoding
-from distrain.data.tars import Contents, Fields
 from distrain.errors import DataError, UnreachableError
+from distrain.prepare import pool, tars
+from distrain.prepare.tars import Contents, Fields
 from distrain.progress import Bar
 from distrain.text import plural, printable, shortened
 

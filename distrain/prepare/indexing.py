@@ -24,16 +24,17 @@ import xxhash
 
 from distrain import address, files, machine
 from distrain.config import Data
-from distrain.data import index, listing, mixing, patterns, pool, prepare
+from distrain.data import index
 from distrain.data.fetch import FetchOptions
 from distrain.data.manifest import TARS, Dataset, File, IndexManifest, IndexSplit, SplitName, Tar
 from distrain.data.order import Ints, split_permutation
-from distrain.data.ownership import OutputFolder
 from distrain.data.pillow import Decoding, UnreadableError, recorded_warnings
-from distrain.data.prepare import Options, Selection
-from distrain.data.sources.webdataset import WebDataset
-from distrain.data.tars import Contents, Fields
 from distrain.errors import ConfigError, DataError
+from distrain.prepare import blocks, listing, mixing, patterns, pool
+from distrain.prepare.blocks import Options, Selection
+from distrain.prepare.ownership import OutputFolder
+from distrain.prepare.sources.webdataset import WebDataset
+from distrain.prepare.tars import Contents, Fields
 from distrain.progress import Bar
 from distrain.text import named, percent, plural, printable, shortened, shown
 
@@ -107,10 +108,10 @@ def prepare_webdataset(out: Path, tar_options: TarOptions, options: Options) -> 
 
     def write(source: WebDataset, folder: OutputFolder, options: Options, request: Mapping[str, Any]) -> Any:
         if tar_options.convert:
-            return prepare.write_blocks(source, folder, options, request, source.dropped)
+            return blocks.write_blocks(source, folder, options, request, source.dropped)
         return _write_index(source, folder, options, request, tar_options, location)
 
-    dataset, made = prepare.prepare(
+    dataset, made = blocks.prepare(
         out, "webdataset", _request(tar_options, tar_files), open_source, options, write, listing.FOLDER
     )
     if not made and isinstance(dataset.manifest, IndexManifest):
@@ -196,18 +197,18 @@ def _write_index(
     normalization = "ImageNet's"
     if tar_options.normalization == "measured":
         chosen, dropped, pixels = _measure(source, options)
-        mean, std = prepare.mean_and_std(pixels.histogram)
+        mean, std = blocks.mean_and_std(pixels.histogram)
         normalization = f"measured on {plural(pixels.images, 'drawn image')}"
     layouts = {split: _layout(split, _entries(source, part), options) for split, part in chosen.items()}
-    prepare.warn_of_dropped(dropped)
-    prepare.report_limits(chosen, {split: lanes for split, (_, lanes) in layouts.items()}, source, options)
+    blocks.warn_of_dropped(dropped)
+    blocks.report_limits(chosen, {split: lanes for split, (_, lanes) in layouts.items()}, source, options)
     _report_memory(source, chosen["train"], *layouts["train"])
     root = folder.work / "index"
     root.mkdir()
     files.write(root / TARS, _location_json(location))
     splits = {
         split: _write_split(source, split, chosen[split], layouts[split], root)
-        for split in prepare.SPLITS
+        for split in blocks.SPLITS
         if split in chosen
     }
     used = np.concatenate([_entries(source, part) for part in chosen.values()])
@@ -215,7 +216,7 @@ def _write_index(
     description = IndexManifest(
         format="distrain-index",
         version=1,
-        source={**request, **prepare.listed(source), "skipped": len(dropped), "mixing": rho},
+        source={**request, **blocks.listed(source), "skipped": len(dropped), "mixing": rho},
         classes=source.classes,
         mean=mean,
         std=std,
@@ -246,13 +247,13 @@ def _choose(
     Returns:
         The samples, and a line for each one that is dropped.
     """
-    dropped = [*source.dropped, *prepare.one_line_each(source, {"train": unreadable})]
-    prepare.check_unreadable(dropped, options.skip_bad)
+    dropped = [*source.dropped, *blocks.one_line_each(source, {"train": unreadable})]
+    blocks.check_unreadable(dropped, options.skip_bad)
     chosen = {
         split: replace(part, ids=np.sort(part.ids))
-        for split, part in prepare.choose(source.labels, {"train": unreadable}, options).items()
+        for split, part in blocks.choose(source.labels, {"train": unreadable}, options).items()
     }
-    prepare.check_chosen(source, chosen, options)
+    blocks.check_chosen(source, chosen, options)
     return chosen, dropped
 
 
@@ -312,7 +313,7 @@ def _measure_some(source: WebDataset, ids: Ints, progress: Callable[[int], None]
         progress(number)
         try:
             with recorded_warnings():
-                histogram += prepare.histogram_of(source.decode("train", number))
+                histogram += blocks.histogram_of(source.decode("train", number))
         except UnreadableError as error:
             unreadable.append((number, str(error)))
     return _Pixels(histogram, len(ids), unreadable)
@@ -320,7 +321,7 @@ def _measure_some(source: WebDataset, ids: Ints, progress: Callable[[int], None]
 
 def _layout(split: SplitName, entries: index.Samples, options: Options) -> tuple[int, int]:
     """Return the number of virtual shards and of lanes of a split."""
-    return prepare.layout_of(split, len(entries), float(entries["bytes"].mean()), options, default_shards)
+    return blocks.layout_of(split, len(entries), float(entries["bytes"].mean()), options, default_shards)
 
 
 def default_shards(samples: int, sample_bytes: float, lanes: int) -> int:
