@@ -69,15 +69,15 @@ def write_stock(
 
 def write_by_tar(path: Path, work: Path, numbers: Sequence[int], *options: str) -> None:
     """Write samples with the program `tar`: folders, dots, upper case, long names, and members that no sample uses."""
-    for place, number in enumerate(numbers):
+    for position, number in enumerate(numbers):
         extension, content = image_file(number)
-        folder = work / ("photos.v1", "B/deep", "B/" + "long" * 30)[place % 3]
+        folder = work / ("photos.v1", "B/deep", "B/" + "long" * 30)[position % 3]
         folder.mkdir(parents=True, exist_ok=True)
-        upper = place % 5 == 0
+        upper = position % 5 == 0
         name, label = f"IMG_{number:06}", str(label_of(number))
         for suffix, data in ((extension, content), ("cls", label.encode() + b"\n")):
             (folder / f"{name}.{suffix.upper() if upper else suffix}").write_bytes(data)
-        if place == 0:
+        if position == 0:
             os.link(folder / f"{name}.{extension.upper()}", folder / f"{name}-hard.jpg")
             (folder / f"{name}-soft.jpg").symlink_to(f"{name}.{extension.upper()}")
             (folder / f"{name}.json").write_text("{}")
