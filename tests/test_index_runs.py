@@ -501,7 +501,7 @@ def with_bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-BAD = 100
+BAD = 115
 """Number of the sample, which is its id too."""
 
 
@@ -530,7 +530,11 @@ def test_bad_images_that_are_allowed_are_replaced_the_same_on_any_number_of_proc
     with_bad: Path, undisturbed: Path, group: Groups, tmp_path: Path
 ) -> None:
     """The bad image of test is the only one of its batch."""
-    allowed: Sections = {"data": {"skip_bad": 2}, "eval": {"batch_size": 1, "every_steps": 30}}
+    allowed: Sections = {
+        "data": {"skip_bad": 2},
+        "eval": {"batch_size": 1},
+        "checkpoint": {"every_steps": 4, "keep": 0},
+    }
     results = {w: group(w).train(configuration(with_bad / "data", tmp_path / str(w), EPOCHS, allowed)) for w in (1, 2)}
     one = ids_by_step(tmp_path / "1")
     assert ids_by_step(tmp_path / "2") == one
@@ -542,10 +546,14 @@ def test_bad_images_that_are_allowed_are_replaced_the_same_on_any_number_of_proc
         assert names == sorted([name_of_bad(with_bad, "train", BAD), name_of_bad(with_bad, "test", 40)])
         assert result["total"] == 40
         assert result["loss"] == results[1]["loss"]
-    cut = configuration(with_bad / "data", tmp_path / "cut", EPOCHS, allowed, {"checkpoint": {"every_steps": 4}})
-    with fault(group(2), "terminate:0:60"), pytest.raises(GroupError, match="Stopped"):
-        group(2).train(cut)
-    result = group(1).train(cut)
+    # A resume after the last step with the image: its name is in the checkpoint.
+    after = max(step for step, ids in ids_by_step(undisturbed).items() if BAD in ids) + 1
+    shutil.copytree(tmp_path / "2", tmp_path / "cut")
+    (tmp_path / "cut/result.json").unlink()
+    for step in range(-(-after // 4) * 4 + 1, 61):
+        shutil.rmtree(tmp_path / f"cut/checkpoints/step-{step:08d}", ignore_errors=True)
+    assert after <= last_step(tmp_path / "cut") < 60
+    result = group(1).train(configuration(with_bad / "data", tmp_path / "cut", EPOCHS, allowed))
     assert result["unreadable"] == results[1]["unreadable"]
     assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "1"))
     (scores, *_) = group(2).call("function", evaluate, tmp_path / "1")
