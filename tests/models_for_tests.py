@@ -175,6 +175,10 @@ class Faulty(nn.Sequential):
                 ctypes.PyDLL(None).sleep(1000)
             if self.kind == "stop":
                 os.kill(os.getpid(), signal.SIGUSR1)
+            if self.kind == "terminate":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self.kind == "lose":
+                os.unlink(os.environ["FAULT_FILE"])
             if self.kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.kind == "crash":

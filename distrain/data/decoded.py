@@ -243,17 +243,11 @@ def decode(
 
 
 def _block_of(samples: Encoded, images: Tensor, tasks: Sequence[Future[list[Bad]]], bad: list[Bad]) -> Block:
-    """Return the samples of a decoded batch that could be decoded; add the others to `bad`.
-
-    Raises:
-        DataError: none could be.
-    """
+    """Return the samples of a decoded batch that could be decoded; add the others to `bad`."""
     here = _bad(tasks)
     bad += [each._replace(substitute=None) for each in here]
     entries = samples.samples
     good = np.setdiff1d(np.arange(len(entries)), [each.row for each in here])
-    if not len(good):
-        raise DataError(f"no image of a batch of {len(entries)} can be decoded: {here[0].reason}")
     return Block(
         images.numpy()[good] if here else images.numpy(), entries["label"][good].astype(np.int64), entries["id"][good]
     )

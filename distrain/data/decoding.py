@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distrain.data import crops, images
+from distrain.data import crops, images, pillow
 from distrain.data.crops import Boxes
 from distrain.data.encoded import Encoded
 from distrain.data.images import Box, Decoding, UnreadableError
@@ -122,6 +122,7 @@ class Decoder:
 
     def __init__(self, threads: int, decoding: Decoding) -> None:
         self.threads, self.decoding = threads, decoding
+        pillow.ignore_warnings()  # there would be one for each image of 16 bits, in each epoch
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="distrain-decode")
 
     def start(self, batch: Encoded, transform: Transform, out: Tensor) -> list[Future[list[Bad]]]:

@@ -131,7 +131,7 @@ class EvaluationBatches:
         counts = (-(-split.sizes // batch_size)).tolist()
         ends = list(itertools.accumulate(counts))
         self.numbers = [batch for shard in numbers for batch in range(ends[shard] - counts[shard], ends[shard])]
-        """Numbers of this process's batches among those of the split."""
+        """Numbers of this process's batches among those of the split; without those that turned out to be empty."""
         self.bad: list[Bad] = []
         """Samples so far that could not be decoded: they are in no batch."""
         closed = threading.Event()
@@ -144,6 +144,7 @@ class EvaluationBatches:
         self._size = batch_size
         self._block: Block | None = None
         self._start = 0
+        self._batches = 0
 
     def ready(self, timeout: float | None) -> bool:
         """Wait up to `timeout` seconds for the next batch or the end; return whether it is ready."""
@@ -155,7 +156,10 @@ class EvaluationBatches:
     def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
         while not self._left():
             self._block, self._start = next(self._background), 0
+            if not len(self._block.labels):
+                del self.numbers[self._batches]  # none of its images can be decoded
         assert self._block is not None
+        self._batches += 1
         part = slice(self._start, self._start + self._size)
         self._start += self._size
         images, labels, ids = (torch.from_numpy(array[part]) for array in self._block)

@@ -158,6 +158,8 @@ def evaluate(
         raise DataError(
             f"{dataset.root}: {confusion.total} samples of {split} were scored, the manifest has {expected}"
         )
+    if not expected:
+        raise DataError(f"{dataset.root}: no image of {split} can be decoded; index other tar files")
     of_batches = {number: loss for _, each, _ in (first, *others) for number, loss in each.items()}
     # In the order of the batches: the same bits on any number of processes.
     return Scores(confusion, sum_in_order(of_batches[each] for each in sorted(of_batches)) / expected, tuple(bad))

@@ -9,7 +9,7 @@ import torch
 
 from distrain import machine
 from distrain.config import Config
-from distrain.data import decoded, images, pillow, rounds
+from distrain.data import decoded, images, rounds
 from distrain.data.decoding import Decoder, EvaluationTransform, Preprocessing, TrainingTransform
 from distrain.data.gpu_decoding import GpuDecoder
 from distrain.data.manifest import Dataset
@@ -93,7 +93,6 @@ def preprocessing(
         return None
     height, width, _ = dataset.image_shape
     augment, decoding = config.augment, images.Decoding.of(dataset.manifest.source)
-    pillow.ignore_warnings()  # what is unusual about an image is said where it is indexed
     threads = decode_threads(config, processes)
     decoder = Decoder(threads, decoding)
     if config.data.decode_device == "gpu" and device is not None:
