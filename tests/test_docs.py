@@ -17,6 +17,7 @@ from typing import NamedTuple
 import click
 import click.testing
 import manifests
+import page_data
 import pytest
 from datasets import make
 from PIL import Image, ImageDraw
@@ -94,6 +95,8 @@ def check(arguments: list[str]) -> None:
         if "--config_file" in arguments:
             assert (REPO / arguments[arguments.index("--config_file") + 1]).is_file()
         check_distrain(arguments[arguments.index("distrain") + 1 :])
+    elif program == "python":
+        assert f"python file={arguments[1]}" in {block.tag for block in BLOCKS}, f"{arguments[1]} is on no page"
     elif "--wrap" in arguments:
         check(shlex.split(arguments[arguments.index("--wrap") + 1]))
     elif program == "sbatch":
@@ -248,6 +251,8 @@ def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(REPO / name)
     if page == "README.md":  # `make train`, above, has made it
         make(tmp_path / "data/synthetic", 2000, 500, image_size=32)
+    if page == "data.md":
+        page_data.write(tmp_path)
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for block in (one for one in BLOCKS if one.page == page):
         if file := FILE.fullmatch(block.tag):
