@@ -415,9 +415,9 @@ def show_hashes(runs: tuple[Path, ...], as_json: bool) -> None:
 def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as_json: bool, device: str) -> None:
     """Classify image files with the model of RUN. Its data set is not needed.
 
-    Images are decoded, resized and cropped as by `prepare`; as in evaluation, if it was trained on an index of tar files.
-    The output has one line per file: its name, and the --top most probable classes with their probabilities. With --json:
-    {"file": NAME, "classes": {CLASS: PROBABILITY}}, probabilities in 0 … 1.
+    Images are decoded, resized and cropped as by `prepare`; for an index, as in evaluation. The output has one line per
+    file: its name, and the --top most probable classes with their probabilities. With --json: {"file": NAME, "classes":
+    {CLASS: PROBABILITY}}, probabilities in 0 … 1.
     """
     from distrain.tools import predict as prediction
 

@@ -19,7 +19,9 @@ import click.testing
 import manifests
 import page_data
 import pytest
+import webdataset
 from datasets import make
+from indexes import jpeg
 from PIL import Image, ImageDraw
 
 from benchmarks.__main__ import bench
@@ -264,6 +266,29 @@ def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
             [*shell, block.text], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0, f"{block}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def test_the_scripts_pack_each_image_once_with_its_class_in_random_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_data.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    scripts = {match[1]: block.text for block in BLOCKS if (match := FILE.fullmatch(block.tag))}
+    for name, arguments in (("make_tars.py", ["photos", "tars/train"]), ("make_imagenet_tars.py", [])):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        exec(compile(scripts[name], name, "exec"), {})
+    for pattern, numbers, classes in (
+        ("tars/train-*.tar", range(120), page_data.CLASSES),
+        ("imagenet/train-*.tar", range(120), page_data.WORDNET),
+        ("imagenet/val-*.tar", range(1001, 1031), page_data.WORDNET),
+    ):
+        largest = 300 if pattern.startswith("tars") else 120
+        expected = [(jpeg(number, 40, largest), classes[number % 3].encode()) for number in numbers]
+        tars = webdataset.WebDataset(sorted(map(str, tmp_path.glob(pattern))), shardshuffle=False)
+        samples = [(sample["jpg"], sample["txt"]) for sample in tars]
+        assert sorted(samples) == sorted(expected)
+        changes = sum(before != after for (_, before), (_, after) in pairwise(samples))
+        assert changes > len(samples) / 2  # two thirds are expected; 2 if they were sorted by class
 
 
 @pytest.mark.parametrize("module", ["torch.export", "onnxruntime"])
