@@ -415,9 +415,9 @@ def show_hashes(runs: tuple[Path, ...], as_json: bool) -> None:
 def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as_json: bool, device: str) -> None:
     """Classify image files with the model of RUN. Its data set is not needed.
 
-    Images are decoded, resized and cropped as by `prepare`. The output has one line per file: its name, and the --top
-    most probable classes with their probabilities. With --json: {"file": NAME, "classes": {CLASS: PROBABILITY}},
-    probabilities in 0 … 1.
+    Images are decoded, resized and cropped as by `prepare`; for an index, as in evaluation. The output has one line per
+    file: its name, and the --top most probable classes with their probabilities. With --json: {"file": NAME, "classes":
+    {CLASS: PROBABILITY}}, probabilities in 0 … 1.
     """
     from distrain.tools import predict as prediction
 
@@ -443,7 +443,7 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> None:
               image_shape  JSON list [C, H, W]
               checkpoint   name of the checkpoint
 
-    Images must be resized and cropped as by `prepare`, but not normalised: the file does that. docs/extending.md has
+    Images must be resized and cropped as for `predict`, but not normalised: the file does that. docs/extending.md has
     examples that run. The file is read back, and its outputs are compared with the model's. ONNX needs an extra: pip
     install 'distrain[onnx]'.
     """

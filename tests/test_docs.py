@@ -17,8 +17,11 @@ from typing import NamedTuple
 import click
 import click.testing
 import manifests
+import page_data
 import pytest
+import webdataset
 from datasets import make
+from indexes import jpeg
 from PIL import Image, ImageDraw
 
 from benchmarks.__main__ import bench
@@ -94,6 +97,8 @@ def check(arguments: list[str]) -> None:
         if "--config_file" in arguments:
             assert (REPO / arguments[arguments.index("--config_file") + 1]).is_file()
         check_distrain(arguments[arguments.index("distrain") + 1 :])
+    elif program == "python":
+        assert f"python file={arguments[1]}" in {block.tag for block in BLOCKS}, f"{arguments[1]} is on no page"
     elif "--wrap" in arguments:
         check(shlex.split(arguments[arguments.index("--wrap") + 1]))
     elif program == "sbatch":
@@ -248,6 +253,8 @@ def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(REPO / name)
     if page == "README.md":  # `make train`, above, has made it
         make(tmp_path / "data/synthetic", 2000, 500, image_size=32)
+    if page == "data.md":
+        page_data.write(tmp_path)
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for block in (one for one in BLOCKS if one.page == page):
         if file := FILE.fullmatch(block.tag):
@@ -259,6 +266,29 @@ def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
             [*shell, block.text], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0, f"{block}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def test_the_scripts_pack_each_image_once_with_its_class_in_random_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_data.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    scripts = {match[1]: block.text for block in BLOCKS if (match := FILE.fullmatch(block.tag))}
+    for name, arguments in (("make_tars.py", ["photos", "tars/train"]), ("make_imagenet_tars.py", [])):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        exec(compile(scripts[name], name, "exec"), {})
+    for pattern, numbers, classes in (
+        ("tars/train-*.tar", range(120), page_data.CLASSES),
+        ("imagenet/train-*.tar", range(120), page_data.WORDNET),
+        ("imagenet/val-*.tar", range(1001, 1031), page_data.WORDNET),
+    ):
+        largest = 300 if pattern.startswith("tars") else 120
+        expected = [(jpeg(number, 40, largest), classes[number % 3].encode()) for number in numbers]
+        tars = webdataset.WebDataset(sorted(map(str, tmp_path.glob(pattern))), shardshuffle=False)
+        samples = [(sample["jpg"], sample["txt"]) for sample in tars]
+        assert sorted(samples) == sorted(expected)
+        changes = sum(before != after for (_, before), (_, after) in pairwise(samples))
+        assert changes > len(samples) / 2  # two thirds are expected; 2 if they were sorted by class
 
 
 @pytest.mark.parametrize("module", ["torch.export", "onnxruntime"])

@@ -37,7 +37,7 @@ from distrain.runs import checkpoint
 from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
 from distrain.runs.trackers import check_tensorboard
-from distrain.text import plural, printable, shortened
+from distrain.text import plural, shortened
 from distrain.training import flops, inputs, optim
 from distrain.training.flops import Flops
 from distrain.training.job import Job, TrainedModel
@@ -151,13 +151,12 @@ def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -
         raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
     missing = runtime.collectives.from_main(list(dataset.missing(splits)) if runtime.is_main else None)
     if missing:
-        what, cure = "shards", "restore them or prepare the data set again; `distrain verify` checks all shards"
+        header = f"{dataset.root}: shards are missing or damaged:"
+        cure = "restore them or prepare the data set again; `distrain verify` checks all shards"
         if dataset.is_index:
-            what = f"tar files, in {printable(dataset.tars)},"
-            cure = "bring them back, or name their folder or address by data.tars; if they changed, index them again"
-        raise DataError(
-            "\n  ".join([f"{dataset.root}: {what} are missing or damaged:", *shortened(missing, 5)]) + f"\n{cure}"
-        )
+            header = f"{dataset.tars}: tar files are missing or damaged:"
+            cure = "set data.tars if they were moved; else restore them, or index them again"
+        raise DataError("\n  ".join([header, *shortened(missing, 5)]) + f"\n{cure}")
 
 
 def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -> Job:
