@@ -20,7 +20,6 @@ import yaml
 from broken_disks import refuse_to_sync_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from indexes import build
 from PIL import Image
 
 from distrain import cli, config
@@ -295,16 +294,6 @@ def test_a_bad_manifest_is_one_short_line(values: dict[str, object], dataset: Pa
     (tmp_path / manifest.NAME).write_bytes((dataset / manifest.NAME).read_bytes())
     change_manifest(tmp_path, **values)
     assert shown("verify", str(tmp_path)).count("\n") == 1
-
-
-def test_tar_files_that_were_moved_are_named_with_the_key_that_finds_them(tmp_path: Path) -> None:
-    index = build(tmp_path, {"train": [8, 8], "test": [4]}, lanes=2, shards=2)
-    arguments = [*keys(Path(str(index.root)), tmp_path / "run"), "data.image_size=16", "model.name=small"]
-    (tmp_path / "tars").rename(tmp_path / "moved")
-    text = shown("train", *arguments)
-    assert f"{tmp_path / 'tars'}: tar files are missing or damaged" in text
-    assert "set data.tars if they were moved" in text
-    shown("train", *arguments, f"data.tars={tmp_path / 'moved'}", code=0)
 
 
 def test_a_manifest_whose_test_split_is_trained_on_is_refused(dataset: Path, tmp_path: Path) -> None:
