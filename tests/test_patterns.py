@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from braceexpand import braceexpand
@@ -229,6 +230,6 @@ def test_the_root_and_a_name_give_the_tar_file_again(
     else:
         remote = locate(root, OPTIONS)
         assert isinstance(remote, Remote)
-        assert [remote._url(name) for name in below] == names
+        assert [unquote(remote._url(name)) for name in below] == [unquote(name) for name in names]
     folders = [name.split("/")[0] for name in below if "/" in name]
     assert len(folders) < len(below) or len(set(folders)) > 1  # no deeper folder has all of them

@@ -583,7 +583,8 @@ def index_folder(tmp_path: Path) -> Path:
     content = index.to_bytes(np.array(rows, index.SAMPLE))
     entry = {"name": "train.npy", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     tar = {"name": TAR, "bytes": len(CONTENT), "samples": len(IMAGES), "sha256": SHA256}
-    train = {"samples": len(IMAGES), "lanes": 1, "shards": 1, "index": entry, "tars": [tar]}
+    total = sum(size for _, size in IMAGES)
+    train = {"samples": len(IMAGES), "bytes": total, "lanes": 1, "shards": 1, "index": entry, "tars": [tar]}
     tree = {
         **{"format": "distrain-index", "version": 1, "source": {}, "classes": ["a"], "normalization": "none"},
         **{"mean": [0.5] * 3, "std": [0.5] * 3, "image_shape": None, "smallest": [1, 1], "largest": [2, 2]},

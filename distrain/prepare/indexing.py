@@ -349,8 +349,8 @@ def _check_mixing(source: WebDataset, part: Selection, num_shards: int, accept_o
     if measured.exceeds(mixing.SORTED) and not accept_order:
         raise DataError(
             f"the samples are sorted by class in the tar files: {text} (sorted by {percent(measured.rho)}). Training in"
-            " this order would be bad. Use --convert, which shuffles all samples into blocks; or shuffle before the tar"
-            " files are written; or --accept-order"
+            " this order would be bad. Use --convert --image-size N, which shuffles all samples into blocks; or shuffle"
+            " before the tar files are written; or --accept-order"
         )
     if measured.exceeds(mixing.NOTICEABLE):
         log.warning("classes are not well mixed in the tar files: %s (sorted by %s)", text, percent(measured.rho))
@@ -362,12 +362,12 @@ def _check_mixing(source: WebDataset, part: Selection, num_shards: int, accept_o
 def _report_memory(source: WebDataset, part: Selection, num_shards: int, lanes: int) -> None:
     total = int(_entries(source, part)["bytes"].sum())
     log.info(
-        "train has %s of about %s samples and %.1f MiB; reading needs about %.0f MiB of memory for encoded images,"
+        "train has %s of about %s samples and %s MiB; reading needs about %s MiB of memory for encoded images,"
         " divided by the number of processes",
         plural(num_shards, "virtual shard"),
         f"{len(part.ids) / num_shards:,.0f}",
-        total / num_shards / 2**20,
-        2 * lanes * total / num_shards / 2**20,
+        f"{total / num_shards / 2**20:.3g}",
+        f"{2 * lanes * total / num_shards / 2**20:.3g}",
     )
 
 

@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from braceexpand import braceexpand
 
@@ -62,6 +63,9 @@ def common_root(names: Sequence[str]) -> tuple[str, list[str]]:
     Args:
         names: absolute paths, or addresses, as `expand` returns them; at least one.
 
+    Returns:
+        The folder or address, and the names; `%20` in a name of http is a space.
+
     Raises:
         ConfigError: they are not all local, or not all of one host; or an address cannot be split at its slashes.
     """
@@ -86,7 +90,9 @@ def common_root(names: Sequence[str]) -> tuple[str, list[str]]:
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))
     common = [part for part, _ in pairs]
     root = "/".join([first.host, *common]) + first.query
-    return root, ["/".join(each.parts[len(common) :]) for each in addresses]
+    below = ["/".join(each.parts[len(common) :]) for each in addresses]
+    # Names are quoted again when they are fetched.
+    return root, [unquote(name) for name in below] if schemes <= {"http", "https"} else below
 
 
 def _expand(pattern: str, folder: str, in_file: bool = False) -> Iterator[str]:

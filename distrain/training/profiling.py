@@ -25,6 +25,12 @@ _ADVICE = {
 }
 
 
+_DECODING = (
+    "steps wait for images that are read or decoded: give the processes more cores (data.decode_threads follows them),"
+    " or smaller images; or raise data.read_ahead if the tar files are remote"
+)
+
+
 class Profile:
     """Seconds spent in each phase of the steps.
 
@@ -99,15 +105,17 @@ def _fractions(spent: dict[str, float]) -> dict[str, float]:
     return {name: value / whole for name, value in spent.items()} if whole else {}
 
 
-def advice(fractions: dict[str, float], cached: bool) -> list[str]:
+def advice(fractions: dict[str, float], cached: bool, decodes: bool) -> list[str]:
     """Return advice if a phase takes too much time.
 
     Args:
         fractions: fraction of the time, by phase.
         cached: whether the train split is in memory already.
+        decodes: whether images are decoded while training.
     """
-    names = [name for name in _ADVICE if not (cached and name == "data")]
-    return [_ADVICE[name][1] for name in names if fractions.get(name, 0.0) > _ADVICE[name][0]]
+    table = {**_ADVICE, "data": (0.05, _DECODING)} if decodes else _ADVICE
+    names = [name for name in table if decodes or not (cached and name == "data")]
+    return [table[name][1] for name in names if fractions.get(name, 0.0) > table[name][0]]
 
 
 def format_fractions(fractions: dict[str, float]) -> str:

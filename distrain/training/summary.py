@@ -232,7 +232,7 @@ def log_result(job: Job, result: dict[str, Any]) -> None:
     log.info("trained  %s in %s, %s while training%s", steps, time_used, rate, compiled)
     if fractions:
         log.info("time     %s", profiling.format_fractions(fractions))
-    for line in profiling.advice(fractions, cached=job.cache is not None):
+    for line in profiling.advice(fractions, job.cache is not None, job.preprocessing is not None):
         log.info("         %s", line)
     by_class = results.lowest_first(results.classes_of(result))
     lowest = [(row.name, row.accuracy) for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
