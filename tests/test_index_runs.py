@@ -328,7 +328,7 @@ def check_remote(address: str, undisturbed: Path, group: Groups, folder: Path) -
         assert same_bits(weights(folder / name), weights(undisturbed))
 
 
-@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("ranges", [True, pytest.param(False, marks=pytest.mark.faults)])
 def test_a_run_from_a_server_has_the_bits_of_a_local_one(
     ranges: bool, few: Path, undisturbed: Path, group: Groups, tmp_path: Path
 ) -> None:
@@ -594,6 +594,7 @@ def test_an_image_that_changed_after_indexing_ends_the_run_on_all_ranks(
     assert f"train-b-000.tar: changed since it was indexed (the image at byte {offset:,} differs)" in message
 
 
+@pytest.mark.faults
 def test_a_tar_file_that_vanishes_during_a_run_ends_it_saved_and_it_resumes_with_the_file(
     copy: Path, group: Groups, tmp_path: Path
 ) -> None:
