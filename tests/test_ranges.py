@@ -602,7 +602,9 @@ def test_a_local_index_of_remote_tar_files_is_read(
     ignores_ranges: bool, index_folder: Path, server: RangeServer, tmp_path: Path
 ) -> None:
     server.ignores_ranges = ignores_ranges
-    keys = [f"data.dir={index_folder}", f"data.tars={server.address}", f"data.cache_dir={tmp_path / 'cache'}"]
+    keys = [
+        f"data.dir={index_folder}", f"data.tars={server.address}", f"data.cache_dir={tmp_path / 'cache'}", "data.image_size=8",
+    ]  # fmt: skip
     for _ in range(2):
         dataset = read_data(config.load(None, keys), "train")
         images = index.read(dataset, "train", index.load(dataset, "train"), 0, threading.Event()).images
