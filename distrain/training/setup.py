@@ -151,10 +151,12 @@ def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -
         raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
     missing = runtime.collectives.from_main(list(dataset.missing(splits)) if runtime.is_main else None)
     if missing:
-        raise DataError(
-            "\n  ".join([f"{dataset.root}: shards are missing or damaged:", *shortened(missing, 5)])
-            + "\nrestore them or prepare the data set again; `distrain verify` checks all shards"
-        )
+        header = f"{dataset.root}: shards are missing or damaged:"
+        cure = "restore them or prepare the data set again; `distrain verify` checks all shards"
+        if dataset.is_index:
+            header = f"{dataset.tars}: tar files are missing or damaged:"
+            cure = "set data.tars if they were moved; else restore them, or index them again"
+        raise DataError("\n  ".join([header, *shortened(missing, 5)]) + f"\n{cure}")
 
 
 def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -> Job:
