@@ -603,7 +603,8 @@ def test_a_local_index_of_remote_tar_files_is_read(
 ) -> None:
     server.ignores_ranges = ignores_ranges
     keys = [
-        f"data.dir={index_folder}", f"data.tars={server.address}", f"data.cache_dir={tmp_path / 'cache'}", "data.image_size=8",
+        f"data.dir={index_folder}", f"data.tars={server.address}", f"data.cache_dir={tmp_path / 'cache'}",
+        "data.image_size=8",
     ]  # fmt: skip
     for _ in range(2):
         dataset = read_data(config.load(None, keys), "train")
