@@ -98,6 +98,10 @@ def _decode(transform: Any, data: bytes) -> Tensor:
     return image
 
 
+def _decode_sample(transform: Any, sample: tuple[bytes, int]) -> tuple[Tensor, int]:
+    return _decode(transform, sample[0]), sample[1]
+
+
 def _webdataset(folder: Path, decoded: Callable[[Any], Any]) -> Epochs:
     tars = photos.tars(folder / "tars")
 
@@ -143,20 +147,17 @@ def _timm(folder: Path) -> Epochs:
 def _litdata(folder: Path) -> Epochs:
     import litdata
 
-    transform = partial(_decode, _tensor_transform())
-
-    class Photos(litdata.StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, index: Any) -> tuple[Tensor, int]:
-            data, label = super().__getitem__(index)
-            return transform(data), label
-
     written = folder / "litdata"
     if not (written / "index.json").exists():
         litdata.optimize(
-            _identity, list(_samples(folder)), str(written), chunk_bytes="64MB", num_workers=1, verbose=False
-        )
+            _identity, list(_samples(folder)), str(written), chunk_bytes="64MB", num_workers=1, start_method="fork"
+        )  # fmt: skip
+    transform = partial(_decode_sample, _tensor_transform())
     loader = litdata.StreamingDataLoader(
-        Photos(str(written), shuffle=True), batch_size=BATCH, num_workers=machine.cores(), persistent_workers=True
+        litdata.StreamingDataset(str(written), shuffle=True, transform=transform),
+        batch_size=BATCH,
+        num_workers=machine.cores(),
+        persistent_workers=True,
     )
     return lambda count: (size for _ in range(count) for size in _sizes(loader))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from distrain import machine
 
 HEIGHT, WIDTH = 375, 500
-"""The size that most images of ImageNet have."""
+"""The most frequent size in ImageNet."""
 
 CLASSES = 10
 PHOTOS_PER_TAR = 500
