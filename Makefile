@@ -60,7 +60,7 @@ guards: $(VENV)/installed-dev ## Remove each guard against a fault: its test mus
 	$(BIN)/python tests/faults/guards.py table
 
 bench: $(VENV)/installed-dev ## Run all benchmarks, into bench-out; IMAGES=FOLDER with train/CLASS/ and test/CLASS/
-	$(BIN)/python -m benchmarks reading tutorial training scaling evaluation startup memory accuracy --out $(BENCH_OUT) \
+	$(BIN)/python -m benchmarks reading decoding tutorial training scaling evaluation startup memory accuracy --out $(BENCH_OUT) \
 		$(BENCH_OPTIONS)
 
 # DEVICE=cpu tries the same tests on CPUs, as far as they go. PART=bits runs one part: tests/gpu/test_gpu_PART.py.

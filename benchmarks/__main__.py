@@ -68,6 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
     type=click.FloatRange(0, 100, min_open=True),
     help="Accuracy in percent for the part accuracy.  [default: the plain script's accuracy]",
 )
+@click.option(
+    "--photos",
+    default=2_000,
+    show_default=True,
+    type=click.IntRange(200),
+    help="Number of photos that the part decoding generates, in OUT.",
+)
 def bench(models: str, **options: Any) -> None:
     """Measure distrain on this machine, compared with common alternatives and with the machine's limits.
 
@@ -78,6 +85,7 @@ def bench(models: str, **options: Any) -> None:
 
     \b
     reading      images/s from shards; compared with webdataset's and torchvision's usual pipelines
+    decoding     images/s and CPU time from photos in tar files; compared with other loaders and decoding alone
     tutorial     images/s of the PyTorch tutorial's recipe; compared with its plain script
     training     images/s; compared with a bare loop over data in memory
     scaling      images/s of 1, 2, 4 … processes; compared with as many independent runs

@@ -30,6 +30,8 @@ class Context:
     dataset: Dataset
     work: Path
     """Folder for temporary files of the parts."""
+    out: Path
+    """Folder for data that later runs use again."""
     images: Path | None
     """Folder with image files in train/CLASS/ and test/CLASS/; None: parts that need one write it."""
     repeats: int
@@ -47,6 +49,10 @@ class Context:
     """Batch sizes of one process."""
     images_of_timed_run: int | None = None
     """Number of images that a timed run trains on; None: enough for some seconds."""
+    photos: int = 2_000
+    """Number of photos that the part decoding generates."""
+    loaders: tuple[str, ...] | None = None
+    """Names of the loaders of the part decoding; None: all that are installed."""
 
     @property
     def timed_images(self) -> int:
@@ -54,6 +60,11 @@ class Context:
         if self.images_of_timed_run is not None:
             return self.images_of_timed_run
         return 4_000 if self.quick else 500_000 if self.device == "cuda" else 50_000
+
+    @property
+    def photo_epochs(self) -> int:
+        """Number of times that the part decoding reads all photos for one sample."""
+        return 1 if self.quick else 3
 
     @property
     def max_processes(self) -> int:

@@ -18,6 +18,9 @@ import torch
 
 from distrain.data import manifest
 from distrain.data.cache import Cache
+from distrain.data.decoded import DecodedBatches
+from distrain.data.decoding import Decoder, EvaluationTransform, Preprocessing, TrainingTransform
+from distrain.data.images import Decoding
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.data.stream import TrainingBatches
@@ -41,6 +44,17 @@ def read_epoch(dataset: Dataset, epoch: int = 0, cache: Cache | None = None, wor
     )
     with closing(batches):
         return sum(len(batch.labels) for (batch,) in batches)
+
+
+def decoded_batches(dataset: Dataset, batch: int, steps: range, threads: int) -> DecodedBatches:
+    """Return the batches of these steps from an index: random parts of its images, decoded by so many threads."""
+    height, width, _ = dataset.image_shape
+    preprocessing = Preprocessing(
+        Decoder(threads, Decoding()),
+        TrainingTransform(height, width, (0.08, 1), (3 / 4, 4 / 3)),
+        EvaluationTransform(height, width, None),
+    )
+    return DecodedBatches(dataset, training_order(dataset, batch), (World(),), steps, 1, preprocessing)
 
 
 def peak_memory() -> float:

@@ -30,6 +30,8 @@ RESULT, PLOT = "bench.json", "bench.png"
 _MIN_TRAINING_IMAGES = 512
 """The largest batch of the parts."""
 
+_QUICK_PHOTOS = 200
+
 
 @dataclass(frozen=True)
 class Options:
@@ -46,6 +48,7 @@ class Options:
     models: tuple[str, ...]
     recipe: Path
     target: float | None
+    photos: int
 
 
 def run(options: Options) -> None:
@@ -67,6 +70,7 @@ def run(options: Options) -> None:
         context = Context(
             dataset=dataset,
             work=Path(work),
+            out=options.out,
             images=options.images,
             repeats=options.repeats,
             quick=options.quick,
@@ -75,6 +79,7 @@ def run(options: Options) -> None:
             models=options.models or (("net", "resnet9") if device == "cuda" else ("net",)),
             recipe=options.recipe,
             target=options.target,
+            photos=_QUICK_PHOTOS if options.quick else options.photos,
         )
         description = _describe(context)
         _write(options.out, description, tables, finished=False)

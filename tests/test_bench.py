@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,20 @@ import pytest
 from datasets import make
 from setuptools.config.pyprojecttoml import read_configuration
 
-from benchmarks import accuracy, evaluation, memory, scaling, startup, training, tutorial, virtual_ranks
+from benchmarks import (
+    accuracy,
+    decoding,
+    evaluation,
+    loaders,
+    memory,
+    photos,
+    reader,
+    scaling,
+    startup,
+    training,
+    tutorial,
+    virtual_ranks,
+)
 from benchmarks.__main__ import main
 from benchmarks.commands import CommandError, call
 from benchmarks.context import Context
@@ -35,6 +49,7 @@ def context(images: Dataset, tmp_path: Path) -> Context:
     return Context(
         dataset=images,
         work=tmp_path,
+        out=tmp_path / "out",
         images=None,
         repeats=1,
         quick=True,
@@ -185,6 +200,37 @@ def test_training(context: Context) -> None:
     values = medians(training.measure(replace(context, precision="bf16")))
     assert len(values) == 4
     assert values["net, batch 128: distrain from shards: waits for data"] <= 100
+
+
+def test_loaders_read_all_photos(tmp_path: Path) -> None:
+    photos.write_tars(tmp_path / "tars", 150)
+    dataset = loaders.open_index(tmp_path)
+    steps = reader.training_order(dataset, loaders.BATCH).steps_per_epoch
+    assert list(loaders.LOADERS["distrain"](tmp_path)(2)) == [loaders.BATCH] * steps * 2
+    theirs = loaders.LOADERS["webdataset, torchvision"](tmp_path)
+    assert sum(theirs(2)) == 2 * 150
+    assert all(value > 0 for value in loaders.measure(theirs, 1).values())
+
+
+@pytest.mark.ranks
+@pytest.mark.faults
+def test_decoding(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    context.work.joinpath("litdata.py").write_text("raise ImportError('is not installed')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(context.work), os.environ.get("PYTHONPATH", "")]))
+    theirs = "webdataset, torchvision"
+    table = decoding.measure(replace(context, photos=150, loaders=("distrain", "litdata", theirs)))
+    values = {(row.name, row.unit): row.as_dict()["median"] for row in [*table.rows, *table.ratios]}
+    units = ("CPU ms/image", "images/s", "s to the first batch", "MiB")
+    assert all(values.pop((name, unit)) > 0 for name in ("distrain", theirs) for unit in units)
+    ratios = ("CPU time", "best images/s", "memory")
+    assert all(values.pop((f"{what}: distrain / {theirs}", "×")) > 0 for what in ratios)
+    assert 0 <= values.pop(("distrain train: waits for data", "%")) <= 100
+    assert 0 < values.pop(("distrain, resume in the middle of an epoch", "s")) < 100
+    assert 0 < values.pop(("distrain, read until its first batch", "MiB read")) < 100
+    assert not values
+    missing, digests = table.notes
+    assert missing == "not measured: litdata (is not installed)"
+    assert digests.startswith("batches of 1, 2, 7 threads: the same sha256 ")
 
 
 @pytest.mark.ranks

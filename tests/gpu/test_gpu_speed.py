@@ -30,8 +30,8 @@ def test_steps_from_shards(
     # Before compute capability 8, GPUs have no bf16, and torch emulates it.
     half = "fp16" if device == "cuda" and torch.cuda.get_device_capability() < (8, 0) else "bf16"
     context = Context(
-        dataset=images, work=tmp_path, images=None, repeats=2, quick=device == "cpu", device=device, models=(model,),
-        recipe=Path(), precision=half, batches=(512,) if device == "cuda" else (128,),
+        dataset=images, work=tmp_path, out=tmp_path, images=None, repeats=2, quick=device == "cpu", device=device,
+        models=(model,), recipe=Path(), precision=half, batches=(512,) if device == "cuda" else (128,),
         images_of_timed_run=200_000 if device == "cuda" else None,
     )  # fmt: skip
     table = training.measure(context)
