@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -318,5 +319,5 @@ def test_worker_processes_decode_though_their_parent_has_used_openmp(tmp_path: P
 def test_the_version_names_the_libraries_without_their_builds() -> None:
     version = images.decoder_version()
     assert version.startswith(
-        f"torchvision {images.torchvision.__version__.split('+')[0]}, torch {torch.__version__.split('+')[0]}, Pillow "
+        f"torchvision {torchvision.__version__.split('+')[0]}, torch {torch.__version__.split('+')[0]}, Pillow "
     )

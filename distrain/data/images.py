@@ -6,14 +6,16 @@ both give the same pixels; torchvision is faster. Images are resized by torch, a
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-import torchvision.io
 from numpy.typing import NDArray
 from PIL import ExifTags
 from torch import Tensor
@@ -27,14 +29,8 @@ __all__ = [
     "resize", "resize_and_crop",
 ]  # fmt: skip
 
-try:
-    # The function of torchvision.io that calls it warns for each file that it is deprecated.
-    _decode_jpeg_file = torch.ops.image.decode_jpeg
-    _GREY, _RGB = torchvision.io.ImageReadMode.GRAY.value, torchvision.io.ImageReadMode.RGB.value
-except AttributeError as error:
-    raise ConfigError(
-        f"torchvision {torchvision.__version__} decodes no JPEG files; install another version, such as 0.29"
-    ) from error
+_GREY, _RGB = 1, 3
+"""Values of torchvision's `ImageReadMode`."""
 
 _DRAFT = 2
 """A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this multiple of the target, as in Pillow."""
@@ -50,6 +46,27 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     5: (True, ()), 6: (True, (1,)), 7: (True, (0, 1)), 8: (True, (0,)),
 }  # fmt: skip
 """Turns by orientation of EXIF: whether rows and columns are exchanged, and which axes are reversed then."""
+
+
+def _jpeg_decoder() -> Callable[[Tensor, int, bool], Tensor]:
+    """Return torchvision's decoder of JPEG files, from its library of image files.
+
+    `import torchvision.io` loads the same library, but with the whole package it takes two seconds and 160 MiB.
+    """
+    package = importlib.util.find_spec("torchvision")
+    folders = package.submodule_search_locations if package is not None else None
+    try:
+        for library in (path for folder in folders or () for path in sorted(Path(folder).glob("image*.so"))):
+            torch.ops.load_library(library)
+        decoder: Callable[[Tensor, int, bool], Tensor] = torch.ops.image.decode_jpeg
+    except (AttributeError, OSError) as error:
+        raise ConfigError(
+            f"torchvision {version('torchvision')} decodes no JPEG files; install another version, such as 0.29"
+        ) from error
+    return decoder
+
+
+_decode_jpeg_file = _jpeg_decoder()
 
 
 class Box(NamedTuple):
@@ -168,7 +185,7 @@ def centred_box(height: int, width: int, size: tuple[int, int]) -> Box:
 
 def decoder_version() -> str:
     """Return the versions of what decides the pixels of decoded and resized images."""
-    versions = {"torchvision": torchvision.__version__, "torch": torch.__version__, "Pillow": PIL.__version__}
+    versions = {"torchvision": version("torchvision"), "torch": torch.__version__, "Pillow": PIL.__version__}
     return ", ".join(f"{name} {version.split('+')[0]}" for name, version in versions.items())
 
 
