@@ -15,6 +15,9 @@ from distrain.data.decoding import Bad, Decoder, Transform
 from distrain.data.encoded import Encoded
 from distrain.data.pillow import Decoding
 
+_GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""RuntimeErrors that say nothing about a file: it must not be decoded by the CPU after them, to other pixels."""
+
 
 class GpuDecoder(Decoder):
     """Decodes JPEG files on a GPU; a CPU decodes all other images, and those that the GPU cannot.
@@ -74,12 +77,16 @@ class GpuDecoder(Decoder):
             return []
         try:
             return [planes.permute(1, 2, 0) for planes in decode_jpeg(tensors, ImageReadMode.RGB, self.device)]
+        except _GPU_ERRORS:
+            raise
         except RuntimeError:  # one of them cannot be decoded
             return [self._decode_file(tensor) for tensor in tensors]
 
     def _decode_file(self, file: Tensor) -> Tensor | None:
         try:
             planes: Tensor = decode_jpeg([file], ImageReadMode.RGB, self.device)[0]
+        except _GPU_ERRORS:
+            raise
         except RuntimeError:
             return None
         return planes.permute(1, 2, 0)
