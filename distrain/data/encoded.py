@@ -41,6 +41,10 @@ class Encoded:
             self.stretches, self.origin[rows], self.samples[rows], self.positions[rows], self.random_bits[rows]
         )
 
+    def without_images(self) -> Encoded:
+        """Return the samples without the encoded images of their virtual shards."""
+        return replace(self, stretches=())
+
 
 def interleave(
     columns: Sequence[tuple[Stretch, NDArray[np.int64]]], positions: NDArray[np.int64], random_bits: RandomBits
@@ -116,11 +120,8 @@ class EncodedCache:
         return self._stretches[shard] is not None
 
     def put(self, shard: int, stretch: Stretch) -> None:
-        """Store a virtual shard, without what is between its images in the tar file."""
-        data = memoryview(b"".join(stretch.images))
-        ends = np.cumsum(stretch.samples["bytes"], dtype=np.int64).tolist()
-        images = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        self._stretches[shard] = stretch._replace(images=images)
+        """Store a virtual shard."""
+        self._stretches[shard] = stretch
         self._missing -= 1
 
     def get(self, shard: int) -> Stretch:
