@@ -175,6 +175,28 @@ def test_encoded_images_are_released_as_soon_as_they_are_decoded(
         assert sum(each() is not None for each in images) <= 2 * 4
 
 
+def test_images_that_are_not_begun_when_a_reader_is_closed_are_not_decoded(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python exits when all tasks are done: a stopped run would exit late."""
+    write, rows, begun, go_on = Decoder._write, [], threading.Event(), threading.Event()
+
+    def waits(*arguments: Any) -> None:
+        rows.append(1)
+        begun.set()
+        assert go_on.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(Decoder, "_write", waits)
+    how = preprocessing(threads=1)
+    with closing(DecodedBatches(dataset, order_of(dataset, 50), (ALONE,), range(3), 1, how)) as batches:
+        assert begun.wait(60)
+        batches._closed.set()
+        go_on.set()
+    how.decoder._pool.submit(lambda: None).result(60)
+    assert len(rows) == 4  # the task that had begun
+
+
 def test_what_is_between_images_does_not_stay_in_memory(tmp_path: Path) -> None:
     """Images of 700 bytes are further apart than they are long."""
     small = build(tmp_path, {"train": [30], "test": [4]}, lanes=1, shards=2)
@@ -253,7 +275,6 @@ def test_whole_batches_are_decoded_to_the_same_pixels_as_single_images(tmp_path:
         with closing(DecodedBatches(folder, order, (ALONE,), range(order.steps_per_epoch), 1, how)) as batches:
             pixels = [batch.images.clone() for (batch,) in batches]
             results.append((torch.cat(pixels), sorted((bad.id, bad.reason) for bad in batches.bad)))
-        decoder.close()
     assert results[0][0].equal(results[1][0])
     assert results[0][1] == results[1][1]
     assert {3, 91, 130} >= {id_ for id_, _ in results[0][1]}

@@ -150,7 +150,7 @@ class DecodedBatches:
     def _start(self, step: int, buffers: list[Batch], copied: torch.cuda.Event | None) -> _Started:
         samples = [encoded.join(of_rank) for of_rank in self._rounds.parts(step)]
         tasks = [
-            self._preprocessing.decoder.start(part, self._preprocessing.training, buffer.images)
+            self._preprocessing.decoder.start(part, self._preprocessing.training, buffer.images, self._closed)
             for part, buffer in zip(samples, buffers, strict=True)
         ]
         return _Started(samples, buffers, tasks, copied)
@@ -249,7 +249,7 @@ def decode(
     for part in itertools.chain(parts, [None]):
         if part is not None:
             images = torch.empty((len(part.samples), *shape), dtype=torch.uint8)
-            started.append((part, images, preprocessing.decoder.start(part, transform, images)))
+            started.append((part, images, preprocessing.decoder.start(part, transform, images, stretches.closed)))
         while started and (part is None or len(started) > 1):
             yield _block_of(*started.popleft(), bad)
 

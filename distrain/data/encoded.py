@@ -87,7 +87,7 @@ class Stretches:
 
     def __init__(self, dataset: Dataset, split_name: str, closed: threading.Event) -> None:
         self.samples = index.load(dataset, split_name)
-        self._dataset, self._split_name, self._closed = dataset, split_name, closed
+        self._dataset, self._split_name, self.closed = dataset, split_name, closed
 
     def read(self, number: int, retry: bool = True) -> Stretch:
         """Read a virtual shard.
@@ -98,7 +98,7 @@ class Stretches:
         dataset = self._dataset
         if not retry and isinstance(dataset.tars, Remote):
             dataset = replace(dataset, tars=dataset.tars.without_retries())
-        return index.read(dataset, self._split_name, self.samples, number, self._closed)
+        return index.read(dataset, self._split_name, self.samples, number, self.closed)
 
 
 class EncodedCache:

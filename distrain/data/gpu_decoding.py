@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,16 +36,13 @@ class GpuDecoder(Decoder):
         self.device = device
         self._gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="distrain-decode-gpu", initializer=self._begin)
 
-    def start(self, batch: Encoded, transform: Transform, out: Tensor) -> list[Future[list[Bad]]]:
+    def start(
+        self, batch: Encoded, transform: Transform, out: Tensor, stop: threading.Event
+    ) -> list[Future[list[Bad]]]:
         """Start to decode a batch to the rows of `out`, uint8 [n, H, W, C], on the GPU or the CPU."""
         if out.device != self.device:
-            return super().start(batch, transform, out)
-        return [self._gpu_thread.submit(self._decode_batch, batch, transform, out)]
-
-    def close(self) -> None:
-        """End the threads after their tasks."""
-        super().close()
-        self._gpu_thread.shutdown(wait=False, cancel_futures=True)
+            return super().start(batch, transform, out, stop)
+        return [self._gpu_thread.submit(self._decode_batch, batch, transform, out, stop)]
 
     def _begin(self) -> None:
         warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
@@ -52,7 +50,9 @@ class GpuDecoder(Decoder):
             torch.cuda.set_device(self.device)  # GPU 0 in a new thread
             torch.cuda.set_stream(torch.cuda.Stream(self.device))  # training steps do not wait
 
-    def _decode_batch(self, batch: Encoded, transform: Transform, out: Tensor) -> list[Bad]:
+    def _decode_batch(self, batch: Encoded, transform: Transform, out: Tensor, stop: threading.Event) -> list[Bad]:
+        if stop.is_set():
+            return []
         boxes = self.boxes(batch, transform)
         files = [batch.stretches[which].images[number] for which, number in batch.origin.tolist()]
         rows = [row for row, data in enumerate(files) if images.is_plain_jpeg(data, self.decoding)]
