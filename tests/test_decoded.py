@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -151,8 +152,57 @@ def test_the_memory_that_is_stated_grows_with_lanes_and_rounds(dataset: Dataset)
     order = order_of(dataset)
     one, two = (memory(dataset, order, (World(0, size),), 1, cached=False) for size in (1, 2))
     split = dataset.indexed("train")
-    assert one > 2 * split.lanes * split.bytes // split.shards
+    assert one > split.index.bytes + 3 * split.lanes * split.bytes // split.shards
     assert two < one
+
+
+def test_encoded_images_are_released_as_soon_as_they_are_decoded(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many steps are decoded ahead: here all of five epochs."""
+    read, images = Stretches.read, []
+
+    def recorded(*arguments: Any) -> Any:
+        stretch = read(*arguments)
+        images.append(weakref.ref(stretch.images[0]))
+        return stretch
+
+    monkeypatch.setattr(Stretches, "read", recorded)
+    steps = range(order_of(dataset).steps_per_epoch * 5)
+    with closing(DecodedBatches(dataset, order_of(dataset), (ALONE,), steps, 1, preprocessing())) as batches:
+        assert batches._background.wait(len(steps), 60)
+        assert len(images) == 60
+        assert sum(each() is not None for each in images) <= 2 * 4
+
+
+def test_images_that_are_not_begun_when_a_reader_is_closed_are_not_decoded(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python exits when all tasks are done: a stopped run would exit late."""
+    write, rows, begun, go_on = Decoder._write, [], threading.Event(), threading.Event()
+
+    def waits(*arguments: Any) -> None:
+        rows.append(1)
+        begun.set()
+        assert go_on.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(Decoder, "_write", waits)
+    how = preprocessing(threads=1)
+    with closing(DecodedBatches(dataset, order_of(dataset, 50), (ALONE,), range(3), 1, how)) as batches:
+        assert begun.wait(60)
+        batches._closed.set()
+        go_on.set()
+    how.decoder._pool.submit(lambda: None).result(60)
+    assert len(rows) == 4  # the task that had begun
+
+
+def test_what_is_between_images_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Images of 700 bytes are further apart than they are long."""
+    small = build(tmp_path, {"train": [30], "test": [4]}, lanes=1, shards=2)
+    stretch = Stretches(small, "train", threading.Event()).read(0)
+    in_memory = {id(image.obj): len(image.obj) for image in stretch.images}
+    assert sum(in_memory.values()) == sum(map(len, stretch.images))
 
 
 def test_an_image_that_changed_is_named(dataset: Dataset, tmp_path: Path) -> None:
@@ -225,8 +275,24 @@ def test_whole_batches_are_decoded_to_the_same_pixels_as_single_images(tmp_path:
         with closing(DecodedBatches(folder, order, (ALONE,), range(order.steps_per_epoch), 1, how)) as batches:
             pixels = [batch.images.clone() for (batch,) in batches]
             results.append((torch.cat(pixels), sorted((bad.id, bad.reason) for bad in batches.bad)))
-        decoder.close()
     assert results[0][0].equal(results[1][0])
     assert results[0][1] == results[1][1]
     assert {3, 91, 130} >= {id_ for id_, _ in results[0][1]}
     assert len(results[0][1]) >= 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error")])
+def test_an_error_of_the_gpu_is_raised_and_no_image_is_decoded_by_the_cpu_instead(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("distrain.data.gpu_decoding.decode_jpeg", fails)
+    plain = preprocessing()
+    how = Preprocessing(GpuDecoder(torch.device("cpu"), 2, Decoding()), plain.training, plain.evaluation)
+    with (
+        closing(DecodedBatches(dataset, order_of(dataset), (ALONE,), range(2), 1, how)) as batches,
+        pytest.raises(type(error)),
+    ):
+        next(batches)

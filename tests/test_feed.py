@@ -6,16 +6,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from indexes import build
 from simulated_gpu import SimulatedGpu
 from test_stream import order_of, reached
 
-from distrain.data import shards
+from distrain.data import decoded, shards
 from distrain.data.cache import Cache
+from distrain.data.decoded import DecodedBatches
+from distrain.data.decoding import Decoder, EvaluationTransform, Preprocessing, TrainingTransform
+from distrain.data.images import Decoding
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.data.rounds import memory
@@ -55,7 +60,9 @@ def reader_of(
     return TrainingBatches(dataset, order, ranks, steps, 1, with_random_bits=True, device=gpu.device, cache=train)
 
 
-def train(gpu: SimulatedGpu, reader: TrainingBatches, order: Order, steps: range, seconds: float = 0.0) -> Profile:
+def train(
+    gpu: SimulatedGpu, reader: TrainingBatches | DecodedBatches, order: Order, steps: range, seconds: float = 0.0
+) -> Profile:
     """Feed a model whose steps take so many seconds of the GPU, and none of the host."""
     profile = Profile(gpu.device)
     feed = Feed(reader, order, runtime_of(gpu), profile)
@@ -216,3 +223,26 @@ def test_the_exchange_of_virtual_ranks_is_measured_on_the_gpu(gpu: SimulatedGpu)
     assert [call for _, _, call in gpu.calls].count("Event.record") == 3
     gpu.compute.synchronize()
     assert 0.6 < clock.fraction() < 0.9
+
+
+def test_data_is_also_the_time_in_which_the_gpu_waits_for_images_that_are_decoded(
+    gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    index = build(tmp_path, {"train": [40], "test": [4]}, lanes=1, shards=1).with_image_size(16)
+    order, steps = Order(1, 1, 40, 4, seed=1), range(10)  # one round
+    write = Decoder._write
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.01)
+        write(*args)
+
+    monkeypatch.setattr(Decoder, "_write", slowly)
+    monkeypatch.setattr(decoded, "_DECODED_BYTES", 1)
+    how = Preprocessing(
+        Decoder(1, Decoding()), TrainingTransform(16, 16, None, (1, 1)), EvaluationTransform(16, 16, None)
+    )
+    with closing(DecodedBatches(index, order, (World(),), steps, 1, how, gpu.device)) as reader:
+        reader.ready(0, 60)
+        started = time.perf_counter()
+        profile = train(gpu, reader, order, steps)
+    assert profile.take(time.perf_counter() - started, 0.0)["data"] > 0.6

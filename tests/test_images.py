@@ -290,6 +290,15 @@ def test_a_lack_of_memory_is_no_fault_of_the_file() -> None:
         assert pool.submit(decode_with_little_memory, data).result(60) == "MemoryError"
 
 
+def test_a_lack_of_memory_while_an_image_is_turned_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(images, "_upright", fails)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        decode(encoded(picture(40, 30), exif=turned(6)))
+
+
 FORK = """
 import sys, torch
 from distrain.data import images

@@ -51,12 +51,16 @@ def random_boxes(
 
 
 def covering_boxes(sizes: NDArray[np.int64], height: int, width: int) -> Boxes:
-    """Return the largest part of each image, at its centre, that has the aspect ratio of `height` × `width`."""
+    """Return the largest part of each image that has the aspect ratio of `height` × `width`.
+
+    It is at the centre, as torchvision's CenterCrop places it, and its sides are whole pixels.
+    """
     scale = np.minimum(sizes[:, 0] / height, sizes[:, 1] / width)
     rows, columns = (
         np.clip(np.rint(scale * side).astype(np.int64), 1, sizes[:, axis]) for axis, side in enumerate((height, width))
     )
-    return np.stack([(sizes[:, 0] - rows) // 2, (sizes[:, 1] - columns) // 2, rows, columns], axis=1)
+    top, left = (np.rint(rest / 2).astype(np.int64) for rest in (sizes[:, 0] - rows, sizes[:, 1] - columns))
+    return np.stack([top, left, rows, columns], axis=1)
 
 
 def _central(heights: NDArray[np.int64], widths: NDArray[np.int64], ratio: Sequence[float]) -> Boxes:

@@ -25,7 +25,7 @@ from distrain.data.encoded import Encoded, EncodedCache, Stretches
 from distrain.data.index import Samples
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
-from distrain.data.rounds import Batch, RoundReader, rounds_of
+from distrain.data.rounds import Batch, RoundReader, buffer_bytes, rounds_of
 from distrain.data.shards import Block
 from distrain.data.steps import StepParts
 from distrain.environment import World
@@ -132,23 +132,28 @@ class DecodedBatches:
         started: deque[_Started] = deque()
         for number, step in enumerate(self._steps):
             if not self._is_read(step):
-                yield from _finished(started)  # they must not wait for the next round
+                while started:
+                    yield _finished(started.popleft())  # they must not wait for the next round
                 self._rounds.ready(step, None)
             if self._closed.is_set():
                 return
-            samples = [encoded.join(of_rank) for of_rank in self._rounds.parts(step)]
             buffers, copied = self._ring[number % len(self._ring)]
             while copied is not None and not copied.query():
                 if self._closed.wait(0.001):
                     return
-            tasks = [
-                self._preprocessing.decoder.start(part, self._preprocessing.training, buffer.images)
-                for part, buffer in zip(samples, buffers, strict=True)
-            ]
-            started.append(_Started(samples, buffers, tasks, copied))
+            started.append(self._start(step, buffers, copied))
             if len(started) > 1:
-                yield from _finished(started, 1)
-        yield from _finished(started)
+                yield _finished(started.popleft())
+        while started:
+            yield _finished(started.popleft())
+
+    def _start(self, step: int, buffers: list[Batch], copied: torch.cuda.Event | None) -> _Started:
+        samples = [encoded.join(of_rank) for of_rank in self._rounds.parts(step)]
+        tasks = [
+            self._preprocessing.decoder.start(part, self._preprocessing.training, buffer.images, self._closed)
+            for part, buffer in zip(samples, buffers, strict=True)
+        ]
+        return _Started(samples, buffers, tasks, copied)
 
     def _is_read(self, step: int) -> bool:
         try:
@@ -173,8 +178,10 @@ def decoded_steps(step_bytes: int) -> int:
     return max(1, _DECODED_BYTES // step_bytes)
 
 
-def memory(dataset: Dataset, order: Order, ranks: Sequence[World], read_ahead: int, cached: bool) -> int:
-    """Bytes that a process needs for the samples of its virtual ranks: encoded, and decoded ahead.
+def memory(
+    dataset: Dataset, order: Order, ranks: Sequence[World], read_ahead: int, cached: bool, pinned: bool = False
+) -> int:
+    """Bytes that a process needs for the samples of its virtual ranks: the index, encoded images, and decoded ones.
 
     Args:
         dataset: the index whose train split is read.
@@ -182,23 +189,28 @@ def memory(dataset: Dataset, order: Order, ranks: Sequence[World], read_ahead: i
         ranks: the virtual ranks of the process.
         read_ahead: rounds to read before they are needed.
         cached: whether the encoded images of the train split are cached.
+        pinned: whether batches are in pinned memory, for a GPU.
     """
     split = dataset.indexed("train")
-    lanes = sum(len(order.owned_lanes(world)) for world in ranks)
-    rounds = 1 + max(read_ahead, order.rounds_per_step)
-    encoded_bytes = cache_size(dataset) if cached else rounds * lanes * split.bytes // split.shards
-    step = sum(order.largest_local_batch(world) for world in ranks) * dataset.sample_bytes
-    return encoded_bytes + (decoded_steps(step) + 2) * step
+    encoded_bytes = cache_size(dataset)
+    if not cached:
+        lanes = sum(len(order.owned_lanes(world)) for world in ranks)
+        # Two steps are decoded at a time: these are the rounds that they are in.
+        rounds = 1 + -(-2 * order.global_batch_size // (order.lanes * order.samples_per_shard))
+        rounds += max(read_ahead, order.rounds_per_step)
+        encoded_bytes = rounds * lanes * encoded_bytes // split.shards
+    sizes = [order.largest_local_batch(world) for world in ranks]
+    steps = decoded_steps(sum(sizes) * dataset.sample_bytes) + 2
+    decoded_bytes = steps * sum(buffer_bytes(size, dataset.sample_bytes, pinned) for size in sizes)
+    return split.index.bytes + encoded_bytes + decoded_bytes
 
 
-def _finished(started: deque[_Started], number: int | None = None) -> Iterator[_Started]:
-    """Yield the first steps of those that are being decoded, each when its images are complete."""
-    for _ in range(len(started) if number is None else number):
-        step = started.popleft()
-        for of_rank in step.tasks:
-            for task in of_rank:
-                task.result()
-        yield step
+def _finished(step: _Started) -> _Started:
+    """Wait until the images of a step are decoded; return it without the encoded ones, so that their memory is free."""
+    for of_rank in step.tasks:
+        for task in of_rank:
+            task.result()
+    return step._replace(samples=[samples.without_images() for samples in step.samples])
 
 
 def _bad(tasks: Sequence[Future[list[Bad]]]) -> list[Bad]:
@@ -237,7 +249,7 @@ def decode(
     for part in itertools.chain(parts, [None]):
         if part is not None:
             images = torch.empty((len(part.samples), *shape), dtype=torch.uint8)
-            started.append((part, images, preprocessing.decoder.start(part, transform, images)))
+            started.append((part, images, preprocessing.decoder.start(part, transform, images, stretches.closed)))
         while started and (part is None or len(started) > 1):
             yield _block_of(*started.popleft(), bad)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -125,20 +126,23 @@ class Decoder:
         pillow.ignore_warnings()  # there would be one for each image of 16 bits, in each epoch
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="distrain-decode")
 
-    def start(self, batch: Encoded, transform: Transform, out: Tensor) -> list[Future[list[Bad]]]:
-        """Start to decode a batch to the rows of `out`, uint8 [n, H, W, C]; the tasks return what was bad."""
+    def start(
+        self, batch: Encoded, transform: Transform, out: Tensor, stop: threading.Event
+    ) -> list[Future[list[Bad]]]:
+        """Start to decode a batch to the rows of `out`, uint8 [n, H, W, C]; the tasks return what was bad.
+
+        When `stop` is set, tasks that have not begun do nothing: Python does not exit before all tasks are done.
+        """
         boxes = self.boxes(batch, transform)
 
         def work(rows: range) -> list[Bad]:
+            if stop.is_set():
+                return []
             reports = (self.decode_row(batch, row, transform, boxes[row], out[row]) for row in rows)
             return [bad for bad in reports if bad is not None]
 
         size = len(batch.samples)
         return [self._pool.submit(work, range(row, min(row + _TASK, size))) for row in range(0, size, _TASK)]
-
-    def close(self) -> None:
-        """End the threads after their tasks."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     @staticmethod
     def boxes(batch: Encoded, transform: Transform) -> Boxes:

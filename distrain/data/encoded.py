@@ -41,6 +41,10 @@ class Encoded:
             self.stretches, self.origin[rows], self.samples[rows], self.positions[rows], self.random_bits[rows]
         )
 
+    def without_images(self) -> Encoded:
+        """Return the samples without the encoded images of their virtual shards."""
+        return replace(self, stretches=())
+
 
 def interleave(
     columns: Sequence[tuple[Stretch, NDArray[np.int64]]], positions: NDArray[np.int64], random_bits: RandomBits
@@ -83,7 +87,7 @@ class Stretches:
 
     def __init__(self, dataset: Dataset, split_name: str, closed: threading.Event) -> None:
         self.samples = index.load(dataset, split_name)
-        self._dataset, self._split_name, self._closed = dataset, split_name, closed
+        self._dataset, self._split_name, self.closed = dataset, split_name, closed
 
     def read(self, number: int, retry: bool = True) -> Stretch:
         """Read a virtual shard.
@@ -94,7 +98,7 @@ class Stretches:
         dataset = self._dataset
         if not retry and isinstance(dataset.tars, Remote):
             dataset = replace(dataset, tars=dataset.tars.without_retries())
-        return index.read(dataset, self._split_name, self.samples, number, self._closed)
+        return index.read(dataset, self._split_name, self.samples, number, self.closed)
 
 
 class EncodedCache:
@@ -116,11 +120,8 @@ class EncodedCache:
         return self._stretches[shard] is not None
 
     def put(self, shard: int, stretch: Stretch) -> None:
-        """Store a virtual shard, without what is between its images in the tar file."""
-        data = memoryview(b"".join(stretch.images))
-        ends = np.cumsum(stretch.samples["bytes"], dtype=np.int64).tolist()
-        images = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        self._stretches[shard] = stretch._replace(images=images)
+        """Store a virtual shard."""
+        self._stretches[shard] = stretch
         self._missing -= 1
 
     def get(self, shard: int) -> Stretch:

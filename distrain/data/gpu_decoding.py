@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,9 @@ from distrain.data import images
 from distrain.data.decoding import Bad, Decoder, Transform
 from distrain.data.encoded import Encoded
 from distrain.data.pillow import Decoding
+
+_GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""RuntimeErrors that say nothing about a file: it must not be decoded by the CPU after them, to other pixels."""
 
 
 class GpuDecoder(Decoder):
@@ -32,16 +36,13 @@ class GpuDecoder(Decoder):
         self.device = device
         self._gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="distrain-decode-gpu", initializer=self._begin)
 
-    def start(self, batch: Encoded, transform: Transform, out: Tensor) -> list[Future[list[Bad]]]:
+    def start(
+        self, batch: Encoded, transform: Transform, out: Tensor, stop: threading.Event
+    ) -> list[Future[list[Bad]]]:
         """Start to decode a batch to the rows of `out`, uint8 [n, H, W, C], on the GPU or the CPU."""
         if out.device != self.device:
-            return super().start(batch, transform, out)
-        return [self._gpu_thread.submit(self._decode_batch, batch, transform, out)]
-
-    def close(self) -> None:
-        """End the threads after their tasks."""
-        super().close()
-        self._gpu_thread.shutdown(wait=False, cancel_futures=True)
+            return super().start(batch, transform, out, stop)
+        return [self._gpu_thread.submit(self._decode_batch, batch, transform, out, stop)]
 
     def _begin(self) -> None:
         warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
@@ -49,7 +50,9 @@ class GpuDecoder(Decoder):
             torch.cuda.set_device(self.device)  # GPU 0 in a new thread
             torch.cuda.set_stream(torch.cuda.Stream(self.device))  # training steps do not wait
 
-    def _decode_batch(self, batch: Encoded, transform: Transform, out: Tensor) -> list[Bad]:
+    def _decode_batch(self, batch: Encoded, transform: Transform, out: Tensor, stop: threading.Event) -> list[Bad]:
+        if stop.is_set():
+            return []
         boxes = self.boxes(batch, transform)
         files = [batch.stretches[which].images[number] for which, number in batch.origin.tolist()]
         rows = [row for row, data in enumerate(files) if images.is_plain_jpeg(data, self.decoding)]
@@ -74,12 +77,16 @@ class GpuDecoder(Decoder):
             return []
         try:
             return [planes.permute(1, 2, 0) for planes in decode_jpeg(tensors, ImageReadMode.RGB, self.device)]
+        except _GPU_ERRORS:
+            raise
         except RuntimeError:  # one of them cannot be decoded
             return [self._decode_file(tensor) for tensor in tensors]
 
     def _decode_file(self, file: Tensor) -> Tensor | None:
         try:
             planes: Tensor = decode_jpeg([file], ImageReadMode.RGB, self.device)[0]
+        except _GPU_ERRORS:
+            raise
         except RuntimeError:
             return None
         return planes.permute(1, 2, 0)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags
 from torch import Tensor
 
-from distrain.data import pillow
+from distrain.data import crops, pillow
 from distrain.data.pillow import DEFAULT_DECODING, Decoding, UnreadableError
 from distrain.errors import ConfigError
 
@@ -177,10 +177,8 @@ def read_image(
 
 
 def centred_box(height: int, width: int, size: tuple[int, int]) -> Box:
-    """Return the largest box in the centre of an image that has the aspect ratio of `size`, rounded to whole pixels."""
-    scale = min(height / size[0], width / size[1])
-    box_height, box_width = (max(1, round(scale * length)) for length in size)
-    return Box(round((height - box_height) / 2), round((width - box_width) / 2), box_height, box_width)
+    """Return the largest box in the centre of an image that has the aspect ratio of `size`."""
+    return Box(*crops.covering_boxes(np.array([[height, width]]), *size)[0].tolist())
 
 
 def decoder_version() -> str:
@@ -201,7 +199,7 @@ def _decode(data: bytes | memoryview, decoding: Decoding, channels: int, fractio
             pixels = torch.from_numpy(pillow.decode_jpeg(image, channels, divisor))
         else:
             pixels = _decode_whole_jpeg(data, mode)
-        return _upright(pixels, orientation)
+    return _upright(pixels, orientation)  # not above: a lack of memory here is no fault of the file
 
 
 def _decode_whole_jpeg(data: bytes | memoryview, mode: int) -> Tensor:

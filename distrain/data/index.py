@@ -10,7 +10,7 @@ import hashlib
 import io
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def read(dataset: Dataset, split_name: str, samples: Samples, number: int, stop:
     for part in ranges(stretch, tars_of(split, int(first), int(last))):
         tar, entries = split.tars[part.tar], stretch[part.first : part.last]
         data = memoryview(_read_range(dataset.tars, tar, part, entries, stop))
-        images += [data[start:end] for start, end in _within(entries, part.start)]
+        images += _compact([data[start:end] for start, end in _within(entries, part.start)])
     return Stretch(images, stretch, int(first))
 
 
@@ -120,8 +120,7 @@ def read_image(root: Path | Remote, tar: Tar, sample: Samples) -> bytes:
 
 def tars_of(split: IndexSplit, first: int, last: int) -> NDArray[np.int64]:
     """Return the number of the tar file that each of the samples first … last - 1 is in: int64 [n]."""
-    ends = np.cumsum([tar.samples for tar in split.tars])
-    return np.searchsorted(ends, np.arange(first, last), side="right")
+    return np.searchsorted(split.tar_ends, np.arange(first, last), side="right")
 
 
 def ranges(samples: Samples, tars: NDArray[np.int64]) -> Iterator[Range]:
@@ -148,6 +147,13 @@ def describe(split: IndexSplit, number: int, offset: int) -> str:
     """Return the name of a sample for messages: its tar file, and where its image begins."""
     tar = split.tars[int(tars_of(split, number, number + 1)[0])]
     return printable(f"{tar.name}, the image at byte {offset:,}")
+
+
+def _compact(images: Sequence[memoryview]) -> list[memoryview]:
+    """Copy images, so that what is between them does not stay in memory; decoding one takes longer than all copies."""
+    data = memoryview(b"".join(images))
+    ends = list(itertools.accumulate(map(len, images)))
+    return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _within(entries: Samples, start: int) -> list[tuple[int, int]]:

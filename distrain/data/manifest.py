@@ -6,6 +6,7 @@ It is written last, so a folder without it is not a data set. There are two form
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -129,7 +130,12 @@ class IndexSplit(_Record):
             raise ValueError("a tar file is named twice")
         return self
 
-    @property
+    @functools.cached_property
+    def tar_ends(self) -> NDArray[np.int64]:
+        """Number of samples in each tar file and those before it: int64 [T]."""
+        return np.cumsum([tar.samples for tar in self.tars], dtype=np.int64)
+
+    @functools.cached_property
     def starts(self) -> NDArray[np.int64]:
         """First sample of each virtual shard, and the number of samples: int64 [S + 1]."""
         return np.arange(self.shards + 1) * self.samples // self.shards

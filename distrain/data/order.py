@@ -18,6 +18,7 @@ sample's are computed alone, so a rank draws only those of its own samples.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,8 +59,7 @@ class Order:
 
     def epoch_shards(self, epoch: int) -> Ints:
         """The shard that each lane reads in each round of an epoch: int64 [rounds, lanes]."""
-        shards = permutation(self.num_shards, self.seed, _SHARDS, epoch)
-        return shards.reshape(-1, self.lanes)
+        return _shards_of_epoch(self.num_shards, self.seed, epoch).reshape(-1, self.lanes)
 
     def shard_samples(self, epoch: int, shard: int, size: int) -> Ints:
         """Indices of the samples that an epoch uses of a shard with `size` samples, in training order: int64 [m]."""
@@ -203,6 +203,13 @@ def mixup_weight(seed: int, step: int, alpha: float) -> float:
 def permutation(n: int, seed: int, purpose: int, a: int = 0, b: int = 0) -> Ints:
     """A random permutation of 0 … n-1 that depends only on the arguments: int64 [n]."""
     return np.argsort(_philox(seed, purpose, a, b).random_raw(n), kind="stable")
+
+
+@functools.lru_cache(maxsize=2)  # it is asked for in each round: a tenth of a second for a million shards
+def _shards_of_epoch(num_shards: int, seed: int, epoch: int) -> Ints:
+    shards = permutation(num_shards, seed, _SHARDS, epoch)
+    shards.flags.writeable = False
+    return shards
 
 
 def split_permutation(n: int, seed: int, draw: int = 0) -> Ints:

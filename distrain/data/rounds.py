@@ -314,13 +314,18 @@ def memory(
         ranks: the virtual ranks of the process.
         read_ahead: rounds to read before they are needed.
         cached: whether the train split is cached.
-        pinned: whether the buffers are in pinned memory, for a GPU. torch makes each tensor there a power of two long.
+        pinned: whether the buffers are in pinned memory, for a GPU.
     """
     if cached:
         return cache_size(dataset)
     buffers = 1 + max(read_ahead, order.rounds_per_step)
     samples = [len(order.owned_lanes(world)) * order.samples_per_shard for world in ranks]
-    copied = [each * size for each in samples for size in (dataset.sample_bytes, _LABEL_BYTES, _BITS_BYTES)]
+    return buffers * sum(buffer_bytes(each, dataset.sample_bytes, pinned) for each in samples)
+
+
+def buffer_bytes(samples: int, sample_bytes: int, pinned: bool) -> int:
+    """Bytes of the buffer of so many samples; torch makes each tensor in pinned memory a power of two long."""
+    copied = [samples * size for size in (sample_bytes, _LABEL_BYTES, _BITS_BYTES)]
     if pinned:
         copied = [1 << (size - 1).bit_length() for size in copied]
-    return buffers * (sum(copied) + sum(samples) * _HOST_BYTES)
+    return sum(copied) + samples * _HOST_BYTES

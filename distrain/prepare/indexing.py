@@ -367,7 +367,7 @@ def _report_memory(source: WebDataset, part: Selection, num_shards: int, lanes: 
         plural(num_shards, "virtual shard"),
         f"{len(part.ids) / num_shards:,.0f}",
         f"{total / num_shards / 2**20:.3g}",
-        f"{2 * lanes * total / num_shards / 2**20:.3g}",
+        f"{3 * lanes * total / num_shards / 2**20:.3g}",  # rounds: decoded, in use, and read
     )
 
 

@@ -56,8 +56,10 @@ class Feed:
         return batches
 
     def prefetch(self, step: int) -> None:
-        """Start the host-to-device copy of the next step, unless its data may have to be waited for."""
-        if self._stream is not None and self._ahead is None and not self._order.begins_round(step):
+        """Start the host-to-device copy of the next step, unless its data must be waited for: `take` measures that."""
+        if self._stream is None or self._ahead is not None or self._order.begins_round(step):
+            return
+        if not self._batches.decodes or self._batches.ready(step, 0):
             self._ahead = self._copy()
 
     def _copy(self) -> list[Batch]:

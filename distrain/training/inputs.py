@@ -118,7 +118,7 @@ def memory(config: Config, dataset: Dataset, order: Order, ranks: Sequence[World
         pinned: whether batches are in pinned memory, for a GPU.
     """
     if dataset.is_index:
-        return decoded.memory(dataset, order, ranks, config.data.read_ahead, cached)
+        return decoded.memory(dataset, order, ranks, config.data.read_ahead, cached, pinned)
     return rounds.memory(dataset, order, ranks, config.data.read_ahead, cached, pinned)
 
 

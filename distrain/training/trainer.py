@@ -223,9 +223,9 @@ class Trainer:
         """
         if self._reader is not None and self.job.preprocessing is not None:
             bad, self._reader.bad = self._reader.bad, []
-            self._record_bad(
-                "train", [each for of_rank in self.job.runtime.collectives.from_all(bad) for each in of_rank]
-            )
+            collectives = self.job.runtime.collectives
+            of_ranks = collectives.from_all(bad) if any(collectives.agree(bool(bad)).flags) else []
+            self._record_bad("train", [each for of_rank in of_ranks for each in of_rank])
 
     def _record_bad(self, split: str, bad: Sequence[Bad]) -> None:
         """Record images that could not be decoded, the same on all processes."""
