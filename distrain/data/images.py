@@ -40,7 +40,7 @@ _DRAFT = 2
 """A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this multiple of the target, as in Pillow."""
 
 _LONGEST = 100
-"""If the longer side of an image is more than this multiple of the shorter one, only its centre is resized.
+"""Largest ratio of the two sides of an image that is resized as a whole; of others, only the centre is.
 
 Nothing else of it can be in the crop, and whole it would need memory without limit: 3 GB for 20,000 × 1 pixels.
 """
