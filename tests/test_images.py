@@ -235,6 +235,17 @@ def test_resize_is_torchvisions_resized_crop(
     assert (batch[[0, 2]] == 7).all()
 
 
+@pytest.mark.parametrize("long_axis", [0, 1])
+def test_of_a_very_long_image_only_the_centre_is_resized(long_axis: int) -> None:
+    pixels = torch.zeros(2_000_000, 1, 3, dtype=torch.uint8)
+    pixels[1_000_000:] = 255
+    # Resized as a whole, the image would need 393 GB.
+    result = resize_and_crop(pixels.movedim(0, long_axis).contiguous(), 256, (224, 224))
+    lines = result.movedim(long_axis, 0)
+    assert (lines == lines[:, :1]).all()
+    assert lines[0].max() < lines[112].min() < lines[-1].min()
+
+
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 60), st.data(), st.sampled_from([1, 3]))
 @settings(max_examples=100, deadline=None)
 def test_resize_and_crop_is_torchvisions_resize_and_center_crop(

@@ -641,6 +641,7 @@ def test_tar_files_that_were_moved_are_named_and_found_by_data_tars(
         ({"data": {"image_size": None}}, "its images have sizes from 60×60 to 100×100: set data.image_size, such as"),
         ({"data": {"cache": "device"}}, "data.cache=device: the images of an index are encoded; use ram, auto or off"),
         ({"eval": {"resize": 8}}, "eval.resize=8: is smaller than the crop of 16×16; raise it"),
+        ({"model": {"name": "small"}, "eval": {"crop": 8}}, "eval.crop=8: if it needs images of 16×16, set eval.crop"),
     ],
 )
 def test_keys_that_do_not_fit_an_index_are_refused(

@@ -497,7 +497,7 @@ def test_labels_counted_from_1_are_a_remark_and_other_missing_classes_are_refuse
     assert "are the labels counted from 1?" in capsys.readouterr().err
     assert manifest.read(tmp_path / "out").manifest.classes == ["0", "1", "2", "3"]
     assert run("prepare", "webdataset", tmp_path / "tars/gap-*.tar", "--out", tmp_path / "gap") == 78
-    assert "train has no image of 2 classes (1, 3)" in capsys.readouterr().err
+    assert "train has no image of 2 classes (1, 3); no label is one of them: number classes" in capsys.readouterr().err
     write_numbered(tmp_path / "tars", "same", [1] * 20, 2)
     assert run("prepare", "webdataset", tmp_path / "tars/same-*.tar", "--out", tmp_path / "same") == 78
 

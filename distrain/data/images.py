@@ -35,6 +35,12 @@ _GREY, _RGB = 1, 3
 _DRAFT = 2
 """A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this multiple of the target, as in Pillow."""
 
+_LONGEST = 100
+"""Largest ratio of the two sides of an image that is resized as a whole; of others, only the centre is.
+
+Nothing else of it can be in the crop, and whole it would need memory without limit: 3 GB for 20,000 × 1 pixels.
+"""
+
 _MODES = {("RGB", 3): _RGB, ("L", 3): _RGB, ("L", 1): _GREY}
 """Pillow's mode of a JPEG file, and the number of channels, for which torchvision decodes to Pillow's pixels.
 
@@ -141,16 +147,19 @@ def evaluation_size(height: int, width: int, resize: int) -> tuple[int, int]:
 def resize_and_crop(pixels: Tensor, shorter: int, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
     """Return uint8 [h, w, C]: the image as by torchvision's `Resize(shorter, antialias=True)` and `CenterCrop(size)`.
 
+    If one side is more than 100 times as long as the other, only the centre of the image is resized.
+
     Args:
         pixels: uint8 [H, W, C].
         shorter: length of the shorter side after resizing: at least h and w.
         size: h and w.
         out: as for `resize`.
     """
-    resized = evaluation_size(pixels.shape[0], pixels.shape[1], shorter)
+    height, width = (min(length, _LONGEST * min(pixels.shape[:2])) for length in pixels.shape[:2])
+    middle = Box((pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2, height, width)
+    resized = evaluation_size(height, width, shorter)
     top, left = (round((length - target) / 2) for length, target in zip(resized, size, strict=True))
-    everything = Box(0, 0, pixels.shape[0], pixels.shape[1])
-    return resize(resize(pixels, everything, resized), Box(top, left, *size), size, out)
+    return resize(resize(pixels, middle, resized), Box(top, left, *size), size, out)
 
 
 def read_image(

@@ -385,7 +385,11 @@ def check_chosen(source: Source, chosen: Mapping[SplitName, Selection], options:
         drawn = [f"--{split}-fraction" for split in chosen if split != "train" and split not in source.labels]
         cures = [f"a smaller {' or '.join(drawn)}"] if drawn else []
         cures += [] if options.limit is None else ["a larger --limit"]
-        raise DataError(f"train has no image of {_named_classes(missing)}; use {' or '.join(['more images', *cures])}")
+        cure = f"use {' or '.join(['more images', *cures])}"
+        labels = {source.classes[label] for label in np.unique(source.labels["train"])}
+        if labels.isdisjoint(missing):
+            cure = "no label is one of them: number classes from 0 without gaps, and list no class without images"
+        raise DataError(f"train has no image of {_named_classes(missing)}; {cure}")
 
 
 def _missing_classes(source: Source, part: Selection) -> list[str]:

@@ -428,7 +428,12 @@ def build_model(config: Config, dataset: Dataset, dtype: torch.dtype, batch_size
     module = models.from_config(config.model, classes, shape, config.run.seed, dtype, batch_sizes)
     height, width, channels = inputs.evaluation_shape(config, dataset)
     if [height, width, channels] != shape:
-        models.check_output(config.model.name, module, torch.zeros(2, channels, height, width, dtype=dtype), classes)
+        images = torch.zeros(2, channels, height, width, dtype=dtype)
+        try:
+            models.check_output(config.model.name, module, images, classes)
+        except ConfigError as error:
+            cure = f"if it needs images of {shape[0]}×{shape[1]}, set eval.crop to null or to that size"
+            raise ConfigError(f"{error}; eval.crop={config.eval.crop}: {cure}") from error
     return module
 
 
