@@ -343,7 +343,7 @@ def _check_mixing(source: WebDataset, part: Selection, num_shards: int, accept_o
     starts = np.arange(num_shards + 1) * len(labels) // num_shards
     measured = mixing.measure(labels, starts)
     text = (
-        f"a stretch of {measured.shard_samples:,.0f} samples has {measured.classes:,.1f} of"
+        f"a stretch of {plural(round(measured.shard_samples), 'sample')} has {measured.classes:,.1f} of"
         f" {plural(len(source.classes), 'class')} on average, {measured.chance:,.1f} if their order were random"
     )
     if measured.exceeds(mixing.SORTED) and not accept_order:
