@@ -378,18 +378,18 @@ def check_chosen(source: Source, chosen: Mapping[SplitName, Selection], options:
     for split, part in chosen.items():
         if not len(part.ids):
             raise DataError(f"no samples are left for {split}; use more images or a larger --{split}-fraction")
+    labels = {source.classes[label] for label in np.unique(source.labels["train"])}
     missing = _missing_classes(source, chosen["train"])
-    if missing == ["0"] and source.classes[0] == "0" and 0 not in source.labels["train"]:
-        log.warning("no training sample has the label 0: are the labels counted from 1? Class 0 is never trained")
-    elif missing:
+    lost = [name for name in missing if name in labels]
+    if lost:
         drawn = [f"--{split}-fraction" for split in chosen if split != "train" and split not in source.labels]
         cures = [f"a smaller {' or '.join(drawn)}"] if drawn else []
         cures += [] if options.limit is None else ["a larger --limit"]
-        cure = f"use {' or '.join(['more images', *cures])}"
-        labels = {source.classes[label] for label in np.unique(source.labels["train"])}
-        if labels.isdisjoint(missing):
-            cure = "no label is one of them: number classes from 0 without gaps, and list no class without images"
-        raise DataError(f"train has no image of {_named_classes(missing)}; {cure}")
+        raise DataError(f"train has no image of {_named_classes(lost)}; use {' or '.join(['more images', *cures])}")
+    if missing == ["0"]:
+        log.warning("no training sample has the label 0: are the labels counted from 1? Class 0 is never trained")
+    elif missing:
+        log.warning("no training sample has the label of %s, which the model never learns", _named_classes(missing))
 
 
 def _missing_classes(source: Source, part: Selection) -> list[str]:
