@@ -298,7 +298,7 @@ except Exception as error:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
 def test_a_lack_of_memory_is_no_fault_of_the_file(tmp_path: Path) -> None:
-    """In a process of its own: memory that earlier tests have freed would be used before the limit counts."""
+    # Not in this process: memory that earlier tests have freed would be used before the limit counts.
     (tmp_path / "large.jpg").write_bytes(encoded(Image.new("RGB", (6000, 5000))))
     done = subprocess.run(
         [sys.executable, "-c", LITTLE_MEMORY, tmp_path / "large.jpg"],
