@@ -6,7 +6,8 @@ a process of its own (`benchmarks.loaders`) and uses all cores that it may use. 
 
 - CPU time of an image: of the process and its workers. It holds while other programs use the machine too
 - images/s after the first batch, and seconds to the first batch
-- memory: the largest sum of the PSS of the process and its workers, sampled in one more turn, which is not timed
+- memory: the largest sum over the process and its workers, sampled in one more turn, which is not timed: of their PSS,
+  in which memory that processes have in common counts once, and of their RSS
 - limit: decoding alone, of images in memory, which are not resized
 - waiting: fraction of the time that steps of `distrain train` wait for data, where a step is slower than decoding
 - resume: a new reader in the middle of an epoch, in a fresh process: seconds to its first batch, and bytes read
@@ -41,6 +42,8 @@ _SLOW_BATCH = 16
 _MEMORY_INTERVAL = 0.1
 """Seconds between two samples of a process's memory."""
 
+_MEMORY = ("PSS", "RSS")
+
 _THREADS = (1, 2, 7)
 """Numbers of threads whose batches must be the same."""
 
@@ -51,12 +54,15 @@ def measure(context: Context) -> Table:
     photos.write_tars(folder / "tars", context.photos)
     dataset = open_index(folder)
     rows, missing = _take_turns(context, folder)
-    memory = {name: Row(name, "MiB", [_peak_memory(context, folder, name)]) for name in rows["cpu_ms"]}
+    peaks = {name: _peak_memory(context, folder, name) for name in rows["cpu_ms"]}
+    memory = {
+        kind: {name: Row(name, f"MiB ({kind})", [peak[kind]]) for name, peak in peaks.items()} for kind in _MEMORY
+    }
     return Table(
         f"Decoding of photos: batches of {BATCH} of {SIDE}×{SIDE}, {machine.cores()} cores",
         [
             *(row for of_unit in rows.values() for row in of_unit.values()),
-            *memory.values(),
+            *(row for of_kind in memory.values() for row in of_kind.values()),
             _waiting(context, dataset),
             *_resume(context, dataset),
         ],
@@ -82,10 +88,11 @@ def _take_turns(context: Context, folder: Path) -> tuple[dict[str, dict[str, Row
     return rows, missing
 
 
-def _ratios(rows: Mapping[str, Mapping[str, Row]], memory: Mapping[str, Row]) -> list[Row]:
+def _ratios(rows: Mapping[str, Mapping[str, Row]], memory: Mapping[str, Mapping[str, Row]]) -> list[Row]:
     """Divide distrain's CPU time, turn by turn, its best images/s and its memory by those of each other loader."""
     best = {name: replace(row, samples=[max(row.samples)]) for name, row in rows["images_per_second"].items()}
-    compared = {"CPU time": rows["cpu_ms"], "best images/s": best, "memory": memory}
+    compared = {"CPU time": rows["cpu_ms"], "best images/s": best}
+    compared |= {f"memory ({kind})": of_kind for kind, of_kind in memory.items()}
     return [
         replace(ratio(of_loader[_DISTRAIN], row), name=f"{what}: {_DISTRAIN} / {name}")
         for what, of_loader in compared.items()
@@ -94,14 +101,15 @@ def _ratios(rows: Mapping[str, Mapping[str, Row]], memory: Mapping[str, Row]) ->
     ]
 
 
-def _peak_memory(context: Context, folder: Path, name: str) -> float:
-    """Return the largest memory of a loader's process and its workers together, in MiB."""
-    peak, ended = 0, threading.Event()
+def _peak_memory(context: Context, folder: Path, name: str) -> dict[str, float]:
+    """Return the largest PSS and RSS of a loader's process and its workers together, in MiB."""
+    peaks, ended = dict.fromkeys(_MEMORY, 0), threading.Event()
 
     def sample() -> None:
-        nonlocal peak
         while not ended.wait(_MEMORY_INTERVAL):
-            peak = max(peak, sum(map(_memory, psutil.Process().children(recursive=True))))
+            processes = [_memory(process) for process in psutil.Process().children(recursive=True)]
+            for kind, *sizes in zip(_MEMORY, *processes, strict=True):
+                peaks[kind] = max(peaks[kind], sum(sizes))
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -110,15 +118,16 @@ def _peak_memory(context: Context, folder: Path, name: str) -> float:
     finally:
         ended.set()
         sampler.join()
-    return peak / 2**20
+    return {kind: peak / 2**20 for kind, peak in peaks.items()}
 
 
-def _memory(process: psutil.Process) -> int:
-    """Return the bytes of a process, those that it has in common with others divided by their number."""
+def _memory(process: psutil.Process) -> tuple[int, int]:
+    """Return the PSS and RSS of a process in bytes: `_MEMORY`."""
     try:
-        return int(process.memory_full_info().pss)
+        memory = process.memory_full_info()
     except psutil.Error:
-        return 0  # it has ended
+        return 0, 0  # it has ended
+    return int(memory.pss), int(memory.rss)
 
 
 def _waiting(context: Context, dataset: Dataset) -> Row:

@@ -34,9 +34,6 @@ import webdataset as wds
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision import transforms
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import v2
 
 from benchmarks import photos
 from benchmarks.commands import call
@@ -84,16 +81,22 @@ def _distrain(folder: Path) -> Epochs:
 
 
 def _pil_transform() -> Any:
+    from torchvision import transforms  # not for distrain's process, which does not use it
+
     crop = transforms.RandomResizedCrop(SIDE)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
 
 
 def _tensor_transform() -> Any:
+    from torchvision.transforms import v2
+
     return v2.Compose([v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip()])
 
 
 def _decode(transform: Any, data: bytes) -> Tensor:
     file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    from torchvision.io import ImageReadMode, decode_jpeg
+
     image: Tensor = transform(decode_jpeg(file, mode=ImageReadMode.RGB))
     return image
 
@@ -195,6 +198,8 @@ def _spdl(folder: Path) -> Epochs:
                     yield from (bytes(data) for name, data in spdl.io.iter_tarfile(tar) if name.endswith(".jpg"))
 
     def decode(data: bytes) -> Any:
+        from torchvision import transforms
+
         top, left, height, width = transforms.RandomResizedCrop.get_params(
             torch.empty(3, photos.HEIGHT, photos.WIDTH, device="meta"), [0.08, 1], [3 / 4, 4 / 3]
         )

@@ -33,7 +33,7 @@ from distrain.errors import DataError
 
 _CPU = torch.device("cpu")
 
-_DECODED_BYTES = 2**26
+_DECODED_BYTES = 2**25
 """Bytes of images that are decoded before they are needed; at least one step."""
 
 
