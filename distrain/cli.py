@@ -814,12 +814,11 @@ def _show(dataset: Any, made: bool, compared: str) -> None:
 
 def _describe(dataset: Any) -> str:
     manifest = dataset.manifest
-    is_index = manifest.format == "distrain-index"
     splits = ", ".join(
         f"{name} {split.samples:,} in "
         + (
-            f"{plural(len(split.tars), 'tar file')}, {split.shards:,} virtual shards"
-            if is_index
+            f"{plural(len(split.tars), 'tar file')}, {plural(split.shards, 'virtual shard')}"
+            if dataset.is_index
             else plural(len(split.shards), "shard")
         )
         + f" of {plural(split.lanes, 'lane')}"

@@ -73,17 +73,15 @@ class DecodedBatches:
         device: torch.device = _CPU,
         cache: EncodedCache | None = None,
     ) -> None:
-        self._steps, self._ranks, self._preprocessing = steps, ranks, preprocessing
+        self._steps, self._preprocessing = steps, preprocessing
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.shards_read = 0
         self.bad: list[Bad] = []
         """Samples of the batches so far that could not be decoded."""
         self._closed = threading.Event()
         ahead = max(read_ahead, order.rounds_per_step)
         stretches = Stretches(dataset, "train", self._closed)
-        reader = RoundReader(
-            dataset, order, ranks, rounds_of(order, steps), True, False, self._closed, self._count, stretches
-        )
+        rounds = rounds_of(order, steps)
+        self._reader = reader = RoundReader(dataset, order, ranks, rounds, True, False, self._closed, stretches)
         spare = reader.fill(cache) if cache is not None else ()
         self._rounds = StepParts(
             order, ranks, Background(reader.encoded(cache), ahead, self._closed, None, spare), None
@@ -100,8 +98,10 @@ class DecodedBatches:
         self._background = Background(self._decode(), steps_ahead, self._closed, gpu)
         self._current: _Started | None = None
 
-    def _count(self) -> None:
-        self.shards_read += 1
+    @property
+    def shards_read(self) -> int:
+        """Number of shards read so far: it shows whether reading makes progress."""
+        return self._reader.shards_read
 
     def ready(self, step: int, timeout: float | None) -> bool:
         """Wait up to `timeout` seconds (None: without limit) for the next batch; return whether it is ready."""

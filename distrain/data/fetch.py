@@ -35,7 +35,7 @@ import tenacity
 from distrain import address, files
 from distrain.config import Data
 from distrain.data.disk_cache import Cache, Check
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, DataError, UnreachableError
 from distrain.text import plural, printable
 
 _EXTRAS: dict[str, str | None] = {"file": None, "http": None, "https": None, "s3": "s3", "gs": "gs", "hf": "hf"}
@@ -73,6 +73,17 @@ class FetchError(Exception):
     def __init__(self, reason: str, cure: str | None = None, unreachable: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.cure, self.unreachable = reason, cure, unreachable
+
+    def explained(self, where: str, kind: type[DataError], cure: str) -> DataError:
+        """Return the error that the user sees: of this kind, or UnreachableError if a later attempt may succeed.
+
+        Args:
+            where: the file.
+            kind: the error if the file itself is at fault.
+            cure: for that case.
+        """
+        error_type = UnreachableError if self.unreachable else kind
+        return error_type(f"{where}: {self.reason}; {self.cure or cure}")
 
 
 class _TransientError(FetchError):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from distrain import files
 from distrain.data.fetch import FetchError, Remote
 from distrain.data.manifest import Dataset, File, IndexSplit, Tar
-from distrain.errors import DataError, ShardError, UnreachableError
+from distrain.errors import DataError, ShardError
 from distrain.text import printable
 
 SAMPLE = np.dtype(
@@ -179,8 +179,7 @@ def _read_range(root: Path | Remote, tar: Tar, part: Range, entries: Samples, st
                 tar.name, part.start, part.stop, tar.bytes, tar.sha256, lambda data: _check(data, part, entries), stop
             )
         except FetchError as error:
-            error_type = UnreachableError if error.unreachable else ShardError
-            raise error_type(f"{root / tar.name}: {error.reason}; {error.cure or _CURE}") from None
+            raise error.explained(root / tar.name, ShardError, _CURE) from None
     path = root / tar.name
     try:
         with files.open_regular(path) as file:
@@ -205,8 +204,7 @@ def _read_file(root: Path | Remote, file: File) -> bytes:
         try:
             return root.read(file.name, file.bytes, file.sha256, check)
         except FetchError as error:
-            error_type = UnreachableError if error.unreachable else DataError
-            raise error_type(f"{root / file.name}: {error.reason}; {error.cure or _CURE}") from None
+            raise error.explained(root / file.name, DataError, _CURE) from None
     try:
         data = files.read(root / file.name, file.bytes)
     except OSError as error:

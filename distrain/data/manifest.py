@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from distrain import files
 from distrain.config import Data
 from distrain.data.fetch import FetchError, FetchOptions, Remote, locate
-from distrain.errors import ConfigError, DataError, UnreachableError
+from distrain.errors import ConfigError, DataError
 from distrain.text import printable, shown
 
 NAME = "manifest.json"
@@ -72,7 +72,7 @@ class Split(_Record):
             raise ValueError("a shard is named twice")
         return self
 
-    @property
+    @functools.cached_property
     def sizes(self) -> NDArray[np.int64]:
         """Number of samples of each shard: int64 [S]."""
         return np.array([shard.samples for shard in self.shards], np.int64)
@@ -140,7 +140,7 @@ class IndexSplit(_Record):
         """First sample of each virtual shard, and the number of samples: int64 [S + 1]."""
         return np.arange(self.shards + 1) * self.samples // self.shards
 
-    @property
+    @functools.cached_property
     def sizes(self) -> NDArray[np.int64]:
         """Number of samples of each virtual shard: int64 [S]."""
         return np.diff(self.starts)
@@ -393,9 +393,7 @@ def _fetch(root: Remote, name: str) -> bytes:
         return root.fetch(name, _MAX_BYTES, _check_json)
     except FetchError as error:
         uploaded = "upload a folder that `distrain prepare` made, or set data.dir"
-        cure = error.cure or ("set data.tars" if name == TARS else uploaded)
-        error_type = UnreachableError if error.unreachable else DataError
-        raise error_type(f"{root / name}: {error.reason}; {cure}") from None
+        raise error.explained(root / name, DataError, "set data.tars" if name == TARS else uploaded) from None
 
 
 def _check_json(raw: bytes) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -111,10 +111,10 @@ class RoundReader:
     with_random_bits: bool
     pin: bool
     closed: threading.Event
-    count: Callable[[], None]
-    """Called after every shard."""
     stretches: Stretches | None = None
     """Reads the virtual shards of an index."""
+    shards_read: int = 0
+    """Number of shards read so far: it shows whether reading makes progress."""
 
     def into_buffers(self, buffers: int) -> Iterator[Round]:
         """Read rounds into buffers, which are used in turn: every `buffers`-th round overwrites the same one."""
@@ -130,7 +130,7 @@ class RoundReader:
                 lanes = len(self.order.owned_lanes(world))
                 for column, shard, samples_used in self._parts(number, world):
                     _copy_to_column(self._read(shard), samples_used, buffer, column, lanes)
-                    self.count()
+                    self.shards_read += 1
                 positions, random_bits = self._draw(number, world)
                 buffer.positions[:] = positions
                 buffer.random_bits.copy_(random_bits)
@@ -147,7 +147,7 @@ class RoundReader:
                     if not cache.contains(shard):
                         cache.put(shard, self._read(shard))
                     index[:, column] = torch.from_numpy(samples_used + cache.start(shard))
-                    self.count()
+                    self.shards_read += 1
                 positions, random_bits = self._draw(number, world)
                 pinned = self._empty(random_bits.shape, torch.int64).copy_(random_bits)
                 parts.append(Cached(cache, index.flatten(), positions, pinned))
@@ -163,7 +163,7 @@ class RoundReader:
                     if cache is not None and not cache.contains(shard):
                         cache.put(shard, self._read(shard))
                     columns.append((self._read(shard) if cache is None else cache.get(shard), samples_used))
-                    self.count()
+                    self.shards_read += 1
                 positions, random_bits = self._draw(number, world)
                 parts.append(encoded.interleave(columns, positions, random_bits.numpy().view(np.uint64)))
             yield Round(number, parts, None)
@@ -187,7 +187,7 @@ class RoundReader:
                 except DataError:
                     failed.add(shard)
                 else:
-                    self.count()
+                    self.shards_read += 1
                 yield shard not in failed
             if cache.is_complete:
                 return

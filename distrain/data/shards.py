@@ -24,7 +24,7 @@ from webdataset import tariterators
 from distrain import files
 from distrain.data.fetch import FetchError, Remote
 from distrain.data.manifest import IDS, IMAGES, LABELS, Shard
-from distrain.errors import ShardError, UnreachableError
+from distrain.errors import ShardError
 from distrain.text import plural, printable, shown
 
 BLOCK_SAMPLES = 1024
@@ -154,8 +154,7 @@ def _fetch(root: Remote, shard: Shard, digests: Sequence[str], stop: threading.E
     try:
         return root.read(shard.name, shard.bytes, shard.sha256, lambda data: _check(data, shard, digests), stop)
     except FetchError as error:
-        error_type = UnreachableError if error.unreachable else ShardError
-        raise error_type(f"{root / shard.name}: {error.reason}; {error.cure or _CURE}") from None
+        raise error.explained(root / shard.name, ShardError, _CURE) from None
 
 
 def _check(data: bytes, shard: Shard, digests: Sequence[str]) -> str | None:

@@ -78,18 +78,18 @@ class TrainingBatches:
         self._pin = self.copy_stream is not None
         ahead = max(read_ahead, order.rounds_per_step)
         closed = threading.Event()
-        self.shards_read = 0
-        """Number of shards read so far: it shows whether reading makes progress."""
         self.bad: list[Bad] = []
         rounds = rounds_of(order, steps)
-        reader = RoundReader(dataset, order, ranks, rounds, with_random_bits, self._pin, closed, self._count)
+        self._reader = reader = RoundReader(dataset, order, ranks, rounds, with_random_bits, self._pin, closed)
         items = reader.into_buffers(ahead + 1) if cache is None else reader.into_cache(cache)
         spare = reader.fill(cache) if cache is not None else ()
         gpu = self.copy_stream.device if self.copy_stream is not None else None
         self._rounds = StepParts(order, ranks, Background(items, ahead, closed, gpu, spare), self.copy_stream)
 
-    def _count(self) -> None:
-        self.shards_read += 1
+    @property
+    def shards_read(self) -> int:
+        """Number of shards read so far: it shows whether reading makes progress."""
+        return self._reader.shards_read
 
     def ready(self, step: int, timeout: float | None) -> bool:
         """Wait up to `timeout` seconds (None: without limit) for a step's batch; return whether it is ready.

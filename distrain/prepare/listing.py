@@ -21,7 +21,7 @@ import numpy as np
 from distrain import files, machine
 from distrain.data.fetch import FetchError, FetchOptions, Remote, locate
 from distrain.data.pillow import Decoding
-from distrain.errors import DataError, UnreachableError
+from distrain.errors import DataError
 from distrain.prepare import pool, tars
 from distrain.prepare.tars import Contents, Fields
 from distrain.progress import Bar
@@ -202,8 +202,7 @@ def read_file(root: Path | Remote, name: str, action: Callable[[BinaryIO], T]) -
         try:
             return root.retrying(attempt)
         except FetchError as error:
-            error_type = UnreachableError if error.unreachable else DataError
-            raise error_type(f"{root / name}: {error.reason}; {error.cure or _CURE}") from None
+            raise error.explained(root / name, DataError, _CURE) from None
     try:
         with files.open_regular(root / name) as file:
             return action(file)

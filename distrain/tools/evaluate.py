@@ -95,7 +95,7 @@ def _evaluate(config: Config, dataset: Dataset, split: str, saved: Checkpoint, r
     )
     preprocessing = inputs.preprocessing(config, dataset, rt.environment.local_world_size)
     scores = evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt, preprocessing)
-    bad = evaluation.describe_bad(dataset, split, scores.bad) if scores.bad else {}
+    bad = evaluation.describe_bad(dataset, split, scores.bad)
     evaluation.check_bad(bad, config.data.skip_bad)
     for name, reason in bad.items() if rt.is_main else ():
         log.warning("%s cannot be decoded (%s): it is not evaluated", name, reason)
