@@ -131,9 +131,9 @@ class DecodedBatches:
     def _decode(self) -> Iterator[_Started]:
         started: deque[_Started] = deque()
         for number, step in enumerate(self._steps):
-            if not self._is_read(step):
-                while started:
-                    yield _finished(started.popleft())  # they must not wait for the next round
+            if self._reader.order.begins_round(step) or not self._is_read(step):
+                while started:  # they must not wait for a round, nor be in memory while the next one is read
+                    yield _finished(started.popleft())
                 self._rounds.ready(step, None)
             if self._closed.is_set():
                 return
@@ -195,10 +195,8 @@ def memory(
     encoded_bytes = cache_size(dataset)
     if not cached:
         lanes = sum(len(order.owned_lanes(world)) for world in ranks)
-        # Two steps are decoded at a time: these are the rounds that they are in.
-        rounds = 1 + -(-2 * order.global_batch_size // (order.lanes * order.samples_per_shard))
-        rounds += max(read_ahead, order.rounds_per_step)
-        encoded_bytes = rounds * lanes * encoded_bytes // split.shards
+        rounds = 1 + order.rounds_per_step + max(read_ahead, order.rounds_per_step)  # of a step, and ahead of it
+        encoded_bytes = min(encoded_bytes, rounds * lanes * encoded_bytes // split.shards)
     sizes = [order.largest_local_batch(world) for world in ranks]
     steps = decoded_steps(sum(sizes) * dataset.sample_bytes) + 2
     decoded_bytes = steps * sum(buffer_bytes(size, dataset.sample_bytes, pinned) for size in sizes)

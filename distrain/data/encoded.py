@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -77,7 +78,9 @@ def join(parts: Sequence[Encoded]) -> Encoded:
 
 
 class Stretches:
-    """The virtual shards of a split, read one at a time.
+    """The virtual shards of a split, read one at a time; one that is still in use is not read again.
+
+    So a set that is smaller than the rounds in memory is in memory once.
 
     Args:
         dataset: an index.
@@ -88,6 +91,7 @@ class Stretches:
     def __init__(self, dataset: Dataset, split_name: str, closed: threading.Event) -> None:
         self.samples = index.load(dataset, split_name)
         self._dataset, self._split_name, self.closed = dataset, split_name, closed
+        self._in_use: weakref.WeakValueDictionary[int, Stretch] = weakref.WeakValueDictionary()
 
     def read(self, number: int, retry: bool = True) -> Stretch:
         """Read a virtual shard.
@@ -95,6 +99,12 @@ class Stretches:
         Raises:
             ShardError: its tar files cannot be read, or have changed.
         """
+        stretch = self._in_use.get(number)
+        if stretch is None:
+            stretch = self._in_use[number] = self._read(number, retry)
+        return stretch
+
+    def _read(self, number: int, retry: bool) -> Stretch:
         dataset = self._dataset
         if not retry and isinstance(dataset.tars, Remote):
             dataset = replace(dataset, tars=dataset.tars.without_retries())

@@ -11,6 +11,7 @@ import io
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,8 @@ _LARGEST_GAP = 2**16
 _CURE = "bring the file back, or index the tar files again; `distrain verify` checks all of them"
 
 
-class Stretch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stretch:
     """The samples of a virtual shard: their encoded images, their entries in the index, and the number of the first."""
 
     images: list[memoryview]

@@ -30,18 +30,18 @@ from distrain.data.manifest import TARS, Dataset, File, IndexManifest, IndexSpli
 from distrain.data.order import Ints, split_permutation
 from distrain.data.pillow import Decoding, UnreadableError, recorded_warnings
 from distrain.errors import ConfigError, DataError
-from distrain.prepare import blocks, listing, mixing, patterns, pool
-from distrain.prepare.blocks import Options, Selection
-from distrain.prepare.ownership import OutputFolder
-from distrain.prepare.sources.webdataset import WebDataset
-from distrain.prepare.tars import Contents, Fields
+from distrain.preparation import blocks, listing, mixing, patterns, pool
+from distrain.preparation.blocks import Options, Selection
+from distrain.preparation.ownership import OutputFolder
+from distrain.preparation.sources.webdataset import WebDataset
+from distrain.preparation.tars import Contents, Fields
 from distrain.progress import Bar
 from distrain.text import named, percent, plural, printable, shortened, shown
 
 log = logging.getLogger("distrain")
 
-STRETCH_SAMPLES = 64
-STRETCH_BYTES = 4 * 2**20
+STRETCH_SAMPLES = 32
+STRETCH_BYTES = 2 * 2**20
 """A virtual shard has at least so many samples, and at least so many bytes, if the split is large enough."""
 
 _MEASURED_IMAGES = 1000
@@ -367,7 +367,7 @@ def _report_memory(source: WebDataset, part: Selection, num_shards: int, lanes: 
         plural(num_shards, "virtual shard"),
         f"{len(part.ids) / num_shards:,.0f}",
         f"{total / num_shards / 2**20:.3g}",
-        f"{3 * lanes * total / num_shards / 2**20:.3g}",  # rounds: decoded, in use, and read
+        f"{min(3 * lanes, num_shards) * total / num_shards / 2**20:.3g}",  # two rounds of a step, and the next one
     )
 
 
