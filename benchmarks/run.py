@@ -22,9 +22,9 @@ from distrain import config, files, machine, models
 from distrain.data import manifest
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError
-from distrain.prepare import blocks
-from distrain.prepare.sources.folder import Folder
-from distrain.prepare.sources.synthetic import Synthetic
+from distrain.preparation import blocks
+from distrain.preparation.sources.folder import Folder
+from distrain.preparation.sources.synthetic import Synthetic
 
 RESULT, PLOT = "bench.json", "bench.png"
 _MIN_TRAINING_IMAGES = 512

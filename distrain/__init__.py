@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distrain.api.training import train
+    from distrain.config import Config
 
 __version__ = "0.1.0"
-__all__ = ["train"]
+__all__ = ["Config", "train"]
+
+_MODULES = {"Config": "distrain.config", "train": "distrain.api.training"}
+"""Module of each public name. It is imported when the name is first used, because torch takes seconds."""
 
 
-def train(config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> dict[str, Any]:
-    """Train a run: `distrain.train({"data": {"dir": "data/synthetic"}, "run": {"dir": "runs/first"}})`.
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
 
-    Messages go to `logging.getLogger("distrain")`, which has no handler of its own.
 
-    Args:
-        config: nested mappings of the keys that `distrain config` prints, the path of a YAML file, or a
-            `distrain.config.Config`.
-
-    Returns:
-        The content of RUN/result.json, without its version.
-
-    Raises:
-        distrain.errors.UserError: configuration or data cannot be used, or the loss diverged.
-    """
-    from distrain.environment import Environment
-    from distrain.training import train as training  # imports torch: seconds
-
-    return training.train(config, Environment.read(os.environ))
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -478,7 +478,7 @@ def verify(folder: str, tars: str | None) -> None:
     """Check every digest and count of the data set in FOLDER, or at an address, and of the tar files of an index."""
     from distrain.data import manifest
     from distrain.errors import DataError
-    from distrain.prepare import verification
+    from distrain.preparation import verification
 
     dataset = manifest.read(folder, tars=tars)
     wrong = list(verification.verify(dataset))
@@ -577,7 +577,7 @@ def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
     """CIFAR-10, downloaded and verified by torchvision."""
 
     def open_source(work: Path) -> Any:
-        from distrain.prepare.sources.cifar10 import Cifar10
+        from distrain.preparation.sources.cifar10 import Cifar10
 
         return Cifar10(root, work)
 
@@ -652,7 +652,7 @@ def prepare_folder(
 
     def open_source(work: Path) -> Any:
         from distrain.data.images import Decoding
-        from distrain.prepare.sources.folder import Folder
+        from distrain.preparation.sources.folder import Folder
 
         return Folder(paths, image_size, work, Decoding(background, bit_depth, max_pixels))
 
@@ -723,7 +723,7 @@ def prepare_webdataset(
         name = "--accept-order" if accept_order else "--normalization"
         raise ConfigError(f"{name} has no effect with --convert; remove it")
     from distrain.data.images import Decoding
-    from distrain.prepare import blocks, indexing, labels
+    from distrain.preparation import blocks, indexing, labels
 
     tar_options = indexing.TarOptions(
         {"train": train, "val": val, "test": test},
@@ -752,7 +752,7 @@ def prepare_synthetic(
     """Generated pictures, drawn from a seed. No download."""
 
     def open_source(work: Path) -> Any:
-        from distrain.prepare.sources.synthetic import Synthetic
+        from distrain.preparation.sources.synthetic import Synthetic
 
         return Synthetic(samples, test_samples, image_size, classes, options["seed"])
 
@@ -786,7 +786,7 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
     """
 
     def open_source(_work: Path) -> Any:
-        from distrain.prepare.sources.user_class import UserSource
+        from distrain.preparation.sources.user_class import UserSource
 
         return UserSource(name, arguments)
 
@@ -796,7 +796,7 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
 
 def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Callable[[Path], Any], options: Any) -> None:
     """Prepare a data set and describe it on stdout."""
-    from distrain.prepare import blocks
+    from distrain.preparation import blocks
 
     dataset, made = blocks.prepare(out, kind, arguments, open_source, blocks.Options(**options))
     _show(dataset, made, "options" if kind in blocks.FIXED_BY_OPTIONS else "options, classes and numbers of images")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from distrain.data.manifest import Dataset
-from distrain.prepare.blocks import Options, prepare
-from distrain.prepare.sources.synthetic import Synthetic
+from distrain.preparation.blocks import Options, prepare
+from distrain.preparation.sources.synthetic import Synthetic
 
 
 def make(out: Path, samples: int, test_samples: int = 100, image_size: int = 16, **options: object) -> Dataset:

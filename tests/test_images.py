@@ -319,7 +319,7 @@ def test_a_lack_of_memory_while_an_image_is_turned_is_no_fault_of_the_file(monke
 FORK = """
 import sys, torch
 from distrain.data import images
-from distrain.prepare import pool
+from distrain.preparation import pool
 torch.set_num_threads(2)
 torch.rand(2000, 2000).exp().sum()  # OpenMP's threads are started
 

@@ -24,8 +24,8 @@ from PIL import Image
 
 from distrain import cli
 from distrain.errors import DataError
-from distrain.prepare.sources import UnreadableError
-from distrain.prepare.sources.folder import Folder
+from distrain.preparation.sources import UnreadableError
+from distrain.preparation.sources.folder import Folder
 
 Capture = pytest.CaptureFixture[str]
 Log = pytest.LogCaptureFixture
@@ -386,10 +386,10 @@ FILES = st.sampled_from(["1.png", "2.JPG", "cat.3.png", "x", "x.txt", "x.zip", "
 def test_every_file_is_a_sample_or_passed_over_or_an_error(
     files: list[tuple[list[str], str]], folders: list[list[str]], name: str
 ) -> None:
-    from distrain.prepare.sources.archives import File
-    from distrain.prepare.sources.layout import OUTSIDE, arrange, describe
-    from distrain.prepare.sources.names import is_image, passed_over, split_of
-    from distrain.prepare.sources.tree import read_tree
+    from distrain.preparation.sources.archives import File
+    from distrain.preparation.sources.layout import OUTSIDE, arrange, describe
+    from distrain.preparation.sources.names import is_image, passed_over, split_of
+    from distrain.preparation.sources.tree import read_tree
 
     members = {(*path, file): File("/".join((*path, file)), "", 1) for path, file in files}
     tree = read_tree(name, name, False, [*members.items(), *((tuple(path), None) for path in folders if path)])
@@ -698,7 +698,7 @@ def test_a_huge_member_or_header_is_refused_before_it_is_read(suffix: str, tmp_p
 
 @pytest.mark.timeout(60)
 def test_an_archive_that_expands_endlessly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distrain.prepare.sources.archives._RATIO_FROM_BYTES", 2**20)
+    monkeypatch.setattr("distrain.preparation.sources.archives._RATIO_FROM_BYTES", 2**20)
     for suffix in (".zip", ".tar.gz", ".tar.bz2"):
         bomb = [(f"train/cat/{number}.png", bytes(2**20)) for number in range(8)]
         archive = archive_of(tmp_path / f"photos{suffix}", bomb)

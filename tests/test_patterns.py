@@ -13,8 +13,8 @@ from webdataset.shardlists import expand_urls
 from distrain.config import Data
 from distrain.data.fetch import FetchOptions, Remote, locate
 from distrain.errors import ConfigError, DataError
-from distrain.prepare import patterns
-from distrain.prepare.patterns import common_root, expand
+from distrain.preparation import patterns
+from distrain.preparation.patterns import common_root, expand
 
 OPTIONS = FetchOptions.of(Data(), cached=False)
 

@@ -33,10 +33,10 @@ from distrain.data import manifest, shards
 from distrain.data.manifest import Dataset
 from distrain.data.shards import Block
 from distrain.errors import ConfigError, DataError
-from distrain.prepare.blocks import DEFAULT_LANES, SHARD_BYTES, Options, choose, layout, stratified
-from distrain.prepare.ownership import OutputFolder
-from distrain.prepare.sources.folder import Folder
-from distrain.prepare.sources.synthetic import Synthetic
+from distrain.preparation.blocks import DEFAULT_LANES, SHARD_BYTES, Options, choose, layout, stratified
+from distrain.preparation.ownership import OutputFolder
+from distrain.preparation.sources.folder import Folder
+from distrain.preparation.sources.synthetic import Synthetic
 
 Capture = pytest.CaptureFixture[str]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs forked workers and /proc")
@@ -741,7 +741,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distrain.prepare.sources import UnreadableError
+from distrain.preparation.sources import UnreadableError
 
 
 class Dots:

@@ -31,11 +31,11 @@ from distrain.data.manifest import Dataset, IndexManifest, IndexSplit
 from distrain.data.order import Ints
 from distrain.data.pillow import Decoding
 from distrain.errors import DataError
-from distrain.prepare import listing, mixing, pool
-from distrain.prepare.blocks import layout
-from distrain.prepare.indexing import STRETCH_BYTES, STRETCH_SAMPLES, default_shards
-from distrain.prepare.labels import to_classes
-from distrain.prepare.tars import Fields
+from distrain.preparation import listing, mixing, pool
+from distrain.preparation.blocks import layout
+from distrain.preparation.indexing import STRETCH_BYTES, STRETCH_SAMPLES, default_shards
+from distrain.preparation.labels import to_classes
+from distrain.preparation.tars import Fields
 
 Capture = pytest.CaptureFixture[str]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs forked workers and /proc")

@@ -210,7 +210,7 @@ def test_one_checkpoint_evaluates_alike_on_1_to_4_processes(small: Dataset, grou
             assert answer["confusion"] == answers_of[1][0]["confusion"], w
             assert answer["loss"] == answers_of[1][0]["loss"]
     # A plain loop over the images of the source.
-    from distrain.prepare.sources.synthetic import Synthetic
+    from distrain.preparation.sources.synthetic import Synthetic
 
     source = Synthetic(1003, 203, 16, 10, 0)
     net = models.build("net", "relu", 10, (3, 16, 16))

@@ -21,7 +21,7 @@ from distrain.data import shards
 from distrain.data.manifest import Dataset, Shard
 from distrain.data.shards import Block
 from distrain.errors import ShardError
-from distrain.prepare.sources.synthetic import Synthetic
+from distrain.preparation.sources.synthetic import Synthetic
 
 SHAPE = [4, 5, 3]
 CLASSES = 10

@@ -102,7 +102,7 @@ def test_an_epoch_uses_every_sample_once_except_the_dropped_ones(small: Dataset)
 
 
 def test_images_labels_and_random_bits_belong_to_their_ids(small: Dataset) -> None:
-    from distrain.prepare.sources.synthetic import Synthetic
+    from distrain.preparation.sources.synthetic import Synthetic
 
     source = Synthetic(1003, 203, 16, 10, 0)
     order = order_of(small, 50)

@@ -23,8 +23,8 @@ from PIL import Image, ImageOps
 
 from distrain.data.pillow import Decoding, UnreadableError, header_size
 from distrain.errors import ConfigError, DataError, UnreachableError
-from distrain.prepare import tars
-from distrain.prepare.tars import Contents, Fields
+from distrain.preparation import tars
+from distrain.preparation.tars import Contents, Fields
 
 FIELDS = Fields.parse("jpg;jpeg;png", "cls")
 DECODING = Decoding()

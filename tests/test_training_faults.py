@@ -425,8 +425,8 @@ def test_counts_are_exact_for_any_parts_of_a_split() -> None:
 
 
 def test_the_size_of_a_result_grows_with_the_samples_not_with_the_square_of_the_classes(tmp_path: Path) -> None:
-    from distrain.prepare.blocks import Options, prepare
-    from distrain.prepare.sources.synthetic import Synthetic
+    from distrain.preparation.blocks import Options, prepare
+    from distrain.preparation.sources.synthetic import Synthetic
 
     classes = 1500  # a matrix of them as JSON takes 13 MB
     source = Synthetic(classes, classes, 8, classes, 0)

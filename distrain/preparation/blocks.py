@@ -32,10 +32,10 @@ from distrain.data.manifest import Dataset, IndexManifest, Manifest, Shard, Spli
 from distrain.data.order import Ints, split_permutation
 from distrain.data.pillow import DepthWarning, UnreadableError, recorded_warnings
 from distrain.errors import AgainError, ConfigError, DataError
-from distrain.prepare import pool
-from distrain.prepare.ownership import OutputFolder
-from distrain.prepare.remarks import FLAT, Remark, Sample, is_flat, report
-from distrain.prepare.sources import Source
+from distrain.preparation import pool
+from distrain.preparation.ownership import OutputFolder
+from distrain.preparation.remarks import FLAT, Remark, Sample, is_flat, report
+from distrain.preparation.sources import Source
 from distrain.progress import Bar
 from distrain.text import named, plural, printable, shortened
 

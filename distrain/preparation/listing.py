@@ -22,8 +22,8 @@ from distrain import files, machine
 from distrain.data.fetch import FetchError, FetchOptions, Remote, locate
 from distrain.data.pillow import Decoding
 from distrain.errors import DataError
-from distrain.prepare import pool, tars
-from distrain.prepare.tars import Contents, Fields
+from distrain.preparation import pool, tars
+from distrain.preparation.tars import Contents, Fields
 from distrain.progress import Bar
 from distrain.text import plural, printable, shortened
 

@@ -16,7 +16,7 @@ from distrain.data.index import Samples
 from distrain.data.manifest import Dataset, IndexManifest, IndexSplit, Manifest, Tar
 from distrain.data.order import Ints
 from distrain.errors import DataError
-from distrain.prepare import listing
+from distrain.preparation import listing
 from distrain.progress import Bar
 from distrain.text import named, plural, printable
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, cast
 
 from distrain.errors import DataError
 from distrain.files import open_regular
-from distrain.prepare.sources import UnreadableError
+from distrain.preparation.sources import UnreadableError
 from distrain.text import printable
 
 log = logging.getLogger("distrain")

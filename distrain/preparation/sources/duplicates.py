@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
-from distrain.prepare.sources import UnreadableError
-from distrain.prepare.sources.archives import File, read
+from distrain.preparation.sources import UnreadableError
+from distrain.preparation.sources.archives import File, read
 
 _TAIL_BYTES = 4096
 _BATCH = 10_000  # a pool keeps an object for each call

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from distrain import address
 from distrain.data.images import Decoding, read_image
 from distrain.errors import DataError
-from distrain.prepare.sources import UnreadableError
-from distrain.prepare.sources.archives import File, Member, Spool, list_archive, read
-from distrain.prepare.sources.duplicates import digest, equal_files
-from distrain.prepare.sources.layout import Image, Layout, arrange, describe
-from distrain.prepare.sources.names import never_has_images, other_kind, split_of
-from distrain.prepare.sources.tree import Tree, read_tree
+from distrain.preparation.sources import UnreadableError
+from distrain.preparation.sources.archives import File, Member, Spool, list_archive, read
+from distrain.preparation.sources.duplicates import digest, equal_files
+from distrain.preparation.sources.layout import Image, Layout, arrange, describe
+from distrain.preparation.sources.names import never_has_images, other_kind, split_of
+from distrain.preparation.sources.tree import Tree, read_tree
 from distrain.text import plural, printable, shortened
 
 log = logging.getLogger("distrain")

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from distrain.errors import DataError
-from distrain.prepare.sources.archives import File
-from distrain.prepare.sources.names import (
+from distrain.preparation.sources.archives import File
+from distrain.preparation.sources.names import (
     classes_in,
     is_archive,
     is_image,
@@ -23,7 +23,7 @@ from distrain.prepare.sources.names import (
     similar_splits,
     split_of,
 )
-from distrain.prepare.sources.tree import Parts, Tree
+from distrain.preparation.sources.tree import Parts, Tree
 from distrain.text import plural, printable, shortened
 
 SPLITS = ("train", "val", "test")

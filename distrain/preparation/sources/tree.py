@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from distrain.prepare.sources.archives import File, Member
-from distrain.prepare.sources.names import DOT, is_image, never_has_images, passed_over, split_of
+from distrain.preparation.sources.archives import File, Member
+from distrain.preparation.sources.names import DOT, is_image, never_has_images, passed_over, split_of
 from distrain.text import printable
 
 Parts = tuple[str, ...]

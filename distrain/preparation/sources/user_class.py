@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from distrain import plugins
 from distrain.errors import ConfigError, DataError
-from distrain.prepare.sources import UnreadableError
+from distrain.preparation.sources import UnreadableError
 
 _SPLITS = ("train", "val", "test")
 
@@ -35,7 +35,7 @@ class UserSource:
                 self.image_shape = tuple(map(operator.index, self._source.image_shape))
                 self.labels = {split: np.array(labels, np.int64) for split, labels in dict(self._source.labels).items()}
         if problems:
-            header = f"{self._subject}: does not implement distrain.prepare.sources.Source:"
+            header = f"{self._subject}: does not implement distrain.preparation.sources.Source:"
             raise ConfigError("\n  ".join([header, *problems]))
 
     def name(self, split: str, index: int) -> str:

@@ -14,8 +14,8 @@ from distrain.data.fetch import FetchOptions, Remote, locate
 from distrain.data.images import decode, read_image
 from distrain.data.manifest import Tar
 from distrain.data.pillow import Decoding
-from distrain.prepare.labels import to_classes
-from distrain.prepare.tars import Contents
+from distrain.preparation.labels import to_classes
+from distrain.preparation.tars import Contents
 from distrain.text import printable
 
 
