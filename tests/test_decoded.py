@@ -156,6 +156,25 @@ def test_the_memory_that_is_stated_grows_with_lanes_and_rounds(dataset: Dataset)
     assert two < one
 
 
+def test_a_set_that_is_smaller_than_its_rounds_is_read_once_and_in_memory_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a round is the whole set: three of them would be in memory, in every epoch another one is read."""
+    small = build(tmp_path, {"train": [50], "test": [4]}, lanes=5, shards=5).with_image_size(SIZE)
+    read, numbers = Stretches._read, []
+
+    def recorded(self: Stretches, number: int, retry: bool) -> Any:
+        numbers.append(number)
+        return read(self, number, retry)
+
+    monkeypatch.setattr(Stretches, "_read", recorded)
+    epochs = trained(small, range(order_of(small).steps_per_epoch * 4))
+    assert sorted(numbers) == list(range(5))
+    assert len({id_ for samples in epochs.values() for _, id_, _, _ in samples}) == 50
+    cached, read_again = (memory(small, order_of(small), (ALONE,), 1, cached=each) for each in (True, False))
+    assert read_again <= cached
+
+
 def test_encoded_images_are_released_as_soon_as_they_are_decoded(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +191,7 @@ def test_encoded_images_are_released_as_soon_as_they_are_decoded(
     with closing(DecodedBatches(dataset, order_of(dataset), (ALONE,), steps, 1, preprocessing())) as batches:
         assert batches._background.wait(len(steps), 60)
         assert len(images) == 60
-        assert sum(each() is not None for each in images) <= 2 * 4
+        assert len({image for each in images if (image := each()) is not None}) <= 2 * 4
 
 
 def test_images_that_are_not_begun_when_a_reader_is_closed_are_not_decoded(
