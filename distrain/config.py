@@ -273,6 +273,13 @@ class Train(Section):
         None, "length of the run in epochs; 10 if max_steps is not given either", identity=True, ge=1
     )
     max_steps: Whole | None = _key(None, "length of the run in steps, instead of epochs", identity=True, ge=1)
+    stop_after: Whole | None = _key(
+        None,
+        "end the run after this many evaluations on val in a row without a better accuracy; the schedule stays that of"
+        " the whole length, so an early end comes before its learning rate has decayed; null: never",
+        identity=True,
+        ge=1,
+    )
     global_batch_size: Whole = _key(128, "samples per step, in total over all processes", identity=True, ge=1)
     micro_batch_size: Whole | None = _key(
         None,

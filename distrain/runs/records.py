@@ -181,6 +181,7 @@ class Result(Record):
     checkpoint: Step
     val_accuracy: Fraction | None
     profile: dict[str, Finite]
+    stopped_early: str | None = None
     warnings: list[str]
     unreadable: list[str] = []
 
@@ -212,6 +213,7 @@ class State(Record):
     compile_seconds: Amount = 0
     losses: dict[str, Any]
     scaler: Any
+    evaluations_since_best: Count = 0
     peak: _Best | None = None
     collapsed: bool = False
     warnings: list[str] = []
