@@ -418,7 +418,7 @@ class Launch(Section):
 
 
 class Log(Section):
-    """Progress messages, metrics.jsonl, the report and TensorBoard."""
+    """Progress messages, metrics.jsonl, the report, TensorBoard and other trackers."""
 
     every_steps: Whole = _key(
         50, "steps between lines of metrics.jsonl; a log file shows at most one every five seconds", ge=1
@@ -429,6 +429,11 @@ class Log(Section):
     report: bool = _key(True, "`distrain train` writes a page with charts and pictures to RUN/report/ at its end")
     tensorboard: bool = _key(
         False, "write metrics, the configuration and pictures to RUN/tensorboard; needs distrain[tensorboard]"
+    )
+    trackers: list[str] = _key(
+        [],
+        "trackers of accelerate that get metrics and the configuration, such as [mlflow]: aim, clearml, comet_ml,"
+        " dvclive, mlflow, swanlab, trackio",
     )
 
 

@@ -25,7 +25,7 @@ from distrain import cli, config, signals
 from distrain.data import manifest
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, DataError, DivergedError, Stopped
-from distrain.runs import folder
+from distrain.runs.folder import read
 from distrain.tools import loaded_model, report
 from distrain.tools.report import charts
 from distrain.tools.status import format_status, run_status
@@ -271,7 +271,7 @@ def test_a_run_stops_early_at_the_same_step_after_a_resume_and_on_two_processes(
     progress = run_status(run)
     assert (progress["state"], progress["step"]) == ("done", result["steps"])
     assert "stopped  after 3 evaluations" in format_status(progress)
-    assert charts.restarts(folder.read(whole)) == []  # the second attempt had nothing to train
+    assert charts.restarts(read(whole)) == []  # the second attempt had nothing to train
     report.write([run])
     assert "stopped after 3 evaluations" in (run / "report/index.html").read_text()
 

@@ -228,8 +228,8 @@ class Digests(Record):
     files: dict[str, str]
 
 
-class WandbId(Record):
-    """RUN/wandb-id: the run's id at wandb, and the folder that it belongs to: a copy of the folder is another run."""
+class TrackerId(Record):
+    """RUN/wandb-id, RUN/mlflow-id: the run's id there, and the folder that it belongs to: a copy is another run."""
 
     id: Annotated[str, Field(pattern=r"^[^/\\#?%:\s\x00-\x1f\x7f]{1,128}$")]
     path: str

@@ -36,7 +36,7 @@ from distrain.models.batch_norm import can_be_synchronised, local_batch_norm
 from distrain.runs import checkpoint
 from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
-from distrain.runs.trackers import check_tensorboard
+from distrain.runs.trackers import check_installed
 from distrain.text import plural, shortened
 from distrain.training import flops, inputs, optim
 from distrain.training.flops import Flops
@@ -90,8 +90,7 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
     collectives = runtime.collectives
     collectives.stop_if_requested()
     _check_same_configuration(collectives, config)
-    if config.log.tensorboard:
-        collectives.all_or_none(lambda: check_tensorboard() if runtime.is_main else None)
+    collectives.all_or_none(lambda: check_installed(config.log) if runtime.is_main else None)
     dataset = collectives.all_or_none(lambda: read_data(config, "train", "test"))
     check_same_data(runtime, dataset, list(dataset.manifest.splits))
     _compare_numerics(config, runtime)
