@@ -273,6 +273,13 @@ class Train(Section):
         None, "length of the run in epochs; 10 if max_steps is not given either", identity=True, ge=1
     )
     max_steps: Whole | None = _key(None, "length of the run in steps, instead of epochs", identity=True, ge=1)
+    stop_after: Whole | None = _key(
+        None,
+        "end the run after this many evaluations on val in a row without a better accuracy; the schedule stays that of"
+        " the whole length, so an early end comes before its learning rate has decayed; null: never",
+        identity=True,
+        ge=1,
+    )
     global_batch_size: Whole = _key(128, "samples per step, in total over all processes", identity=True, ge=1)
     micro_batch_size: Whole | None = _key(
         None,
@@ -411,7 +418,7 @@ class Launch(Section):
 
 
 class Log(Section):
-    """Progress messages, metrics.jsonl, the report and TensorBoard."""
+    """Progress messages, metrics.jsonl, the report, TensorBoard and other trackers."""
 
     every_steps: Whole = _key(
         50, "steps between lines of metrics.jsonl; a log file shows at most one every five seconds", ge=1
@@ -422,6 +429,11 @@ class Log(Section):
     report: bool = _key(True, "`distrain train` writes a page with charts and pictures to RUN/report/ at its end")
     tensorboard: bool = _key(
         False, "write metrics, the configuration and pictures to RUN/tensorboard; needs distrain[tensorboard]"
+    )
+    trackers: list[str] = _key(
+        [],
+        "trackers of accelerate that get metrics and the configuration, such as [mlflow]: aim, clearml, comet_ml,"
+        " dvclive, mlflow, swanlab, trackio",
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from datasets import make
+from group import Group
 from models_for_tests import Projected
 from runs import confusion_matrix, metrics_but_times
 from safetensors.torch import load_file
@@ -23,7 +25,10 @@ from distrain import cli, config, signals
 from distrain.data import manifest
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, DataError, DivergedError, Stopped
-from distrain.tools import loaded_model
+from distrain.runs.folder import read
+from distrain.tools import loaded_model, report
+from distrain.tools.report import charts
+from distrain.tools.status import format_status, run_status
 from distrain.training import checkpointing
 
 
@@ -232,6 +237,45 @@ def test_the_best_checkpoint_on_val_is_retained_and_evaluated(tmp_path: Path) ->
     assert eval_model["confusion"] == result["confusion"]
 
 
+@pytest.mark.ranks
+def test_a_run_stops_early_at_the_same_step_after_a_resume_and_on_two_processes(
+    tmp_path: Path, group: Callable[[int], Group], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "distrain")
+    dataset = make(tmp_path / "data", 600, 60, val_fraction=0.3)
+    changes: dict[str, Any] = {
+        "model": {"name": "models_for_tests:Linear"},
+        "train": {"epochs": None, "max_steps": 60, "global_batch_size": 32, "schedule": "constant", "lr": 0.05,
+                  "stop_after": 3, "virtual_ranks": 2},
+        "eval": {"every_steps": 3}, "checkpoint": {"every_steps": 4, "keep": 0}, "log": {"every_steps": 5},
+    }  # fmt: skip
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    result = distrain.train(tree(dataset, whole, **changes))
+    scores = [line["val/accuracy"] for line in metrics_but_times(whole) if "val/accuracy" in line]
+    best = scores.index(max(scores))
+    assert result["steps"] == 3 * len(scores) == 3 * (best + 1 + 3) < 60
+    assert result["checkpoint"] == f"step-{3 * (best + 1):08d}"
+    assert result["stopped_early"] == "after 3 evaluations without a better one on val"
+    assert f"stopped {result['stopped_early']}" in caplog.text
+    assert distrain.train(tree(dataset, whole, **changes))["steps"] == result["steps"]  # nothing is left to train
+
+    shutil.copytree(whole, run)  # as if the job was killed after its last checkpoint but one
+    (run / "result.json").unlink()
+    shutil.rmtree(run / f"checkpoints/step-{result['steps']:08d}")
+    state = json.loads(max((run / "checkpoints").iterdir()).joinpath("state.json").read_text())
+    assert 0 < state["evaluations_since_best"] < 3
+    with pytest.raises(ConfigError, match="train.stop_after: 3 in the checkpoint, 4 now"):
+        distrain.train(tree(dataset, run, **{**changes, "train": {**changes["train"], "stop_after": 4}}))
+    assert group(2).train(tree(dataset, run, **changes))["stopped_early"] == result["stopped_early"]
+    assert metrics_but_times(run) == metrics_but_times(whole)
+    progress = run_status(run)
+    assert (progress["state"], progress["step"]) == ("done", result["steps"])
+    assert "stopped  after 3 evaluations" in format_status(progress)
+    assert charts.restarts(read(whole)) == []  # the second attempt had nothing to train
+    report.write([run])
+    assert "stopped after 3 evaluations" in (run / "report/index.html").read_text()
+
+
 def test_evaluate_takes_any_split_and_checkpoint(
     small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +316,7 @@ def test_evaluate_and_predict_draw_what_a_model_does_not_save_as_training_did(sm
         ({"augment": {"crop_padding": 16}}, "augment.crop_padding=16: at most 15"),
         ({"model": {"name": "models_for_tests:Broken"}}, "ZeroDivisionError"),
         ({"model": {"name": "models_for_tests:Picky"}}, "fails on images [2, 3, 16, 16]"),
+        ({"train": {"stop_after": 3}}, "no val split: prepare it with --val-fraction"),
         ({"run": {"dir": "/proc/nowhere"}}, "cannot be written"),
         ({"model": {"name": "nett"}}, "model.name=nett"),
         ({"model": {"name": "torch.nn:Identity"}}, "no trainable parameters"),

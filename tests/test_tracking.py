@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +26,22 @@ from wandb_server import WandbServer, serving
 
 import distrain
 from distrain.cli import main
-from distrain.config import Config, Wandb, from_tree
+from distrain.config import Config, Log, Wandb, from_tree
 from distrain.data.manifest import Dataset
 from distrain.environment import Environment
 from distrain.errors import ConfigError, Stopped
 from distrain.runs import folder
 from distrain.runs.folder import RunRecord
 from distrain.runs.logs import JsonLines, Progress, audit_path, cut_back
-from distrain.runs.trackers import FinishedRun, TensorBoardMirror, WandbMirror, WandbRun, wandb_id
+from distrain.runs.trackers import (
+    FinishedRun,
+    TensorBoardMirror,
+    WandbMirror,
+    WandbRun,
+    check_installed,
+    open_by_name,
+    wandb_id,
+)
 from distrain.tools import doctor
 
 
@@ -182,7 +191,6 @@ def test_wandb_without_a_key_costs_one_warning(tmp_path: Path) -> None:
 @pytest.mark.ranks
 def test_a_broken_wandb_server_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import http.server
-    import threading
 
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -259,6 +267,31 @@ def interrupted(dataset: Dataset, run: Path, monkeypatch: pytest.MonkeyPatch, **
     assert 10 < third < 30
 
 
+def mlflow_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", folder.as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the tests have no database for it
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def check_mlflow(run: Path, record: RunRecord) -> None:
+    """MLflow has one run, with each line of metrics.jsonl once, and the configuration."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'distrain'")
+    (there,) = client.search_runs([experiment.experiment_id])
+    assert (there.info.run_name, there.info.status) == ("run", "FINISHED")
+    for name in {name for line in numbers(record) for name in line} - {"step"}:
+        expected = [(line["step"], line[name]) for line in record.lines if name in line]
+        points = [(point.step, point.value) for point in client.get_metric_history(there.info.run_id, name)]
+        assert [step for step, _ in points] == [step for step, _ in expected], name
+        if name in ("epoch", "train/loss", "train/lr") or name.startswith("test/"):  # others depend on the time
+            assert points == expected
+    assert there.data.params["train.global_batch_size"] == "64"
+    assert there.data.params["train.betas"] == "[0.9, 0.999]"
+    assert there.data.params["data.tars"] == "null"
+
+
 @pytest.mark.usefixtures("no_wandb_account")
 def test_an_interrupted_run_is_one_run_everywhere(
     small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -268,7 +301,8 @@ def test_an_interrupted_run_is_one_run_everywhere(
     monkeypatch.setattr("sys.argv", ["distrain", f"data.dir=https://user:{password}@host/data?token={password}"])
     run, out = tmp_path / "run", tmp_path / "out"
     wandb_keys = {"mode": "offline", "group": "some group", "job_type": "a job"}
-    interrupted(small, run, monkeypatch, wandb=wandb_keys, log={"tensorboard": True})
+    mlflow_in(tmp_path / "mlruns", monkeypatch)
+    interrupted(small, run, monkeypatch, wandb=wandb_keys, log={"tensorboard": True, "trackers": ["mlflow"]})
     run_record = folder.read(run)
     assert main(["wandb", str(run), "--mode", "offline", "--out", str(out)]) == 0
     output = capsys.readouterr()
@@ -328,6 +362,7 @@ def test_an_interrupted_run_is_one_run_everywhere(
         assert [(event.step, event.value) for event in shown.Scalars(name)] == [
             (step, pytest.approx(value)) for step, value in expected
         ]
+    check_mlflow(run, run_record)
     assert [event.step for event in shown.Images("pictures/misclassified")] == [30]
     assert [event.step for event in shown.Images("pictures/augmented")] == [30]
     configuration = shown.Tensors("configuration/text_summary")[-1].tensor_proto.string_val[0].decode()
@@ -438,6 +473,83 @@ def test_a_missing_tensorboard_is_reported_before_training(
     findings = doctor.extras(from_tree(requested), Environment())
     assert any(finding.level == "bad" and cure in finding.message for finding in findings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wandb", "has keys of its own; set wandb.mode=online instead"),
+        ("tensorboard", "has keys of its own; set log.tensorboard=true instead"),
+        ("mlfow", "accelerate has no such tracker; it has aim, clearml, comet_ml, dvclive, mlflow, swanlab, trackio"),
+        ("aim", "is not installed; pip install aim, or remove it from the list"),
+    ],
+)
+def test_a_tracker_that_cannot_be_used_is_one_message(name: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_installed(Log(trackers=["mlflow", name]))
+    assert str(caught.value) == f"log.trackers: {name}: {message}"
+    findings = doctor.extras(from_tree({"log": {"trackers": [name]}}), Environment())
+    assert [(finding.level, finding.message) for finding in findings] == [("bad", str(caught.value))]
+
+
+def test_a_tracker_gets_every_line_on_one_thread_and_costs_one_warning_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+    calls: list[Any] = []
+
+    class Recorder(GeneralTracker):
+        name, requires_logging_directory, tracker = "recorder", True, None
+        main_process_only = False
+
+        def __init__(self, *arguments: str) -> None:
+            calls.append((*arguments, threading.current_thread().name))
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            calls.append(values)
+
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            calls.append((step, values["line"], values["train/loss"], threading.current_thread().name))
+            if values["train/loss"] < 0:
+                raise OSError("the server is gone")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "train/loss": 3.0}\n{"step": 8, "train/loss": 2.0}\n')
+    warnings: list[str] = []
+    one = open_by_name("recorder", tmp_path, {"train": {"lr": 0.1, "epochs": None}}, warnings.append)
+    one.log({"train/loss": 1.0, "digests": {}}, 12)
+    one.close({})
+    assert calls == [
+        ("distrain", str(tmp_path), "recorder"),
+        {"train.lr": 0.1, "train.epochs": "null"},
+        *((4 * line, line, 4.0 - line, "recorder") for line in (1, 2, 3)),
+    ]
+    assert warnings == []
+    one = open_by_name("recorder", tmp_path, {}, warnings.append)
+    one.log({"train/loss": -1.0}, 12)
+    one.log({"train/loss": 1.0}, 16)
+    one.close({})
+    assert warnings == ["recorder is switched off: the server is gone; metrics.jsonl has everything"]
+    assert calls[-1][:2] == (12, 3)
+
+
+def test_an_mlflow_server_that_does_not_answer_delays_the_end_only_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        silent.settimeout(60)
+        one = open_by_name("mlflow", tmp_path, {}, warnings.append)
+        one.log({"train/loss": 1.0}, 1)
+        with silent.accept()[0]:  # it waits for an answer
+            started = time.monotonic()
+            one.close({}, 0.2)
+            assert time.monotonic() - started < 5
+    assert warnings == ["mlflow did not finish within 0.2 s; metrics.jsonl has everything"]
 
 
 def test_tensorboard_that_cannot_write_costs_one_warning(tmp_path: Path) -> None:

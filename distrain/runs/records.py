@@ -181,6 +181,7 @@ class Result(Record):
     checkpoint: Step
     val_accuracy: Fraction | None
     profile: dict[str, Finite]
+    stopped_early: str | None = None
     warnings: list[str]
     unreadable: list[str] = []
 
@@ -212,6 +213,7 @@ class State(Record):
     compile_seconds: Amount = 0
     losses: dict[str, Any]
     scaler: Any
+    evaluations_since_best: Count = 0
     peak: _Best | None = None
     collapsed: bool = False
     warnings: list[str] = []
@@ -226,8 +228,8 @@ class Digests(Record):
     files: dict[str, str]
 
 
-class WandbId(Record):
-    """RUN/wandb-id: the run's id at wandb, and the folder that it belongs to: a copy of the folder is another run."""
+class TrackerId(Record):
+    """RUN/wandb-id, RUN/mlflow-id: the run's id there, and the folder that it belongs to: a copy is another run."""
 
     id: Annotated[str, Field(pattern=r"^[^/\\#?%:\s\x00-\x1f\x7f]{1,128}$")]
     path: str

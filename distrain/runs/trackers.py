@@ -1,30 +1,32 @@
-"""Trackers, which copy a run's metrics to wandb and TensorBoard. metrics.jsonl stays authoritative."""
+"""Trackers, which copy a run's metrics to wandb, TensorBoard, MLflow …. metrics.jsonl stays authoritative."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import json
 import logging
 import os
+import queue
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from distrain import files
-from distrain.config import Wandb
+from distrain.config import Log, Wandb
 from distrain.errors import AgainError, ConfigError, DataError
 from distrain.runs import records, results
 from distrain.runs.folder import AUGMENTED, METRICS, MISCLASSIFIED, TENSORBOARD, read_lines, read_pictures
 from distrain.runs.results import ClassAccuracy, Confusion
-from distrain.text import percent
+from distrain.text import percent, printable
 
 log = logging.getLogger("distrain")
 
@@ -33,7 +35,10 @@ _MAX_CLASSES = 40
 """Classes of a confusion matrix that fits on a screen: with K classes it has K² cells."""
 _MAX_ROWS = 10_000
 """Rows of a table that wandb shows; of more classes those with the lowest accuracies are sent."""
-_ID_FILE = "wandb-id"
+_WANDB_ID, _MLFLOW_ID = "wandb-id", "mlflow-id"
+"""Files in a run's folder with its id there."""
+_PROJECT = "distrain"
+"""Name of the project, or of MLflow's experiment, of all runs."""
 
 Warn = Callable[[str], None]
 
@@ -84,7 +89,7 @@ def read_finished(run: Path, result: dict[str, Any]) -> FinishedRun:
 class Tracker(abc.ABC):
     """A copy of the metrics. After an error the tracker is off: there is one warning, and the run continues."""
 
-    name: ClassVar[str]
+    name: str
 
     def __init__(self, warn: Warn) -> None:
         self._warn = warn
@@ -129,10 +134,12 @@ class Tracker(abc.ABC):
             try:
                 action(self._backend)
             except Exception as error:
-                if self._backend is None:
-                    return
-                self._backend = None
-                self._warn(f"{self.name} is switched off: {error}; {METRICS} has everything")
+                self._switch_off(error)
+
+    def _switch_off(self, error: Exception) -> None:
+        if self._backend is not None:
+            self._backend = None
+            self._warn(f"{self.name} is switched off: {error}; {METRICS} has everything")
 
 
 @dataclass(frozen=True)
@@ -175,46 +182,42 @@ def wandb_id(run: Path) -> str:
         DataError: the file is damaged.
         OSError: the file cannot be written.
     """
-    known = _read_id(run)
+    return _known_id(run, _WANDB_ID) or _write_id(run, _WANDB_ID, uuid.uuid4().hex[:12])
+
+
+def _known_id(run: Path, file: str) -> str | None:
+    """Return the id of a run at a tracker, from a file in its folder; None if it has none yet, as a copy has."""
+    known = _read_id(run, file)
     if known is None:
-        return write_wandb_id(run, _new_id())
+        return None
     path = run.resolve()
-    if not _is_copy(path, known):
-        if str(path) != known.path:
-            write_wandb_id(run, known.id)
-        return known.id
-    id_ = _new_id()
-    log.info("%s: is a copy of %s; it is another run at wandb, with the id %s", run, known.path, id_)
-    return write_wandb_id(run, id_)
+    if _is_copy(path, file, known):
+        log.info("%s: is a copy of %s; it is another run, and gets another id in %s", run, known.path, file)
+        return None
+    if str(path) != known.path:
+        _write_id(run, file, known.id)
+    return known.id
 
 
-def write_wandb_id(run: Path, id_: str) -> str:
-    """Write RUN/wandb-id, and return the id.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+def _write_id(run: Path, file: str, id_: str) -> str:
+    """Write the id of a run at a tracker into a file of its folder, and return it."""
     status = run.stat()
     content = {"id": id_, "path": str(run.resolve()), "device": status.st_dev, "inode": status.st_ino}
-    files.replace(run / _ID_FILE, records.to_json(content))
+    files.replace(run / file, records.to_json(content))
     return id_
 
 
-def _read_id(run: Path) -> records.WandbId | None:
-    return records.read(run / _ID_FILE, records.WandbId, _ID_CURE)
+def _read_id(run: Path, file: str) -> records.TrackerId | None:
+    return records.read(run / file, records.TrackerId, _ID_CURE)
 
 
-def _new_id() -> str:
-    return uuid.uuid4().hex[:12]
-
-
-def _is_copy(run: Path, known: records.WandbId) -> bool:
-    """Whether a folder is a copy of the one that its wandb-id was written in: that one is still there, with this id."""
+def _is_copy(run: Path, file: str, known: records.TrackerId) -> bool:
+    """Whether a folder is a copy of the one that its id was written in: that one is still there, with this id."""
     status = run.stat()
     if (status.st_dev, status.st_ino) == (known.device, known.inode) or str(run) == known.path:
         return False
     try:
-        original = _read_id(Path(known.path))
+        original = _read_id(Path(known.path), file)
     except (DataError, AgainError):
         return False
     return original is not None and original.id == known.id
@@ -293,7 +296,7 @@ class WandbMirror(Tracker):
         self.id = id_
         if id_ != settings.id and self._run is not None:
             log.info("wandb: the run has the id %s, which its agent or environment chose", id_)
-            write_wandb_id(self._run, id_)
+            _write_id(self._run, _WANDB_ID, id_)
 
     def _begin(self, settings: WandbRun, folder: Path, replays: bool) -> Any:
         """Start wandb's run: offline if there is no key or, unless `replays`, no server."""
@@ -398,18 +401,33 @@ def _no_arguments() -> Iterator[None]:
         sys.argv = arguments
 
 
-def check_tensorboard() -> None:
-    """Check that TensorBoard's package can be imported.
+_WITH_KEYS = {"wandb": "wandb.mode=online", "tensorboard": "log.tensorboard=true"}
+"""Trackers of accelerate that have keys of their own, and how they are turned on."""
+
+
+def check_installed(settings: Log) -> None:
+    """Check that the packages of TensorBoard and of `log.trackers` are there.
 
     Raises:
-        ConfigError: it is missing, or its import fails.
+        ConfigError: one is missing, or accelerate knows no tracker of this name.
     """
-    try:
-        import torch.utils.tensorboard  # noqa: F401 - accelerate imports it later
-    except ImportError as error:
-        raise ConfigError(
-            f"log.tensorboard=true: {error}; pip install 'distrain[tensorboard]', or set log.tensorboard=false"
-        ) from error
+    if settings.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401 - accelerate imports it later
+        except ImportError as error:
+            raise ConfigError(
+                f"log.tensorboard=true: {error}; pip install 'distrain[tensorboard]', or set log.tensorboard=false"
+            ) from error
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    for name in settings.trackers:
+        if name in _WITH_KEYS:
+            raise ConfigError(f"log.trackers: {name}: has keys of its own; set {_WITH_KEYS[name]} instead")
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(set(LOGGER_TYPE_TO_CLASS) - set(_WITH_KEYS)))
+            raise ConfigError(f"log.trackers: {printable(name)}: accelerate has no such tracker; it has {known}")
+        if name not in map(str, get_available_trackers()):
+            raise ConfigError(f"log.trackers: {name}: is not installed; pip install {name}, or remove it from the list")
 
 
 class TensorBoardMirror(Tracker):
@@ -458,6 +476,88 @@ class TensorBoardMirror(Tracker):
 
     def _finish(self, backend: Any) -> None:
         backend.finish()
+
+
+class AccelerateMirror(Tracker):
+    """A copy at one of accelerate's trackers: metrics and configuration.
+
+    A thread of its own makes all calls, since they may wait for a server. Each call logs one line of metrics.jsonl,
+    beginning with the first one, and `line` is its number: lines that the tracker has already are not sent again.
+    """
+
+    def __init__(self, name: str, run: Path, config: Mapping[str, Mapping[str, Any]], warn: Warn) -> None:
+        super().__init__(warn)
+        self.name, self._run = name, run
+        self._config = {
+            f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+            for section, part in config.items()
+            for key, value in part.items()
+        }
+        self._lines = 0
+        self._backend = calls = queue.SimpleQueue[tuple[dict[str, Any], int] | None]()
+        for line in read_lines(run / METRICS):
+            self.log({key: value for key, value in line.items() if key != "step"}, line["step"])
+        self._thread = threading.Thread(target=self._work, args=(calls,), name=name, daemon=True)
+        self._thread.start()
+
+    def _work(self, calls: queue.SimpleQueue[tuple[dict[str, Any], int] | None]) -> None:
+        """Make the calls until None comes, or the tracker is off."""
+        try:
+            tracker, lines_there = self._begin()
+            while self._backend is not None and (call := calls.get()) is not None:
+                values, step = call
+                if values["line"] > lines_there:
+                    tracker.log(values, step=step)
+            tracker.finish()
+        except Exception as error:
+            self._switch_off(error)
+
+    def _begin(self) -> tuple[Any, int]:
+        """Start the tracker; return it, and how many lines it has."""
+        kind = self._kind()
+        tracker = kind(_PROJECT, str(self._run)) if kind.requires_logging_directory else kind(_PROJECT)
+        tracker.start()
+        tracker.store_init_configuration(self._config)
+        return tracker, 0
+
+    def _kind(self) -> Any:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        return LOGGER_TYPE_TO_CLASS[self.name]
+
+    def _log(self, backend: Any, values: dict[str, Any], step: int) -> None:
+        self._lines += 1
+        backend.put(({**values, "line": self._lines}, step))
+
+    def _result(self, backend: Any, finished: FinishedRun, step: int) -> None:
+        """Nothing to do: the last line has the scores."""
+
+    def _summarize(self, backend: Any, summary: dict[str, Any]) -> None:
+        """Nothing to do, likewise."""
+
+    def _finish(self, backend: Any) -> None:
+        backend.put(None)
+        self._thread.join()
+
+
+class MlflowMirror(AccelerateMirror):
+    """A copy at MLflow, where all attempts are one run."""
+
+    def _begin(self) -> tuple[Any, int]:
+        id_ = _known_id(self._run, _MLFLOW_ID)
+        tracker = self._kind()(_PROJECT, run_id=id_, run_name=self._run.resolve().name)
+        tracker.start()
+        started = tracker.tracker
+        if started.info.run_id != id_:
+            _write_id(self._run, _MLFLOW_ID, started.info.run_id)
+        if not started.data.params:  # MLflow refuses other values later
+            tracker.store_init_configuration(self._config)
+        return tracker, int(started.data.metrics.get("line", 0))
+
+
+def open_by_name(name: str, run: Path, config: Mapping[str, Mapping[str, Any]], warn: Warn) -> Tracker:
+    """Open the tracker of accelerate that has a name; `config` is shown and has no secrets."""
+    return (MlflowMirror if name == "mlflow" else AccelerateMirror)(name, run, config, warn)
 
 
 def _block(lines: Iterable[str]) -> str:

@@ -45,6 +45,7 @@ def run_status(run: Path) -> dict[str, Any]:
         "tflops_per_second": newest.get("train/tflops_per_second"),
         "mfu": newest.get("train/mfu"),
         "seconds_left": seconds_left,
+        "stopped_early": (record.result or {}).get("stopped_early"),
         "accuracy": _accuracy(record),
         "checkpoint": _checkpoint(record),
         "attempts": attempts.newest_attempt(run),
@@ -57,6 +58,8 @@ def format_status(status: dict[str, Any]) -> str:
     """Format what `run_status` returned for people, one value per line."""
     step, total = status["step"], status["steps"]
     rows = [("step", f"{step:,}" + (f" of {total:,} ({100 * step / total:.0f} %)" if total else ""))]
+    if status["stopped_early"] is not None:
+        rows.append(("stopped", status["stopped_early"]))
     if status["epoch"] is not None:
         rows[0] = ("step", f"{rows[0][1]}, epoch {status['epoch']:.2f}")
     if status["images_per_second"] is not None:
@@ -89,7 +92,8 @@ def _describe_attempt(attempt: dict[str, Any]) -> str:
 
 
 def _state(record: RunRecord) -> str:
-    if record.result is not None and record.result.get("steps") == record.setup.get("steps"):
+    result = record.result
+    if result is not None and (result.get("stopped_early") or result["steps"] == record.setup.get("steps")):
         return "done"
     if lease.owner(record.folder) is not None:
         age = _age(record.attempts[-1].get("renewed")) if record.attempts else None

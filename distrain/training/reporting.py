@@ -1,4 +1,4 @@
-"""The logs of a run: metrics.jsonl, audit, progress, wandb and TensorBoard."""
+"""The logs of a run: metrics.jsonl, audit, progress and trackers."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def open_logs(job: Job, checkpointer: Checkpointer, step: int, lines: int) -> Lo
         return Logs(progress, None, mirrors, audit, lambda: None)
     if config.log.tensorboard:
         mirrors.append(trackers.TensorBoardMirror(job.folder, public(config), log.warning, from_step=step))
+    for name in dict.fromkeys(config.log.trackers):
+        mirrors.append(trackers.open_by_name(name, job.folder, public(config), log.warning))
     metrics = JsonLines(job.folder / METRICS, lines)
     return Logs(progress, metrics, mirrors, audit, checkpointer.check_lease)
 

@@ -36,7 +36,7 @@ from distrain.models.batch_norm import can_be_synchronised, local_batch_norm
 from distrain.runs import checkpoint
 from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
-from distrain.runs.trackers import check_tensorboard
+from distrain.runs.trackers import check_installed
 from distrain.text import plural, shortened
 from distrain.training import flops, inputs, optim
 from distrain.training.flops import Flops
@@ -90,8 +90,7 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
     collectives = runtime.collectives
     collectives.stop_if_requested()
     _check_same_configuration(collectives, config)
-    if config.log.tensorboard:
-        collectives.all_or_none(lambda: check_tensorboard() if runtime.is_main else None)
+    collectives.all_or_none(lambda: check_installed(config.log) if runtime.is_main else None)
     dataset = collectives.all_or_none(lambda: read_data(config, "train", "test"))
     check_same_data(runtime, dataset, list(dataset.manifest.splits))
     _compare_numerics(config, runtime)
@@ -166,6 +165,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     number = virtual_ranks[0].size
     mean, std = _normalization(config, dataset)
     _check_augmentation(config, dataset)
+    _check_stop_after(config, dataset)
     inputs.check(config, dataset)
     fewest, most = order.local_batch_sizes(number)
     accumulation_steps = -(-most // (config.train.micro_batch_size or most))
@@ -415,6 +415,21 @@ def _check_augmentation(config: Config, dataset: Dataset) -> None:
         raise ConfigError(
             f"augment.mixup mixes samples of the same lane: of {lanes} lanes, a train.global_batch_size of {batch} has"
             f" fewer than two of each; raise it to {2 * lanes}, or prepare the data set with fewer --lanes"
+        )
+
+
+def _check_stop_after(config: Config, dataset: Dataset) -> None:
+    """Check that `train.stop_after` has evaluations on val to count."""
+    key, off = f"train.stop_after={config.train.stop_after}", "or set train.stop_after=null"
+    if config.train.stop_after is not None and "val" not in dataset.manifest.splits:
+        raise ConfigError(
+            f"{key} counts evaluations on val, and {dataset.root} has no val split: prepare it with --val-fraction 0.1,"
+            f" {off}"
+        )
+    if config.train.stop_after is not None and config.eval.every_steps == 0:
+        raise ConfigError(
+            f"{key} counts evaluations during the run, and eval.every_steps=0 has none: set it to null, once per epoch,"
+            f" {off}"
         )
 
 

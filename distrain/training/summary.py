@@ -218,7 +218,9 @@ def _format_scores(job: Job) -> str:
     every = job.config.eval.every_steps
     during = "once an epoch" if every is None else f"every {every:,} steps" if every else "only at the end"
     if "val" in job.dataset.manifest.splits:
-        return f"val {during}; the result is that of the best checkpoint on val"
+        number = job.config.train.stop_after
+        stops = "" if number is None else f"; stops after {plural(number, 'evaluation')} without a better one"
+        return f"val {during}; the result is that of the best checkpoint on val{stops}"
     curves = f"; test is scored {during}, for the curves" if every != 0 else ""
     return f"there is no val split: the result is that of the last weights{curves}"
 
@@ -230,6 +232,8 @@ def log_result(job: Job, result: dict[str, Any]) -> None:
     compiled = f"; {clock(seconds)} to compile" if seconds else ""
     steps, time_used = plural(result["steps"], "step"), clock(result["seconds"])
     log.info("trained  %s in %s, %s while training%s", steps, time_used, rate, compiled)
+    if result["stopped_early"] is not None:
+        log.info("         stopped %s", result["stopped_early"])
     if fractions:
         log.info("time     %s", profiling.format_fractions(fractions))
     for line in profiling.advice(fractions, job.cache is not None, job.preprocessing is not None):

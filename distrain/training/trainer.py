@@ -21,6 +21,7 @@ from distrain.distributed.collectives import StopAgreed
 from distrain.errors import DataError, SaveError, Stopped, UnreadableImagesError
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import TRACE
+from distrain.text import plural
 from distrain.training import augment, digests, evaluation, health, pictures, profiling
 from distrain.training.checkpointing import Checkpointer, os_error_of
 from distrain.training.digests import TrainedIds
@@ -51,6 +52,7 @@ class Trainer:
         self.step: int = state.get("step", 0)
         self.evaluated_step: int = state.get("evaluated_step", 0)
         self.best: dict[str, Any] | None = state.get("best")
+        self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
         self._peak: dict[str, Any] | None = state.get("peak")
         self._collapsed: bool = state.get("collapsed", False)
         self._warnings: list[str] = state.get("warnings", [])
@@ -72,6 +74,7 @@ class Trainer:
             "step": self.step,
             "evaluated_step": self.evaluated_step,
             "best": self.best,
+            "evaluations_since_best": self._evaluations_since_best,
             "peak": self._peak,
             "collapsed": self._collapsed,
             "warnings": self._warnings,
@@ -82,6 +85,14 @@ class Trainer:
             "losses": self.losses.state_dict(),
             "ids": self.ids.digest(),
         }
+
+    @property
+    def stopped_early(self) -> str | None:
+        """Why the run ends before its last step, by `train.stop_after`; the same on all processes; None: it does not."""
+        number = self.job.config.train.stop_after
+        if number is None or self._evaluations_since_best < number or self.step == self.job.total_steps:
+            return None
+        return f"after {plural(number, 'evaluation')} without a better one on val"
 
     @property
     def seconds(self) -> float:
@@ -126,7 +137,7 @@ class Trainer:
             feed = Feed(reader, job.order, job.runtime, self.profile)
             while True:
                 self._log_evaluate_save()
-                if self.step == job.total_steps:
+                if self.step == job.total_steps or self.stopped_early:
                     return
                 batches = feed.take(self.step)
                 self._record_batches(batches)
@@ -209,7 +220,7 @@ class Trainer:
         best_before = self.best
         if evaluate and self.evaluated_step < step and self._evaluate():  # guard: evaluation-due
             save = True
-        if save or by_clock:
+        if save or by_clock or self.stopped_early:
             self._save("last" if last else "interval")
             if self.checkpointer.saved_step != step:
                 self.best = best_before  # without a checkpoint it could not be loaded at the end
@@ -265,9 +276,12 @@ class Trainer:
         self.logs.progress.scores(self.step, split, scores.accuracy, scores.loss)
         self._record(split, scores)
         self._check_accuracy(split, scores)
-        if split != "val" or (self.best is not None and scores.accuracy <= self.best["accuracy"]):
+        if split != "val":
             return False
-        self.best = {"step": self.step, "accuracy": scores.accuracy}
+        if self.best is not None and scores.accuracy <= self.best["accuracy"]:
+            self._evaluations_since_best += 1
+            return False
+        self.best, self._evaluations_since_best = {"step": self.step, "accuracy": scores.accuracy}, 0
         return True
 
     def _check_accuracy(self, split: str, scores: Scores) -> None:
@@ -377,6 +391,7 @@ class Trainer:
             **job.flops.rates(images, time_used),
             "checkpoint": checkpoint.path_of(job.checkpoints, best_step).name,
             "val_accuracy": self.best["accuracy"] if self.best else None,
+            "stopped_early": self.stopped_early,
             "precision": job.config.train.precision,
             "device": str(job.runtime.device.type),
             "dependent_layers": job.dependent_layers,

@@ -38,7 +38,7 @@ from distrain.environment import Environment, World
 from distrain.errors import AgainError, ConfigError, DataError, GpuError, PeerLostError, Stopped, UserError
 from distrain.models.batch_norm import Buffers
 from distrain.models.repeatable import check_repeatable
-from distrain.runs.trackers import check_tensorboard
+from distrain.runs.trackers import check_installed
 from distrain.text import plural
 from distrain.tools.doctor import computing
 from distrain.tools.doctor.finding import Finding, Level
@@ -160,13 +160,14 @@ def versions(config: Config, environment: Environment) -> Iterator[Finding]:
 
 def extras(config: Config, environment: Environment) -> Iterator[Finding]:
     """Check the optional packages that the configuration needs."""
-    if config.log.tensorboard:
+    names = [*(["tensorboard"] if config.log.tensorboard else []), *config.log.trackers]
+    if names:
         try:
-            check_tensorboard()
+            check_installed(config.log)
         except ConfigError as error:
             yield Finding("extras", "bad", str(error))
         else:
-            yield Finding("extras", "ok", f"tensorboard {version('tensorboard')}")
+            yield Finding("extras", "ok", ", ".join(names))
 
 
 def cores(config: Config, environment: Environment) -> Iterator[Finding]:

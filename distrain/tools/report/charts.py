@@ -276,7 +276,7 @@ def _marks(axes: Axes, record: RunRecord, x: str, divisor: float, colour: str, l
 
 def restarts(record: RunRecord) -> list[int]:
     """Return the steps after which later attempts resumed; attempts that started after the last step do not count."""
-    end = record.setup.get("steps", 0)
+    end = record.result["steps"] if record.result is not None else record.setup.get("steps", 0)
     later = [attempt["from_step"] for attempt in record.attempts[1:] if attempt.get("from_step") is not None]
     return [int(step) for step in later if step < end]
 

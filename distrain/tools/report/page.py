@@ -239,6 +239,8 @@ def _checks(record: RunRecord) -> list[Check]:
         checks += [_check_counts(result, setup), _check_metrics(record, result), _check_checkpoint(record, result)]
         if result["val_accuracy"] is not None:
             checks.append(_check_selection(record, result))
+        if result.get("stopped_early"):
+            checks.append(Check("note", f"The run was stopped {result['stopped_early']} (train.stop_after)."))
         if result["dropped_per_epoch"]:
             dropped = f"{result['dropped_per_epoch']:,} of {setup['data']['splits']['train']:,} training images"
             checks.append(Check("note", f"Each epoch drops {dropped}, different ones each time."))
