@@ -16,7 +16,7 @@ from benchmarks.commands import speed_after_warm_up, timed_keys, timed_steps, tr
 from benchmarks.context import Context, images_per_second, load, single_process, take_turns
 from benchmarks.table import Row, Table, ratio
 from distrain import models
-from distrain.config import Augment
+from distrain.config import Augment, Train
 from distrain.distributed.numerics import autocast
 from distrain.training import augment, optim
 
@@ -74,7 +74,7 @@ class _BareLoop:
             self._model.to(memory_format=torch.channels_last)
         self._mean, self._std = (torch.tensor(v, device=images.device) for v in (manifest.mean, manifest.std))
         self._autocast = autocast(images.device, context.precision)
-        self._optimizer = optim.build("sgd", self._model.parameters(), 0.01, 0.9, True, (0.9, 0.999), 1e-3)
+        self._optimizer = optim.build(Train(lr=0.01, nesterov=True, weight_decay=1e-3), self._model)
 
     def train(self, steps: int) -> int:
         """Train for `steps` steps, and return the number of images."""

@@ -8,14 +8,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from distrain import address, files
 from distrain.errors import ConfigError
@@ -31,6 +43,8 @@ _MAX_NUMBER = 10**9
 """Maximum of whole numbers: no run has more steps, and no clock or file format has a problem with such a number."""
 _MAX_FILE_NAME, _MAX_PATH = 255, 4095
 """Maximum bytes of a file's name and of its path, on Linux's file systems."""
+_USER_CODE = re.compile(r"[\w.]+:\w+")
+"""The name of a class or function of the user: package.module:name."""
 
 
 def _key(default: Any, meaning: str, *, identity: bool = False, **limits: Any) -> Any:
@@ -91,10 +105,53 @@ def _local(value: Any) -> Any:
     return _path(value)
 
 
+def _one_of(*names: str, example: str = "") -> Callable[[Any], Any]:
+    """Return a function that refuses what is neither one of these names nor package.module:name; null without names."""
+    expected = ", ".join([*names, "or package.module:name" if names else "package.module:name"]) + example
+
+    def check(value: Any) -> Any:
+        if value is None and not names:
+            return None
+        if not isinstance(value, str) or (value not in names and not is_user_code(value)):
+            raise ValueError(f"should be {expected}")
+        return value
+
+    return check
+
+
+def is_user_code(name: str) -> bool:
+    """Whether a name is that of a class or function of the user, package.module:name."""
+    return _USER_CODE.fullmatch(name) is not None
+
+
+def _arguments(value: Any) -> Any:
+    """Convert the values of keyword arguments, as `_plain` does; refuse what is no mapping of names to values."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in value):
+        raise ValueError("should be a mapping of names to values, such as {eps: 1e-6, amsgrad: true}")
+    return {name: _plain(each) for name, each in value.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Convert text to the number, true, false or null that it is, also in lists; refuse other values."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, str):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value) if math.isfinite(kind(value)) else value
+        return {"true": True, "false": False, "null": None}.get(value.lower(), value)
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError("should have plain values: finite numbers, true, false, null, text, or lists of them")
+
+
 LocalPath = Annotated[str, BeforeValidator(_local)]
 PathOrAddress = Annotated[str, BeforeValidator(_path)]
 Seed = Annotated[int, BeforeValidator(_whole)]
 Whole = Annotated[int, BeforeValidator(_limited)]
+UserCode = Annotated[str, WithJsonSchema({"type": "string", "format": "package.module:name"})]
+"""The name of a class or function of the user."""
+Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
@@ -253,6 +310,12 @@ class Augment(Section):
         ge=0,
         le=1,
     )
+    also: Annotated[UserCode | None, BeforeValidator(_one_of())] = _key(
+        None,
+        "a function of your own, called after the others and before mixup with (images, random_bits): uint8 images"
+        " [n, H, W, C] and 128 random bits of each image, int64 [n, 2]; it returns images of the same shape",
+        identity=True,
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> Augment:
@@ -286,14 +349,32 @@ class Train(Section):
         "maximum number of samples that a device computes at once (gradient accumulation); null: its whole local batch",
         ge=1,
     )
-    optimizer: Literal["sgd", "adam", "adamw"] = _key("sgd", "SGD, Adam or AdamW of torch.optim", identity=True)
-    lr: float = _key(0.05, "learning rate; the maximum, if the schedule changes it", identity=True, gt=0)
-    schedule: Literal["constant", "one_cycle", "cosine"] = _key(
-        "one_cycle",
-        "constant; one_cycle: linear warm-up, then linear decay to 0; cosine: linear warm-up, then cosine decay to 0",
+    optimizer: Annotated[
+        Literal["sgd", "adam", "adamw"] | UserCode,
+        BeforeValidator(_one_of("sgd", "adam", "adamw", example=" such as torch.optim:NAdam")),
+    ] = _key(
+        "sgd",
+        "sgd, adam, adamw; package.module:name: a class of optimizers, such as torch.optim:NAdam (called with the"
+        " parameters, lr, those of momentum, nesterov, betas and weight_decay that are among its arguments, and"
+        " optimizer_args), or a function of (module, settings) that returns one optimizer",
         identity=True,
     )
-    warmup_fraction: float = _key(0.25, "fraction of the steps used for warm-up", identity=True, ge=0, lt=1)
+    optimizer_args: Arguments = _key(
+        {}, "further arguments for an optimizer of your own, such as {eps: 1e-6}", identity=True
+    )
+    lr: float = _key(0.05, "learning rate; the maximum, if the schedule changes it", identity=True, gt=0)
+    schedule: Annotated[
+        Literal["constant", "one_cycle", "cosine"] | UserCode,
+        BeforeValidator(_one_of("constant", "one_cycle", "cosine")),
+    ] = _key(
+        "one_cycle",
+        "constant; one_cycle: linear warm-up, then linear decay to 0; cosine: linear warm-up, then cosine decay to 0;"
+        " package.module:name: a function of (step, total_steps), counted from 0, that returns the factor of lr",
+        identity=True,
+    )
+    warmup_fraction: float = _key(
+        0.25, "fraction of the steps used for warm-up by one_cycle and cosine", identity=True, ge=0, lt=1
+    )
     momentum: float = _key(0.9, "momentum of SGD", identity=True, ge=0, lt=1)
     nesterov: bool = _key(False, "use Nesterov momentum with SGD", identity=True)
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] = _key(
@@ -305,8 +386,14 @@ class Train(Section):
     clip_norm: float | None = _key(
         None, "maximum norm of the gradient (clipping); null: no clipping", identity=True, gt=0
     )
+    loss: Annotated[Literal["cross_entropy"] | UserCode, BeforeValidator(_one_of("cross_entropy"))] = _key(
+        "cross_entropy",
+        "cross_entropy; package.module:name: a function of (logits, labels), [n, K] and int64 [n], that returns the"
+        " loss of each sample, [n]; evaluations report the cross-entropy in any case",
+        identity=True,
+    )
     label_smoothing: float = _key(
-        0.0, "fraction of each label that is spread over all classes", identity=True, ge=0, lt=1
+        0.0, "fraction of each label that is spread over all classes, by cross_entropy", identity=True, ge=0, lt=1
     )
     ema_decay: float | None = _key(
         None,
@@ -351,8 +438,14 @@ class Train(Section):
         problems = []
         if self.epochs is not None and self.max_steps is not None:
             problems.append("give epochs or max_steps, not both; train.epochs=null removes the value of the file")
-        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            problems.append("nesterov needs optimizer sgd and a momentum above 0")
+        if self.nesterov and (self.optimizer in ("adam", "adamw") or self.momentum == 0):
+            problems.append("nesterov needs optimizer sgd, or one of your own, and a momentum above 0")
+        if self.optimizer_args and not is_user_code(self.optimizer):
+            problems.append(
+                f"optimizer_args are for an optimizer package.module:name; {self.optimizer} has the keys lr, momentum …"
+            )
+        if self.label_smoothing and is_user_code(self.loss):
+            problems.append("label_smoothing is done by loss cross_entropy alone; do it in your own loss")
         if any(not 0 <= beta < 1 for beta in self.betas):
             problems.append("betas must be in 0 ≤ beta < 1")
         if problems:

@@ -1,4 +1,4 @@
-"""The user's own classes, given as `package.module:Class`: importing and calling them, and showing their errors."""
+"""The user's own classes and functions, given as `package.module:name`: importing and calling them, showing errors."""
 
 from __future__ import annotations
 
@@ -25,22 +25,35 @@ _STANDARD_LIBRARY = ("<", sysconfig.get_path("stdlib"))
 
 
 def make(subject: str, name: str, /, **arguments: Any) -> Any:
-    """Import a class and call it with the arguments; return the object.
-
-    Args:
-        subject: the beginning of error messages, such as the key and its value.
-        name: `package.module:Class`, looked up in the current folder first, then in Python's path. What that module
-            imports is looked up in Python's path first.
-        arguments: the keyword arguments.
+    """Import a class and call it with keyword arguments; return the object.
 
     Raises:
         ConfigError: there is no such class, or its code raises.
+    """
+    kind = find(subject, name)
+    with user_code(subject):
+        return kind(**arguments)
+
+
+def find(subject: str, name: str) -> Any:
+    """Import a class or function.
+
+    Args:
+        subject: the beginning of error messages, such as the key and its value.
+        name: `package.module:name`, looked up in the current folder first, then in Python's path. What that module
+            imports is looked up in Python's path first.
+
+    Raises:
+        ConfigError: there is nothing of this name that can be called, or its module raises.
     """
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"{subject}: should be package.module:Class")
     with user_code(subject):
-        return getattr(_imported(module), attribute)(**arguments)
+        value = getattr(_imported(module), attribute)
+    if not callable(value):
+        raise ConfigError(f"{subject}: is a {type(value).__name__}, and neither a class nor a function")
+    return value
 
 
 def _imported(name: str) -> ModuleType:
@@ -90,9 +103,14 @@ def _import_beside(package: str, spec: ModuleSpec) -> None:
 
 @contextmanager
 def user_code(subject: str) -> Iterator[None]:
-    """Context manager around the user's code: any exception becomes a ConfigError that begins with `subject`."""
+    """Context manager around the user's code: any exception becomes a ConfigError that begins with `subject`.
+
+    One that is a ConfigError already is raised as it is.
+    """
     try:
         yield
+    except ConfigError:
+        raise
     except CATCHABLE as error:
         raise ConfigError(f"{subject}: {describe(error)}") from error
 

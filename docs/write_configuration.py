@@ -33,6 +33,7 @@ but not their paths. All other keys may differ between the attempts of a run.
 """
 
 _TYPES = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text", "null": "null"}
+_TYPES |= {"object": "mapping"}
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _LIMITS |= {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # pydantic keeps its own names in a union with null
 
@@ -67,10 +68,14 @@ def _values(schema: Mapping[str, Any]) -> str:
         return ", or ".join(_values(option) for option in schema["anyOf"])
     if "enum" in schema:
         return ", ".join(f"`{choice}`" for choice in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if schema["type"] == "array":
         minimum, maximum = schema.get("minItems"), schema.get("maxItems")
         count = f"{maximum} " if minimum == maximum and maximum else ""
         return f"list of {count}{_values(schema['items']).replace('number', 'numbers')}"
+    if "format" in schema:
+        return f"`{schema['format']}`"
     limits = ", ".join(f"{sign} {_limit(schema[name])}" for name, sign in _LIMITS.items() if name in schema)
     return f"{_TYPES[schema['type']]} {limits}".rstrip()
 

@@ -157,7 +157,10 @@ def test_the_printed_reference_is_what_the_code_says() -> None:
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("train.optimizer", "`sgd`, `adam`, `adamw`"),
+        ("data.decode_device", "`cpu`, `gpu`"),
+        ("train.optimizer", "`sgd`, `adam`, `adamw`, or `package.module:name`"),
+        ("train.optimizer_args", "mapping"),
+        ("train.loss", "`cross_entropy`, or `package.module:name`"),
         ("train.clip_norm", "number > 0, or null"),
         ("train.micro_batch_size", "whole number ≥ 1, or null"),
         ("train.betas", "list of 2 numbers"),

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distrain import models
-from distrain.config import Augment
+from distrain.config import Augment, Train
 from distrain.errors import ConfigError
 from distrain.models.net import ACTIVATIONS
-from distrain.training import optim
+from distrain.training import optim, optimizer_state
 from distrain.training.augment import augment, normalize
 
 TEN = [f"class {k}" for k in range(10)]
@@ -266,14 +266,15 @@ def test_optimizer_state_is_the_same_after_saving_and_loading(name: str, kind: s
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         net = nn.Linear(3, 2)
-        return net, optim.build(name, net.parameters(), 0.1, 0.9, False, [0.9, 0.99], 0.01)
+        return net, optim.build(Train(optimizer=name, lr=0.1, betas=[0.9, 0.99], weight_decay=0.01), net)
 
     net, optimizer = fresh()
     assert type(optimizer).__name__ == kind
     steps(net, optimizer, 3)
     other, restored = fresh()
     other.load_state_dict(net.state_dict())
-    optim.load_state_tensors(restored, {k: v.clone() for k, v in optim.state_tensors(optimizer).items()})
+    saved = {k: v.clone() for k, v in optimizer_state.state_tensors(optimizer, net).items()}
+    optimizer_state.load_state_tensors(restored, other, saved)
     steps(net, optimizer, 2)
     steps(other, restored, 2)
     assert torch.equal(net.weight, other.weight)

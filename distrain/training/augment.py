@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distrain.config import Augment
+from distrain.training.user_functions import Augmentation
 
 
 class Normalizer:
@@ -39,10 +40,18 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def needs_random_bits(settings: Augment) -> bool:
     """Whether `augment` uses random bits: drawing them takes time."""
-    return settings.flip or settings.crop_padding > 0 or settings.cutout > 0 or settings.crop_scale is not None
+    return (
+        settings.flip
+        or settings.crop_padding > 0
+        or settings.cutout > 0
+        or settings.crop_scale is not None
+        or settings.also is not None
+    )
 
 
-def augment(images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor) -> Tensor:
+def augment(
+    images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor, also: Augmentation | None = None
+) -> Tensor:
     """Flip, shift and cut out each image as its random bits determine; `step` applies mixup to the result.
 
     Args:
@@ -52,6 +61,7 @@ def augment(images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor
             square of `cutout`, which may extend over the edge (DeVries and Taylor, "Cutout", 2017).
         settings: what to apply.
         fill: uint8 [C], colour of the square.
+        also: the user's function, called last.
 
     Returns:
         uint8 [N, H, W, C].
@@ -75,7 +85,7 @@ def augment(images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor
         in_rows = _inside(height, _below(height, random_bits[:, 1]), cutout)
         in_columns = _inside(width, _below(width, random_bits[:, 1] >> 20), cutout)
         images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], fill, images)
-    return images
+    return images if also is None else also(images, random_bits)
 
 
 def mixup_partners(samples: int, lanes: int, device: torch.device) -> Tensor:

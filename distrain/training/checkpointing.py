@@ -21,7 +21,7 @@ from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.folder import METRICS, RESULT
 from distrain.runs.lease import Lease
 from distrain.runs.logs import Logs
-from distrain.training import optim
+from distrain.training import optimizer_state
 from distrain.training.job import IMAGE_DECODER, TRAINED_WEIGHTS, Job
 
 log = logging.getLogger("distrain")
@@ -176,7 +176,7 @@ class Checkpointer:
         if model.ema is not None:
             model.module.load_state_dict({name: tensors.pop(TRAINED_WEIGHTS + name) for name in saved.model})
             model.ema.updates = saved.step
-        optim.load_state_tensors(model.optimizer, tensors)
+        optimizer_state.load_state_tensors(model.optimizer, model.module, tensors)
         job.runtime.load_scaler_state(saved.state["scaler"])
         self.saved_step = saved.step
         self._warn_of_other_bits(path, saved.state["bits"])

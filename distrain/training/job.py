@@ -23,10 +23,11 @@ from distrain.distributed.gradients import DistributedModel
 from distrain.distributed.runtime import Runtime
 from distrain.environment import World
 from distrain.runs import checkpoint
-from distrain.training import optim
+from distrain.training import optim, optimizer_state
 from distrain.training.augment import Normalizer
 from distrain.training.flops import Flops
 from distrain.training.optim import WeightAverage
+from distrain.training.user_functions import UserFunctions
 
 IMAGE_DECODER = "image decoder"
 TRAINED_WEIGHTS = "weights."
@@ -72,7 +73,7 @@ class TrainedModel:
 
     def checkpoint_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return what a checkpoint holds: the evaluated weights; the optimizer's state, with an EMA the weights too."""
-        tensors = optim.state_tensors(self.optimizer)
+        tensors = optimizer_state.state_tensors(self.optimizer, self.module)
         if self.ema is not None:
             tensors |= {TRAINED_WEIGHTS + name: value for name, value in self.module.state_dict().items()}
         return self.eval_model.state_dict(), tensors
@@ -93,6 +94,7 @@ class Job:
         total_steps: optimizer steps of the whole run.
         runtime: this process among its peers.
         model: what is trained.
+        functions: those of the user.
         cache: the train split in memory, where it fits and is wanted.
         identity: what decides what is trained; a checkpoint with another identity cannot be resumed.
         dependent_layers: kinds of layers that make the result depend on the number of processes.
@@ -111,6 +113,7 @@ class Job:
     total_steps: int
     runtime: Runtime
     model: TrainedModel
+    functions: UserFunctions
     cache: Cache | EncodedCache | None
     identity: dict[str, Any]
     dependent_layers: list[str]
@@ -149,7 +152,9 @@ class Job:
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step of the run."""
-        train = self.config.train
+        train, schedule = self.config.train, self.functions.schedule
+        if schedule is not None:
+            return train.lr * schedule(step, self.total_steps)
         return optim.learning_rate(step, self.total_steps, train.schedule, train.lr, train.warmup_fraction)
 
     def layer_seed(self, step: int, rank: World) -> int:

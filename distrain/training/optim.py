@@ -1,37 +1,165 @@
-"""Optimizers by name, the learning rate as a pure function of the step, and the average of the weights."""
+"""Optimizers by name, the learning rate as a pure function of the step, and the average of the weights.
+
+Their state is saved by `optimizer_state`.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from distrain.config import Train
+from distrain import plugins
+from distrain.config import Train, is_user_code
+from distrain.errors import ConfigError
+from distrain.text import shortened
 
 _FEW_STEPS_PER_EPOCH, _FEW_STEPS = 10, 500
 """Steps of an epoch, and of a run, below which most models learn little."""
 
 
-def build(
-    name: str,
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    momentum: float,
-    nesterov: bool,
-    betas: Sequence[float],
-    weight_decay: float,
-) -> torch.optim.Optimizer:
-    """Build SGD, Adam or AdamW, fused: one kernel for all parameters (a twentieth of a small step on CPUs)."""
-    if name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
+_INITIAL_LR = "initial_lr"
+"""Name of a group's own learning rate at the start, as the schedulers of torch call it."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The keys of section `train` that describe the optimizer, for a function of the user.
+
+    Attributes:
+        lr: learning rate, before the schedule.
+        momentum: in 0 … 1.
+        nesterov: whether to use Nesterov momentum.
+        betas: two numbers in 0 … 1.
+        weight_decay: at least 0.
+        args: `train.optimizer_args`, whose content is for the user's function alone.
+    """
+
+    lr: float
+    momentum: float
+    nesterov: bool
+    betas: tuple[float, float]
+    weight_decay: float
+    args: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, train: Train) -> OptimizerSettings:
+        """Return the settings of a configuration."""
+        betas = (train.betas[0], train.betas[1])
+        args = MappingProxyType(train.optimizer_args)
+        return cls(train.lr, train.momentum, train.nesterov, betas, train.weight_decay, args)
+
+
+def build(train: Train, module: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer that the configuration names.
+
+    SGD, Adam and AdamW are fused: one kernel for all parameters (a twentieth of a small step on CPUs).
+
+    Args:
+        train: section `train` of the configuration.
+        module: the model, whose trainable parameters the optimizer updates.
+
+    Raises:
+        ConfigError: an optimizer of the user cannot be built, or does not update all trainable parameters.
+    """
+    settings = OptimizerSettings.of(train)
+    decay = settings.weight_decay
+    optimizer: torch.optim.Optimizer
+    if is_user_code(train.optimizer):
+        optimizer = _build_user_optimizer(train.optimizer, module, settings)
+    elif train.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            module.parameters(),
+            settings.lr,
+            settings.momentum,
+            nesterov=settings.nesterov,
+            weight_decay=decay,
+            fused=True,
         )
-    kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    return kind(parameters, lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+    else:
+        kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+        optimizer = kind(module.parameters(), settings.lr, betas=settings.betas, weight_decay=decay, fused=True)
+    for group in optimizer.param_groups:
+        group[_INITIAL_LR] = float(group["lr"])
+    return optimizer
+
+
+def _build_user_optimizer(name: str, module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    subject = f"train.optimizer={name}"
+    factory = plugins.find(subject, name)
+    if isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer):
+        keywords = _keywords(factory, settings)
+        with plugins.user_code(f"{subject}: called with the parameters and {', '.join(keywords)}"):
+            optimizer = factory(list(module.parameters()), **keywords)
+    else:
+        with plugins.user_code(f"{subject}: called with (module, settings)"):
+            optimizer = factory(module, settings)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"{subject}: returns a {type(optimizer).__name__}, not one torch.optim.Optimizer")
+    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+        raise ConfigError(
+            f"{subject}: {type(optimizer).__name__} has two modes, train() and eval(), which are not supported: choose"
+            " another one; train.ema_decay averages the weights of any optimizer"
+        )
+    _check_groups(subject, optimizer, module)
+    return optimizer
+
+
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """Return the name of an optimizer's class, and its settings that are numbers or lists of them, as text."""
+    values = {
+        name: value for name, value in optimizer.defaults.items() if isinstance(value, float | int | tuple | list)
+    }
+    shown = {name: value for name, value in values.items() if value is not False}
+    groups = f"; {len(optimizer.param_groups)} groups" if len(optimizer.param_groups) > 1 else ""
+    return f"{type(optimizer).__name__}{''.join(f', {name} {value}' for name, value in shown.items())}{groups}"
+
+
+def _keywords(factory: type, settings: OptimizerSettings) -> dict[str, Any]:
+    """Return the arguments of a class of optimizers, beside the parameters."""
+    accepted = inspect.signature(factory).parameters
+    keys = ("lr", "momentum", "nesterov", "betas", "weight_decay")
+    given = {key: getattr(settings, key) for key in keys if key == "lr" or key in accepted}
+    return {**given, **settings.args}
+
+
+def _check_groups(subject: str, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Check that an optimizer updates all trainable parameters of the model and no others, with a learning rate."""
+    named = {id(parameter): name for name, parameter in module.named_parameters()}
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    forgotten = [named[id(each)] for each in module.parameters() if each.requires_grad and id(each) not in given]
+    if forgotten:
+        raise ConfigError(
+            f"{subject}: does not have the parameters {', '.join(shortened(forgotten, 5))}; put them into one of its"
+            " groups, or freeze them in the model with requires_grad_(False)"
+        )
+    if given - named.keys():
+        raise ConfigError(f"{subject}: has parameters that the model does not have; give it those of `module`")
+    for number, group in enumerate(optimizer.param_groups):
+        if not isinstance(group.get("lr"), float | int | Tensor):
+            raise ConfigError(
+                f"{subject}: group {number} has no number lr, which is set in each step; give it the scale that it"
+                " should have beside train.lr"
+            )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, initial: float) -> None:
+    """Set the learning rate of a step; a group that began with another rate than `initial` keeps that ratio.
+
+    Args:
+        optimizer: one that `build` returned.
+        rate: the learning rate of the step.
+        initial: `train.lr`.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate * (group[_INITIAL_LR] / initial)  # times 1.0 exactly, for most
 
 
 def learning_rate(step: int, total_steps: int, schedule: str, peak: float, warmup_fraction: float) -> float:
@@ -143,32 +271,3 @@ def _slots(module: nn.Module) -> Iterator[_Slot]:
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield _Slot(cast(dict[str, Tensor | None], tensors), name)
-
-
-def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state, flat: `parameter number.name` → tensor; settings are the configuration's."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{name}": value
-        for number, values in state.items()
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore what `state_tensors` returned, each tensor in the memory layout of its parameter.
-
-    A file has no layouts. With another one than the parameter's, CUDA's fused optimizers abort, and those of CPUs mix
-    up the values.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        of_number = state.setdefault(int(number), {})
-        of_number[name] = value
-        parameter = parameters[int(number)]
-        if value.shape == parameter.shape:
-            of_number[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

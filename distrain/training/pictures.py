@@ -120,18 +120,18 @@ def save_augmented(job: Job, batch: Batch) -> None:
     Raises:
         OSError: it could not be written.
     """
-    settings, seed = job.config.augment, job.order.seed
+    settings, seed, also = job.config.augment, job.order.seed, job.functions.augmentation
     images = batch.images.cpu()
     pictures, fill = images[:_PICTURES], job.model.mean_color.cpu()
     variants = []
     for step in range(_VARIANTS):
         local_bits = torch.from_numpy(augmentation_bits(seed, np.array([step]), batch.positions).view(np.int64))
-        augmented = augment(pictures, local_bits[:_PICTURES], settings, fill)
+        augmented = augment(pictures, local_bits[:_PICTURES], settings, fill, also)
         if settings.mixup:
             lanes = len(job.order.owned_lanes(job.virtual_ranks[0]))
             partners = mixup_partners(len(images), lanes, images.device)[:_PICTURES]
             weight = mixup_weight(seed, step, settings.mixup)
-            others = augment(images[partners], local_bits[partners], settings, fill)
+            others = augment(images[partners], local_bits[partners], settings, fill, also)
             augmented = (augmented * weight + others * (1 - weight)).round().to(torch.uint8)
         variants.append(augmented)
     _save(job.folder / AUGMENTED, {"images": pictures.numpy(), "variants": torch.stack(variants, 1).numpy()})

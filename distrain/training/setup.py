@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from distrain import address, models, startup
-from distrain.config import Config, identity, public
+from distrain.config import Config, identity, is_user_code, public
 from distrain.data import cache, manifest
 from distrain.data.cache import Cache
 from distrain.data.encoded import EncodedCache
@@ -38,10 +38,11 @@ from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
 from distrain.runs.trackers import check_installed
 from distrain.text import plural, shortened
-from distrain.training import flops, inputs, optim
+from distrain.training import flops, inputs, optim, optimizer_state
 from distrain.training.flops import Flops
 from distrain.training.job import Job, TrainedModel
 from distrain.training.optim import WeightAverage
+from distrain.training.user_functions import UserFunctions
 from distrain.training.warm_up import warm_up
 
 log = logging.getLogger("distrain")
@@ -166,6 +167,8 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     mean, std = _normalization(config, dataset)
     _check_augmentation(config, dataset)
     _check_stop_after(config, dataset)
+    total_steps = config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch
+    functions = collectives.all_or_none(lambda: _user_functions(config, dataset, runtime, total_steps))
     inputs.check(config, dataset)
     fewest, most = order.local_batch_sizes(number)
     accumulation_steps = -(-most // (config.train.micro_batch_size or most))
@@ -195,9 +198,10 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         config=config,
         dataset=dataset,
         order=order,
-        total_steps=config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch,
+        total_steps=total_steps,
         runtime=runtime,
         model=TrainedModel(module, distributed, optimizer, ema, mean_tensor, std_tensor, width),
+        functions=functions,
         cache=_make_cache(config, dataset, runtime),
         identity={
             **identity(config),
@@ -457,17 +461,38 @@ def _prepare(
 ) -> tuple[DataParallel | VirtualRanks, Any]:
     """Prepare the model and its optimizer with accelerate."""
     settings = config.train
-    optimizer = optim.build(
-        settings.optimizer,
-        module.parameters(),
-        settings.lr,
-        settings.momentum,
-        settings.nesterov,
-        settings.betas,
-        settings.weight_decay,
-    )
+    optimizer = runtime.collectives.all_or_none(lambda: _make_optimizer(config, module))
+    if is_user_code(settings.optimizer) and runtime.is_main:
+        log.info("train.optimizer=%s: %s", settings.optimizer, optim.describe(optimizer))
     batch = settings.global_batch_size
     if settings.virtual_ranks is None:
         return runtime.prepare_data_parallel(module, optimizer, compilation, batch)
     division = Division(runtime.world, settings.virtual_ranks, batch)
     return runtime.prepare_virtual_ranks(module, optimizer, compilation, division)
+
+
+def _make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer; one of the user is checked before."""
+    name = config.train.optimizer
+    if is_user_code(name):
+        startup.waits_for(f"trying the optimizer {name}")
+        optimizer_state.check_resumable(config.train, module, lambda: optim.build(config.train, module))
+    return optim.build(config.train, module)
+
+
+def _user_functions(config: Config, dataset: Dataset, runtime: Runtime, total_steps: int) -> UserFunctions:
+    """Import the functions of the user, and try them.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
+    functions, each_alone = UserFunctions.of(config), config.train.virtual_ranks is None
+    if functions.schedule is not None:
+        functions.schedule.check(total_steps)
+    with torch.random.fork_rng([runtime.device] if runtime.device.type == "cuda" else []):
+        if functions.loss is not None:
+            functions.loss.check(len(dataset.manifest.classes), runtime.device, runtime.dtype, each_alone)
+        if functions.augmentation is not None:
+            height, width, channels = dataset.image_shape
+            functions.augmentation.check((height, width, channels), runtime.device, each_alone)
+    return functions

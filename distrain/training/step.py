@@ -12,7 +12,7 @@ from torch import Tensor
 from distrain.data.order import mixup_weight
 from distrain.data.rounds import Batch
 from distrain.environment import World
-from distrain.training import augment
+from distrain.training import augment, optim
 from distrain.training.job import Job
 from distrain.training.profiling import Profile
 
@@ -52,9 +52,9 @@ class TrainingStep:
             The sum of the losses of each virtual rank: fp64 [v], on the device. Reading them waits for the device.
         """
         job, model = self._job, self._job.model
-        for group in model.optimizer.param_groups:
-            group["lr"] = job.learning_rate(step)
-        losses = [self._train(step, rank, batch) for rank, batch in zip(job.virtual_ranks, batches, strict=True)]
+        optim.set_learning_rate(model.optimizer, job.learning_rate(step), job.config.train.lr)
+        with job.runtime.collectives.fail_alone():  # functions of the user are checked in each step
+            losses = [self._train(step, rank, batch) for rank, batch in zip(job.virtual_ranks, batches, strict=True)]
         model.distributed.exchange()
         if job.config.train.clip_norm is not None:
             model.distributed.clip_norm(job.config.train.clip_norm)
@@ -79,7 +79,8 @@ class TrainingStep:
 
     def _augment(self, step: int, rank: World, batch: Batch) -> _LocalBatch:
         job, order, settings = self._job, self._job.order, self._job.config.augment
-        images = augment.augment(batch.images, batch.random_bits, settings, job.model.mean_color)
+        also = job.functions.augmentation
+        images = augment.augment(batch.images, batch.random_bits, settings, job.model.mean_color, also)
         if not settings.mixup:
             return _LocalBatch(images, batch.labels, None, 1.0)
         partners = augment.mixup_partners(len(images), len(order.owned_lanes(rank)), images.device)
@@ -101,7 +102,7 @@ class TrainingStep:
                 continue
             with distributed.micro_batch(last=index == number - 1):
                 logits = distributed.forward(self._inputs(local, part))
-                loss = _loss(local, part, logits, job.config.train.label_smoothing)
+                loss = self._loss(local, part, logits)
                 distributed.backward(loss * scale)
             losses.append(loss.detach().double())
         return losses or [torch.zeros((), dtype=torch.float64, device=job.runtime.device)]
@@ -113,12 +114,17 @@ class TrainingStep:
             return inputs
         return inputs.lerp(normalize(local.images[local.partners[part]]), 1 - local.weight)
 
+    def _loss(self, local: _LocalBatch, part: slice, logits: Tensor) -> Tensor:
+        """Return the loss summed over the samples; with mixup after Zhang et al., "mixup" (2018)."""
+        loss = self._sum_of_losses(logits, local.labels[part])
+        if local.partners is None:
+            return loss
+        partner_loss = self._sum_of_losses(logits, local.labels[local.partners[part]])
+        return loss * local.weight + partner_loss * (1 - local.weight)
 
-def _loss(local: _LocalBatch, part: slice, logits: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy summed over the samples; with mixup after Zhang et al., "mixup" (2018)."""
-    loss = F.cross_entropy(logits, local.labels[part], reduction="sum", label_smoothing=smoothing)
-    if local.partners is None:
-        return loss
-    labels = local.labels[local.partners[part]]
-    partner_loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-    return loss * local.weight + partner_loss * (1 - local.weight)
+    def _sum_of_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        job = self._job
+        if job.functions.loss is not None:
+            return job.functions.loss(logits, labels)
+        smoothing = job.config.train.label_smoothing
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)

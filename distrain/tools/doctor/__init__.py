@@ -42,7 +42,7 @@ from distrain.runs.trackers import check_installed
 from distrain.text import plural
 from distrain.tools.doctor import computing
 from distrain.tools.doctor.finding import Finding, Level
-from distrain.training import inputs
+from distrain.training import inputs, optim, optimizer_state
 from distrain.training.checkpointing import os_error_of
 from distrain.training.setup import (
     build_model,
@@ -292,7 +292,7 @@ def model_and_run_folder(config: Config, environment: Environment) -> Iterator[F
     """Try the model on black images, write to the run's folder, and compare the time of a checkpoint with the grace."""
     if environment.local_rank:
         return  # only one process of a run writes checkpoints: more at a time would be slower
-    module = None
+    size = None
     with contextlib.suppress(DataError):  # `data` has reported it
         try:
             module = _try_model(config)
@@ -301,9 +301,9 @@ def model_and_run_folder(config: Config, environment: Environment) -> Iterator[F
         else:
             parameters = sum(parameter.numel() for parameter in module.parameters())
             yield Finding("model", "ok", f"{config.model.name}: {parameters:,} parameters, all with a gradient")
+            size = yield from _checkpoint_size(config, module)
     speed = yield from _run_folder(config)
-    if module is not None and speed is not None:
-        size = _checkpoint_size(config, module)
+    if size is not None and speed is not None:
         yield _space(config, size)
         yield _grace(config, size, speed)
 
@@ -402,12 +402,23 @@ _ACTIONS: dict[str, Callable[[Path], object]] = {
 """Actions of a run in its folder, besides writing and syncing files; each is tried in a test folder."""
 
 
-def _checkpoint_size(config: Config, module: nn.Module) -> int:
-    """Bytes of a checkpoint: the weights, the optimizer's state and the average of the weights."""
-    tensors = [*module.parameters(), *module.buffers()]
-    states = 1 if config.train.optimizer == "sgd" else 2
-    states += config.train.ema_decay is not None
-    return (1 + states) * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _checkpoint_size(config: Config, module: nn.Module) -> Generator[Finding, None, int | None]:
+    """Return the bytes of a checkpoint, or None if the optimizer fails: a step shows what state it has.
+
+    Args:
+        config: the configuration.
+        module: the model, with gradients.
+    """
+    try:
+        optimizer = optim.build(config.train, module)
+        with plugins.user_code(f"train.optimizer={config.train.optimizer}: fails in a step"):
+            optimizer.step()
+    except ConfigError as error:
+        yield Finding("optimizer", "bad", str(error))
+        return None
+    weights = [*module.parameters(), *module.buffers()] * (1 if config.train.ema_decay is None else 2)
+    tensors = [*weights, *optimizer_state.state_tensors(optimizer, module).values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _space(config: Config, size: int) -> Finding:

@@ -23,7 +23,7 @@ from distrain.environment import Environment, World
 from distrain.errors import UserError
 from distrain.text import plural
 from distrain.tools.doctor.finding import Finding, Level
-from distrain.training import optim
+from distrain.training import optimizer_state
 from distrain.training.job import Job
 from distrain.training.profiling import Profile
 from distrain.training.setup import set_up
@@ -217,7 +217,7 @@ def memory_use(job: Job) -> dict[str, int]:
     return {
         "weights": _bytes([*parameters, *model.module.buffers()]),
         "gradients": _bytes([parameter for parameter in parameters if parameter.requires_grad]),
-        "optimizer": _bytes(list(optim.state_tensors(model.optimizer).values())),
+        "optimizer": optimizer_state.bytes_on(model.optimizer, job.runtime.device),
         "EMA": _bytes(ema),
         "cache": cache.size(job.dataset) if on_device else 0,
     }
