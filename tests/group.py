@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +37,15 @@ class GroupError(Exception):
         super().__init__(json.dumps(answers, indent=1))
 
 
+def fork_server() -> ForkServerContext:
+    """Return the context of processes that are forked from the fork server, which is started first."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    return context
+
+
 class Group:
     """W processes that share one torch.distributed group."""
 
@@ -43,14 +54,12 @@ class Group:
         self._folder = tempfile.TemporaryDirectory(prefix="distrain-group-")
         self._pipes: list[Connection] = []
         self._ranks: list[multiprocessing.process.BaseProcess] = []
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
+        context = fork_server()
         for rank in range(size):
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, size, str(Path(self._folder.name, "store")))
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # the first of them starts the fork server
-                process.start()
+            process.start()
             theirs.close()
             self._pipes.append(ours)
             self._ranks.append(process)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from group import Group
+from group import fork_server
 from harness import arguments, small_run
 
 from distrain import config
@@ -34,10 +33,9 @@ def _train(pipe: Connection, rank: int, store: str, fault: str, tree: dict[str, 
 
 
 @pytest.fixture
-def ends(group: Callable[[int], Group], data: Path, tmp_path: Path) -> Callable[[str], list[str | None]]:
+def ends(data: Path, tmp_path: Path) -> Callable[[str], list[str | None]]:
     """`ends(fault)`: the exceptions of ranks 0 and 1, of which rank 1 has the fault; None if it was ended."""
-    group(2)  # the fork server
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
 
     def train(fault: str) -> list[str | None]:
         tree = small_run(data, tmp_path / "run", model={"name": "models_for_ends:Ending"})

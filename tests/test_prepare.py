@@ -858,20 +858,14 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def prepare_source(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Run `distrain prepare source` in a new process, in the current folder."""
-    command = [Path(sys.executable).with_name("distrain"), "prepare", "source", f"dots_for_test:{name}", "--out", "out"]
-    texts = [str(argument) for argument in [*command, *arguments]]
-    return subprocess.run(texts, capture_output=True, text=True, timeout=120, check=False)
-
-
 def line_of(text: str) -> int:
     return USER_MODULE[: USER_MODULE.index(text)].count("\n") + 1
 
 
-def test_a_class_of_the_users_own_is_a_source(user_folder: Path) -> None:
-    done = prepare_source("Dots", "samples=60", "--lanes", 3)
-    assert done.returncode == 0, done.stderr
+def test_a_class_of_the_users_own_is_a_source(user_folder: Path, capsys: Capture) -> None:
+    arguments = ["prepare", "source", "dots_for_test:Dots", "--lanes", "3", "--out", "out"]
+    installed = Path(sys.executable).with_name("distrain")
+    subprocess.run([installed, *arguments, "samples=60"], timeout=120, check=True)
     dataset = manifest.read(user_folder / "out")
     content = dataset.manifest
     assert (content.classes, content.image_shape) == (["dark", "light"], [4, 6, 1])
@@ -884,18 +878,17 @@ def test_a_class_of_the_users_own_is_a_source(user_folder: Path) -> None:
         assert (block.labels == block.ids % 2).all()
         assert (block.images == (100 * (block.ids % 2) + block.ids)[:, None, None, None]).all()
     assert run("verify", user_folder / "out") == 0
-    assert "not changed" in prepare_source("Dots", "samples=60", "--lanes", 3).stdout
-    other = prepare_source("Dots", "samples=80", "--lanes", 3)
-    assert other.returncode == 78
-    assert "arguments: {'samples': '60'}, now {'samples': '80'}" in other.stderr
+    assert run(*arguments, "samples=60") == 0
+    assert "not changed" in capsys.readouterr().out
+    assert run(*arguments, "samples=80") == 78
+    assert "arguments: {'samples': '60'}, now {'samples': '80'}" in capsys.readouterr().err
 
 
-def test_an_unreadable_sample_of_the_users_class_is_named_or_dropped(user_folder: Path) -> None:
-    done = prepare_source("Dots", "fault=unreadable")
-    assert done.returncode == 78
-    assert "1 unreadable among the sources, 0 allowed:\n  train dot 7: smudged\n" in done.stderr
-    assert not (user_folder / "out").exists()
-    assert prepare_source("Dots", "fault=unreadable", "--skip-bad", 1).returncode == 0
+def test_an_unreadable_sample_of_the_users_class_is_named_or_dropped(user_folder: Path, capsys: Capture) -> None:
+    arguments = ["source", "dots_for_test:Dots", "fault=unreadable"]
+    error = refused(capsys, user_folder / "out", *arguments)
+    assert "1 unreadable among the sources, 0 allowed:\n  train dot 7: smudged\n" in error
+    assert run("prepare", *arguments, "--skip-bad", 1, "--out", user_folder / "out") == 0
     assert sorted(samples(manifest.read(user_folder / "out"), "train").ids.tolist()) == [i for i in range(40) if i != 7]
 
 
@@ -909,15 +902,15 @@ def test_an_unreadable_sample_of_the_users_class_is_named_or_dropped(user_folder
         ("kind", "load() returns NoneType, should return uint8 [4, 6, 1]"),
     ],
 )
-def test_an_error_in_a_worker_is_one_line_with_the_sample(fault: str, reason: str, user_folder: Path) -> None:
-    done = prepare_source("Dots", f"fault={fault}")
-    assert done.returncode == 78
-    (message,) = [line for line in done.stderr.splitlines() if line.startswith("distrain")]
+def test_an_error_in_a_worker_is_one_line_with_the_sample(
+    fault: str, reason: str, user_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capfd, user_folder / "out", "source", "dots_for_test:Dots", f"fault={fault}")
+    (message,) = [line for line in error.splitlines() if line.startswith("distrain")]
     assert message.startswith(f"distrain: error: prepare source dots_for_test:Dots: train dot 7: {reason}")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in error
     if fault == "raises":
         assert message.endswith(f"({user_folder}/dots_for_test.py:{line_of('json.loads')})")
-    assert not (user_folder / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import threading
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from group import Group
+from group import fork_server
 from torch._C._distributed_c10d import ErrorType
 
 from distrain.distributed import peers as peers_module
@@ -56,10 +55,9 @@ def _process(pipe: Connection, rank: int, size: int, nodes: int, role: str, port
 
 
 @pytest.fixture
-def start(group: Callable[[int], Group], tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Any]]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Any]]]:
     """`start(roles, nodes)`: pipes and processes by role, once all have joined their group."""
-    group(2)  # the fork server
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     processes: dict[str, Any] = {}
 
     def start_all(roles: list[str], nodes: int = 1) -> tuple[dict[str, Connection], dict[str, Any]]:
