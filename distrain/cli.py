@@ -168,8 +168,9 @@ def train(environment: Environment, file: Path | None, overrides: tuple[str, ...
     """
     resolved = _load(file, overrides)
     with _running(environment):
-        from distrain.runs import results
-        from distrain.training import train as training
+        with startup.quick_imports():
+            from distrain.runs import results
+            from distrain.training import train as training
 
         result = training.train(resolved, environment)
     if environment.is_main:
@@ -317,7 +318,8 @@ def doctor(environment: Environment, file: Path | None, overrides: tuple[str, ..
     GPUs. At last it trains two steps at the real sizes. Exit code: 0 if nothing would end the job, else 78.
     """
     resolved = _load(file, (*_DOCTOR, *overrides))
-    from distrain.tools import doctor as examination
+    with startup.quick_imports():
+        from distrain.tools import doctor as examination
 
     examination.examine(resolved, environment)
 
@@ -343,7 +345,8 @@ def evaluate(environment: Environment, run: Path, overrides: tuple[str, ...], sp
     """Evaluate a checkpoint of RUN, on any number of processes."""
     _load_run(run, overrides)
     with _running(environment):
-        from distrain.tools import evaluate as evaluation
+        with startup.quick_imports():
+            from distrain.tools import evaluate as evaluation
 
         evaluation.evaluate_run(run, split, overrides, which, environment)
 
@@ -419,7 +422,8 @@ def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as
     file: its name, and the --top most probable classes with their probabilities. With --json: {"file": NAME, "classes":
     {CLASS: PROBABILITY}}, probabilities in 0 … 1.
     """
-    from distrain.tools import predict as prediction
+    with startup.quick_imports():
+        from distrain.tools import predict as prediction
 
     for one in prediction.predict(run, images, which, device):
         console.show(prediction.format_prediction(one, top, as_json))
@@ -447,7 +451,8 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> None:
     examples that run. The file is read back, and its outputs are compared with the model's. ONNX needs an extra: pip
     install 'distrain[onnx]'.
     """
-    from distrain.tools import export as exporter
+    with startup.quick_imports():
+        from distrain.tools import export as exporter
 
     facts = exporter.export(run, out, which, force)
     console.show(f"{out}: {facts['kind']} of {facts['checkpoint']}; logits differ by {facts['difference']:.2g} at most")
@@ -722,8 +727,9 @@ def prepare_webdataset(
     if convert and (accept_order or normalization != "measured"):
         name = "--accept-order" if accept_order else "--normalization"
         raise ConfigError(f"{name} has no effect with --convert; remove it")
-    from distrain.data.images import Decoding
-    from distrain.preparation import blocks, indexing, labels
+    with startup.quick_imports():
+        from distrain.data.images import Decoding
+        from distrain.preparation import blocks, indexing, labels
 
     tar_options = indexing.TarOptions(
         {"train": train, "val": val, "test": test},
@@ -796,7 +802,8 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
 
 def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Callable[[Path], Any], options: Any) -> None:
     """Prepare a data set and describe it on stdout."""
-    from distrain.preparation import blocks
+    with startup.quick_imports():
+        from distrain.preparation import blocks
 
     dataset, made = blocks.prepare(out, kind, arguments, open_source, blocks.Options(**options))
     _show(dataset, made, "options" if kind in blocks.FIXED_BY_OPTIONS else "options, classes and numbers of images")

@@ -6,6 +6,7 @@ Importing torch from a cold network disk, the rendezvous and the first step can 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import time
@@ -43,6 +44,18 @@ class _Start(logging.Filter):
 
 
 _start: _Start | None = None
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Within the block, collect no garbage: imports leave none, and searching for it is a quarter of their time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -196,6 +196,7 @@ def test_world_sizes_are_limited_by_machine_lanes_and_data(context: Context, mon
 
 
 @pytest.mark.ranks
+@pytest.mark.faults
 def test_training(context: Context) -> None:
     values = medians(training.measure(replace(context, precision="bf16")))
     assert len(values) == 4
@@ -269,6 +270,7 @@ def test_virtual_ranks(context: Context, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.ranks
+@pytest.mark.faults
 def test_startup(context: Context) -> None:
     values = medians(startup.measure(context))
     assert values["distrain train, fresh"] > values["import torch, accelerate"] / 2

@@ -48,8 +48,8 @@ COMMANDS = {
     PREDICT: (0, "bär"),
     "status nowhere": (78, ""),
 }
-IMPORTING_TORCH = {PREPARE: ("all closed", "full", "reader gone"), PREDICT: ("all closed", "full", "ascii", "C locale")}
-"""The outputs of commands that take seconds. Streams are set up before the command is known: the others show the rest."""
+SLOW = {PREPARE: ("all closed", "full", "reader gone"), PREDICT: ("all closed", "full", "ascii", "C locale")}
+"""Commands that import torch, with these outputs only: streams are set up before the command is known."""
 ONLY_ON_STDOUT = ("config", "status RUN", PREDICT)
 """Commands whose answer is nowhere else: they fail if the disk that it should be kept on is full."""
 WORST = "<&- > /dev/full 2>&-"
@@ -121,7 +121,7 @@ def run(
 
 @pytest.mark.parametrize(
     ("command", "output"),
-    [(command, output) for command in COMMANDS for output in IMPORTING_TORCH.get(command, OUTPUTS)],
+    [(command, output) for command in COMMANDS for output in SLOW.get(command, OUTPUTS)],
 )
 def test_no_output_changes_the_exit_code_unless_the_answer_is_lost_on_a_full_disk(
     command: str, output: str, paths: dict[str, str], tmp_path: Path

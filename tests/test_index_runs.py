@@ -651,9 +651,10 @@ def test_keys_that_do_not_fit_an_index_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_random_crops_of_blocks_are_refused(small: Dataset, group: Groups, tmp_path: Path) -> None:
-    message = refusal(group(2), configuration(small.root, tmp_path / "run"))
-    assert message.startswith("augment.crop_scale: ")
+def test_keys_of_an_index_are_refused_with_blocks(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    keys = {"data": {"tars": "tars", "skip_bad": 1}, "augment": {"crop_ratio": [1, 1]}}
+    message = refusal(group(2), configuration(small.root, tmp_path / "run", keys))
+    assert message.startswith("data.tars, data.skip_bad, augment.crop_scale, augment.crop_ratio: ")
     assert "`distrain prepare webdataset`" in message
 
 

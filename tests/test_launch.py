@@ -22,7 +22,6 @@ pytestmark = pytest.mark.ranks
 BIN = Path(sys.executable).parent
 FILES = Path(__file__).parent.parent / "launch"
 LAUNCHERS = {
-    "distrain": (1, [str(BIN / "distrain"), "train"]),
     "python": (1, [sys.executable, "-m", "distrain", "train"]),
     "distrain launch": (2, [str(BIN / "distrain"), "launch", "--nproc", "2", "--", "train"]),
     "torchrun": (2, [str(FILES / "torchrun.sh")]),
@@ -74,7 +73,7 @@ def test_every_launcher_trains_the_same(run_under: Callable[[str], Path]) -> Non
         run = run_under(name)
         assert json.loads((run / "result.json").read_text())["world_size"] == size
         ends[name] = load_file(run / "checkpoints/step-00000030/model.safetensors")
-    for name, other in (("python", "distrain"), ("accelerate", "torchrun"), ("distrain launch", "torchrun")):
+    for name, other in (("accelerate", "torchrun"), ("distrain launch", "torchrun")):
         assert all(torch.equal(ends[name][key], ends[other][key]) for key in ends[name])
     assert all(float((ends["torchrun"][k] - ends["python"][k]).abs().max()) < 1e-12 for k in ends["python"])
 
@@ -162,7 +161,7 @@ def test_pods_of_a_pytorchjob_train_one_run_over_ipv6(small: Dataset, tmp_path: 
     assert json.loads((run / "result.json").read_text())["world_size"] == 2
 
 
-@pytest.mark.parametrize("name", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("name", ["torchrun", pytest.param("accelerate", marks=pytest.mark.faults)])
 def test_doctor_under_other_launchers(name: str, small: Dataset, tmp_path: Path) -> None:
     torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "distrain", "train"]
     command = torchrun if name == "torchrun" else LAUNCHERS[name][1]

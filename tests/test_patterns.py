@@ -40,6 +40,8 @@ def tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["a-?.tar"], ["a-1.tar", "a-2.tar"]),
         (["{b/x,a-*}.tar"], ["b/x.tar", "a-1.tar", "a-10.tar", "a-2.tar"]),
         (["b/c[1].tar"], ["b/c[1].tar"]),
+        (["b/c[*.tar"], ["b/c[1].tar"]),
+        (["b/?[1].tar"], ["b/c[1].tar"]),
         (["**/x.tar"], ["b/x.tar"]),
         (["./b/../b/x.tar"], ["b/x.tar"]),
         (["~/a-1.tar"], ["a-1.tar"]),
@@ -54,7 +56,7 @@ def test_a_file_address_is_a_local_path(tars: Path) -> None:
 
 
 def test_a_file_names_patterns_below_its_folder(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tars / "b/list[1].txt").write_text("# those of b\n\n  x.tar\n../a-{1,2}.tar\ns3://bucket/{0,1}.tar\n*[[]*.tar\n")
+    (tars / "b/list[1].txt").write_text("# those of b\n\n  x.tar\n../a-{1,2}.tar\ns3://bucket/{0,1}.tar\n*[*.tar\n")
     names = [f"{tars}/b/x.tar", f"{tars}/a-1.tar", f"{tars}/a-2.tar", "s3://bucket/0.tar", "s3://bucket/1.tar"]
     assert expand(["@b/list[1].txt"]) == [*names, f"{tars}/b/c[1].tar"]
 

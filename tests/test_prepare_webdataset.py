@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -125,6 +126,30 @@ def test_mean_and_std_are_those_of_the_decoded_images(made: Dataset) -> None:
     assert made.manifest.mean == pytest.approx(pixels.mean(0), abs=1e-9)
     assert made.manifest.std == pytest.approx(pixels.std(0), abs=1e-9)
     assert made.manifest.normalization == "measured on 150 drawn images"
+
+
+def test_remarks_on_the_measured_images_are_reported(tmp_path: Path, capsys: Capture) -> None:
+    flat = io.BytesIO()
+    Image.new("P", (8, 8)).save(flat, "PNG", transparency=b"\x00")
+    samples = [(str(number), {"jpg": jpeg(number), "cls": b"%d" % (number % 2)}) for number in range(20)]
+    write(tmp_path / "a.tar", [*samples, ("20", {"png": flat.getvalue(), "cls": b"0"})])
+    assert run("prepare", "webdataset", tmp_path / "a.tar", "--test-fraction", 0, "--out", tmp_path / "out") == 0
+    output = capsys.readouterr().err
+    assert "1 of 21 images have one flat colour: a.tar, the image at byte " in output
+    assert "remarks on the 21 images:\n  " in output
+
+
+def test_a_full_disk_is_one_message_and_what_was_read_is_retained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def refuse(path: Path, _: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    write_numbered(tmp_path / "tars", "all", LABELS, 1)
+    monkeypatch.setattr(listing, "_save", refuse)
+    assert run("prepare", "webdataset", tmp_path / "tars/*.tar", "--out", tmp_path / "out") == 78
+    error = capsys.readouterr().err
+    assert error.endswith("No space left on device; free some space, and run the same command again: it continues\n")
 
 
 def test_what_was_recognised_is_logged(tars: Path, tmp_path: Path, capsys: Capture) -> None:

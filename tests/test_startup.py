@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -75,3 +77,31 @@ def test_nothing_is_said_after_the_start(listener: Listener) -> None:
     assert listener.lines == []
     assert "distrain-startup" not in {thread.name for thread in threading.enumerate()}
     assert logging.getLogger("distrain").filters == []
+
+
+COMMANDS = [
+    "train", "doctor", "predict run image.png", "export run --out model.pt2", "prepare synthetic --out data",
+    "prepare webdataset train.tar --out data",
+]  # fmt: skip
+UNTIL_TORCH = f"""
+import gc, importlib.abc, sys
+from distrain import cli
+
+class Recorder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(gc.isenabled())
+            raise ImportError("recorded")
+
+sys.meta_path.insert(0, Recorder())
+for command in {COMMANDS}:
+    assert cli.main(command.split()) == 1
+    assert gc.isenabled()
+"""
+
+
+def test_no_garbage_is_collected_while_torch_is_imported(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", UNTIL_TORCH]
+    done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False"] * len(COMMANDS)

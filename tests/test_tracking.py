@@ -30,7 +30,7 @@ from distrain.config import Config, Log, Wandb, from_tree
 from distrain.data.manifest import Dataset
 from distrain.environment import Environment
 from distrain.errors import ConfigError, Stopped
-from distrain.runs import folder
+from distrain.runs import folder, trackers
 from distrain.runs.folder import RunRecord
 from distrain.runs.logs import JsonLines, Progress, audit_path, cut_back
 from distrain.runs.trackers import (
@@ -201,6 +201,7 @@ def test_a_broken_wandb_server_costs_one_warning(tmp_path: Path, monkeypatch: py
         def log_message(self, *_: object) -> None:
             pass
 
+    monkeypatch.setattr(trackers, "_INIT_SECONDS", 3.0)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -600,7 +601,7 @@ def test_every_other_node_has_a_run_beside_the_main_one(small: Dataset, tmp_path
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     keys = [f"data.dir={small.root}", f"run.dir={run}", "train.max_steps=4", "run.device=cpu"]
-    keys += ["wandb.mode=offline", "wandb.nodes=all", "train.global_batch_size=64"]
+    keys += ["wandb.mode=offline", "wandb.nodes=all", "train.global_batch_size=64", "log.report=false"]
     cluster = ["--nproc", "2", "--nodes", "2", "--host", "localhost", "--port", str(port)]
     nodes = [
         subprocess.Popen(

@@ -11,6 +11,7 @@ Everything is written to OUT/.partial, so that an interrupted run never looks li
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import math
@@ -30,11 +31,11 @@ from distrain import address, machine
 from distrain.data import manifest, shards
 from distrain.data.manifest import Dataset, IndexManifest, Manifest, Shard, Split
 from distrain.data.order import Ints, split_permutation
-from distrain.data.pillow import DepthWarning, UnreadableError, recorded_warnings
+from distrain.data.pillow import UnreadableError, recorded_warnings
 from distrain.errors import AgainError, ConfigError, DataError
 from distrain.preparation import pool
 from distrain.preparation.ownership import OutputFolder
-from distrain.preparation.remarks import FLAT, Remark, Sample, is_flat, report
+from distrain.preparation.remarks import Remark, Sample, remarks_on, report
 from distrain.preparation.sources import Source
 from distrain.progress import Bar
 from distrain.text import named, plural, printable, shortened
@@ -159,6 +160,8 @@ def prepare(
     except OSError as error:
         folder.discard()
         remains = "run the same command again: it continues" if resumable else f"nothing was kept in {out}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remains = f"free some space, and {remains}" if resumable else f"{remains}; free some space"
         raise DataError(f"{error.filename or out}: {error.strerror or error}; {remains}") from error
     except BaseException:
         folder.discard()
@@ -569,11 +572,7 @@ def _load(source: Source, split: str, index: int) -> tuple[NDArray[np.uint8], li
     except MemoryError:
         name = printable(source.name(split, index))
         raise AgainError(f"{name}: there is not enough memory to decode it; nothing was kept") from None
-    messages = [warning.message for warning in caught]
-    remarks: list[Remark] = [message if isinstance(message, DepthWarning) else str(message) for message in messages]
-    if is_flat(image):
-        remarks.append(FLAT)
-    return image, list(dict.fromkeys(remarks))
+    return image, remarks_on(image, caught)
 
 
 class _Decoded:

@@ -30,7 +30,7 @@ from distrain.data.manifest import TARS, Dataset, File, IndexManifest, IndexSpli
 from distrain.data.order import Ints, split_permutation
 from distrain.data.pillow import Decoding, UnreadableError, recorded_warnings
 from distrain.errors import ConfigError, DataError
-from distrain.preparation import blocks, listing, mixing, patterns, pool
+from distrain.preparation import blocks, listing, mixing, patterns, pool, remarks
 from distrain.preparation.blocks import Options, Selection
 from distrain.preparation.ownership import OutputFolder
 from distrain.preparation.sources.webdataset import WebDataset
@@ -198,6 +198,9 @@ def _write_index(
     if tar_options.normalization == "measured":
         chosen, dropped, pixels = _measure(source, options)
         mean, std = blocks.mean_and_std(pixels.histogram)
+        brightest = int(np.flatnonzero(pixels.histogram.sum(0))[-1])
+        # Without the options: whether they had no effect is not known of the other images.
+        remarks.report(dict(pixels.remarks), lambda sample: source.name(*sample), pixels.images, brightest, {})
         normalization = f"measured on {plural(pixels.images, 'drawn image')}"
     layouts = {split: _layout(split, _entries(source, part), options) for split, part in chosen.items()}
     blocks.warn_of_dropped(dropped)
@@ -279,11 +282,13 @@ class _Pixels(NamedTuple):
         histogram: of their values, for each channel: int64 [3, 256].
         images: number of images.
         unreadable: numbers of samples that cannot be decoded, and the reasons.
+        remarks: what should be known about samples.
     """
 
     histogram: Ints
     images: int
     unreadable: list[tuple[int, str]]
+    remarks: list[tuple[remarks.Sample, list[remarks.Remark]]]
 
 
 def _measure_pixels(source: WebDataset, part: Selection, seed: int) -> _Pixels:
@@ -291,11 +296,16 @@ def _measure_pixels(source: WebDataset, part: Selection, seed: int) -> _Pixels:
     drawn = split_permutation(len(source.labels[part.source_split]), seed, _MEASURE_DRAW)
     ids = np.sort(drawn[np.isin(drawn, part.ids)][:_MEASURED_IMAGES])
     tasks = np.array_split(ids, -(-len(ids) // _IMAGES_OF_A_TASK))
-    result = _Pixels(np.zeros((3, 256), np.int64), len(ids), [])
+    result = _Pixels(np.zeros((3, 256), np.int64), len(ids), [], [])
     try:
         with Bar("measure mean and std", total=len(ids)) as bar:
-            for counts, _, unreadable in pool.run(_measure_some, source, tasks, min(machine.cores(), len(tasks))):
-                result = _Pixels(result.histogram + counts, len(ids), [*result.unreadable, *unreadable])
+            for some in pool.run(_measure_some, source, tasks, min(machine.cores(), len(tasks))):
+                result = _Pixels(
+                    result.histogram + some.histogram,
+                    len(ids),
+                    [*result.unreadable, *some.unreadable],
+                    [*result.remarks, *some.remarks],
+                )
                 bar.update(min(_IMAGES_OF_A_TASK, len(ids) - bar.n))
     except pool.WorkerDiedError as error:
         what = None
@@ -307,16 +317,19 @@ def _measure_pixels(source: WebDataset, part: Selection, seed: int) -> _Pixels:
 
 def _measure_some(source: WebDataset, ids: Ints, progress: Callable[[int], None]) -> _Pixels:
     """Count the values of the pixels of some training images. Runs in a worker process."""
-    histogram = np.zeros((3, 256), np.int64)
-    unreadable = []
+    result = _Pixels(np.zeros((3, 256), np.int64), len(ids), [], [])
     for number in ids.tolist():
         progress(number)
         try:
-            with recorded_warnings():
-                histogram += blocks.histogram_of(source.decode("train", number))
+            with recorded_warnings() as caught:
+                image = source.decode("train", number)
         except UnreadableError as error:
-            unreadable.append((number, str(error)))
-    return _Pixels(histogram, len(ids), unreadable)
+            result.unreadable.append((number, str(error)))
+            continue
+        result.histogram[:] += blocks.histogram_of(image)
+        if of_sample := remarks.remarks_on(image, caught):
+            result.remarks.append((("train", number), of_sample))
+    return result
 
 
 def _layout(split: SplitName, entries: index.Samples, options: Options) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The tar files that patterns name, and the folder or address that all of them are below.
 
 A pattern is a path or an address, with braces as in webdataset (`train-{0000..0146}.tar`), several of them joined by
-`::`. A path may also have the wildcards `*`, `?` and `[…]`. `@FILE` is a text file with one pattern in each line.
+`::`. A path may also have the wildcards `*`, `**` and `?`. `@FILE` is a text file with one pattern in each line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _JOINT = re.compile(r"::(?![0-9A-Fa-f:.]*\])")
 
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?|([A-Za-z])\.\.([A-Za-z])(?:\.\.-?\d+)?")
-_WILDCARDS = re.compile(r"[*?\[]")
+_WILDCARDS = re.compile(r"[*?]")
 _HTTP = ("http", "https")
 
 
@@ -182,7 +182,8 @@ def _locate(text: str, folder: str) -> Iterator[str]:
     if not _WILDCARDS.search(text) or os.path.lexists(path):
         yield _checked(path)
         return
-    matches = sorted(glob.glob(_absolute(text, glob.escape(folder)), recursive=True))
+    pattern = _absolute(text.replace("[", "[[]"), glob.escape(folder))  # a bracket is part of a name
+    matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
         raise DataError(f"{_public(text)}: matches no file; check the pattern")
     yield from map(_checked, matches)

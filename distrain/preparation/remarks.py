@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from warnings import WarningMessage
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,16 @@ _DARK = 16
 """Images whose largest pixel is below 1/16 of the range are almost black."""
 
 
-def is_flat(image: NDArray[np.uint8]) -> bool:
+def remarks_on(image: NDArray[np.uint8], caught: Sequence[WarningMessage]) -> list[Remark]:
+    """Return the remarks on an image [H, W, C], whose decoding has caused these warnings; each once."""
+    messages = [warning.message for warning in caught]
+    remarks: list[Remark] = [message if isinstance(message, DepthWarning) else str(message) for message in messages]
+    if _is_flat(image):
+        remarks.append(FLAT)
+    return list(dict.fromkeys(remarks))
+
+
+def _is_flat(image: NDArray[np.uint8]) -> bool:
     """Whether all pixels of an image [H, W, C] are the same."""
     return image.shape[0] * image.shape[1] > 1 and bool((image == image[:1, :1]).all())
 

@@ -31,6 +31,8 @@ from distrain.text import percent, printable
 log = logging.getLogger("distrain")
 
 CLOSE_SECONDS = 60.0
+_INIT_SECONDS = 30.0
+"""Longest wait for wandb's server at the start of a run."""
 _MAX_CLASSES = 40
 """Classes of a confusion matrix that fits on a screen: with K classes it has K² cells."""
 _MAX_ROWS = 10_000
@@ -305,7 +307,7 @@ class WandbMirror(Tracker):
         def begin(offline: bool) -> Any:
             self._offline = offline
             options = wandb.Settings(
-                silent=True, init_timeout=30, console="off", x_disable_stats=replays, x_disable_meta=replays
+                silent=True, init_timeout=_INIT_SECONDS, console="off", x_disable_stats=replays, x_disable_meta=replays
             )
             with _no_arguments():
                 return wandb.init(

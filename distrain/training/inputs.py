@@ -20,6 +20,13 @@ from distrain.errors import ConfigError
 _MARGIN = 8 / 7
 """Ratio of the shorter side to the crop in evaluation, where random parts are trained: 256 for 224 is usual."""
 
+_OF_AN_INDEX = {
+    "data": ("tars", "skip_bad", "decode_threads", "decode_device"),
+    "augment": ("crop_scale", "crop_ratio"),
+    "eval": ("crop", "resize"),
+}
+"""Keys that have an effect with an index only."""
+
 
 def check(config: Config, dataset: Dataset) -> None:
     """Check that no key is set that has no effect with this data set.
@@ -32,18 +39,17 @@ def check(config: Config, dataset: Dataset) -> None:
             raise ConfigError("data.cache=device: the images of an index are encoded; use ram, auto or off")
         evaluation(config, dataset)
         return
-    keys = {
-        "augment.crop_scale": config.augment.crop_scale,
-        "eval.crop": config.eval.crop,
-        "eval.resize": config.eval.resize,
-        "data.decode_threads": config.data.decode_threads,
-        "data.decode_device": None if config.data.decode_device == "cpu" else config.data.decode_device,
-    }
-    given = [key for key, value in keys.items() if value is not None]
+    default = Config()
+    given = [
+        f"{section}.{key}"
+        for section, keys in _OF_AN_INDEX.items()
+        for key in keys
+        if getattr(getattr(config, section), key) != getattr(getattr(default, section), key)
+    ]
     if given:
         raise ConfigError(
-            f"{', '.join(given)}: {dataset.root} has images of one size, which were decoded when it was prepared; set"
-            " it to null, or index the images with `distrain prepare webdataset`"
+            f"{', '.join(given)}: {dataset.root} has images of one size, which were decoded when it was prepared;"
+            " remove it, or index the images with `distrain prepare webdataset`"
         )
 
 
