@@ -34,6 +34,19 @@ _CHECKPOINT = click.option(
 """The option of the commands that work on one checkpoint of a run."""
 
 
+def _read_trial(_context: click.Context, _option: click.Parameter, location: str | None) -> tuple[str, ...]:
+    return () if location is None else tuple(config.trial_keys(location))
+
+
+_TRIAL = click.option(
+    "--trial",
+    callback=_read_trial,
+    metavar="FILE:NUMBER",
+    help="Add the keys in a line of FILE, which has those of one run in each line; the first one has number 0.",
+)
+"""The option of the commands that may train a run of a sweep."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 75 run it again, 78 never again unchanged, 1 a fault.
 
@@ -158,15 +171,16 @@ class _WithKeys(_Command):
 
 @cli.command(cls=_WithKeys)
 @click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys replace the defaults.")
+@_TRIAL
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 @click.pass_obj
-def train(environment: Environment, file: Path | None, overrides: tuple[str, ...]) -> None:
+def train(environment: Environment, file: Path | None, trial: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Train a model, evaluate it and save it.
 
     Works alone, under distrain launch, torchrun or accelerate launch. Later values win: defaults, then --config, then
-    section.key=value.
+    --trial, then section.key=value.
     """
-    resolved = _load(file, overrides)
+    resolved = _load(file, (*trial, *overrides))
     with _running(environment):
         with startup.quick_imports():
             from distrain.runs import results
@@ -296,14 +310,16 @@ def _of_launched(command: tuple[str, ...]) -> config.Config:
         params = evaluate.make_context(name, arguments).params
         return _load_run(params["run"], params["overrides"])
     params = (train if name == "train" else doctor).make_context(name, arguments).params
-    return _load(params["file"], (*(_DOCTOR if name == "doctor" else ()), *params["overrides"]))
+    defaults = _DOCTOR if name == "doctor" else ()
+    return _load(params["file"], (*defaults, *params["trial"], *params["overrides"]))
 
 
 @cli.command(cls=_WithKeys)
 @click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file; its keys replace the defaults.")
+@_TRIAL
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 @click.pass_obj
-def doctor(environment: Environment, file: Path | None, overrides: tuple[str, ...]) -> None:
+def doctor(environment: Environment, file: Path | None, trial: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Check, within seconds, whether a job can run.
 
     Replace `train` by `doctor` in your command, under any launcher, with the same configuration:
@@ -317,7 +333,7 @@ def doctor(environment: Environment, file: Path | None, overrides: tuple[str, ..
     the time for a checkpoint, the rendezvous, and whether all processes see the same data and folder, and have equal
     GPUs. At last it trains two steps at the real sizes. Exit code: 0 if nothing would end the job, else 78.
     """
-    resolved = _load(file, (*_DOCTOR, *overrides))
+    resolved = _load(file, (*_DOCTOR, *trial, *overrides))
     with startup.quick_imports():
         from distrain.tools import doctor as examination
 
@@ -366,11 +382,15 @@ def write_report(runs: tuple[Path, ...], out: Path | None) -> None:
     distrain report runs/first runs/second --out comparison
 
     OUT/index.html has curves, confusions, misclassified pictures, augmented pictures, configuration, data and machine;
-    OUT/*.png are its charts. A run that is not finished can be shown as well.
+    OUT/*.png are its charts. A run that is not finished can be shown as well. Several runs are sorted by their accuracy
+    on val (on test if there is no val), and shown as text too, with the keys that differ.
     """
     from distrain.tools import report
 
-    console.show(report.write(runs, out))
+    path, comparison = report.compare(runs, out)
+    if comparison:
+        console.show(comparison)
+    console.show(path)
 
 
 @cli.command()

@@ -13,6 +13,7 @@ import difflib
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,10 +32,12 @@ from pydantic import (
 
 from distrain import address, files
 from distrain.errors import ConfigError
-from distrain.text import Values, printable, shortened
+from distrain.text import Values, plural, printable, shortened
 
 _MAX_BYTES = 2**16
 """Maximum size of a YAML file: parsing it may take seconds. All keys with their meanings are an eighth of this."""
+_MAX_TRIALS_BYTES = 2**20
+"""Maximum size of a file with the keys of trials."""
 _MAX_DEPTH = 10
 """Maximum depth of brackets and indents; a key's value has depth 3."""
 _MAX_PROBLEMS = 20
@@ -602,6 +605,31 @@ def from_tree(tree: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
         lines = [f"  {address.scrub(problem)}" for problem in shortened(problems, _MAX_PROBLEMS)]
         raise ConfigError("\n".join(["the configuration cannot be used:", *lines]))
     return config
+
+
+def trial_keys(location: str) -> list[str]:
+    """Return the keys of one trial of a sweep, the `section.key=value` in a line of a text file.
+
+    Args:
+        location: FILE:NUMBER; trials are counted from 0. Empty lines and comments (#) are none.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no such line.
+    """
+    shown = printable(location)
+    name, _, number = location.rpartition(":")
+    if not (name and number.isascii() and number.isdecimal()):
+        raise ConfigError(f"--trial {shown}: should be FILE:NUMBER, such as trials.txt:0 for its first line")
+    try:
+        text = files.read(name, _MAX_TRIALS_BYTES).decode()
+        trials = [keys for line in text.splitlines() if (keys := shlex.split(line, comments=True))]
+    except OSError as error:
+        raise ConfigError(f"--trial {shown}: the file cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no UTF-8, or quotes that are not closed
+        raise ConfigError(f"--trial {shown}: the file cannot be read: {printable(error)}") from error
+    if int(number) >= len(trials):
+        raise ConfigError(f"--trial {shown}: the file has {plural(len(trials), 'line')} with keys, counted from 0")
+    return trials[int(number)]
 
 
 def every_key() -> list[tuple[str, str, Any, str, bool]]:

@@ -50,9 +50,13 @@ def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def environ(template: dict[str, Any], container: dict[str, Any], uid: str = "uid") -> dict[str, str]:
+def environ(template: dict[str, Any], container: dict[str, Any], uid: str = "uid", index: int = 0) -> dict[str, str]:
     """Return the variables of a container whose pod has the labels of its template, and those that a Job adds."""
-    labels = {**template["metadata"]["labels"], "batch.kubernetes.io/controller-uid": uid}
+    labels = {
+        **template["metadata"]["labels"],
+        "batch.kubernetes.io/controller-uid": uid,
+        "batch.kubernetes.io/job-completion-index": str(index),
+    }
     results = {}
     for variable in container.get("env", []):
         if "value" in variable:
@@ -64,10 +68,10 @@ def environ(template: dict[str, Any], container: dict[str, Any], uid: str = "uid
     return results
 
 
-def arguments(template: dict[str, Any], container: dict[str, Any]) -> list[str]:
+def arguments(template: dict[str, Any], container: dict[str, Any], index: int = 0) -> list[str]:
     """Return a container's arguments; the kubelet replaces $(NAME) in them by the container's variables."""
     results = list(container["args"])
-    for name, value in environ(template, container).items():
+    for name, value in environ(template, container, index=index).items():
         results = [argument.replace(f"$({name})", value) for argument in results]
     assert not any("$(" in argument for argument in results)
     return results

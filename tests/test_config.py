@@ -11,7 +11,7 @@ import pytest
 import write_configuration
 import yaml
 
-from distrain import config
+from distrain import cli, config
 from distrain.config import Config, from_tree, load
 from distrain.errors import ConfigError
 
@@ -141,6 +141,40 @@ def test_the_printed_defaults_are_the_defaults(tmp_path: Path) -> None:
     for section, name, _, meaning, _ in config.every_key():
         assert meaning, f"{section}.{name} has no meaning"
         assert f"  # {meaning}" in file.read_text()
+
+
+def test_the_keys_of_a_trial_come_between_the_file_and_the_command(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {lr: 0.3, momentum: 0.5, weight_decay: 0.1}\n")
+    trials = tmp_path / "trials:1.txt"
+    trials.write_text("# lr\n\ntrain.lr=0.1\ntrain.lr=0.2 'train.betas=[0.8, 0.9]' train.momentum=0.7  # the second\n")
+    assert config.trial_keys(f"{trials}:0") == ["train.lr=0.1"]
+    command = ["--config", str(tmp_path / "a.yaml"), "--trial", f"{trials}:1", "train.momentum=0.6"]
+    for name in ("train", "doctor"):
+        train = cli._of_launched((name, *command)).train
+        assert (train.lr, train.betas, train.momentum, train.weight_decay) == (0.2, [0.8, 0.9], 0.6, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("a.txt", "should be FILE:NUMBER, such as trials.txt:0 for its first line"),
+        ("a.txt:-1", "should be FILE:NUMBER"),
+        ("a.txt:2", "the file has 2 lines with keys, counted from 0"),
+        ("b.txt:0", "the file cannot be read: No such file or directory"),
+        ("c.txt:0", "the file cannot be read: No closing quotation"),
+        ("d.txt:0", "the file cannot be read: 'utf-8' codec can't decode"),
+    ],
+)
+def test_a_trial_that_cannot_be_read_is_one_message(
+    location: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("train.lr=0.1\ntrain.lr=0.2\n")
+    Path("c.txt").write_text("train.lr='0.1\n")
+    Path("d.txt").write_bytes(b"\xff=1\n")
+    assert cli.main(["train", "--trial", location]) == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--trial {location}: {message}" in line
 
 
 def test_the_printed_reference_is_what_the_code_says() -> None:

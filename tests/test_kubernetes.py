@@ -18,7 +18,8 @@ from manifests import FOLDERS, K8S, arguments, environ, job_specs, pods, render
 from distrain import cli
 from distrain.config import Config, load
 from distrain.data.manifest import Dataset
-from distrain.launcher.cluster import Options, detect
+from distrain.launcher.cluster import Options, Topology, detect
+from distrain.runs.folder import configuration
 
 OVERLAYS = sorted(name for name in FOLDERS if name.startswith("overlays/"))
 CUSTOM = {"JobSet", "TrainJob", "TrainingRuntime"}
@@ -56,6 +57,11 @@ def trainer(rendered: list[dict[str, Any]]) -> dict[str, Any]:
 def name_of(rendered: list[dict[str, Any]]) -> str:
     (name,) = {each["metadata"]["name"] for each in rendered if each["kind"] in ("Job", "JobSet", "TrainJob")}
     return name
+
+
+def is_sweep(rendered: list[dict[str, Any]]) -> bool:
+    """Whether each pod is a run of its own, not a node of one run."""
+    return "TRIAL" in environ(training(rendered)["template"], trainer(rendered))
 
 
 def volume(rendered: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -170,13 +176,14 @@ def test_exit_codes_decide_whether_the_job_is_retried(rendered: list[dict[str, A
     assert spec["podReplacementPolicy"] == "Failed"
     # Counted for each index; what is ignored would make the pauses of all pods longer with backoffLimit.
     assert spec["backoffLimitPerIndex"] == 3
-    assert spec["maxFailedIndexes"] == 0
+    # One node is missing: the run fails. One run of a sweep failed: the others go on.
+    assert spec.get("maxFailedIndexes") == (None if is_sweep(rendered) else 0)
     assert "backoffLimit" not in spec
     assert "suspend" not in spec
     assert verdicts(spec) == {
         (None, "disruption"): "Ignore",
         (trainer(rendered)["name"], 75): "Ignore",
-        (trainer(rendered)["name"], 78): "FailJob",
+        (trainer(rendered)["name"], 78): "FailIndex" if is_sweep(rendered) else "FailJob",
         **{("prepare", code): "Ignore" for code in (75, 143) if "initContainers" in spec["template"]["spec"]},
     }
 
@@ -209,8 +216,8 @@ def test_preparing_fails_at_once_when_it_would_fail_again() -> None:
 
 def test_the_number_of_nodes_is_the_same_everywhere(rendered: list[dict[str, Any]]) -> None:
     spec = training(rendered)
-    nodes = spec["completions"]
-    assert spec["parallelism"] == nodes
+    nodes = 1 if is_sweep(rendered) else spec["completions"]
+    assert is_sweep(rendered) or spec["parallelism"] == nodes
     variables = environ(spec["template"], trainer(rendered))
     jobs = [each for each in rendered if each["kind"] == "TrainJob"]
     assert variables.get("DISTRAIN_NODES") == (None if jobs else str(nodes))  # Kubeflow sets PET_NNODES
@@ -257,7 +264,8 @@ def one_of_kind(rendered: list[dict[str, Any]], kind: str) -> bool:
 
 
 def test_the_run_has_the_name_of_its_job(rendered: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert resolved(rendered, tmp_path).run.dir == f"/runs/{name_of(rendered)}"
+    trial = "/0" if is_sweep(rendered) else ""
+    assert resolved(rendered, tmp_path).run.dir == f"/runs/{name_of(rendered)}{trial}"
     names = {each["metadata"]["name"] for each in rendered if each["kind"] != "ConfigMap"}
     assert names == {name_of(rendered)}
 
@@ -454,6 +462,23 @@ def test_a_second_job_under_another_name_is_independent(overlay: str, tmp_path: 
     test_every_mount_has_its_volume_and_every_volume_its_claim(objects)
     assert all("-second" in each["metadata"]["name"] for each in objects)
     assert resolved(objects, tmp_path).run.dir == "/runs/distrain-second"
+
+
+def test_each_pod_of_a_sweep_trains_its_own_line(small: Dataset, tmp_path: Path) -> None:
+    objects = render(K8S / "overlays/sweep")
+    template, container = training(objects)["template"], trainer(objects)
+    for name, text in one(objects, "ConfigMap")["data"].items():
+        (tmp_path / name).write_text(text)
+    keys = ["run.device=cpu", f"data.dir={small.root}", "train.epochs=null", "train.max_steps=1"]
+    for index, lr in ((0, 0.05), (3, 0.4)):
+        variables = {**environ(template, container, index=index), "JOB_COMPLETION_INDEX": str(index)}
+        assert detect(variables, Options(), str) == Topology(1, 0, "127.0.0.1", 0, "as given", job="uid")
+        given = arguments(template, container, index)
+        assert given[-1] == f"run.dir=/runs/distrain-sweep/{index}"
+        given = [each.replace("/config/", f"{tmp_path}/").replace("/runs/", f"{tmp_path}/runs/") for each in given]
+        assert cli.main([*given[2:], *keys, "log.report=false"]) == 0
+        assert configuration(tmp_path / f"runs/distrain-sweep/{index}").train.lr == lr
+    assert int(training(objects)["completions"]) == len((tmp_path / "trials.txt").read_text().splitlines()) - 1
 
 
 MODEL = """

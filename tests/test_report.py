@@ -210,14 +210,50 @@ def test_a_long_run_has_a_small_page(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_each_of_many_runs_has_a_row_and_a_colour(runs: list[Path], tmp_path: Path) -> None:
-    compared = [copied(runs[0], tmp_path / f"run-{index}") for index in range(10)]
+    compared = [copied(runs[0], tmp_path / f"run-{index:02}") for index in range(100)]
     assert cli.main(["report", *map(str, compared), "--out", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "index.html").read_text()
-    assert page.count('<details class="run">') == 10
-    shades = charts.colours(10)
-    assert len(set(shades)) == 10
-    assert all(page.count(f"background: {shade}") == 2 for shade in shades)
-    assert re.findall(r"</span>(run-\d)</th>", page) == [f"run-{index}" for index in range(10)]
+    assert page.count('<details class="run">') == 10  # of the best ones
+    assert "The 10 best runs follow." in page
+    assert len(page) < 10 * len((runs[0] / "report/index.html").read_text())
+    shades = charts.colours(100)
+    assert len(set(shades)) == 100
+    assert [page.count(f"background: {shade}") for shade in shades] == [2] * 10 + [1] * 90
+    assert re.findall(r"</span>(run-\d\d)</th>", page) == [f"run-{index:02}" for index in range(100)]
+
+
+def test_runs_are_sorted_by_val_with_those_that_failed(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """`good` and `bad` are done, `failed` is not, `new` was not evaluated, and `none` and `logs` have no run."""
+    monkeypatch.chdir(tmp_path)
+    for name, lr, val in (("bad", 0.1, 0.25), ("new", 0.2, None), ("good", 0.3, 0.75), ("failed", 0.4, 0.5)):
+        run = copied(runs[0], Path(name))
+        config = run / "config.yaml"
+        config.write_text(re.sub(r"\n  lr: .*", f"\n  lr: {lr}", config.read_text()))
+        if val is None:
+            (run / "metrics.jsonl").write_text("")
+        else:
+            with (run / "metrics.jsonl").open("a") as lines:
+                lines.write(json.dumps({"step": 40, "val/accuracy": val}) + "\n")
+        if name in ("new", "failed"):
+            (run / "result.json").unlink()
+    Path("none").mkdir()
+    names = ["bad", "new", "good", "failed", "none"]
+    assert cli.main(["report", *names, "--out", "page"]) == 0
+    output = capsys.readouterr()
+    tested = percent(json.loads((runs[0] / "result.json").read_text())["accuracy"])
+    lines = [re.split(r"  +", line) for line in output.out.splitlines()]
+    assert lines == [
+        ["run", "accuracy on val", "accuracy on test", "of checkpoint", "train.lr"],
+        ["good", "75.0 %", tested, "step 40 (the last)", "0.3"],
+        ["failed", "50.0 %", "not done", "not done: step 40 of 40", "0.4"],
+        ["bad", "25.0 %", tested, "step 40 (the last)", "0.1"],
+        ["new", "not known", "not done", "not done: step 0 of 40", "0.2"],
+        ["page/index.html"],
+    ]
+    assert "not compared: none: holds no run" in output.err
+    assert cli.main(["report", *names, "missing", "--out", "page"]) == 78
 
 
 def test_several_runs_are_compared(runs: list[Path], tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
             {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"},
             "run.dir=runs/x would be the run of all 2 tasks: give RUNS=runs/x instead",
         ),
+        (["a.yaml", "b.yaml"], {"TRIALS": "lr.txt"}, "TRIALS=lr.txt: give one configuration, which all runs share"),
     ],
 )
 def test_an_array_that_cannot_work_is_refused(

@@ -1,18 +1,32 @@
-"""A minimal wandb server, on which runs can be started, resumed and logged; it stores the rows that it receives."""
+"""A minimal wandb server, on which runs can be started, resumed and logged; it stores the rows that it receives.
+
+It also has sweeps over a grid: `wandb agent` gets one trial after the other.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import http.server
+import itertools
 import json
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
+
 
 class WandbServer(http.server.ThreadingHTTPServer):
-    """A server; `rows`: the histories of the runs, in the order received; `down`: answer every request with 500."""
+    """A server.
+
+    Attributes:
+        rows: the histories of the runs, in the order received.
+        down: answer every request with 500.
+        sweep: the file of the sweep.
+        commands: what the agent of the sweep will be asked to do.
+    """
 
     daemon_threads = True
 
@@ -21,6 +35,8 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.uploaded: list[str] = []
         self.down = False
+        self.sweep = ""
+        self.commands: list[dict[str, Any]] = []
 
     @property
     def address(self) -> str:
@@ -39,7 +55,33 @@ class WandbServer(http.server.ThreadingHTTPServer):
         if name == "CreateRunFiles":
             files = [{"name": each, "uploadUrl": f"{self.address}/upload/{each}"} for each in variables["files"]]
             return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
+        if name == "Viewer":
+            return {"viewer": {"id": "u", "username": "someone", "entity": "someone", "email": "", "teams": None}}
+        if name == "UpsertSweep":
+            self._start_sweep(variables["config"])
+            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+        if name == "SweepWithRuns":
+            return {"project": {"sweep": {"config": self.sweep, "runs": {"edges": []}}}}
+        if name == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if name == "Heartbeat":
+            return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(self._next_command(variables))}}
         return {}
+
+    def _start_sweep(self, text: str) -> None:
+        sweep = yaml.safe_load(text)
+        names = list(sweep["parameters"])
+        grid = itertools.product(*(each["values"] for each in sweep["parameters"].values()))
+        for number, values in enumerate(grid):
+            arguments = {name: {"value": value} for name, value in zip(names, values, strict=True)}
+            command = {"type": "run", "run_id": f"trial{number}", "program": sweep["program"], "args": arguments}
+            self.commands.append(command)
+        self.sweep = text
+
+    def _next_command(self, variables: dict[str, Any]) -> list[dict[str, Any]]:
+        if json.loads(variables["runState"]):
+            return []  # a trial is running
+        return [self.commands.pop(0) if self.commands else {"type": "exit"}]
 
     def _bucket(self, run: str) -> dict[str, Any]:
         rows = self.rows[run]
@@ -68,10 +110,13 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         if self.server.down:
             self.send_error(500)
             return
-        request = json.loads(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+        content = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+        request = json.loads(content) if self.headers.get("Content-Type") == "application/json" else {}
         answer: dict[str, Any] = {}
         if self.path == "/graphql":
-            answer = {"data": self.server.answer(request.get("operationName", ""), request.get("variables") or {})}
+            operation = re.search(r"(?:query|mutation) (\w+)", request["query"])
+            name = operation[1] if operation else ""
+            answer = {"data": self.server.answer(name, request.get("variables") or {})}
         elif self.path.endswith("/file_stream"):
             run = self.path.split("/")[-2]
             history = (request.get("files") or {}).get("wandb-history.jsonl", {"content": []})

@@ -88,7 +88,7 @@ class Trainer:
 
     @property
     def stopped_early(self) -> str | None:
-        """Why the run ends before its last step, by `train.stop_after`; the same on all processes; None: it does not."""
+        """Why the run ends before its last step, the same on all processes; None if it does not."""
         number = self.job.config.train.stop_after
         if number is None or self._evaluations_since_best < number or self.step == self.job.total_steps:
             return None

@@ -103,6 +103,11 @@ def submitted(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("array")
     files = [write_config(data, folder, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
     jobs["array"] = Submitted(cluster, folder, *files, options=("--array=0-1", "--nodes=1"), **ONE_EACH)
+    folder = tmp_path_factory.mktemp("trials")
+    (folder / "lr.txt").write_text("train.lr=0.1\ntrain.lr=0.2  # the second run\n")
+    jobs["trials"] = Submitted(
+        cluster, folder, write_config(data, folder), options=("--array=0-1", "--nodes=1"), TRIALS="lr.txt", **ONE_EACH
+    )
     folder = tmp_path_factory.mktemp("limit")
     # Another test crashes a node. SLURM then kills the launcher, which has no exit.json yet in an attempt that has to
     # create the run's folder; without it, launch/slurm.sbatch does not requeue. So the folder exists.
@@ -130,6 +135,16 @@ def test_an_array_of_configurations(submitted: dict[str, Submitted]) -> None:
         assert job.wait() == "COMPLETED 0"
         assert yaml.safe_load((job.runs / name / "config.yaml").read_text())["run"]["seed"] == task
         assert exit_file(job.runs / name)["code"] == 0
+
+
+def test_an_array_of_the_runs_of_a_sweep(submitted: dict[str, Submitted]) -> None:
+    job = submitted["trials"]
+    array = job.id
+    for task, lr in enumerate((0.1, 0.2)):
+        job.id = f"{array}_{task}"
+        assert job.wait() == "COMPLETED 0"
+        assert yaml.safe_load((job.runs / f"lr/{task}/config.yaml").read_text())["train"]["lr"] == lr
+        assert (job.runs / f"logs/lr-{task}-{job.id}/attempt-0/node-0.log").is_file()
 
 
 def test_signals_requeues_and_a_crashed_node(

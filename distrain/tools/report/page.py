@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,6 +29,8 @@ _THUMBNAIL = 128
 _MAX_CONFUSIONS = 12
 _MAX_CLASSES = 1000
 """Classes in the table of accuracies: with more, those with the lowest."""
+_MAX_DETAILED = 10
+"""Runs with a part of the page of their own, and its charts and images: of more runs, the best ones."""
 _MAX_COLUMNS = 4
 """Up to this number of runs, each has a column in the table of differences; more have a row each, and are collapsed."""
 
@@ -73,6 +75,40 @@ class Section:
     facts: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
 
 
+def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Sort runs by their accuracy on val, or on test if no run has val; those that were not evaluated come last."""
+    split = "val" if any(_accuracy(record, "val") is not None for record in records) else "test"
+
+    def key(record: RunRecord) -> float:
+        accuracy = _accuracy(record, split)
+        return 1.0 if accuracy is None else -accuracy
+
+    return sorted(records, key=key)
+
+
+def _accuracy(record: RunRecord, split: str) -> float | None:
+    """Return the best accuracy of a run on val, or its newest one on test; None if there is none yet."""
+    scores: list[float] = [line[f"{split}/accuracy"] for line in record.lines if f"{split}/accuracy" in line]
+    if not scores:
+        return None
+    return max(scores) if split == "val" else scores[-1]
+
+
+_IN_TEXT = ("accuracy on val", "accuracy on test", "of checkpoint")
+
+
+def as_text(records: Sequence[RunRecord]) -> str:
+    """Return the comparison of several runs as a table: accuracies, and the keys that differ; empty for one run."""
+    if len(records) < 2:
+        return ""
+    rows = [("run", _names(records)), *(row for row in _outcomes(records) if row[0] in _IN_TEXT)]
+    rows += [(name, values) for name, values in _keys(records) if name != "run.dir" and len(set(values)) > 1]
+    columns = [[name, *values] for name, values in rows]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
 def write(records: Sequence[RunRecord], out: Path) -> Path:
     """Write OUT/index.html and the charts as OUT/*.png.
 
@@ -85,8 +121,8 @@ def write(records: Sequence[RunRecord], out: Path) -> Path:
     pictures: dict[str, bytes] = {}
     curves = [_embed(chart, pictures) for chart in charts.curves(records, names)]
     sections = []
-    progress = Bar("runs", records, leave=False, show=len(records) > 1)
-    for number, (record, name) in enumerate(zip(progress, names, strict=True)):
+    progress = Bar("runs", records[:_MAX_DETAILED], leave=False, show=len(records) > 1)
+    for number, (record, name) in enumerate(zip(progress, names)):  # noqa: B905 - not all
         class_charts = []
         if record.result is not None and record.classes:
             suffix = f"-{number + 1}" if len(records) > 1 else ""
@@ -225,10 +261,14 @@ def _warnings(record: RunRecord) -> list[str]:
     """Return what a reader must know before the figures."""
     if record.result is not None:
         return list(record.result.get("warnings", []))
-    done = max((line["step"] for line in record.lines), default=0)
-    line = f"This run is not done: step {done:,} of {record.setup['steps']:,}."
     code = record.exit_record.get("code")
-    return [line if code is None else f"{line} It exited with code {code}: {record.exit_record['reason']}"]
+    end = "" if code is None else f" It exited with code {code}: {record.exit_record['reason']}"
+    return [f"This run is {_progress(record)}.{end}"]
+
+
+def _progress(record: RunRecord) -> str:
+    done = max((line["step"] for line in record.lines), default=0)
+    return f"not done: step {done:,} of {record.setup['steps']:,}"
 
 
 def _checks(record: RunRecord) -> list[Check]:
@@ -459,26 +499,48 @@ def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Return the results of several runs, and all values of configuration, data and machine that differ."""
     if len(records) < 2:
         return []
-    rows: list[tuple[str, list[str]]] = [
-        ("accuracy on test", [percent(r.result["accuracy"]) if r.result else "not done" for r in records]),
-        ("of checkpoint", [results.describe_checkpoint(r.result) if r.result else "not done" for r in records]),
-        ("wall time", [clock(r.result["seconds"]) if r.result else "not done" for r in records]),
-        ("images/s", [f"{r.result['images_per_second']:,.0f}" if r.result else "not done" for r in records]),
-        ("MFU", [percent(mfu) if (mfu := _rate(r, "mfu")) is not None else "not known" for r in records]),
+    rest = [*_keys(records), *_surroundings(records)]
+    return _outcomes(records) + [(name, values) for name, values in rest if len(set(values)) > 1]
+
+
+def _outcomes(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Return what came of several runs: a name, and a value of each run."""
+
+    def format_all(show: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [show(record.result) if record.result else "not done" for record in records]
+
+    def known(name: str, values: Sequence[float | None]) -> list[tuple[str, list[str]]]:
+        texts = ["not known" if value is None else percent(value) for value in values]
+        return [(name, texts)] if set(values) != {None} else []
+
+    return [
+        *known("accuracy on val", [_accuracy(record, "val") for record in records]),
+        ("accuracy on test", format_all(lambda result: percent(result["accuracy"]))),
+        ("of checkpoint", [results.describe_checkpoint(r.result) if r.result else _progress(r) for r in records]),
+        ("wall time", format_all(lambda result: clock(result["seconds"]))),
+        ("images/s", format_all(lambda result: f"{result['images_per_second']:,.0f}")),
+        *known("MFU", [_rate(record, "mfu") for record in records]),
     ]
+
+
+def _keys(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Return all keys of the configuration, with the value of each run."""
     trees = [config.public(record.config) for record in records]
-    for section, part in trees[0].items():
-        for key in part:
-            rows.append((f"{section}.{key}", [_value(tree[section][key]) for tree in trees]))
+    return [
+        (f"{section}.{key}", [_value(tree[section][key]) for tree in trees])
+        for section, part in trees[0].items()
+        for key in part
+    ]
+
+
+def _surroundings(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Return data, processes, machine and versions of several runs."""
     setups = [record.setup for record in records]
-    rows += [
+    rows = [
         ("data set", [setup["data"]["manifest"][:12] for setup in setups]),
         ("parameters", [f"{setup['model']['parameters']:,}" for setup in setups]),
         ("processes", [str(setup["processes"]["number"]) for setup in setups]),
         ("device", [setup["processes"]["device_name"] or setup["processes"]["device"] for setup in setups]),
         ("processor", [setup["machine"]["processor"] for setup in setups]),
     ]
-    for name in setups[0]["versions"]:
-        rows.append((name, [setup["versions"].get(name, "") for setup in setups]))
-    always = {"accuracy on test", "of checkpoint", "wall time", "images/s"}
-    return [(name, values) for name, values in rows if name in always or len(set(values)) > 1]
+    return rows + [(name, [setup["versions"].get(name, "") for setup in setups]) for name in setups[0]["versions"]]
