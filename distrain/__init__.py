@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distrain.api.training import train
+    from distrain.api.virtual_ranks import VirtualRanks
     from distrain.config import Config
+    from distrain.models.batch_norm import sync_batch_norm
 
 __version__ = "0.1.0"
-__all__ = ["Config", "train"]
+__all__ = ["Config", "VirtualRanks", "sync_batch_norm", "train"]
 
-_MODULES = {"Config": "distrain.config", "train": "distrain.api.training"}
+_MODULES = {
+    "Config": "distrain.config",
+    "VirtualRanks": "distrain.api.virtual_ranks",
+    "sync_batch_norm": "distrain.models.batch_norm",
+    "train": "distrain.api.training",
+}
 """Module of each public name. It is imported when the name is first used, because torch takes seconds."""
 
 
