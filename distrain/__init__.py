@@ -6,17 +6,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distrain.api.datasets import DatasetInfo, open_data
+    from distrain.api.evaluation import EvaluationBatch, evaluation_batches
+    from distrain.api.loader import Batches, EncodedBatch, batches, loss_scale
+    from distrain.api.pixels import augment, normalize
     from distrain.api.training import train
     from distrain.api.virtual_ranks import VirtualRanks
     from distrain.config import Config
+    from distrain.data.rounds import Batch
     from distrain.models.batch_norm import sync_batch_norm
 
 __version__ = "0.1.0"
-__all__ = ["Config", "VirtualRanks", "sync_batch_norm", "train"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Config",
+    "DatasetInfo",
+    "EncodedBatch",
+    "EvaluationBatch",
+    "VirtualRanks",
+    "augment",
+    "batches",
+    "evaluation_batches",
+    "loss_scale",
+    "normalize",
+    "open_data",
+    "sync_batch_norm",
+    "train",
+]
 
 _MODULES = {
+    "Batch": "distrain.data.rounds",
+    "Batches": "distrain.api.loader",
     "Config": "distrain.config",
+    "DatasetInfo": "distrain.api.datasets",
+    "EncodedBatch": "distrain.api.loader",
+    "EvaluationBatch": "distrain.api.evaluation",
     "VirtualRanks": "distrain.api.virtual_ranks",
+    "augment": "distrain.api.pixels",
+    "batches": "distrain.api.loader",
+    "evaluation_batches": "distrain.api.evaluation",
+    "loss_scale": "distrain.api.loader",
+    "normalize": "distrain.api.pixels",
+    "open_data": "distrain.api.datasets",
     "sync_batch_norm": "distrain.models.batch_norm",
     "train": "distrain.api.training",
 }

@@ -65,9 +65,10 @@ def main() -> None:
 
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct predictions, and all
-    for batch in distrain.evaluation_batches(args.data, "test", device=device):
+    for batch in distrain.evaluation_batches(args.data, "test"):
         with torch.no_grad():
-            correct = model(distrain.normalize(batch.images, data.mean, data.std)).argmax(1) == batch.labels
+            logits = model(distrain.normalize(batch.images.to(device), data.mean, data.std))
+        correct = logits.argmax(1) == batch.labels.to(device)
         counts += torch.tensor([int(correct.sum()), len(correct)], device=device)
     counts = accelerator.reduce(counts, "sum")
     accelerator.print(f"{counts[0]} of {counts[1]} test images are correct")

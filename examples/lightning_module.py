@@ -38,7 +38,7 @@ class Classifier(lightning.LightningModule):
     def test_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the test images, each on one process."""
         for batch in distrain.evaluation_batches(self.folder, "test"):
-            yield batch.images.clone(), batch.labels.clone()
+            yield batch.images, batch.labels
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the loss, scaled so that the gradient is the mean over the global batch."""

@@ -14,12 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrain import address, models, startup
+from distrain import models, startup
 from distrain.config import Config, identity, public
-from distrain.data import cache, manifest
-from distrain.data.cache import Cache
-from distrain.data.encoded import EncodedCache
-from distrain.data.fetch import FetchOptions
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.distributed import runtime
@@ -37,7 +33,7 @@ from distrain.runs import checkpoint
 from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
 from distrain.runs.trackers import check_tensorboard
-from distrain.text import plural, shortened
+from distrain.text import shortened
 from distrain.training import flops, inputs, optim
 from distrain.training.flops import Flops
 from distrain.training.job import Job, TrainedModel
@@ -92,7 +88,7 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
     _check_same_configuration(collectives, config)
     if config.log.tensorboard:
         collectives.all_or_none(lambda: check_tensorboard() if runtime.is_main else None)
-    dataset = collectives.all_or_none(lambda: read_data(config, "train", "test"))
+    dataset = collectives.all_or_none(lambda: inputs.read_data(config, "train", "test"))
     check_same_data(runtime, dataset, list(dataset.manifest.splits))
     _compare_numerics(config, runtime)
     startup.waits_for(f"building model {config.model.name}, and trying it")
@@ -127,19 +123,6 @@ def _compare_numerics(config: Config, runtime: Runtime) -> None:
         log.warning("the last bits of the weights depend on which process computes what: rank %s has %s", rank, names)
 
 
-def read_data(config: Config, *splits: str) -> Dataset:
-    """Read the manifest of the data set that the configuration names.
-
-    Raises:
-        UserError: it cannot be read, or lacks one of the splits.
-    """
-    startup.waits_for(f"reading the description of {address.without_secrets(config.data.dir)}")
-    dataset = manifest.read(config.data.dir, FetchOptions.of(config.data), config.data.tars)
-    for split in splits:
-        dataset.split(split)
-    return dataset.with_image_size(config.data.image_size)
-
-
 def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
     """Check that all processes see the same data set, and that rank 0 sees every shard of it.
 
@@ -160,8 +143,8 @@ def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -
 
 
 def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -> Job:
-    collectives, world = runtime.collectives, runtime.world
-    order = make_order(config, dataset, world.size)
+    collectives, world, processes = runtime.collectives, runtime.world, runtime.environment.local_world_size
+    order = inputs.make_order(config, dataset, world.size)
     virtual_ranks = world.virtual_ranks(config.train.virtual_ranks)
     number = virtual_ranks[0].size
     mean, std = _normalization(config, dataset)
@@ -198,7 +181,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         total_steps=config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch,
         runtime=runtime,
         model=TrainedModel(module, distributed, optimizer, ema, mean_tensor, std_tensor, width),
-        cache=_make_cache(config, dataset, runtime),
+        cache=collectives.all_or_none(lambda: inputs.make_cache(config, dataset, runtime.device, processes)),
         identity={
             **identity(config),
             **start,
@@ -212,7 +195,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         accumulation_steps=accumulation_steps,
         compilation=compilation,
         flops=run_flops,
-        preprocessing=inputs.preprocessing(config, dataset, runtime.environment.local_world_size, runtime.device),
+        preprocessing=inputs.preprocessing(config, dataset, processes, runtime.device),
         started=started,
     )
 
@@ -324,70 +307,6 @@ def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> WeightAver
     ema = WeightAverage(module, config.train.ema_decay)
     ema.module = runtime.prepare_eval_model(ema.module)
     return ema
-
-
-def _make_cache(config: Config, dataset: Dataset, runtime: Runtime) -> Cache | EncodedCache | None:
-    processes = runtime.environment.local_world_size
-    device = runtime.collectives.all_or_none(
-        lambda: cache.choose_device(config.data.cache, dataset, runtime.device, processes)
-    )
-    if device is None:
-        return None
-    if dataset.is_index:
-        return EncodedCache(dataset.indexed("train").shards)
-    return Cache(dataset, device, pin=device.type != runtime.device.type)
-
-
-def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
-    """Return the order of the run.
-
-    Raises:
-        ConfigError: it does not exist for this batch size, or on so many processes.
-    """
-    split = dataset.split("train")
-    batch = config.train.global_batch_size
-    order = Order(len(split.sizes), split.lanes, int(split.sizes.min()), batch, config.run.seed)
-    if config.train.virtual_ranks is not None:
-        _check_virtual_ranks(config.train.virtual_ranks, config, split.lanes, world_size)
-    if world_size > split.lanes:
-        raise ConfigError(
-            f"{plural(world_size, 'process')} for {plural(split.lanes, 'lane')} of {dataset.root}: start at most"
-            f" {split.lanes}, or prepare the data set with --lanes {world_size} or more"
-        )
-    if world_size > batch:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is smaller than the number of processes, {world_size}: "
-            f"raise it, or start at most {batch}"
-        )
-    if order.steps_per_epoch == 0:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard:,} samples"
-            f" that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
-        )
-    return order
-
-
-def _check_virtual_ranks(number: int, config: Config, lanes: int, world_size: int) -> None:
-    """Check that so many virtual ranks can divide the global batch, and that there is one for each process.
-
-    Raises:
-        ConfigError: they cannot, or there is none.
-    """
-    key, batch = f"train.virtual_ranks={number}", config.train.global_batch_size
-    if number > min(lanes, batch):
-        of = f"the {lanes} lanes of the data set" if lanes < batch else f"train.global_batch_size={batch}"
-        raise ConfigError(f"{key}: more than {of}; use {min(lanes, batch)} at most")
-    if world_size > number:
-        raise ConfigError(
-            f"{plural(world_size, 'process')} for {key}: each needs one; start {number} at most, or begin another run"
-            f" with more virtual ranks"
-        )
-    if config.train.compile != "off" and (lanes % number or batch % number):
-        divisors = [each for each in range(1, number + 1) if lanes % each == 0 == batch % each]
-        raise ConfigError(
-            f"{key}: with train.compile it should divide {lanes} lanes and train.global_batch_size={batch}, so that all"
-            f" local batches have one size; try {divisors[-1]}"
-        )
 
 
 def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
