@@ -36,9 +36,8 @@ class Classifier(lightning.LightningModule):
             yield batch.images.clone(), batch.labels.clone()  # Lightning takes the next batch before it uses this one
 
     def test_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the test images, each on one process."""
-        for batch in distrain.evaluation_batches(self.folder, "test"):
-            yield batch.images, batch.labels
+        """Read the test images, each on one process."""
+        return ((images, labels) for images, labels, _ in distrain.evaluation_batches(self.folder, "test"))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the loss, scaled so that the gradient is the mean over the global batch."""
@@ -58,7 +57,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the optimizer."""
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return torch.optim.Adam(self.parameters(), lr=2e-3)
 
 
 if __name__ == "__main__":
@@ -73,6 +72,8 @@ if __name__ == "__main__":
     model = Classifier(args.data, args.steps, args.batch)
     saving = ModelCheckpoint(args.out, save_last=True, every_n_train_steps=args.save_every)
     local, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    trainer = lightning.Trainer(devices=local, num_nodes=world // local, max_steps=args.steps, callbacks=[saving])
-    trainer.fit(model, ckpt_path="last")
+    trainer = lightning.Trainer(
+        devices=local, num_nodes=world // local, max_steps=args.steps, callbacks=[saving], logger=False
+    )
+    trainer.fit(model, ckpt_path="last", weights_only=True)
     trainer.test(model)

@@ -40,11 +40,11 @@ def main() -> None:
     torch.manual_seed(0)
     data = distrain.open_data(args.data)
     model = make_model(len(data.classes)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 
     start, path = 0, args.out / "checkpoint.pt"
     if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
@@ -65,11 +65,10 @@ def main() -> None:
 
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct predictions, and all
-    for batch in distrain.evaluation_batches(args.data, "test"):
+    for images, labels, _ in distrain.evaluation_batches(args.data, "test"):
         with torch.no_grad():
-            logits = model(distrain.normalize(batch.images.to(device), data.mean, data.std))
-        correct = logits.argmax(1) == batch.labels.to(device)
-        counts += torch.tensor([int(correct.sum()), len(correct)], device=device)
+            predicted = model(distrain.normalize(images.to(device), data.mean, data.std)).argmax(1).cpu()
+        counts += torch.tensor([int((predicted == labels).sum()), len(labels)], device=device)
     dist.all_reduce(counts)
     if dist.get_rank() == 0:
         print(f"{counts[0]} of {counts[1]} test images are correct")

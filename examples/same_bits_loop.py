@@ -20,7 +20,7 @@ VIRTUAL_RANKS = 6
 
 
 def main() -> None:
-    """Train, save every few steps, and evaluate."""
+    """Train, save every few steps, and print a digest of the weights."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -34,18 +34,16 @@ def main() -> None:
     torch.manual_seed(0)
     data = distrain.open_data(args.data)
     model = make_model(len(data.classes)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 
     start, path = 0, args.out / "checkpoint.pt"
     if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
 
-    example = torch.zeros(2, *data.image_shape, dtype=torch.uint8, device=device)
-    example = distrain.normalize(example, data.mean, data.std)
-    ranks = distrain.VirtualRanks(model, VIRTUAL_RANKS, args.batch, example)
+    ranks = distrain.VirtualRanks(model, VIRTUAL_RANKS, args.batch, example=torch.zeros(2, 3, 32, 32, device=device))
     steps = range(start, args.steps)
     batches = distrain.batches(
         args.data, global_batch_size=args.batch, steps=steps, device=device, virtual_ranks=VIRTUAL_RANKS

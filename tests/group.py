@@ -22,7 +22,7 @@ from unittest import mock
 
 SECONDS = 300
 """Longest wait for an answer."""
-_IMPORTED = ["torch", "torch._dynamo", "accelerate", "distrain.training.train", "distrain.tools.evaluate", "pytest"]
+IMPORTED = ["torch", "torch._dynamo", "accelerate", "distrain.training.train", "distrain.tools.evaluate", "pytest"]
 """Modules of the fork server; none of them starts a thread or looks for GPUs."""
 
 
@@ -44,7 +44,7 @@ class Group:
         self._pipes: list[Connection] = []
         self._ranks: list[multiprocessing.process.BaseProcess] = []
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
+        context.set_forkserver_preload(IMPORTED)
         for rank in range(size):
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, size, str(Path(self._folder.name, "store")))
