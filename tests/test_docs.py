@@ -97,6 +97,9 @@ def check(arguments: list[str]) -> None:
         if "--config_file" in arguments:
             assert (REPO / arguments[arguments.index("--config_file") + 1]).is_file()
         check_distrain(arguments[arguments.index("distrain") + 1 :])
+    elif program == "torchrun":
+        (script,) = (argument for argument in arguments if argument.endswith(".py"))
+        assert (REPO / script).is_file()
     elif program == "python":
         assert f"python file={arguments[1]}" in {block.tag for block in BLOCKS}, f"{arguments[1]} is on no page"
     elif "--wrap" in arguments:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ranks
 
 
 class Attempt(NamedTuple):
-    """What the processes of an example did: (step, ids) of each rank, and the output of rank 0."""
+    """The steps with their ids that each rank took, and the output of rank 0."""
 
     ids: list[list[tuple[int, list[int]]]]
     output: str

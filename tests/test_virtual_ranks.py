@@ -329,7 +329,7 @@ def test_more_lanes_than_samples_of_a_step(group: Groups, tmp_path: Path) -> Non
     assert same_bits(tmp_path / "1", tmp_path / "4")
 
 
-def own_loop(root: str, tree: Sections) -> str:
+def another_loop(root: str, tree: Sections) -> str:
     """Train with a loop that is not the trainer's; return the digest of weights and buffers."""
     train, data = from_tree(tree).train, distrain.open_data(root)
     shape = torch.zeros(2, 3, 16, 16)
@@ -358,7 +358,7 @@ def test_another_loop_gives_the_bits_of_the_trainer(small: Dataset, group: Group
     group(3).train(tree)
     expected = models.digest(load_file(tmp_path / "run/checkpoints/step-00000025/model.safetensors"))
     for w in (1, 3):
-        assert group(w).call("function", own_loop, str(small.root), tree) == [expected] * w
+        assert group(w).call("function", another_loop, str(small.root), tree) == [expected] * w
 
 
 def virtual_ranks_of(name: str, number: int) -> None:
