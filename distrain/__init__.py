@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distrain.api.datasets import DatasetInfo, open_data
     from distrain.api.evaluation import EvaluationBatch, evaluation_batches
-    from distrain.api.loader import Batches, EncodedBatch, batches, loss_scale
+    from distrain.api.loader import Batches, EncodedBatch, batches
     from distrain.api.pixels import augment, normalize
     from distrain.api.training import train
+    from distrain.api.virtual_ranks import VirtualRankGradients
     from distrain.config import Config
     from distrain.data.rounds import Batch
+    from distrain.distributed.gradients import loss_scale
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "DatasetInfo",
     "EncodedBatch",
     "EvaluationBatch",
+    "VirtualRankGradients",
     "augment",
     "batches",
     "evaluation_batches",
@@ -38,10 +41,11 @@ _MODULES = {
     "DatasetInfo": "distrain.api.datasets",
     "EncodedBatch": "distrain.api.loader",
     "EvaluationBatch": "distrain.api.evaluation",
+    "VirtualRankGradients": "distrain.api.virtual_ranks",
     "augment": "distrain.api.pixels",
     "batches": "distrain.api.loader",
     "evaluation_batches": "distrain.api.evaluation",
-    "loss_scale": "distrain.api.loader",
+    "loss_scale": "distrain.distributed.gradients",
     "normalize": "distrain.api.pixels",
     "open_data": "distrain.api.datasets",
     "train": "distrain.api.training",

@@ -227,19 +227,11 @@ def batches(
     }  # fmt: skip
     collectives = collectives_for(world_size)
     plan = collectives.all_or_none(lambda: _plan(tree, steps, world_of(rank, world_size), decoded, device))
+    inputs.check_same_data(collectives, plan.dataset, ["train"])
     check_same(collectives, "distrain.batches", plan.world, plan.must_be_same)
     reading = _Decoded(plan, collectives) if decoded else _Encoded(plan, collectives)
     items = reading.items() if virtual_ranks is not None else (item for (item,) in reading.items())
     return Batches(items, reading.reader.close)
-
-
-def loss_scale(global_batch_size: int, world_size: int) -> float:
-    """Return the factor for a loss that is summed over the local batch: its gradient is then exact under DDP.
-
-    DDP averages the gradients of the processes, so each process computes `loss_sum * world_size / global_batch_size`:
-    the result is the gradient of the mean loss of the global batch, also if local batches differ in size or are empty.
-    """
-    return world_size / global_batch_size
 
 
 @dataclass(frozen=True)
@@ -264,7 +256,6 @@ class _Plan:
         """The arguments that must be the same on all processes."""
         train, augment = self.config.train, self.config.augment
         return {
-            "the digest of the data set": self.dataset.digest[:16],
             "global_batch_size": train.global_batch_size,
             "steps": self.steps,
             "seed": self.config.run.seed,

@@ -155,12 +155,17 @@ class Runtime:
         return model, stepping
 
     def prepare_virtual_ranks(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, compilation: Compilation, division: Division
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        compilation: Compilation,
+        division: Division,
+        global_batch_size: int,
     ) -> tuple[VirtualRanks, AcceleratedOptimizer]:
         """The model under autocast, and the optimizer with fp16's scaler; both on the device."""
         compilation.apply(module)
         prepared = self.prepare_eval_model(module)
-        model = VirtualRanks(prepared, self._accelerator, self.collectives, compilation, division)
+        model = VirtualRanks(prepared, self._accelerator, self.collectives, compilation, division, global_batch_size)
         return model, self._accelerator.prepare_optimizer(optimizer)
 
     def prepare_eval_model(self, module: nn.Module) -> nn.Module:
