@@ -87,7 +87,13 @@ def evaluation_batches(
     check_same(collectives, "distrain.evaluation_batches", world, same)
     preprocessing = inputs.preprocessing(config, dataset, local_processes())
     reader = collectives.all_or_none(lambda: EvaluationBatches(dataset, split, world, batch_size, preprocessing))
-    return Batches(_items(reader, dataset, split, skip_bad, collectives), reader.close)
+
+    def close() -> None:
+        reader.close()
+        if preprocessing is not None:
+            preprocessing.decoder.close()
+
+    return Batches(_items(reader, dataset, split, skip_bad, collectives), close)
 
 
 def _open(tree: dict[str, object], split: str, world: World) -> tuple[Config, Dataset, World]:

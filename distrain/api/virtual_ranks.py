@@ -27,10 +27,10 @@ class VirtualRankGradients:
             optimizer.zero_grad()
 
     The sums have the same bits on any number of processes up to `virtual_ranks`, if the gradients of each virtual rank
-    have: its batch is not mixed with others, all processes have the same number of threads (`torch.set_num_threads`) and
-    the same kind of processor, and random numbers of the model, such as dropout's, are seeded for each virtual rank and
-    step. Use the model without DDP, and begin with the same weights on all processes. Buffers that a pass changes, such
-    as BatchNorm's running statistics, are not exchanged: `distrain train` does that.
+    have: a pass computes no samples of two virtual ranks, all processes have the same kind of processor and the same
+    number of threads (`torch.set_num_threads`), and random numbers of the model, such as dropout's, are seeded for each
+    virtual rank and step. Use the model without DDP, and begin with the same weights on all processes. Buffers that a
+    pass changes, such as BatchNorm's running statistics, are not exchanged: `distrain train` does that.
 
     Args:
         parameters: of the model; those that require no gradient are passed over.

@@ -72,9 +72,19 @@ def check_same_data(collectives: Collectives, dataset: Dataset, splits: Sequence
 
 
 def order_of(dataset: Dataset, global_batch_size: int, seed: int) -> Order:
-    """Return the order in which the train split is trained, without checks."""
+    """Return the order in which the train split is trained.
+
+    Raises:
+        ConfigError: an epoch has no whole global batch.
+    """
     split = dataset.split("train")
-    return Order(len(split.sizes), split.lanes, int(split.sizes.min()), global_batch_size, seed)
+    order = Order(len(split.sizes), split.lanes, int(split.sizes.min()), global_batch_size, seed)
+    if order.steps_per_epoch == 0:
+        raise ConfigError(
+            f"train.global_batch_size={global_batch_size} is larger than the {len(split.sizes) * split.sizes.min():,}"
+            f" samples that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
+        )
+    return order
 
 
 def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
@@ -97,11 +107,6 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
         raise ConfigError(
             f"train.global_batch_size={batch} is smaller than the number of processes, {world_size}: "
             f"raise it, or start at most {batch}"
-        )
-    if order.steps_per_epoch == 0:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard:,} samples"
-            f" that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
         )
     return order
 
