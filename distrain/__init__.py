@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from distrain.api.loader import Batches, EncodedBatch, batches
     from distrain.api.pixels import augment, normalize
     from distrain.api.training import train
-    from distrain.api.virtual_ranks import VirtualRankGradients
     from distrain.config import Config
     from distrain.data.rounds import Batch
     from distrain.distributed.gradients import loss_scale
@@ -24,7 +23,6 @@ __all__ = [
     "DatasetInfo",
     "EncodedBatch",
     "EvaluationBatch",
-    "VirtualRankGradients",
     "augment",
     "batches",
     "evaluation_batches",
@@ -41,7 +39,6 @@ _MODULES = {
     "DatasetInfo": "distrain.api.datasets",
     "EncodedBatch": "distrain.api.loader",
     "EvaluationBatch": "distrain.api.evaluation",
-    "VirtualRankGradients": "distrain.api.virtual_ranks",
     "augment": "distrain.api.pixels",
     "batches": "distrain.api.loader",
     "evaluation_batches": "distrain.api.evaluation",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import shutil
 import subprocess
@@ -21,7 +20,6 @@ from group import Group, GroupError
 from indexes import build, jpeg
 from runs import ids_by_step
 from simulated_gpu import SimulatedGpu
-from torch import nn
 
 import distrain
 from distrain.data.manifest import Dataset
@@ -69,25 +67,6 @@ def virtual_ids_of(data: str, steps: range, options: dict[str, Any]) -> dict[int
 
 def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def weights_of_a_loop(data: str, steps: range) -> str:
-    """Train a loop of one's own with virtual ranks; return the digest of the weights."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16 * 16 * 3, 7), nn.Tanh(), nn.Linear(7, 10))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    info = distrain.open_data(data)
-    gradients = distrain.VirtualRankGradients(model.parameters(), virtual_ranks=V)
-    for of_ranks in distrain.batches(data, global_batch_size=BATCH, seed=SEED, steps=steps, virtual_ranks=V):
-        for batch in of_ranks:
-            images = distrain.augment(batch.images, batch.random_bits, flip=True, crop_padding=2)
-            logits = model(distrain.normalize(images, info.mean, info.std))
-            (nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / BATCH).backward()
-            gradients.add()
-        gradients.exchange()
-        optimizer.step()
-        optimizer.zero_grad()
-    return hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in model.parameters())).hexdigest()
 
 
 def outcome_on(folders: list[str], steps: range, seeds: list[int]) -> tuple[int, str, str]:
@@ -146,9 +125,6 @@ def test_the_loader_reads_what_train_trains_on_any_number_of_processes(
             virtual.append({rank: ids for each in by_rank for rank, ids in each.items()})
         assert virtual[0] == virtual[1] == virtual[2]
         assert [[each[step] for step in steps] for each in of_ranks] == [virtual[2][rank] for rank in range(V)]
-    weights = [group(size).call("function", weights_of_a_loop, str(small.root), range(30)) for size in (1, 2, 3)]
-    assert len({each for of_size in weights for each in of_size}) == 1
-
     order = inputs.order_of(small, BATCH, SEED)
     begin = next(step for step in range(1, 99) if order.begins_round(step))
     _, second = order.epoch_shards(0)

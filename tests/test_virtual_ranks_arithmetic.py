@@ -118,9 +118,9 @@ def test_the_scaler_of_fp16_works_on_the_complete_gradient(tmp_path: Path) -> No
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     alone = copy.deepcopy(model)
     watchdog = Watchdog({}, tmp_path, Environment())
-    division = Division(World(), 4)
+    division = Division(World(), 4, 20)
     distributed = VirtualRanks(
-        model, accelerator, Collectives(World(), None, watchdog, None), Compilation("off", (2,)), division, 20
+        model, accelerator, Collectives(World(), None, watchdog, None), Compilation("off", (2,)), division
     )
     distributed.forward(torch.ones(5, 3)).sum().backward()
     distributed.observe()

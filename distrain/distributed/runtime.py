@@ -155,17 +155,12 @@ class Runtime:
         return model, stepping
 
     def prepare_virtual_ranks(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        compilation: Compilation,
-        division: Division,
-        global_batch_size: int,
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, compilation: Compilation, division: Division
     ) -> tuple[VirtualRanks, AcceleratedOptimizer]:
         """The model under autocast, and the optimizer with fp16's scaler; both on the device."""
         compilation.apply(module)
         prepared = self.prepare_eval_model(module)
-        model = VirtualRanks(prepared, self._accelerator, self.collectives, compilation, division, global_batch_size)
+        model = VirtualRanks(prepared, self._accelerator, self.collectives, compilation, division)
         return model, self._accelerator.prepare_optimizer(optimizer)
 
     def prepare_eval_model(self, module: nn.Module) -> nn.Module:

@@ -44,10 +44,12 @@ class Division:
     Attributes:
         world: this process and the number of processes.
         virtual_ranks: their number.
+        global_batch_size: samples of a step.
     """
 
     world: World
     virtual_ranks: int
+    global_batch_size: int
 
     def subtrees(self, rank: int) -> list[Node]:
         """The subtrees that a process adds up, from left to right."""
@@ -64,7 +66,6 @@ class VirtualRanks(DistributedModel):
         collectives: for the loss of a peer.
         compilation: how the model is compiled.
         division: how the global batch is divided.
-        global_batch_size: samples of a step.
     """
 
     runs_empty = False
@@ -76,22 +77,21 @@ class VirtualRanks(DistributedModel):
         collectives: Collectives,
         compilation: Compilation,
         division: Division,
-        global_batch_size: int,
     ) -> None:
         super().__init__(module, accelerator, collectives, compilation)
-        self._division, self._global_batch_size, self._module = division, global_batch_size, module
+        self._division, self._module = division, module
         self._parameters = [each for each in module.parameters() if each.requires_grad]
         self._buffers = Buffers(module)
         self._statistics: list[Tensor] = []
         self._retained: list[Tensor] = []
-        self._sums: list[GradientSum] = []
+        self._sums: list[_Sum] = []
         self._clock = _Clock(self._parameters[0].device)
         self._pass_count, self._in_step = 0, False
 
     @property
     def loss_scale(self) -> float:
         """1 / G: the gradients of the virtual ranks are added."""
-        return 1 / self._global_batch_size
+        return 1 / self._division.global_batch_size
 
     @contextlib.contextmanager
     def virtual_rank(self, rank: World) -> Iterator[None]:
@@ -124,7 +124,7 @@ class VirtualRanks(DistributedModel):
         self._buffers.begin_forward()
         logits = super().forward(inputs)
         if self._statistics:
-            weight = len(inputs) / self._global_batch_size
+            weight = len(inputs) / self._division.global_batch_size
             torch._foreach_add_(self._statistics, self._buffers.statistics, alpha=weight)
         return logits
 
@@ -133,9 +133,7 @@ class VirtualRanks(DistributedModel):
         self._buffers.observe(self._pass_count)
         self._statistics = [torch.zeros_like(value) for value in self._buffers.statistics]
         values = [*self._parameters, *self._statistics]
-        self._sums = [
-            GradientSum(dtype, values, self._division) for dtype in dict.fromkeys(value.dtype for value in values)
-        ]
+        self._sums = [_Sum(dtype, values, self._division) for dtype in dict.fromkeys(value.dtype for value in values)]
 
     def check_repeatable(self, inputs: Tensor, seed: Callable[[], None]) -> None:
         """Check that the model can be trained so; call it after `observe`: see `distrain.models.repeatable`."""
@@ -204,7 +202,7 @@ class _Flat:
     views: list[Tensor]
 
 
-class GradientSum:
+class _Sum:
     """The sum over all virtual ranks of those gradients and statistics that have one dtype.
 
     They lie in flat buffers, each value in the strides of its parameter: the norm of the same values in another layout

@@ -348,5 +348,5 @@ def _prepare(
     batch = settings.global_batch_size
     if settings.virtual_ranks is None:
         return runtime.prepare_data_parallel(module, optimizer, compilation, batch)
-    division = Division(runtime.world, settings.virtual_ranks)
-    return runtime.prepare_virtual_ranks(module, optimizer, compilation, division, batch)
+    division = Division(runtime.world, settings.virtual_ranks, batch)
+    return runtime.prepare_virtual_ranks(module, optimizer, compilation, division)
