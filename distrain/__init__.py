@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distrain.api.datasets import DatasetInfo, open_data
     from distrain.api.evaluation import EvaluationBatch, evaluation_batches
-    from distrain.api.loader import Batches, EncodedBatch, batches, loss_scale
+    from distrain.api.loader import Batches, EncodedBatch, batches
     from distrain.api.pixels import augment, normalize
     from distrain.api.training import train
     from distrain.api.virtual_ranks import VirtualRanks
     from distrain.config import Config
     from distrain.data.rounds import Batch
+    from distrain.distributed.gradients import loss_scale
     from distrain.models.batch_norm import sync_batch_norm
 
 __version__ = "0.1.0"
@@ -46,7 +47,7 @@ _MODULES = {
     "augment": "distrain.api.pixels",
     "batches": "distrain.api.loader",
     "evaluation_batches": "distrain.api.evaluation",
-    "loss_scale": "distrain.api.loader",
+    "loss_scale": "distrain.distributed.gradients",
     "normalize": "distrain.api.pixels",
     "open_data": "distrain.api.datasets",
     "sync_batch_norm": "distrain.models.batch_norm",

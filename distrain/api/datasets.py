@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from distrain import config as configuration
 from distrain.data.manifest import Dataset
-from distrain.errors import DataError
+from distrain.errors import ConfigError
 from distrain.training import inputs
 
 
@@ -40,16 +40,11 @@ class DatasetInfo:
         """Return the number of steps of an epoch; samples that fill no global batch are dropped, others in each epoch.
 
         Raises:
-            DataError: an epoch has fewer samples than a global batch.
+            ConfigError: an epoch has no whole global batch.
         """
-        steps = (
-            inputs.order_of(self._dataset, global_batch_size, seed=0).steps_per_epoch if global_batch_size > 0 else 0
-        )
-        if steps == 0:
-            raise DataError(
-                f"global_batch_size={global_batch_size}: an epoch of {self._dataset.root} has no such batch"
-            )
-        return steps
+        if global_batch_size < 1:
+            raise ConfigError(f"global_batch_size={global_batch_size}: should be 1 or more")
+        return inputs.order_of(self._dataset, global_batch_size, seed=0).steps_per_epoch
 
     def epoch(self, step: int, global_batch_size: int) -> tuple[int, int]:
         """Return the epoch of a step, and the number of the step in it, both from 0."""

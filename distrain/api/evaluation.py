@@ -82,16 +82,18 @@ def evaluation_batches(
     }  # fmt: skip
     collectives = collectives_for(world_size)
     config, dataset, world = collectives.all_or_none(lambda: _open(tree, split, world_of(rank, world_size)))
-    same = {"the digest of the data set": dataset.digest[:16], "split": split, "world_size": world.size}
-    check_same(
-        collectives,
-        "distrain.evaluation_batches",
-        world,
-        {**same, "batch_size": batch_size, **config.eval.model_dump()},
-    )
+    inputs.check_same_data(collectives, dataset, [split])
+    same = {"split": split, "world_size": world.size, "image_size": image_size, **config.eval.model_dump()}
+    check_same(collectives, "distrain.evaluation_batches", world, same)
     preprocessing = inputs.preprocessing(config, dataset, local_processes())
     reader = collectives.all_or_none(lambda: EvaluationBatches(dataset, split, world, batch_size, preprocessing))
-    return Batches(_items(reader, dataset, split, skip_bad, collectives), reader.close)
+
+    def close() -> None:
+        reader.close()
+        if preprocessing is not None:
+            preprocessing.decoder.close()
+
+    return Batches(_items(reader, dataset, split, skip_bad, collectives), close)
 
 
 def _open(tree: dict[str, object], split: str, world: World) -> tuple[Config, Dataset, World]:

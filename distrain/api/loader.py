@@ -25,6 +25,7 @@ from distrain.api.group import check_same, collectives_for, local_processes, wor
 from distrain.config import Config
 from distrain.data.cache import Cache
 from distrain.data.decoded import DecodedBatches, EncodedBatches
+from distrain.data.decoding import Preprocessing
 from distrain.data.encoded import Encoded, EncodedCache
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
@@ -227,19 +228,11 @@ def batches(
     }  # fmt: skip
     collectives = collectives_for(world_size)
     plan = collectives.all_or_none(lambda: _plan(tree, steps, world_of(rank, world_size), decoded, device))
+    inputs.check_same_data(collectives, plan.dataset, ["train"])
     check_same(collectives, "distrain.batches", plan.world, plan.must_be_same)
     reading = _Decoded(plan, collectives) if decoded else _Encoded(plan, collectives)
     items = reading.items() if virtual_ranks is not None else (item for (item,) in reading.items())
-    return Batches(items, reading.reader.close)
-
-
-def loss_scale(global_batch_size: int, world_size: int) -> float:
-    """Return the factor for a loss that is summed over the local batch: its gradient is then exact under DDP.
-
-    DDP averages the gradients of the processes, so each process computes `loss_sum * world_size / global_batch_size`:
-    the result is the gradient of the mean loss of the global batch, also if local batches differ in size or are empty.
-    """
-    return world_size / global_batch_size
+    return Batches(items, reading.close)
 
 
 @dataclass(frozen=True)
@@ -264,7 +257,6 @@ class _Plan:
         """The arguments that must be the same on all processes."""
         train, augment = self.config.train, self.config.augment
         return {
-            "the digest of the data set": self.dataset.digest[:16],
             "global_batch_size": train.global_batch_size,
             "steps": self.steps,
             "seed": self.config.run.seed,
@@ -316,8 +308,15 @@ class _Decoded:
     def __init__(self, plan: _Plan, collectives: Collectives) -> None:
         self._plan, self._collectives = plan, collectives
         self._bad: dict[str, str] = {}
-        self.reader = _reader(plan, collectives)
+        self._preprocessing = inputs.preprocessing(plan.config, plan.dataset, local_processes(), plan.device)
+        self.reader = _reader(plan, collectives, self._preprocessing)
         self._feed = Feed(self.reader, plan.order, plan.device, self._wait)
+
+    def close(self) -> None:
+        """End all threads."""
+        self.reader.close()
+        if self._preprocessing is not None:
+            self._preprocessing.decoder.close()
 
     def items(self) -> Iterator[list[Batch]]:
         """Yield the batches of each step, one for each virtual rank."""
@@ -329,11 +328,8 @@ class _Decoded:
         batches = self._feed.take(step)
         if self._collectives.size == 1:
             self._check_bad()
-        if self._plan.device.type == "cuda":
-            # The reader's threads may overwrite ids and positions as soon as the next step is copied.
-            batches = [batch._replace(ids=batch.ids.copy(), positions=batch.positions.copy()) for batch in batches]
-            if step + 1 < self._plan.steps.stop:
-                self._feed.prefetch(step + 1)
+        if step + 1 < self._plan.steps.stop:
+            self._feed.prefetch(step + 1)  # only for a GPU; ids and positions stay until that step is taken
         return batches
 
     def _check_bad(self) -> None:
@@ -345,10 +341,11 @@ class _Decoded:
         if not self._plan.dataset.is_index:
             return
         new = inputs.describe_bad(self._plan.dataset, "train", inputs.bad_of_all(self._collectives, self.reader))
-        for name in new.keys() - self._bad.keys() if self._plan.world.rank == 0 else ():
-            log.warning("%s cannot be decoded (%s): the next readable one is in its place", name, new[name])
+        new = {name: reason for name, reason in new.items() if name not in self._bad}
         self._bad |= new
         inputs.check_bad(self._bad, self._plan.config.data.skip_bad)
+        for name, reason in new.items() if self._collectives.is_main else ():
+            log.warning("%s cannot be decoded (%s): the next readable one is used instead", name, reason)
 
     def _wait(self, step: int) -> None:
         if self._collectives.size > 1:
@@ -356,11 +353,12 @@ class _Decoded:
         self._collectives.all_or_none(lambda: self.reader.ready(step, None))
 
 
-def _reader(plan: _Plan, collectives: Collectives) -> TrainingBatches | DecodedBatches:
+def _reader(
+    plan: _Plan, collectives: Collectives, preprocessing: Preprocessing | None
+) -> TrainingBatches | DecodedBatches:
     config, dataset = plan.config, plan.dataset
     cache = collectives.all_or_none(lambda: inputs.make_cache(config, dataset, plan.device, local_processes()))
     what = (dataset, plan.order, plan.ranks, plan.steps, config.data.read_ahead)
-    preprocessing = inputs.preprocessing(config, dataset, local_processes(), plan.device)
     if preprocessing is not None:
         assert not isinstance(cache, Cache)
         return collectives.all_or_none(lambda: DecodedBatches(*what, preprocessing, plan.device, cache))
@@ -375,6 +373,10 @@ class _Encoded:
         self._plan, self._collectives = plan, collectives
         what = (plan.dataset, plan.order, plan.ranks, plan.steps, plan.config.data.read_ahead)
         self.reader = collectives.all_or_none(lambda: EncodedBatches(*what))
+
+    def close(self) -> None:
+        """End all threads."""
+        self.reader.close()
 
     def items(self) -> Iterator[list[EncodedBatch]]:
         """Yield the batches of each step, one for each virtual rank."""

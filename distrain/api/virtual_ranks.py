@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distrain.api.group import in_group, world_of
 from distrain.data.rounds import Batch
 from distrain.distributed.numerics import layer_seed, seed_all, set_deterministic
 from distrain.distributed.virtual_ranks import Division, TreeExchange
-from distrain.environment import Environment, World
+from distrain.environment import World
 from distrain.errors import ConfigError
 from distrain.models.batch_norm import local_batch_norm
 from distrain.text import plural
@@ -57,14 +57,15 @@ class VirtualRanks:
         seed: int = 0,
         threads: int = 1,
     ) -> None:
+        world = _world(number)
         self._module, self._seed, self._device = local_batch_norm(module), seed, example.device
-        self._ranks = _world(number).virtual_ranks(number)
+        self._ranks = world.virtual_ranks(number)
         torch.set_num_threads(threads)
         set_deterministic(True)
-        if dist.is_initialized():
+        if world.size > 1:
             for value in (*module.parameters(), *module.buffers()):
                 dist.broadcast(value.detach(), src=0)
-        self._tree = TreeExchange(self._module, Division(_world(number), number, global_batch_size))
+        self._tree = TreeExchange(self._module, Division(world, number, global_batch_size))
         self._observe(example)
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -105,16 +106,12 @@ def _world(virtual_ranks: int) -> World:
     Raises:
         ConfigError: there is no group, but a launcher started several processes; or there are too many.
     """
-    if dist.is_initialized():
-        world = World(dist.get_rank(), dist.get_world_size())
-    else:
-        world = World()
-        size = Environment.read(os.environ).world.size
-        if size > 1:
-            raise ConfigError(
-                f"VirtualRanks: WORLD_SIZE={size}, but there is no process group: call"
-                " torch.distributed.init_process_group() first"
-            )
+    world = world_of(None, None)
+    if world.size > 1 and not in_group():
+        raise ConfigError(
+            f"VirtualRanks: WORLD_SIZE={world.size}, but there is no process group: call"
+            " torch.distributed.init_process_group() first"
+        )
     if world.size > virtual_ranks:
         raise ConfigError(
             f"VirtualRanks: {plural(world.size, 'process')} for {plural(virtual_ranks, 'virtual rank')}; start at most"

@@ -83,6 +83,11 @@ class Collectives:
         """Number of the processes."""
         return self._world.size
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self._world.rank == 0
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place; all get the same."""
         with self.collective():
@@ -112,6 +117,11 @@ class Collectives:
                 values = [None] * self._world.size
                 dist.all_gather_object(values, value, group=self._control)
         return values
+
+    def unlike_rank_0(self, value: object) -> list[str]:
+        """Return the ranks whose value is not that of rank 0, as text; a collective."""
+        values = self.from_all(value)
+        return [str(rank) for rank, each in enumerate(values) if each != values[0]]
 
     def agree(self, *flags: bool, main: int = 0) -> Agreement:
         """Agree on whether one was asked to stop, on how many raise each flag, and on rank 0's number `main`."""

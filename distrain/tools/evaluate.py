@@ -25,7 +25,7 @@ from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
 from distrain.training import evaluation, inputs
 from distrain.training.evaluation import Scores
-from distrain.training.setup import build_model, check_same_data, start_runtime, start_watchdog
+from distrain.training.setup import build_model, start_runtime, start_watchdog
 
 log = logging.getLogger("distrain")
 
@@ -63,7 +63,7 @@ def evaluate_run(
         for line in skipped if rt.is_main else []:
             log.warning("skipped %s", line)
         saved = rt.collectives.all_or_none(lambda: checkpoint.load(path))
-        check_same_data(rt, dataset, [split])
+        inputs.check_same_data(rt.collectives, dataset, [split])
         inputs.check(config, dataset)
         _check_identity(config, dataset, saved)
         try:

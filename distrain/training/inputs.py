@@ -21,7 +21,7 @@ from distrain.data.order import Order
 from distrain.data.stream import TrainingBatches
 from distrain.distributed.collectives import Collectives
 from distrain.environment import World
-from distrain.errors import ConfigError, UnreadableImagesError
+from distrain.errors import ConfigError, DataError, UnreadableImagesError
 from distrain.text import plural, shortened
 
 _MARGIN = 8 / 7
@@ -52,10 +52,39 @@ def open_data(config: Config, *splits: str) -> Dataset:
     return dataset
 
 
+def check_same_data(collectives: Collectives, dataset: Dataset, splits: Sequence[str]) -> None:
+    """Check that all processes see the same data set, and that rank 0 sees every shard of it.
+
+    Raises:
+        DataError: on all processes.
+    """
+    others = collectives.unlike_rank_0(dataset.digest)
+    if others:
+        raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
+    missing = collectives.from_main(list(dataset.missing(splits)) if collectives.is_main else None)
+    if missing:
+        header = f"{dataset.root}: shards are missing or damaged:"
+        cure = "restore them or prepare the data set again; `distrain verify` checks all shards"
+        if dataset.is_index:
+            header = f"{dataset.tars}: tar files are missing or damaged:"
+            cure = "set data.tars if they were moved; else restore them, or index them again"
+        raise DataError("\n  ".join([header, *shortened(missing, 5)]) + f"\n{cure}")
+
+
 def order_of(dataset: Dataset, global_batch_size: int, seed: int) -> Order:
-    """Return the order in which the train split is trained, without checks."""
+    """Return the order in which the train split is trained.
+
+    Raises:
+        ConfigError: an epoch has no whole global batch.
+    """
     split = dataset.split("train")
-    return Order(len(split.sizes), split.lanes, int(split.sizes.min()), global_batch_size, seed)
+    order = Order(len(split.sizes), split.lanes, int(split.sizes.min()), global_batch_size, seed)
+    if order.steps_per_epoch == 0:
+        raise ConfigError(
+            f"train.global_batch_size={global_batch_size} is larger than the {len(split.sizes) * split.sizes.min():,}"
+            f" samples that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
+        )
+    return order
 
 
 def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
@@ -78,11 +107,6 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
         raise ConfigError(
             f"train.global_batch_size={batch} is smaller than the number of processes, {world_size}: "
             f"raise it, or start at most {batch}"
-        )
-    if order.steps_per_epoch == 0:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard:,} samples"
-            f" that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
         )
     return order
 

@@ -27,7 +27,7 @@ from distrain.distributed.runtime import Runtime
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
-from distrain.errors import ConfigError, DataError
+from distrain.errors import ConfigError
 from distrain.models.batch_norm import can_be_synchronised, local_batch_norm
 from distrain.runs import checkpoint
 from distrain.runs.choice import choose
@@ -89,7 +89,7 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
     if config.log.tensorboard:
         collectives.all_or_none(lambda: check_tensorboard() if runtime.is_main else None)
     dataset = collectives.all_or_none(lambda: inputs.read_data(config, "train", "test"))
-    check_same_data(runtime, dataset, list(dataset.manifest.splits))
+    inputs.check_same_data(collectives, dataset, list(dataset.manifest.splits))
     _compare_numerics(config, runtime)
     startup.waits_for(f"building model {config.model.name}, and trying it")
     job = _build(config, dataset, runtime, started)
@@ -121,25 +121,6 @@ def _compare_numerics(config: Config, runtime: Runtime) -> None:
     unlike = unlike_ranks(runtime.collectives.from_all(runtime.what_decides_bits))
     for rank, names in list(unlike.items())[:1] if runtime.is_main else ():
         log.warning("the last bits of the weights depend on which process computes what: rank %s has %s", rank, names)
-
-
-def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
-    """Check that all processes see the same data set, and that rank 0 sees every shard of it.
-
-    Raises:
-        DataError: on all processes.
-    """
-    others = _unlike_rank_0(runtime, dataset.digest)
-    if others:
-        raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
-    missing = runtime.collectives.from_main(list(dataset.missing(splits)) if runtime.is_main else None)
-    if missing:
-        header = f"{dataset.root}: shards are missing or damaged:"
-        cure = "restore them or prepare the data set again; `distrain verify` checks all shards"
-        if dataset.is_index:
-            header = f"{dataset.tars}: tar files are missing or damaged:"
-            cure = "set data.tars if they were moved; else restore them, or index them again"
-        raise DataError("\n  ".join([header, *shortened(missing, 5)]) + f"\n{cure}")
 
 
 def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -> Job:
@@ -200,12 +181,6 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     )
 
 
-def _unlike_rank_0(runtime: Runtime, digest: str) -> list[str]:
-    """Return the ranks whose digest is not that of rank 0, as text; a collective."""
-    digests = runtime.collectives.from_all(digest)
-    return [str(rank) for rank, each in enumerate(digests) if each != digests[0]]
-
-
 def _identity_of_bits(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Return what decides the last bits besides the keys of the identity; with virtual ranks a resume keeps them."""
     if config.train.virtual_ranks is None:
@@ -226,7 +201,7 @@ def _check_same_weights(runtime: Runtime, module: nn.Module) -> None:
     """
     if runtime.world.size == 1:
         return
-    others = _unlike_rank_0(runtime, models.digest({**module.state_dict(), **dict(module.named_buffers())}))
+    others = runtime.collectives.unlike_rank_0(models.digest({**module.state_dict(), **dict(module.named_buffers())}))
     if others:
         raise ConfigError(
             f"train.virtual_ranks: rank {', '.join(shortened(others, 5))} begins with other weights than rank 0: the"

@@ -46,7 +46,6 @@ from distrain.training import inputs
 from distrain.training.checkpointing import os_error_of
 from distrain.training.setup import (
     build_model,
-    check_same_data,
     start_runtime,
     start_watchdog,
 )
@@ -489,7 +488,7 @@ def _check_group(config: Config, rt: Runtime) -> list[Finding]:
     with contextlib.suppress(UserError, AgainError):  # the process that cannot read it has reported that
         dataset = rt.collectives.all_or_none(lambda: inputs.read_data(config, "train", "test"))
         try:
-            check_same_data(rt, dataset, list(dataset.manifest.splits))
+            inputs.check_same_data(rt.collectives, dataset, list(dataset.manifest.splits))
         except DataError as error:
             findings.append(Finding("data", "bad", str(error), "use one folder that all nodes see, and verify it"))
     return findings
