@@ -6,13 +6,53 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distrain.api.datasets import DatasetInfo, open_data
+    from distrain.api.evaluation import EvaluationBatch, evaluation_batches
+    from distrain.api.loader import Batches, EncodedBatch, batches
+    from distrain.api.pixels import augment, normalize
     from distrain.api.training import train
+    from distrain.api.virtual_ranks import VirtualRanks
     from distrain.config import Config
+    from distrain.data.rounds import Batch
+    from distrain.distributed.gradients import loss_scale
+    from distrain.models.batch_norm import sync_batch_norm
 
 __version__ = "0.1.0"
-__all__ = ["Config", "train"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Config",
+    "DatasetInfo",
+    "EncodedBatch",
+    "EvaluationBatch",
+    "VirtualRanks",
+    "augment",
+    "batches",
+    "evaluation_batches",
+    "loss_scale",
+    "normalize",
+    "open_data",
+    "sync_batch_norm",
+    "train",
+]
 
-_MODULES = {"Config": "distrain.config", "train": "distrain.api.training"}
+_MODULES = {
+    "Batch": "distrain.data.rounds",
+    "Batches": "distrain.api.loader",
+    "Config": "distrain.config",
+    "DatasetInfo": "distrain.api.datasets",
+    "EncodedBatch": "distrain.api.loader",
+    "EvaluationBatch": "distrain.api.evaluation",
+    "VirtualRanks": "distrain.api.virtual_ranks",
+    "augment": "distrain.api.pixels",
+    "batches": "distrain.api.loader",
+    "evaluation_batches": "distrain.api.evaluation",
+    "loss_scale": "distrain.distributed.gradients",
+    "normalize": "distrain.api.pixels",
+    "open_data": "distrain.api.datasets",
+    "sync_batch_norm": "distrain.models.batch_norm",
+    "train": "distrain.api.training",
+}
 """Module of each public name. It is imported when the name is first used, because torch takes seconds."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distrain.distributed import virtual_ranks
 from distrain.distributed.gradient_tree import Node
-from distrain.distributed.virtual_ranks import VirtualRanks
+from distrain.distributed.virtual_ranks import TreeExchange
 from distrain.environment import World
 from distrain.training.job import Job
 from distrain.training.step import TrainingStep
@@ -42,28 +42,28 @@ def _seed() -> Any:
 
 def _layout() -> Any:
     """The gradient of a single process has other strides: the norm adds its values in another order."""
-    original = VirtualRanks.exchange
+    original = TreeExchange.exchange
 
-    def exchange(model: Any) -> None:
-        original(model)
-        if model._division.world.size == 1:
-            for parameter in model._parameters:
+    def exchange(tree: Any) -> None:
+        original(tree)
+        if tree.division.world.size == 1:
+            for parameter in tree.parameters:
                 gradient = parameter.grad
                 order = list(reversed(range(gradient.dim())))
                 parameter.grad = gradient.permute(order).contiguous().permute(order)
 
-    return mock.patch.object(VirtualRanks, "exchange", exchange)
+    return mock.patch.object(TreeExchange, "exchange", exchange)
 
 
 def _kernels() -> Any:
     """A single process computes with other kernels than several."""
-    original = VirtualRanks.forward
+    original = TreeExchange.forward
 
-    def forward(model: Any, inputs: Tensor) -> Tensor:
-        with torch.backends.mkldnn.flags(enabled=model._division.world.size == 1):
-            return original(model, inputs)
+    def forward(tree: Any, model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        with torch.backends.mkldnn.flags(enabled=tree.division.world.size == 1):
+            return original(tree, model, inputs)
 
-    return mock.patch.object(VirtualRanks, "forward", forward)
+    return mock.patch.object(TreeExchange, "forward", forward)
 
 
 def _shape() -> Any:

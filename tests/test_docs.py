@@ -34,7 +34,7 @@ PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").g
 TAGS = {"bash run", "bash check", "bash ci", "python run", "text", "mermaid"}
 FILE = re.compile(r"[a-z]+ file=([\w./-]+)")
 """A block that is a file: it is written into the folder in which the page's blocks run."""
-LINKED = ("configs", "launch", "k8s")
+LINKED = ("configs", "examples", "launch", "k8s")
 
 
 class Block(NamedTuple):
@@ -99,6 +99,9 @@ def check(arguments: list[str]) -> None:
         if "--config_file" in arguments:
             assert (REPO / arguments[arguments.index("--config_file") + 1]).is_file()
         check_distrain(arguments[arguments.index("distrain") + 1 :])
+    elif program == "torchrun":
+        (script,) = (argument for argument in arguments if argument.endswith(".py"))
+        assert (REPO / script).is_file()
     elif program == "python":
         assert f"python file={arguments[1]}" in {block.tag for block in BLOCKS}, f"{arguments[1]} is on no page"
     elif "--wrap" in arguments:

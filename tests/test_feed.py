@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from distrain.distributed.virtual_ranks import _Clock
 from distrain.environment import World
 from distrain.training.feed import Feed
 from distrain.training.profiling import Profile
+from distrain.training.stopping import wait_for_data
 
 
 @pytest.fixture
@@ -60,12 +62,16 @@ def reader_of(
     return TrainingBatches(dataset, order, ranks, steps, 1, with_random_bits=True, device=gpu.device, cache=train)
 
 
+def feed_of(gpu: SimulatedGpu, reader: TrainingBatches | DecodedBatches, order: Order, profile: Profile) -> Feed:
+    return Feed(reader, order, gpu.device, partial(wait_for_data, runtime_of(gpu), reader), profile)
+
+
 def train(
     gpu: SimulatedGpu, reader: TrainingBatches | DecodedBatches, order: Order, steps: range, seconds: float = 0.0
 ) -> Profile:
     """Feed a model whose steps take so many seconds of the GPU, and none of the host."""
     profile = Profile(gpu.device)
-    feed = Feed(reader, order, runtime_of(gpu), profile)
+    feed = feed_of(gpu, reader, order, profile)
     for step in steps:
         feed.take(step)
         gpu.compute.submit(lambda: time.sleep(seconds))
@@ -112,7 +118,7 @@ def test_copies_arrive_whole_and_the_host_waits_for_none(
             for part in batches
         ]
     with closing(reader_of(gpu, small, order, steps, cache, rank)) as reader:
-        feed = Feed(reader, order, runtime_of(gpu), Profile(gpu.device))
+        feed = feed_of(gpu, reader, order, Profile(gpu.device))
         copied = []
         for step in steps:
             copied += feed.take(step)
@@ -141,7 +147,7 @@ def test_closing_ends_a_reader_that_waits_for_the_gpu(small: Dataset, gpu: Simul
     steps, go_on = range(8), threading.Event()
     with closing(reader_of(gpu, small, order, steps)) as reader:
         reader.copy_stream.submit(go_on.wait)  # type: ignore[union-attr]
-        feed = Feed(reader, order, runtime_of(gpu), Profile(gpu.device))
+        feed = feed_of(gpu, reader, order, Profile(gpu.device))
         feed.take(0)
         feed.take(1)  # releases the buffers of round 0, which are not copied yet
         assert reached(lambda: gpu.calls.count(("distrain-read", 3, "Event.query")) > 3)

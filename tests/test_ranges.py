@@ -51,7 +51,7 @@ from distrain.data import index, manifest
 from distrain.data.disk_cache import Cache
 from distrain.data.fetch import FetchError, Remote, locate
 from distrain.errors import ConfigError, DataError, ShardError
-from distrain.training.setup import read_data
+from distrain.training.inputs import read_data
 
 _ = quick  # a fixture of all tests here
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 import xxhash
 from datasets import make
 from group import Group, GroupError
@@ -17,10 +19,14 @@ from mutations import MUTATIONS
 from runs import metrics_but_times
 from safetensors.torch import load_file
 
+import distrain
+from distrain import models
+from distrain.config import from_tree
 from distrain.data.manifest import Dataset
 from distrain.environment import Environment
-from distrain.errors import DataError
+from distrain.errors import ConfigError, DataError
 from distrain.tools.hash_runs import check_equal, format_hashes, hash_runs
+from distrain.training import optim
 from distrain.training.train import train
 
 pytestmark = pytest.mark.ranks
@@ -321,3 +327,53 @@ def test_more_lanes_than_samples_of_a_step(group: Groups, tmp_path: Path) -> Non
         group(w).train(configuration(dataset, tmp_path / str(w), sections))
     assert same_bits(tmp_path / "1", tmp_path / "2")
     assert same_bits(tmp_path / "1", tmp_path / "4")
+
+
+def another_loop(root: str, tree: Sections) -> str:
+    """Train with a loop that is not the trainer's; return the digest of weights and buffers."""
+    train, data = from_tree(tree).train, distrain.open_data(root)
+    shape = torch.zeros(2, 3, 16, 16)
+    module = models.from_config(from_tree(tree).model, 10, (16, 16, 3), 7, torch.float32)
+    settings = (train.lr, train.momentum, train.nesterov, train.betas, train.weight_decay)
+    optimizer = optim.build(train.optimizer, module.parameters(), *settings)
+    ranks = distrain.VirtualRanks(module, 8, train.global_batch_size, shape, seed=7)
+    steps = range(train.max_steps)
+    batches = distrain.batches(
+        root, global_batch_size=train.global_batch_size, steps=steps, seed=7, virtual_ranks=train.virtual_ranks
+    )
+    for step, of_ranks in zip(steps, batches, strict=True):
+        optimizer.zero_grad()
+        for batch in ranks.in_step(step, of_ranks):
+            loss = F.cross_entropy(
+                ranks(distrain.normalize(batch.images, data.mean, data.std)), batch.labels, reduction="sum"
+            )
+            (loss * (1 / train.global_batch_size)).backward()
+        optimizer.step()
+    return models.digest(module.state_dict())
+
+
+def test_another_loop_gives_the_bits_of_the_trainer(small: Dataset, group: Groups, tmp_path: Path) -> None:
+    tree = configuration(small, tmp_path / "run", MIXED, {"train": {"schedule": "constant"}})
+    tree["augment"] = {}
+    group(3).train(tree)
+    expected = models.digest(load_file(tmp_path / "run/checkpoints/step-00000025/model.safetensors"))
+    for w in (1, 3):
+        assert group(w).call("function", another_loop, str(small.root), tree) == [expected] * w
+
+
+def virtual_ranks_of(name: str, number: int) -> None:
+    """Make virtual ranks of a model for tests."""
+    module = models.from_config(from_tree({"model": {"name": name}}).model, 10, (16, 16, 3), 0, torch.float32)
+    distrain.VirtualRanks(module, number, 50, torch.zeros(2, 3, 16, 16))
+
+
+def test_virtual_ranks_that_are_impossible_are_refused_by_all_processes(
+    group: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(GroupError) as caught:
+        group(3).call("function", virtual_ranks_of, "net", 2)
+    assert len(caught.value.messages) == 3
+    assert all("3 processes for 2 virtual ranks; start at most 2" in message for message in caught.value.messages)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"there is no process group: call torch.distributed.init_process_group\(\)"):
+        virtual_ranks_of("net", 2)

@@ -46,6 +46,65 @@ class _Started(NamedTuple):
     copied: torch.cuda.Event | None
 
 
+class EncodedBatches:
+    """Iterator over the samples of the given steps of an index, not decoded yet: those of each virtual rank.
+
+    Args:
+        dataset: the index whose train split is read.
+        order: the order of training.
+        ranks: the virtual ranks of this process.
+        steps: steps of the run, counted from 0 over all epochs.
+        read_ahead: rounds to read before they are needed.
+        cache: where encoded images are kept in memory; None reads them in every epoch.
+        closed: set by `close`.
+    """
+
+    decodes = False
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        ranks: Sequence[World],
+        steps: range,
+        read_ahead: int,
+        cache: EncodedCache | None = None,
+        closed: threading.Event | None = None,
+    ) -> None:
+        closed = closed or threading.Event()
+        self._steps = iter(steps)
+        rounds, stretches = rounds_of(order, steps), Stretches(dataset, "train", closed)
+        self._reader = reader = RoundReader(dataset, order, ranks, rounds, True, False, closed, stretches)
+        spare = reader.fill(cache) if cache is not None else ()
+        ahead = max(read_ahead, order.rounds_per_step)
+        self._rounds = StepParts(order, ranks, Background(reader.encoded(cache), ahead, closed, None, spare), None)
+
+    @property
+    def shards_read(self) -> int:
+        """Number of shards read so far: it shows whether reading makes progress."""
+        return self._reader.shards_read
+
+    def ready(self, step: int, timeout: float | None) -> bool:
+        """Wait up to `timeout` seconds (None: without limit) for all rounds of a step; return whether they are ready.
+
+        Raises:
+            ShardError: a virtual shard cannot be read.
+        """
+        return self._rounds.ready(step, timeout)
+
+    def __iter__(self) -> Iterator[list[Encoded]]:
+        return self
+
+    def __next__(self) -> list[Encoded]:
+        step = next(self._steps)
+        self.ready(step, None)
+        return [encoded.join(of_rank) for of_rank in self._rounds.parts(step)]
+
+    def close(self) -> None:
+        """End the thread after the shard that it reads."""
+        self._rounds.close()
+
+
 class DecodedBatches:
     """Iterator over local batches as `TrainingBatches`, of an index.
 
@@ -77,15 +136,8 @@ class DecodedBatches:
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.bad: list[Bad] = []
         """Samples of the batches so far that could not be decoded."""
-        self._closed = threading.Event()
-        ahead = max(read_ahead, order.rounds_per_step)
-        stretches = Stretches(dataset, "train", self._closed)
-        rounds = rounds_of(order, steps)
-        self._reader = reader = RoundReader(dataset, order, ranks, rounds, True, False, self._closed, stretches)
-        spare = reader.fill(cache) if cache is not None else ()
-        self._rounds = StepParts(
-            order, ranks, Background(reader.encoded(cache), ahead, self._closed, None, spare), None
-        )
+        self._order, self._closed = order, threading.Event()
+        self._encoded = EncodedBatches(dataset, order, ranks, steps, read_ahead, cache, self._closed)
         sizes = [order.largest_local_batch(world) for world in ranks]
         self._shape = dataset.image_shape
         steps_ahead = decoded_steps(sum(sizes) * dataset.sample_bytes)
@@ -101,7 +153,7 @@ class DecodedBatches:
     @property
     def shards_read(self) -> int:
         """Number of shards read so far: it shows whether reading makes progress."""
-        return self._reader.shards_read
+        return self._encoded.shards_read
 
     def ready(self, step: int, timeout: float | None) -> bool:
         """Wait up to `timeout` seconds (None: without limit) for the next batch; return whether it is ready."""
@@ -125,30 +177,30 @@ class DecodedBatches:
 
     def close(self) -> None:
         """End the threads after the shard and the images that they work on."""
-        self._rounds.close()
+        self._encoded.close()
         self._background.close()
 
     def _decode(self) -> Iterator[_Started]:
         started: deque[_Started] = deque()
         for number, step in enumerate(self._steps):
-            if self._reader.order.begins_round(step) or not self._is_read(step):
+            if self._order.begins_round(step) or not self._is_read(step):
                 while started:  # they must not wait for a round, nor be in memory while the next one is read
                     yield _finished(started.popleft())
-                self._rounds.ready(step, None)
+                self._encoded.ready(step, None)
             if self._closed.is_set():
                 return
             buffers, copied = self._ring[number % len(self._ring)]
             while copied is not None and not copied.query():
                 if self._closed.wait(0.001):
                     return
-            started.append(self._start(step, buffers, copied))
+            started.append(self._start(buffers, copied))
             if len(started) > 1:
                 yield _finished(started.popleft())
         while started:
             yield _finished(started.popleft())
 
-    def _start(self, step: int, buffers: list[Batch], copied: torch.cuda.Event | None) -> _Started:
-        samples = [encoded.join(of_rank) for of_rank in self._rounds.parts(step)]
+    def _start(self, buffers: list[Batch], copied: torch.cuda.Event | None) -> _Started:
+        samples = next(self._encoded)
         tasks = [
             self._preprocessing.decoder.start(part, self._preprocessing.training, buffer.images, self._closed)
             for part, buffer in zip(samples, buffers, strict=True)
@@ -157,7 +209,7 @@ class DecodedBatches:
 
     def _is_read(self, step: int) -> bool:
         try:
-            return self._rounds.ready(step, 0)
+            return self._encoded.ready(step, 0)
         except DataError:
             return False  # raised again after the steps before this one
 

@@ -144,6 +144,10 @@ class Decoder:
         size = len(batch.samples)
         return [self._pool.submit(work, range(row, min(row + _TASK, size))) for row in range(0, size, _TASK)]
 
+    def close(self) -> None:
+        """End the threads after the images that they work on."""
+        self._pool.shutdown(cancel_futures=True)
+
     @staticmethod
     def boxes(batch: Encoded, transform: Transform) -> Boxes:
         """Return the part of each image of a batch that is used."""

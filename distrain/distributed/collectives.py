@@ -66,15 +66,27 @@ class Collectives:
     Args:
         world: rank of this process, and their number.
         control: gloo group for control messages: on the CPU, so it neither waits for a GPU nor delays it.
-        watchdog: knows when this process waits for the others.
-        peer_store: where failures are recorded; None for a single process.
+        watchdog: knows when this process waits for the others; None outside a run.
+        peer_store: where failures are recorded; None for a single process, and outside a run.
     """
 
-    def __init__(self, world: World, control: Any, watchdog: Watchdog, peer_store: PeerStore | None) -> None:
+    def __init__(
+        self, world: World, control: Any, watchdog: Watchdog | None = None, peer_store: PeerStore | None = None
+    ) -> None:
         self._world, self._control, self._watchdog, self._peer_store = world, control, watchdog, peer_store
         self._failed_alone = False
         self.broken = False
         """Whether a peer is gone, or was left waiting: the group can no longer be closed."""
+
+    @property
+    def size(self) -> int:
+        """Number of the processes."""
+        return self._world.size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self._world.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place; all get the same."""
@@ -105,6 +117,11 @@ class Collectives:
                 values = [None] * self._world.size
                 dist.all_gather_object(values, value, group=self._control)
         return values
+
+    def unlike_rank_0(self, value: object) -> list[str]:
+        """Return the ranks whose value is not that of rank 0, as text; a collective."""
+        values = self.from_all(value)
+        return [str(rank) for rank, each in enumerate(values) if each != values[0]]
 
     def agree(self, *flags: bool, main: int = 0) -> Agreement:
         """Agree on whether one was asked to stop, on how many raise each flag, and on rank 0's number `main`."""
@@ -163,7 +180,7 @@ class Collectives:
             raise self.first_error(error)
         if agreed.stop:  # guard: stop-while-busy
             raise StopAgreed
-        if number_progressing:
+        if number_progressing and self._watchdog is not None:
             self._watchdog.heartbeat()
         return number_busy > 0
 
@@ -173,7 +190,8 @@ class Collectives:
         if self._world.size == 1:
             yield
             return
-        with self.detect_loss(), self._watchdog.collective():
+        waiting = self._watchdog.collective() if self._watchdog is not None else contextlib.nullcontext()
+        with self.detect_loss(), waiting:
             yield
 
     @contextlib.contextmanager

@@ -21,6 +21,15 @@ from distrain.distributed.compilation import AccumulatedGradients, Compilation
 from distrain.environment import World
 
 
+def loss_scale(global_batch_size: int, world_size: int) -> float:
+    """Return the factor for a loss that is summed over the local batch, so that its gradient under DDP is exact.
+
+    DDP averages the gradients of the processes. If each multiplies its sum by `world_size / global_batch_size`, the
+    result is the gradient of the mean loss of the global batch, also if local batches differ in size or are empty.
+    """
+    return world_size / global_batch_size  # guard: loss-scale
+
+
 class DistributedModel(ABC):
     """The trained model under autocast, as accelerate prepared it.
 
@@ -122,7 +131,7 @@ class DataParallel(DistributedModel):
     @property
     def loss_scale(self) -> float:
         """W / G: DDP averages the gradients of the processes, whatever the sizes of their local batches."""
-        return self._world_size / self._global_batch_size  # guard: loss-scale
+        return loss_scale(self._global_batch_size, self._world_size)
 
     def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
         """Run passes whose gradients DDP does not all-reduce; the last micro-batch of a step exchanges them all."""

@@ -24,6 +24,11 @@ def set_numerics(precision: str, deterministic: bool) -> None:
     """Set how GPUs compute. fp32 is fp32: cuDNN's own default is TF32, with 10 bits of mantissa."""
     tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    set_deterministic(deterministic)
+
+
+def set_deterministic(deterministic: bool) -> None:
+    """Set whether operations have to give the same bits each time."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it; read at its first use
     torch.use_deterministic_algorithms(deterministic)
@@ -39,11 +44,37 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, low, enabled=low is not None)
 
 
+def layer_seed(seed: int, step: int, rank: int) -> int:
+    """Seed for layers that draw random numbers in a step, so that they draw the same after a resume.
+
+    Args:
+        seed: of the run.
+        step: of the run.
+        rank: virtual rank, or process.
+    """
+    # Odd factors: no two steps or ranks of a run have the same seed. torch's CPU generator takes the low 32 bits.
+    return (seed + step * 2654435761 + rank * 40503) % 2**63
+
+
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed the device's generator. `torch.manual_seed` would keep a stack trace for CUDA at every call."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def seed_cpu(seed: int) -> None:
     """Seed the generators of the CPU: torch's, Python's and numpy's."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def seed_all(device: torch.device, seed: int) -> None:
+    """Seed every generator that a model may draw from: the device's and those of the CPU."""
+    seed_device(device, seed)
+    seed_cpu(seed)
 
 
 def what_decides_bits(device: torch.device) -> dict[str, str]:

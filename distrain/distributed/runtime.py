@@ -27,7 +27,7 @@ from distrain.distributed.collectives import Collectives
 from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradients import DataParallel
 from distrain.distributed.liveness import LivenessClient, LivenessServer
-from distrain.distributed.numerics import NEED_GPU, seed_cpu, set_numerics, what_decides_bits
+from distrain.distributed.numerics import NEED_GPU, seed_all, seed_device, set_numerics, what_decides_bits
 from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.peers import Peers
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
@@ -179,16 +179,12 @@ class Runtime:
             self._accelerator.scaler.load_state_dict(state)
 
     def seed(self, seed: int) -> None:
-        """Seed the device's generator. `torch.manual_seed` would keep a stack trace for CUDA at every call."""
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)
+        """Seed the device's generator."""
+        seed_device(self.device, seed)
 
     def seed_all(self, seed: int) -> None:
         """Seed every generator that a model may draw from: the device's, the CPU's, Python's and numpy's."""
-        self.seed(seed)
-        seed_cpu(seed)
+        seed_all(self.device, seed)
 
     def update(self, optimizer: AcceleratedOptimizer) -> None:
         """Make a step of the prepared optimizer (fp16's scaler may skip it), and clear the gradients."""

@@ -57,6 +57,89 @@ class Division:
         return subtrees(range(ranks[0].rank, ranks[-1].rank + 1), self.virtual_ranks)
 
 
+class TreeExchange:
+    """The gradients and buffers of a model that is trained by virtual ranks.
+
+    Between `begin_rank` and `end_rank` a virtual rank runs its passes; the forward passes are run by `forward`. After
+    all virtual ranks of this process, `exchange` adds up the gradients of all processes. It knows torch alone, so it
+    serves the trainer (`VirtualRanks`) and other training loops (`distrain.VirtualRanks`).
+
+    Args:
+        module: the model.
+        division: how the global batch is divided.
+    """
+
+    def __init__(self, module: nn.Module, division: Division) -> None:
+        self.division, self._module = division, module
+        self.parameters = [each for each in module.parameters() if each.requires_grad]
+        self._buffers = Buffers(module)
+        self._statistics: list[Tensor] = []
+        self._retained: list[Tensor] = []
+        self._sums: list[_Sum] = []
+        self._pass_count, self.in_step = 0, False
+
+    def forward(self, model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Run a forward pass of the model, or of what wraps it; `inputs` is [n, …]."""
+        self._pass_count += 1
+        self._buffers.begin_forward()
+        outputs = model(inputs)
+        if self._statistics:
+            weight = len(inputs) / self.division.global_batch_size
+            torch._foreach_add_(self._statistics, self._buffers.statistics, alpha=weight)
+        return outputs
+
+    def observe(self) -> None:
+        """See which buffers the first passes have changed; call it once, before a step."""
+        self._buffers.observe(self._pass_count)
+        self._statistics = [torch.zeros_like(value) for value in self._buffers.statistics]
+        values = [*self.parameters, *self._statistics]
+        self._sums = [_Sum(dtype, values, self.division) for dtype in dict.fromkeys(value.dtype for value in values)]
+
+    def check_repeatable(self, forward: Callable[[Tensor], Tensor], inputs: Tensor, seed: Callable[[], None]) -> None:
+        """Check that the model can be trained so; call it after `observe`: see `distrain.models.repeatable`."""
+        check_repeatable(forward, self._module, self._buffers, inputs, seed)
+
+    def begin_rank(self) -> None:
+        """Begin the passes of a virtual rank, and a step with the first one."""
+        if not self.in_step:
+            self.in_step = True
+            self._buffers.begin_step()
+            for each in self._sums:
+                each.begin()
+        self._buffers.begin_pass()
+        if self._statistics:
+            torch._foreach_zero_(self._statistics)
+
+    def end_rank(self, rank: int) -> None:
+        """Move the gradients of a virtual rank to its leaf of the tree.
+
+        Raises:
+            ConfigError: a pass changed a buffer that the first pass did not change, or the shape or type of one.
+        """
+        problem = self._buffers.problem()
+        if problem is not None:
+            raise ConfigError(f"virtual ranks: {problem}, or train without virtual ranks")
+        if rank == 0:
+            self._retained = self._buffers.retained()
+        gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in self.parameters]
+        for total in self._sums:
+            total.add_leaf(rank, [*gradients, *self._statistics])
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def exchange(self) -> None:
+        """Add the gradients of all virtual ranks, and update the running statistics of BatchNorm: a collective."""
+        retained = self._retained or self._buffers.retained()
+        by_index = {index: total for each in self._sums for index, total in each.total()}
+        for value in retained if self.division.world.size > 1 else ():
+            dist.broadcast(value, src=0)
+        totals = [by_index[index] for index in sorted(by_index)]
+        self._buffers.end_step(totals[len(self.parameters) :], retained)
+        for parameter, gradient in zip(self.parameters, totals, strict=False):
+            parameter.grad = gradient
+        self.in_step, self._retained = False, []
+
+
 class VirtualRanks(DistributedModel):
     """The model, whose gradients are added in an order that does not depend on the number of processes.
 
@@ -79,19 +162,13 @@ class VirtualRanks(DistributedModel):
         division: Division,
     ) -> None:
         super().__init__(module, accelerator, collectives, compilation)
-        self._division, self._module = division, module
-        self._parameters = [each for each in module.parameters() if each.requires_grad]
-        self._buffers = Buffers(module)
-        self._statistics: list[Tensor] = []
-        self._retained: list[Tensor] = []
-        self._sums: list[_Sum] = []
-        self._clock = _Clock(self._parameters[0].device)
-        self._pass_count, self._in_step = 0, False
+        self._tree = TreeExchange(module, division)
+        self._clock = _Clock(self._tree.parameters[0].device)
 
     @property
     def loss_scale(self) -> float:
         """1 / G: the gradients of the virtual ranks are added."""
-        return 1 / self._division.global_batch_size
+        return 1 / self._tree.division.global_batch_size
 
     @contextlib.contextmanager
     def virtual_rank(self, rank: World) -> Iterator[None]:
@@ -100,70 +177,35 @@ class VirtualRanks(DistributedModel):
         Raises:
             ConfigError: a pass changed a buffer that the first pass did not change, or the shape or type of one.
         """
-        if not self._in_step:
-            self._begin_step()
-        self._buffers.begin_pass()
-        if self._statistics:
-            torch._foreach_zero_(self._statistics)
+        if not self._tree.in_step:
+            self._clock.begin_step()
+        self._tree.begin_rank()
         yield
-        problem = self._buffers.problem()
-        if problem is not None:
-            with self._collectives.fail_alone():
-                raise ConfigError(f"train.virtual_ranks: {problem}, or leave train.virtual_ranks out")
-        if rank.rank == 0:
-            self._retained = self._buffers.retained()
-        gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in self._parameters]
-        for total in self._sums:
-            total.add_leaf(rank.rank, [*gradients, *self._statistics])
-        for parameter in self._parameters:
-            parameter.grad = None
+        with self._collectives.fail_alone():
+            self._tree.end_rank(rank.rank)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits of shape [n, K] for normalised images of shape [n, C, H, W]."""
-        self._pass_count += 1
-        self._buffers.begin_forward()
-        logits = super().forward(inputs)
-        if self._statistics:
-            weight = len(inputs) / self._division.global_batch_size
-            torch._foreach_add_(self._statistics, self._buffers.statistics, alpha=weight)
-        return logits
+        return self._tree.forward(super().forward, inputs)
 
     def observe(self) -> None:
         """See which buffers the first passes have changed; call it once, before a step."""
-        self._buffers.observe(self._pass_count)
-        self._statistics = [torch.zeros_like(value) for value in self._buffers.statistics]
-        values = [*self._parameters, *self._statistics]
-        self._sums = [_Sum(dtype, values, self._division) for dtype in dict.fromkeys(value.dtype for value in values)]
+        self._tree.observe()
 
     def check_repeatable(self, inputs: Tensor, seed: Callable[[], None]) -> None:
         """Check that the model can be trained so; call it after `observe`: see `distrain.models.repeatable`."""
-        check_repeatable(self.forward, self._module, self._buffers, inputs, seed)
+        self._tree.check_repeatable(self.forward, inputs, seed)
 
     def exchange(self) -> None:
         """Add the gradients of all virtual ranks, and update the running statistics of BatchNorm."""
         self._clock.begin_exchange()
-        retained = self._retained or self._buffers.retained()
         with self._collectives.collective():
-            by_index = {index: total for each in self._sums for index, total in each.total()}
-            for value in retained if self._division.world.size > 1 else ():
-                dist.broadcast(value, src=0)
-        totals = [by_index[index] for index in sorted(by_index)]
-        self._buffers.end_step(totals[len(self._parameters) :], retained)
-        for parameter, gradient in zip(self._parameters, totals, strict=False):
-            parameter.grad = gradient
-        self._in_step, self._retained = False, []
+            self._tree.exchange()
         self._clock.end_exchange()
 
     def exchange_fraction(self) -> float:
         """Fraction of the computing time that was spent on the exchange, which no computation hides."""
         return self._clock.fraction()
-
-    def _begin_step(self) -> None:
-        self._in_step = True
-        self._clock.begin_step()
-        self._buffers.begin_step()
-        for each in self._sums:
-            each.begin()
 
 
 def outgoing(subtotals: Sequence[Tensor], size: int) -> Tensor:

@@ -43,9 +43,9 @@ def check_repeatable(
     if changed or not same:
         what = f"changes its parameter {changed[0]}" if changed else "gives other logits"
         raise ConfigError(
-            f"train.virtual_ranks: the model {what} when a pass is repeated with the same images, buffers and random"
+            f"virtual ranks: the model {what} when a pass is repeated with the same images, buffers and random"
             " numbers, so its result would depend on the number of processes; keep in buffers what passes change, and"
-            " draw from torch's own generator, or leave train.virtual_ranks out"
+            " draw from torch's own generator, or train without virtual ranks"
         )
 
 

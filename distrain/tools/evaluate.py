@@ -25,7 +25,7 @@ from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
 from distrain.training import evaluation, inputs
 from distrain.training.evaluation import Scores
-from distrain.training.setup import build_model, check_same_data, read_data, start_runtime, start_watchdog
+from distrain.training.setup import build_model, start_runtime, start_watchdog
 
 log = logging.getLogger("distrain")
 
@@ -55,7 +55,7 @@ def evaluate_run(
         closing(start_watchdog(config, environment)) as watchdog,
         start_runtime(config, environment, watchdog) as rt,
     ):
-        dataset = rt.collectives.all_or_none(lambda: read_data(config, split))
+        dataset = rt.collectives.all_or_none(lambda: inputs.read_data(config, split))
         # The main process chooses: while the run is training, other processes may see newer checkpoints.
         path, skipped = rt.collectives.from_main(
             rt.collectives.all_or_none(lambda: choose(run, which) if rt.is_main else None)
@@ -63,7 +63,7 @@ def evaluate_run(
         for line in skipped if rt.is_main else []:
             log.warning("skipped %s", line)
         saved = rt.collectives.all_or_none(lambda: checkpoint.load(path))
-        check_same_data(rt, dataset, [split])
+        inputs.check_same_data(rt.collectives, dataset, [split])
         inputs.check(config, dataset)
         _check_identity(config, dataset, saved)
         try:
@@ -95,8 +95,8 @@ def _evaluate(config: Config, dataset: Dataset, split: str, saved: Checkpoint, r
     )
     preprocessing = inputs.preprocessing(config, dataset, rt.environment.local_world_size)
     scores = evaluation.evaluate(module, dataset, split, mean, std, config.eval.batch_size, rt, preprocessing)
-    bad = evaluation.describe_bad(dataset, split, scores.bad)
-    evaluation.check_bad(bad, config.data.skip_bad)
+    bad = inputs.describe_bad(dataset, split, scores.bad)
+    inputs.check_bad(bad, config.data.skip_bad)
     for name, reason in bad.items() if rt.is_main else ():
         log.warning("%s cannot be decoded (%s): it is not evaluated", name, reason)
     if not math.isfinite(scores.loss):

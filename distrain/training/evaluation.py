@@ -6,7 +6,7 @@ The total must be that of the manifest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,22 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distrain import startup
-from distrain.data import index
 from distrain.data.decoding import Bad, Preprocessing
 from distrain.data.manifest import Dataset
 from distrain.data.stream import EvaluationBatches
 from distrain.distributed.collectives import POLL_SECONDS
 from distrain.distributed.numerics import sum_in_order
 from distrain.distributed.runtime import Runtime
-from distrain.errors import DataError, UnreadableImagesError
+from distrain.errors import DataError
 from distrain.progress import Bar
 from distrain.runs import results
 from distrain.runs.results import Confusion
-from distrain.text import plural, shortened
 from distrain.training.augment import normalize
 
 WHAT_INSTEAD = "in training the next readable one is used, and it is not evaluated"
-_MAX_NAMED = 10
 
 Collect = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -163,26 +160,6 @@ def evaluate(
     of_batches = {number: loss for _, each, _ in (first, *others) for number, loss in each.items()}
     # In the order of the batches: the same bits on any number of processes.
     return Scores(confusion, sum_in_order(of_batches[each] for each in sorted(of_batches)) / expected, tuple(bad))
-
-
-def describe_bad(dataset: Dataset, split_name: str, bad: Sequence[Bad]) -> dict[str, str]:
-    """Return name and reason of images of an index that could not be decoded."""
-    return {index.describe(dataset.indexed(split_name), each.number, each.offset): each.reason for each in bad}
-
-
-def check_bad(bad: Mapping[str, str], allowed: int) -> None:
-    """Check that no more images than allowed could not be decoded.
-
-    Raises:
-        UnreadableImagesError: they are more.
-    """
-    if len(bad) > allowed:
-        header = f"{plural(len(bad), 'image')} cannot be decoded, {allowed} allowed:"
-        lines = [f"{name}: {reason}" for name, reason in sorted(bad.items())]
-        raise UnreadableImagesError(
-            "\n  ".join([header, *shortened(lines, _MAX_NAMED)])
-            + f"\nreplace them in the tar files and index these again, or allow them: data.skip_bad={len(bad)}"
-        )
 
 
 def _for_each(

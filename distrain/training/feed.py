@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 
 from distrain.data.decoded import DecodedBatches
 from distrain.data.order import Order
 from distrain.data.rounds import Batch
 from distrain.data.stream import TrainingBatches
-from distrain.distributed.runtime import Runtime
-from distrain.training.profiling import Profile
-from distrain.training.stopping import wait_for_data
+from distrain.training.profiling import Phase, Profile
 
 
 class Feed:
@@ -19,15 +20,21 @@ class Feed:
     Args:
         batches: the reader; its batches are valid until the next one is taken.
         order: tells which steps begin a round, and so may have to wait for data.
-        runtime: this process among its peers.
+        device: where the batches are used.
+        wait: waits, on all processes together, for the data of a step that begins a round.
         profile: counts the time of waiting and copying.
     """
 
     def __init__(
-        self, batches: TrainingBatches | DecodedBatches, order: Order, runtime: Runtime, profile: Profile
+        self,
+        batches: TrainingBatches | DecodedBatches,
+        order: Order,
+        device: torch.device,
+        wait: Callable[[int], None],
+        profile: Profile | None = None,
     ) -> None:
-        self._batches, self._order, self._runtime, self._profile = batches, order, runtime, profile
-        self._device, self._stream = runtime.device, batches.copy_stream
+        self._batches, self._order, self._wait, self._profile = batches, order, wait, profile
+        self._device, self._stream = device, batches.copy_stream
         self._ahead: list[Batch] | None = None
         self._started = False
 
@@ -35,17 +42,16 @@ class Feed:
         """Return the local batches of the next step.
 
         Raises:
-            StopAgreed: on all processes, if one was asked to stop.
-            DataError: on all processes, where one cannot read its shards.
+            Exception: what `wait` raises.
         """
         if not self._started or self._order.begins_round(step):
-            with self._profile.phase("data" if self._started else "start"):
-                wait_for_data(self._runtime, self._batches, step)
+            with self._phase("data" if self._started else "start"):
+                self._wait(step)
             self._started = True
         elif self._batches.decodes and self._ahead is None:
-            with self._profile.phase("data"):  # images are decoded in a bounded time: no agreement is needed
+            with self._phase("data"):  # images are decoded in a bounded time: no agreement is needed
                 self._batches.ready(step, None)
-        with self._profile.phase("copy"):
+        with self._phase("copy"):
             batches, self._ahead = self._ahead or self._copy(), None
             if self._stream is not None:
                 current = torch.cuda.current_stream(self._device)
@@ -61,6 +67,9 @@ class Feed:
             return
         if not self._batches.decodes or self._batches.ready(step, 0):
             self._ahead = self._copy()
+
+    def _phase(self, name: Phase) -> contextlib.AbstractContextManager[None]:
+        return self._profile.phase(name) if self._profile is not None else contextlib.nullcontext()
 
     def _copy(self) -> list[Batch]:
         batches = next(self._batches)

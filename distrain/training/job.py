@@ -20,6 +20,7 @@ from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradients import DistributedModel
+from distrain.distributed.numerics import layer_seed
 from distrain.distributed.runtime import Runtime
 from distrain.environment import World
 from distrain.runs import checkpoint
@@ -159,5 +160,4 @@ class Job:
 
     def layer_seed(self, step: int, rank: World) -> int:
         """Seed for layers that draw random numbers in a step, so that they draw the same after a resume."""
-        # Odd factors: no two steps or ranks of a run have the same seed. torch's CPU generator takes the low 32 bits.
-        return (self.config.run.seed + step * 2654435761 + rank.rank * 40503) % 2**63
+        return layer_seed(self.config.run.seed, step, rank.rank)

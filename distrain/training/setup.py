@@ -14,12 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrain import address, models, startup
+from distrain import models, startup
 from distrain.config import Config, identity, is_user_code, public
-from distrain.data import cache, manifest
-from distrain.data.cache import Cache
-from distrain.data.encoded import EncodedCache
-from distrain.data.fetch import FetchOptions
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.distributed import runtime
@@ -31,13 +27,13 @@ from distrain.distributed.runtime import Runtime
 from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
-from distrain.errors import ConfigError, DataError
+from distrain.errors import ConfigError
 from distrain.models.batch_norm import can_be_synchronised, local_batch_norm
 from distrain.runs import checkpoint
 from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
 from distrain.runs.trackers import check_installed
-from distrain.text import plural, shortened
+from distrain.text import shortened
 from distrain.training import flops, inputs, optim, optimizer_state
 from distrain.training.flops import Flops
 from distrain.training.job import Job, TrainedModel
@@ -92,8 +88,8 @@ def set_up(config: Config, started: float, runtime: Runtime) -> Job:
     collectives.stop_if_requested()
     _check_same_configuration(collectives, config)
     collectives.all_or_none(lambda: check_installed(config.log) if runtime.is_main else None)
-    dataset = collectives.all_or_none(lambda: read_data(config, "train", "test"))
-    check_same_data(runtime, dataset, list(dataset.manifest.splits))
+    dataset = collectives.all_or_none(lambda: inputs.read_data(config, "train", "test"))
+    inputs.check_same_data(collectives, dataset, list(dataset.manifest.splits))
     _compare_numerics(config, runtime)
     startup.waits_for(f"building model {config.model.name}, and trying it")
     job = _build(config, dataset, runtime, started)
@@ -127,41 +123,9 @@ def _compare_numerics(config: Config, runtime: Runtime) -> None:
         log.warning("the last bits of the weights depend on which process computes what: rank %s has %s", rank, names)
 
 
-def read_data(config: Config, *splits: str) -> Dataset:
-    """Read the manifest of the data set that the configuration names.
-
-    Raises:
-        UserError: it cannot be read, or lacks one of the splits.
-    """
-    startup.waits_for(f"reading the description of {address.without_secrets(config.data.dir)}")
-    dataset = manifest.read(config.data.dir, FetchOptions.of(config.data), config.data.tars)
-    for split in splits:
-        dataset.split(split)
-    return dataset.with_image_size(config.data.image_size)
-
-
-def check_same_data(runtime: Runtime, dataset: Dataset, splits: Sequence[str]) -> None:
-    """Check that all processes see the same data set, and that rank 0 sees every shard of it.
-
-    Raises:
-        DataError: on all processes.
-    """
-    others = _unlike_rank_0(runtime, dataset.digest)
-    if others:
-        raise DataError(f"{dataset.root}: rank {', '.join(others)} sees another data set than rank 0; share one folder")
-    missing = runtime.collectives.from_main(list(dataset.missing(splits)) if runtime.is_main else None)
-    if missing:
-        header = f"{dataset.root}: shards are missing or damaged:"
-        cure = "restore them or prepare the data set again; `distrain verify` checks all shards"
-        if dataset.is_index:
-            header = f"{dataset.tars}: tar files are missing or damaged:"
-            cure = "set data.tars if they were moved; else restore them, or index them again"
-        raise DataError("\n  ".join([header, *shortened(missing, 5)]) + f"\n{cure}")
-
-
 def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -> Job:
-    collectives, world = runtime.collectives, runtime.world
-    order = make_order(config, dataset, world.size)
+    collectives, world, processes = runtime.collectives, runtime.world, runtime.environment.local_world_size
+    order = inputs.make_order(config, dataset, world.size)
     virtual_ranks = world.virtual_ranks(config.train.virtual_ranks)
     number = virtual_ranks[0].size
     mean, std = _normalization(config, dataset)
@@ -202,7 +166,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         runtime=runtime,
         model=TrainedModel(module, distributed, optimizer, ema, mean_tensor, std_tensor, width),
         functions=functions,
-        cache=_make_cache(config, dataset, runtime),
+        cache=collectives.all_or_none(lambda: inputs.make_cache(config, dataset, runtime.device, processes)),
         identity={
             **identity(config),
             **start,
@@ -216,15 +180,9 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         accumulation_steps=accumulation_steps,
         compilation=compilation,
         flops=run_flops,
-        preprocessing=inputs.preprocessing(config, dataset, runtime.environment.local_world_size, runtime.device),
+        preprocessing=inputs.preprocessing(config, dataset, processes, runtime.device),
         started=started,
     )
-
-
-def _unlike_rank_0(runtime: Runtime, digest: str) -> list[str]:
-    """Return the ranks whose digest is not that of rank 0, as text; a collective."""
-    digests = runtime.collectives.from_all(digest)
-    return [str(rank) for rank, each in enumerate(digests) if each != digests[0]]
 
 
 def _identity_of_bits(config: Config, runtime: Runtime) -> dict[str, Any]:
@@ -247,7 +205,7 @@ def _check_same_weights(runtime: Runtime, module: nn.Module) -> None:
     """
     if runtime.world.size == 1:
         return
-    others = _unlike_rank_0(runtime, models.digest({**module.state_dict(), **dict(module.named_buffers())}))
+    others = runtime.collectives.unlike_rank_0(models.digest({**module.state_dict(), **dict(module.named_buffers())}))
     if others:
         raise ConfigError(
             f"train.virtual_ranks: rank {', '.join(shortened(others, 5))} begins with other weights than rank 0: the"
@@ -328,70 +286,6 @@ def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> WeightAver
     ema = WeightAverage(module, config.train.ema_decay)
     ema.module = runtime.prepare_eval_model(ema.module)
     return ema
-
-
-def _make_cache(config: Config, dataset: Dataset, runtime: Runtime) -> Cache | EncodedCache | None:
-    processes = runtime.environment.local_world_size
-    device = runtime.collectives.all_or_none(
-        lambda: cache.choose_device(config.data.cache, dataset, runtime.device, processes)
-    )
-    if device is None:
-        return None
-    if dataset.is_index:
-        return EncodedCache(dataset.indexed("train").shards)
-    return Cache(dataset, device, pin=device.type != runtime.device.type)
-
-
-def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
-    """Return the order of the run.
-
-    Raises:
-        ConfigError: it does not exist for this batch size, or on so many processes.
-    """
-    split = dataset.split("train")
-    batch = config.train.global_batch_size
-    order = Order(len(split.sizes), split.lanes, int(split.sizes.min()), batch, config.run.seed)
-    if config.train.virtual_ranks is not None:
-        _check_virtual_ranks(config.train.virtual_ranks, config, split.lanes, world_size)
-    if world_size > split.lanes:
-        raise ConfigError(
-            f"{plural(world_size, 'process')} for {plural(split.lanes, 'lane')} of {dataset.root}: start at most"
-            f" {split.lanes}, or prepare the data set with --lanes {world_size} or more"
-        )
-    if world_size > batch:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is smaller than the number of processes, {world_size}: "
-            f"raise it, or start at most {batch}"
-        )
-    if order.steps_per_epoch == 0:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is larger than the {order.num_shards * order.samples_per_shard:,} samples"
-            f" that an epoch of {dataset.root} can use; lower it, to a tenth of them or less"
-        )
-    return order
-
-
-def _check_virtual_ranks(number: int, config: Config, lanes: int, world_size: int) -> None:
-    """Check that so many virtual ranks can divide the global batch, and that there is one for each process.
-
-    Raises:
-        ConfigError: they cannot, or there is none.
-    """
-    key, batch = f"train.virtual_ranks={number}", config.train.global_batch_size
-    if number > min(lanes, batch):
-        of = f"the {lanes} lanes of the data set" if lanes < batch else f"train.global_batch_size={batch}"
-        raise ConfigError(f"{key}: more than {of}; use {min(lanes, batch)} at most")
-    if world_size > number:
-        raise ConfigError(
-            f"{plural(world_size, 'process')} for {key}: each needs one; start {number} at most, or begin another run"
-            f" with more virtual ranks"
-        )
-    if config.train.compile != "off" and (lanes % number or batch % number):
-        divisors = [each for each in range(1, number + 1) if lanes % each == 0 == batch % each]
-        raise ConfigError(
-            f"{key}: with train.compile it should divide {lanes} lanes and train.global_batch_size={batch}, so that all"
-            f" local batches have one size; try {divisors[-1]}"
-        )
 
 
 def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, NoReturn
 
 from distrain import startup
@@ -22,7 +23,7 @@ from distrain.errors import DataError, SaveError, Stopped, UnreadableImagesError
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import TRACE
 from distrain.text import plural
-from distrain.training import augment, digests, evaluation, health, pictures, profiling
+from distrain.training import augment, digests, evaluation, health, inputs, pictures, profiling
 from distrain.training.checkpointing import Checkpointer, os_error_of
 from distrain.training.digests import TrainedIds
 from distrain.training.evaluation import Scores
@@ -32,7 +33,7 @@ from distrain.training.meters import LossMeter, check_weights, diverged
 from distrain.training.profiling import Profile
 from distrain.training.reporting import open_logs
 from distrain.training.step import TrainingStep
-from distrain.training.stopping import StopPoll
+from distrain.training.stopping import StopPoll, wait_for_data
 from distrain.training.summary import log_result
 
 log = logging.getLogger("distrain")
@@ -134,7 +135,9 @@ class Trainer:
         self.checkpointer.start_clock()
         self.losses.restart_clock()
         with self._batches() as reader, self._tracer() as tracer:
-            feed = Feed(reader, job.order, job.runtime, self.profile)
+            feed = Feed(
+                reader, job.order, job.runtime.device, partial(wait_for_data, job.runtime, reader), self.profile
+            )
             while True:
                 self._log_evaluate_save()
                 if self.step == job.total_steps or self.stopped_early:
@@ -233,17 +236,14 @@ class Trainer:
             UnreadableImagesError: on all processes, if they are more than allowed. Nothing is saved of these steps.
         """
         if self._reader is not None and self.job.preprocessing is not None:
-            bad, self._reader.bad = self._reader.bad, []
-            collectives = self.job.runtime.collectives
-            of_ranks = collectives.from_all(bad) if any(collectives.agree(bool(bad)).flags) else []
-            self._record_bad("train", [each for of_rank in of_ranks for each in of_rank])
+            self._record_bad("train", inputs.bad_of_all(self.job.runtime.collectives, self._reader))
 
     def _record_bad(self, split: str, bad: Sequence[Bad]) -> None:
         """Record images that could not be decoded, the same on all processes."""
-        new = evaluation.describe_bad(self.job.dataset, split, bad)
+        new = inputs.describe_bad(self.job.dataset, split, bad)
         new = {name: reason for name, reason in new.items() if name not in self._bad}
         self._bad = {**self._bad, **new}
-        evaluation.check_bad(self._bad, self.job.config.data.skip_bad)
+        inputs.check_bad(self._bad, self.job.config.data.skip_bad)
         for name, reason in new.items() if self.job.runtime.is_main else ():
             log.warning("%s cannot be decoded (%s): %s", name, reason, evaluation.WHAT_INSTEAD)
 

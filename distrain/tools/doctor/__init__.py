@@ -46,9 +46,6 @@ from distrain.training import inputs, optim, optimizer_state
 from distrain.training.checkpointing import os_error_of
 from distrain.training.setup import (
     build_model,
-    check_same_data,
-    make_order,
-    read_data,
     start_runtime,
     start_watchdog,
 )
@@ -245,7 +242,7 @@ def shared_memory(config: Config, environment: Environment) -> Iterator[Finding]
 def data(config: Config, environment: Environment) -> Iterator[Finding]:
     """Check the data set as this node sees it, the speed of reading, and the memory that reading needs."""
     try:
-        dataset = read_data(config, "train", "test")
+        dataset = inputs.read_data(config, "train", "test")
     except (UserError, AgainError) as error:
         yield Finding("data", "bad", str(error), "set data.dir to a folder that all nodes see")
         return
@@ -259,7 +256,7 @@ def data(config: Config, environment: Environment) -> Iterator[Finding]:
     yield Finding("data", "ok", f"{dataset.root}: {manifest.splits['train'].samples:,} samples, {rate:,.0f} MiB/s")
     size, local = environment.world.size, environment.local_world_size
     try:
-        order = make_order(config, dataset, size)
+        order = inputs.make_order(config, dataset, size)
     except UserError as error:
         yield Finding("processes", "bad", str(error))
         return
@@ -319,7 +316,7 @@ def _read_a_shard(dataset: Dataset) -> int:
 
 
 def _try_model(config: Config) -> nn.Module:
-    dataset = read_data(config)
+    dataset = inputs.read_data(config)
     height, width, channels = dataset.image_shape
     module = build_model(config, dataset, torch.float32)
     virtual = config.train.virtual_ranks is not None
@@ -501,9 +498,9 @@ def _check_group(config: Config, rt: Runtime) -> list[Finding]:
         *_same_folder(config, rt),
     ]
     with contextlib.suppress(UserError, AgainError):  # the process that cannot read it has reported that
-        dataset = rt.collectives.all_or_none(lambda: read_data(config, "train", "test"))
+        dataset = rt.collectives.all_or_none(lambda: inputs.read_data(config, "train", "test"))
         try:
-            check_same_data(rt, dataset, list(dataset.manifest.splits))
+            inputs.check_same_data(rt.collectives, dataset, list(dataset.manifest.splits))
         except DataError as error:
             findings.append(Finding("data", "bad", str(error), "use one folder that all nodes see, and verify it"))
     return findings
