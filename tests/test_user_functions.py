@@ -450,7 +450,13 @@ def test_doctor_names_an_optimizer_that_fails(beside: Path) -> None:
 
 
 def test_a_loss_is_the_sum_over_the_samples_also_of_an_empty_batch(beside: Path) -> None:
-    loss, logits = Loss("recipe:focal"), torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    (beside / "no_empty.py").write_text(
+        "from recipe import focal\n"
+        "def loss(logits, labels):\n"
+        "    assert labels.max() < 3  # an empty batch has no maximum\n"
+        "    return focal(logits, labels)\n"
+    )
+    loss, logits = Loss("no_empty:loss"), torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 2, 1, 1, 0])
     parts = loss(logits[:2], labels[:2]) + loss(logits[2:], labels[2:]) + loss(logits[5:], labels[5:])
     assert torch.allclose(parts, loss(logits, labels), rtol=1e-14)

@@ -58,7 +58,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, module: nn.Module, tens
             value = tensor.item() if name.endswith(_NUMBER) else tensor
             name = name.removesuffix(_NUMBER)
             if key.startswith(_GROUP):
-                content["param_groups"][int(owner)][name] = value
+                group = content["param_groups"][int(owner)]
+                group[name] = _on_device_of(group.get(name), value)
                 continue
             parameter = parameters[int(owner)]
             state.setdefault(positions[id(parameter)], {})[name] = _in_layout(value, parameter)
@@ -183,7 +184,8 @@ def _not_saved(optimizer: torch.optim.Optimizer) -> dict[str, str]:
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
+    """Return copies in the memory of the host: that of a GPU may be needed by the optimizers."""
+    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
 
 
 @torch.no_grad()
@@ -194,7 +196,7 @@ def _set(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same bits; NaN is equal to itself here."""
-    return torch.equal(*(each.detach().contiguous().flatten().view(torch.uint8) for each in (one, other)))
+    return torch.equal(*(each.detach().cpu().contiguous().flatten().view(torch.uint8) for each in (one, other)))
 
 
 def _same_state(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -204,7 +206,7 @@ def _same_state(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _add(tensors: dict[str, Tensor], name: str, value: Any) -> None:
-    """Add a tensor or a number; None is nothing, and `check` refuses what steps change beside these."""
+    """Add a tensor or a number; None is nothing, and `check_resumable` refuses what steps change beside these."""
     if isinstance(value, Tensor):
         tensors[name] = value
     elif type(value) in _DTYPES:
@@ -220,10 +222,11 @@ def _by_number(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int,
     """Return the state of each parameter, by its number in the model."""
     numbers = {id(parameter): index for index, parameter in enumerate(module.parameters())}
     by_position = optimizer.state_dict()["state"]
-    in_order = {
-        numbers[id(each)]: by_position[at] for at, each in enumerate(_in_groups(optimizer)) if at in by_position
-    }
-    return dict(sorted(in_order.items()))
+    return {numbers[id(each)]: by_position[at] for at, each in enumerate(_in_groups(optimizer)) if at in by_position}
+
+
+def _on_device_of(before: Any, value: Any) -> Any:
+    return value.to(before.device) if isinstance(before, Tensor) and isinstance(value, Tensor) else value
 
 
 def _in_layout(value: Any, parameter: nn.Parameter) -> Any:
