@@ -465,6 +465,7 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> None:
     output    logits       float32 [N, K]
     metadata  classes      JSON list of the K names
               image_shape  JSON list [C, H, W]
+              resize       of an index: length of the shorter side before [H, W] is cropped; else null
               checkpoint   name of the checkpoint
 
     Images must be resized and cropped as for `predict`, but not normalised: the file does that. docs/extending.md has

@@ -25,6 +25,7 @@ from datasets import make
 from group import fork_server
 from indexes import jpeg
 from PIL import Image, ImageDraw
+from tar_files import write
 
 from benchmarks.__main__ import bench
 from distrain import cli, config
@@ -325,13 +326,21 @@ def test_the_scripts_pack_each_image_once_with_its_class_in_random_order(
 
 
 @pytest.mark.parametrize("module", ["torch.export", "onnxruntime"])
+@pytest.mark.parametrize("kind", ["blocks", "index"])
 def test_the_examples_of_exported_files_answer_like_predict(
-    module: str, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: str,
+    kind: str,
+    paths: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, image = paths
+    run = run if kind == "blocks" else run.with_name("run-on-index")
     folder = image.parents[3]
     monkeypatch.chdir(folder)
-    assert cli.main(["export", str(run), "--out", "tiny.onnx" if module == "onnxruntime" else "tiny.pt2"]) == 0
+    assert (
+        cli.main(["export", str(run), "--force", "--out", "tiny.onnx" if module == "onnxruntime" else "tiny.pt2"]) == 0
+    )
     assert cli.main(["predict", str(run), str(image), "--json", "--top", "2"]) == 0
     expected = json.loads(capsys.readouterr().out.splitlines()[-1])["classes"]
     (example,) = (block.text for block in tagged("python run") if f"{module}." in block.text)
@@ -342,7 +351,7 @@ def test_the_examples_of_exported_files_answer_like_predict(
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run on photos of circles and squares, and one of its test images."""
+    """A run on photos of circles and squares, and one of its test images; beside it, a run on an index of photos."""
     folder = tmp_path_factory.mktemp("photos")
     for split, name, number in itertools.product(("train", "test"), ("circle", "square"), range(8)):
         path = folder / "photos" / split / name / f"{number}.png"
@@ -353,6 +362,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     data, keys = folder / "data", ["train.max_steps=4", "train.global_batch_size=8", "log.report=false"]
     assert cli.main(["prepare", "folder", str(folder / "photos"), "--lanes", "2", "--out", str(data)]) == 0
     assert cli.main(["train", f"data.dir={data}", f"run.dir={folder / 'run'}", *keys]) == 0
+    images = [(f"{path.parent.name}-{path.stem}", path) for path in sorted((folder / "photos/train").glob("*/*.png"))]
+    samples = [(key, {"png": path.read_bytes(), "cls": path.parent.name.encode()}) for key, path in images]
+    tar = write(folder / "train.tar", samples[::8] + samples[1::8] + samples[2::8] + samples[3::8])
+    assert cli.main(["prepare", "webdataset", str(tar), "--lanes", "2", "--out", f"{data}-index"]) == 0
+    keys += ["data.image_size=20", "eval.resize=28", "train.global_batch_size=4"]
+    assert cli.main(["train", f"data.dir={data}-index", f"run.dir={folder / 'run-on-index'}", *keys]) == 0
     return folder / "run", folder / "photos/test/circle/0.png"
 
 

@@ -86,6 +86,7 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> dict[str, An
     metadata = {
         "classes": json.dumps(loaded.classes),
         "image_shape": json.dumps([channels, height, width]),
+        "resize": json.dumps(loaded.resize),
         "checkpoint": loaded.checkpoint,
     }
     work = out.with_name(f".{uuid.uuid4().hex}{out.suffix}")
