@@ -526,6 +526,21 @@ def test_an_image_that_cannot_be_decoded_ends_a_run_and_no_step_with_its_substit
     assert message.startswith("1 image cannot be decoded, 0 allowed:")
 
 
+def test_an_image_of_an_evaluation_that_cannot_be_decoded_ends_a_run_and_its_steps_are_saved(
+    with_bad: Path, undisturbed: Path, group: Groups, tmp_path: Path
+) -> None:
+    """One is allowed: that of train, which is trained before."""
+    keys: Sections = {"data": {"skip_bad": 1}, "eval": {"every_steps": 15}, "checkpoint": {"every_steps": 0}}
+    with pytest.raises(GroupError) as caught:
+        group(2).train(configuration(with_bad / "data", tmp_path / "run", EPOCHS, keys))
+    assert caught.value.kinds == ["DataError"] * 2
+    assert name_of_bad(with_bad, "test", 40) in caught.value.messages[0]
+    assert last_step(tmp_path / "run") == 15
+    keys["data"] = {"skip_bad": 2}
+    group(1).train(configuration(with_bad / "data", tmp_path / "run", EPOCHS, keys))
+    assert ids_by_step(tmp_path / "run").keys() == ids_by_step(undisturbed).keys()
+
+
 def test_bad_images_that_are_allowed_are_replaced_the_same_on_any_number_of_processes_and_counted_once(
     with_bad: Path, undisturbed: Path, group: Groups, tmp_path: Path
 ) -> None:

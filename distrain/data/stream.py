@@ -148,16 +148,20 @@ class EvaluationBatches:
 
     def ready(self, timeout: float | None) -> bool:
         """Wait up to `timeout` seconds for the next batch or the end; return whether it is ready."""
-        return self._left() or self._background.wait(1, timeout)
+        while not self._left():
+            if not self._background.wait(1, timeout):
+                return False
+            if not self._take_block():
+                return True
+        return True
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
         while not self._left():
-            self._block, self._start = next(self._background), 0
-            if not len(self._block.labels):
-                del self.numbers[self._batches]  # none of its images can be decoded
+            if not self._take_block():
+                raise StopIteration
         assert self._block is not None
         self._batches += 1
         part = slice(self._start, self._start + self._size)
@@ -168,6 +172,16 @@ class EvaluationBatches:
     def close(self) -> None:
         """End the thread after the shard that it reads."""
         self._background.close()
+
+    def _take_block(self) -> bool:
+        """Wait for the next block of samples; return False at the end."""
+        block = next(self._background, None)
+        if block is None:
+            return False
+        self._block, self._start = block, 0
+        if not len(block.labels):
+            del self.numbers[self._batches]  # none of its images can be decoded
+        return True
 
     def _left(self) -> bool:
         return self._block is not None and self._start < len(self._block.labels)
