@@ -33,14 +33,8 @@ _CHECKPOINT = click.option(
 )
 """The option of the commands that work on one checkpoint of a run."""
 
-
-def _read_trial(_context: click.Context, _option: click.Parameter, location: str | None) -> tuple[str, ...]:
-    return () if location is None else tuple(config.trial_keys(location))
-
-
 _TRIAL = click.option(
     "--trial",
-    callback=_read_trial,
     metavar="FILE:NUMBER",
     help="Add the keys in a line of FILE, which has those of one run in each line; the first one has number 0.",
 )
@@ -174,13 +168,13 @@ class _WithKeys(_Command):
 @_TRIAL
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 @click.pass_obj
-def train(environment: Environment, file: Path | None, trial: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+def train(environment: Environment, file: Path | None, trial: str | None, overrides: tuple[str, ...]) -> None:
     """Train a model, evaluate it and save it.
 
     Works alone, under distrain launch, torchrun or accelerate launch. Later values win: defaults, then --config, then
     --trial, then section.key=value.
     """
-    resolved = _load(file, (*trial, *overrides))
+    resolved = _load(file, overrides, trial)
     with _running(environment):
         with startup.quick_imports():
             from distrain.runs import results
@@ -205,9 +199,10 @@ def _running(environment: Environment) -> Iterator[None]:
         raise _CommandError(error) from error
 
 
-def _load(file: Path | None, overrides: Sequence[str]) -> config.Config:
+def _load(file: Path | None, overrides: Sequence[str], trial: str | None = None) -> config.Config:
     """Return the configuration of a command line; log messages follow its `log.level` from here on."""
-    resolved = config.load(file, overrides)
+    keys = config.trial_keys(trial) if trial is not None else []
+    resolved = config.load(file, [*keys, *overrides])
     console.set_level(resolved.log.level)
     return resolved
 
@@ -311,7 +306,7 @@ def _of_launched(command: tuple[str, ...]) -> config.Config:
         return _load_run(params["run"], params["overrides"])
     params = (train if name == "train" else doctor).make_context(name, arguments).params
     defaults = _DOCTOR if name == "doctor" else ()
-    return _load(params["file"], (*defaults, *params["trial"], *params["overrides"]))
+    return _load(params["file"], (*defaults, *params["overrides"]), params["trial"])
 
 
 @cli.command(cls=_WithKeys)
@@ -319,7 +314,7 @@ def _of_launched(command: tuple[str, ...]) -> config.Config:
 @_TRIAL
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 @click.pass_obj
-def doctor(environment: Environment, file: Path | None, trial: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+def doctor(environment: Environment, file: Path | None, trial: str | None, overrides: tuple[str, ...]) -> None:
     """Check, within seconds, whether a job can run.
 
     Replace `train` by `doctor` in your command, under any launcher, with the same configuration:
@@ -333,7 +328,7 @@ def doctor(environment: Environment, file: Path | None, trial: tuple[str, ...], 
     the time for a checkpoint, the rendezvous, and whether all processes see the same data and folder, and have equal
     GPUs. At last it trains two steps at the real sizes. Exit code: 0 if nothing would end the job, else 78.
     """
-    resolved = _load(file, (*_DOCTOR, *trial, *overrides))
+    resolved = _load(file, (*_DOCTOR, *overrides), trial)
     with startup.quick_imports():
         from distrain.tools import doctor as examination
 

@@ -176,7 +176,7 @@ def test_exit_codes_decide_whether_the_job_is_retried(rendered: list[dict[str, A
     assert spec["podReplacementPolicy"] == "Failed"
     # Counted for each index; what is ignored would make the pauses of all pods longer with backoffLimit.
     assert spec["backoffLimitPerIndex"] == 3
-    # One node is missing: the run fails. One run of a sweep failed: the others go on.
+    # One node is missing: the run fails. One run of a sweep failed: the others are not stopped.
     assert spec.get("maxFailedIndexes") == (None if is_sweep(rendered) else 0)
     assert "backoffLimit" not in spec
     assert "suspend" not in spec

@@ -28,8 +28,8 @@ def compare(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, str]:
     """Write OUT/index.html and OUT/*.png.
 
     Args:
-        runs: folders of runs; several are compared, the best first. Then those that hold no run that has started are
-            named in a warning, and omitted.
+        runs: folders of runs. Several are compared, the best first; those without a run that has started, or with a
+            damaged result, are named in a warning and omitted.
         out: folder to write to; None: RUN/report, for a single run only.
 
     Returns:
@@ -38,7 +38,7 @@ def compare(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, str]:
     Raises:
         ConfigError: several runs without `out`, a run is given twice, or `out` cannot be written or has files of these
             names that are no report.
-        DataError: a folder does not exist, none has a run that has started, or a result is damaged.
+        DataError: a folder does not exist, or none can be shown.
     """
     if out is None and len(runs) > 1:
         raise ConfigError("several runs have no common folder: give one with --out")
