@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
-PYTHON = ("distrain", "benchmarks", "tests", "docs")
+PYTHON = ("distrain", "benchmarks", "examples", "tests", "docs")
 PROSE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "Dockerfile", "pyproject.toml", ".ci/run")
 PROSE_FOLDERS = ("docs", "launch", "configs", "k8s", "distrain")
 PROSE_SUFFIXES = {".md", ".yaml", ".sbatch", ".sh", ".html", ".toml"}
