@@ -12,16 +12,19 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from distrain import __version__, address, config, console, failure_report, machine, signals, startup
+from distrain import __version__, config, console, failure_report, machine, signals, startup
 from distrain.environment import IN_A_GROUP, Environment
 from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
 from distrain.text import plural, printable
+
+if TYPE_CHECKING:
+    from distrain.api.preparation import AnySource
 
 log = logging.getLogger("distrain")
 
@@ -177,16 +180,18 @@ def train(environment: Environment, file: Path | None, trial: str | None, overri
     resolved = _load(file, overrides, trial)
     with _running(environment):
         with startup.quick_imports():
-            from distrain.runs import results
-            from distrain.training import train as training
+            from distrain.api import training
 
-        result = training.train(resolved, environment)
+        result = training.train_run(resolved)
     if environment.is_main:
+        from distrain.runs import results
+
         console.show("Finished Training")
-        console.show(results.accuracy_line("test", result["total"], result["accuracy"]))
-        console.show(f"Run: {resolved.run.dir}")
-        if resolved.log.report:
-            _write_report(Path(resolved.run.dir))
+        console.show(results.accuracy_line(result.split, result.total, result.accuracy))
+        console.show(f"Run: {result.run}")
+        report = training.with_report(resolved, result).report
+        if report is not None:
+            console.show(f"Report: {report}")
 
 
 @contextlib.contextmanager
@@ -214,28 +219,6 @@ def _load_run(run: Path, overrides: Sequence[str]) -> config.Config:
     resolved = folder.configuration(run, overrides)
     console.set_level(resolved.log.level)
     return resolved
-
-
-def _write_report(run: Path) -> None:
-    """Write the report of a finished run; errors here never change the run, and a stop request ends the report only."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    problem = None
-    try:
-        with signals.handled_by(interrupt):
-            if signals.requested():
-                interrupt()
-            from distrain.tools import report
-
-            console.show(f"Report: {report.write([run])}")
-    except KeyboardInterrupt:
-        problem = "stopped"
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    if problem is not None:
-        log.warning("no report was written: %s; `distrain report %s` tries again", problem, run)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -359,7 +342,12 @@ def evaluate(environment: Environment, run: Path, overrides: tuple[str, ...], sp
         with startup.quick_imports():
             from distrain.tools import evaluate as evaluation
 
-        evaluation.evaluate_run(run, split, overrides, which, environment)
+        content = evaluation.evaluate_run(run, split, overrides, which, environment)
+    if environment.is_main:
+        from distrain.runs import results
+
+        console.show(results.accuracy_line(split, content["total"], content["accuracy"]))
+        console.show(f"written to {evaluation.file_of(run, content)}")
 
 
 @cli.command("report")
@@ -523,13 +511,6 @@ def prepare_group() -> None:
     """Write a data set that training can stream."""
 
 
-def _folder(_context: click.Context, _option: click.Parameter, text: str) -> Path:
-    kind = address.scheme(text)
-    if kind is not None:  # otherwise a folder of that name would be created silently
-        raise ConfigError(f"--out: {kind}:// is an address; write to a folder and upload that")
-    return Path(text)
-
-
 def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
     """Return a decorator that adds options to a command."""
 
@@ -580,7 +561,7 @@ _prepare_options = _options(
         type=click.IntRange(0, 2**63 - 1),
         help="Seed of the splits, the shuffle and the generated pictures.",
     ),
-    click.option("--out", required=True, callback=_folder, metavar="PATH", help="Folder to write."),
+    click.option("--out", required=True, metavar="PATH", help="Folder to write."),
 )
 """The options that all sources share."""
 
@@ -594,27 +575,11 @@ _prepare_options = _options(
     help="Folder of torchvision's files; missing ones are downloaded.",
 )
 @_prepare_options
-def prepare_cifar10(root: Path, out: Path, **options: Any) -> None:
+def prepare_cifar10(root: Path, out: str, **options: Any) -> None:
     """CIFAR-10, downloaded and verified by torchvision."""
+    from distrain.api.preparation import Cifar10
 
-    def open_source(work: Path) -> Any:
-        from distrain.preparation.sources.cifar10 import Cifar10
-
-        return Cifar10(root, work)
-
-    _prepare(out, "cifar10", {}, open_source, options)
-
-
-def _colour(_context: click.Context, _option: click.Parameter, text: str) -> str:
-    from PIL import ImageColor
-
-    try:
-        colour: tuple[int, ...] = ImageColor.getrgb(text)
-    except ValueError:
-        colour = ()
-    if len(colour) != 3:  # unknown, or with an alpha channel
-        raise ConfigError(f"--background {text}: should be a colour like white or #ffffff")
-    return "#" + bytes(colour).hex()
+    _prepare(Cifar10(root), out, options)
 
 
 _decoding_options = _options(
@@ -636,7 +601,6 @@ _decoding_options = _options(
         "--background",
         default="white",
         show_default=True,
-        callback=_colour,
         help="Colour behind transparent pixels: a name, or #rrggbb.",
     ),
 )
@@ -654,30 +618,15 @@ _decoding_options = _options(
 )
 @_decoding_options
 @_prepare_options
-def prepare_folder(
-    paths: tuple[Path, ...],
-    image_size: int,
-    background: str,
-    bit_depth: int,
-    max_pixels: int,
-    out: Path,
-    **options: Any,
-) -> None:
+def prepare_folder(paths: tuple[Path, ...], out: str, **options: Any) -> None:
     """Your own images: a folder per class under train/ and test/, or tar and zip archives of such folders.
 
     Splits may also be called training, val, valid, validation, dev, eval and testing, in any case. Without splits, the
     folders are the classes. What was recognised, and what was passed over, is shown.
     """
+    from distrain.api.preparation import Folder
 
-    decoding = {"background": background, "bit_depth": bit_depth, "max_pixels": max_pixels}
-
-    def open_source(work: Path) -> Any:
-        from distrain.data.images import Decoding
-        from distrain.preparation.sources.folder import Folder
-
-        return Folder(paths, image_size, work, Decoding(background, bit_depth, max_pixels))
-
-    _prepare(out, "folder", {"image_size": image_size, **decoding}, open_source, options)
+    _prepare(Folder(paths, **_fields(Folder, options)), out, options)
 
 
 @prepare_group.command("webdataset")
@@ -709,23 +658,7 @@ def prepare_folder(
 )
 @_decoding_options
 @_prepare_options
-def prepare_webdataset(
-    train: tuple[str, ...],
-    val: tuple[str, ...],
-    test: tuple[str, ...],
-    image: str,
-    label: str,
-    classes: Path | None,
-    accept_order: bool,
-    normalization: str,
-    convert: bool,
-    image_size: int | None,
-    background: str,
-    bit_depth: int,
-    max_pixels: int,
-    out: Path,
-    **options: Any,
-) -> None:
+def prepare_webdataset(train: tuple[str, ...], out: str, **options: Any) -> None:
     """Tar files of KEY.jpg and KEY.cls (or .json, .txt), as they are: an index of them is written.
 
     \b
@@ -735,31 +668,9 @@ def prepare_webdataset(
     or @FILE with one of them in each line. Each tar file is read once; if this is interrupted, the same command
     continues. Training reads the images from the tar files, in their order.
     """
-    if image_size is not None and not convert:
-        raise ConfigError(
-            "--image-size has no effect without --convert: an index has images as they are; set data.image_size when"
-            " you train"
-        )
-    if convert and (accept_order or normalization != "measured"):
-        name = "--accept-order" if accept_order else "--normalization"
-        raise ConfigError(f"{name} has no effect with --convert; remove it")
-    with startup.quick_imports():
-        from distrain.data.images import Decoding
-        from distrain.preparation import blocks, indexing, labels
+    from distrain.api.preparation import WebDataset
 
-    tar_options = indexing.TarOptions(
-        {"train": train, "val": val, "test": test},
-        image,
-        label,
-        labels.read_classes(classes) if classes is not None else None,
-        Decoding(background, bit_depth, max_pixels),
-        accept_order,
-        normalization,
-        convert,
-        image_size,
-    )
-    dataset, made = indexing.prepare_webdataset(out, tar_options, blocks.Options(**options))
-    _show(dataset, made, "options, names and sizes of tar files")
+    _prepare(WebDataset(train, **_fields(WebDataset, options)), out, options)
 
 
 @prepare_group.command("synthetic")
@@ -768,18 +679,11 @@ def prepare_webdataset(
 @click.option("--image-size", default=32, show_default=True, type=click.IntRange(8), help="Height and width.")
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(2), help="Classes.")
 @_prepare_options
-def prepare_synthetic(
-    samples: int, test_samples: int, image_size: int, classes: int, out: Path, **options: Any
-) -> None:
+def prepare_synthetic(out: str, **options: Any) -> None:
     """Generated pictures, drawn from a seed. No download."""
+    from distrain.api.preparation import Synthetic
 
-    def open_source(work: Path) -> Any:
-        from distrain.preparation.sources.synthetic import Synthetic
-
-        return Synthetic(samples, test_samples, image_size, classes, options["seed"])
-
-    arguments = {"samples": samples, "test_samples": test_samples, "image_size": image_size, "classes": classes}
-    _prepare(out, "synthetic", arguments, open_source, options)
+    _prepare(Synthetic(**_fields(Synthetic, options)), out, options)
 
 
 def _pairs(_context: click.Context, _argument: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
@@ -798,7 +702,7 @@ def _pairs(_context: click.Context, _argument: click.Parameter, texts: tuple[str
 @click.argument("name", metavar="package.module:Class")
 @click.argument("arguments", nargs=-1, callback=_pairs, metavar="[key=value]...")
 @_prepare_options
-def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: Any) -> None:
+def prepare_source(name: str, arguments: dict[str, str], out: str, **options: Any) -> None:
     """A class of your own that yields images and labels: docs/extending.md has an example.
 
     It is searched in the current folder, then on Python's path, and called with the pairs as keyword arguments; their
@@ -806,23 +710,29 @@ def prepare_source(name: str, arguments: dict[str, str], out: Path, **options: A
     strings in addresses are removed, and so is the value of a pair whose key contains token, secret, password or
     credential, or ends in key.
     """
+    from distrain.api.preparation import SourceClass
 
-    def open_source(_work: Path) -> Any:
-        from distrain.preparation.sources.user_class import UserSource
-
-        return UserSource(name, arguments)
-
-    recorded = {key: "hidden" if address.is_secret(key) else address.scrub(value) for key, value in arguments.items()}
-    _prepare(out, "source", {"class": name, "arguments": recorded}, open_source, options)
+    _prepare(SourceClass(name, arguments), out, options)
 
 
-def _prepare(out: Path, kind: str, arguments: dict[str, Any], open_source: Callable[[Path], Any], options: Any) -> None:
+def _fields(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the options that are fields of a source from those that all sources share, and return them."""
+    return {each.name: options.pop(each.name) for each in fields(kind) if each.name in options}
+
+
+def _prepare(source: AnySource, out: str, options: dict[str, Any]) -> None:
     """Prepare a data set and describe it on stdout."""
     with startup.quick_imports():
+        from distrain.api import preparation
         from distrain.preparation import blocks
 
-    dataset, made = blocks.prepare(out, kind, arguments, open_source, blocks.Options(**options))
-    _show(dataset, made, "options" if kind in blocks.FIXED_BY_OPTIONS else "options, classes and numbers of images")
+    dataset, made = preparation.make(source, out, blocks.Options(**options))
+    kind = dataset.manifest.source["kind"]
+    if kind == "webdataset":
+        compared = "options, names and sizes of tar files"
+    else:
+        compared = "options" if kind in blocks.FIXED_BY_OPTIONS else "options, classes and numbers of images"
+    _show(dataset, made, compared)
 
 
 def _show(dataset: Any, made: bool, compared: str) -> None:

@@ -16,7 +16,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import (
@@ -86,7 +86,8 @@ def _off(value: Any) -> Any:
 
 
 def _path(value: Any) -> Any:
-    """Refuse text that cannot be a path, before a folder is made for it."""
+    """Refuse text that cannot be a path, before a folder is made for it; convert a `Path` to text."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(value, str) or address.scheme(value) is not None:
         return value
     try:
@@ -522,7 +523,7 @@ class Log(Section):
     level: Literal["debug", "info", "warning", "error"] = _key(
         "info", "least severe messages that the command line shows"
     )
-    report: bool = _key(True, "`distrain train` writes a page with charts and pictures to RUN/report/ at its end")
+    report: bool = _key(True, "a run writes a page with charts and pictures to RUN/report/ at its end")
     tensorboard: bool = _key(
         False, "write metrics, the configuration and pictures to RUN/tensorboard; needs distrain[tensorboard]"
     )
@@ -559,7 +560,7 @@ class Wandb(Section):
 
 
 class Config(Section):
-    """The whole configuration of a run."""
+    """The whole configuration of a run: `distrain.Config.load(…)` builds one; its values cannot be changed."""
 
     run: Run = Run()
     data: Data = Data()
@@ -574,18 +575,72 @@ class Config(Section):
     profile: Profile = Profile()
     wandb: Wandb = Wandb()
 
+    @classmethod
+    def load(cls, source: ConfigSource = None, overrides: Overrides = ()) -> Config:
+        """Return the configuration: the defaults, replaced by `source`, and then by `overrides`.
 
-def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration: the defaults, replaced by a YAML file and then by `section.key=value` overrides.
+            config = distrain.Config.load("configs/cifar10.yaml", {"run": {"dir": "runs/first"}, "train": {"lr": 0.1}})
+            longer = distrain.Config.load(config, {"run": {"dir": "runs/second"}, "train": {"epochs": 20}})
 
-    Raises:
-        ConfigError: the file cannot be read, or keys or values are wrong. The message names all problems.
-    """
+        Args:
+            source: the path of a YAML file, nested mappings of the keys, or a `Config`; None: the defaults.
+            overrides: nested mappings of the keys, or texts `section.key=value` as on the command line.
+
+        Raises:
+            distrain.ConfigError: the file cannot be read, or keys or values are wrong. The message names all problems.
+        """
+        return load(source, overrides)
+
+
+ConfigSource: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Config | None"
+"""Values of the keys: the path of a YAML file, nested mappings, or a configuration."""
+Overrides: TypeAlias = Mapping[str, Any] | Sequence[str]
+"""Values that replace others: nested mappings, or texts `section.key=value`."""
+
+
+def load(source: ConfigSource = None, overrides: Overrides = ()) -> Config:
+    """Return the configuration: the defaults, replaced by `source`, and then by `overrides`; see `Config.load`."""
     problems: list[str] = []
-    tree = _read_yaml(Path(file), problems) if file is not None else {}
-    for override in overrides:
-        _override(tree, override, problems)
+    tree = _tree(source, problems)
+    if isinstance(overrides, Mapping):
+        _merge(tree, overrides)
+    elif isinstance(overrides, Sequence) and not isinstance(overrides, str):
+        for override in overrides:
+            _override(tree, str(override), problems)
+    else:
+        problems.append(
+            "overrides: should be nested mappings of the keys, or a list of texts section.key=value; got"
+            f" {_VALUES.repr(overrides)}"
+        )
     return from_tree(tree, problems)
+
+
+def _tree(source: ConfigSource, problems: list[str]) -> dict[str, Any]:
+    """Return the values of `source` as nested dicts, which may be changed."""
+    if source is None:
+        return {}
+    if isinstance(source, Config):
+        return source.model_dump(exclude_unset=True)
+    if isinstance(source, Mapping):
+        tree: dict[str, Any] = {}
+        _merge(tree, source)
+        return tree
+    if isinstance(source, (str, os.PathLike)):
+        return _read_yaml(Path(source), problems)
+    problems.append(
+        f"should be the path of a YAML file, nested mappings of the keys, or a Config; got {_VALUES.repr(source)}"
+    )
+    return {}
+
+
+def _merge(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Replace values of nested dicts by those of nested mappings."""
+    for section, part in overrides.items():
+        before = tree.get(section)
+        if isinstance(part, Mapping):
+            tree[section] = {**(before if isinstance(before, dict) else {}), **part}
+        else:
+            tree[section] = part
 
 
 def from_tree(tree: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
@@ -800,7 +855,10 @@ def _explain(item: Any) -> str:
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
         if len(item["loc"]) == 1 and path in known:
             section, _, name = path.partition(".")
-            return f"{path}: in a file, write {section}: with {name}: in an indented line below it"
+            return (
+                f"{path}: in a file, write {section}: with {name}: in an indented line below it; in Python,"
+                f' {{"{section}": {{"{name}": …}}}}'
+            )
         name = path.rpartition(".")[2]
         in_other_section = [k for k in known if k.endswith(f".{name}")]
         matches = in_other_section or close

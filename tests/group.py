@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from runs import as_record
+
 SECONDS = 300
 """Longest wait for an answer."""
-_IMPORTED = ["torch", "torch._dynamo", "accelerate", "distrain.training.train", "distrain.tools.evaluate", "pytest"]
+_IMPORTED = ["torch", "torch._dynamo", "accelerate", "distrain.api.training", "distrain.api.evaluation", "pytest"]
 """Modules of the fork server; none of them starts a thread or looks for GPUs."""
 
 
@@ -132,15 +134,13 @@ def wait_for(path: Path, seconds: float = 120) -> None:
 def _train(config: dict[str, Any]) -> Any:
     import distrain
 
-    return distrain.train(config)
+    return as_record(distrain.train({**config, "log": {"report": False, **config.get("log", {})}}))
 
 
-def _evaluate(run: str, split: str) -> Any:
-    from distrain.environment import Environment
-    from distrain.tools import evaluate as scoring
+def _evaluate(run: str, split: Any) -> Any:
+    import distrain
 
-    scores, checkpoint, classes = scoring.evaluate_run(Path(run), split, [], None, Environment.read(os.environ))
-    return {**scores.as_dict(classes), "checkpoint": checkpoint}
+    return as_record(distrain.evaluate(run, split))
 
 
 def _train_each(configs: list[dict[str, Any]]) -> Any:

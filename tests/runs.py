@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distrain.api.result import Result
 from distrain.runs.results import Confusion
 
 
@@ -28,6 +30,12 @@ def metrics_but_times(run: Path) -> list[dict[str, Any]]:
         {key: value for key, value in line.items() if key not in timed and not key.startswith("profile/")}
         for line in lines
     ]
+
+
+def as_record(result: Result) -> dict[str, Any]:
+    """The fields of a result as JSON has them."""
+    record: dict[str, Any] = json.loads(json.dumps(asdict(result), default=str))
+    return record
 
 
 def confusion_matrix(result: dict[str, Any]) -> list[list[int]]:

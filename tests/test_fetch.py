@@ -780,6 +780,7 @@ def run_of(where: str, folder: Path, **data: Any) -> dict[str, Any]:
         "data": {"dir": where, **data},
         "run": {"dir": str(folder)},
         "train": {"epochs": 2, "global_batch_size": 64},
+        "log": {"report": False},
     }
 
 

@@ -162,7 +162,7 @@ def test_a_run_has_its_rates_in_metrics_result_status_and_report(
             "run": {"dir": str(run)},
             "model": {"name": "small"},
             "train": {"epochs": 1, "global_batch_size": 64},
-            "log": {"every_steps": 5},
+            "log": {"every_steps": 5, "report": False},
         }
     )
     per_image = flops.of_model(Small(10, (3, 16, 16)), small.manifest.image_shape)
@@ -172,8 +172,8 @@ def test_a_run_has_its_rates_in_metrics_result_status_and_report(
     for line in (each for each in lines if "train/loss" in each):
         assert line["train/tflops_per_second"] == pytest.approx(line["train/images_per_second"] * per_image / 1e12)
         assert line["train/mfu"] == pytest.approx(line["train/tflops_per_second"])
-    assert result["tflops_per_second"] == pytest.approx(result["images_per_second"] * per_image / 1e12)
-    assert result["mfu"] == pytest.approx(result["tflops_per_second"])
+    assert result.tflops_per_second == pytest.approx(result.images_per_second * per_image / 1e12)
+    assert result.mfu == pytest.approx(result.tflops_per_second)
     assert cli.main(["report", str(run)]) == 0
     page = next(run.rglob("*.html"))
     assert "peak (MFU)" in page.read_text()
@@ -208,10 +208,10 @@ def test_mfu_after_a_resume_is_that_of_the_devices_of_both_attempts(
     result = distrain.train(tree)
     (line,) = [each for each in map(json.loads, (run / "metrics.jsonl").open()) if "train/loss" in each]
     if first is None:
-        assert result["mfu"] is None
+        assert result.mfu is None
         assert "train/mfu" not in line
         return
-    seconds = 30 * 64 / result["images_per_second"]
+    seconds = 30 * 64 / result.images_per_second
     mean_peak = (before * first + (seconds - before) * second) / seconds
-    assert result["mfu"] == pytest.approx(result["tflops_per_second"] * 1e12 / mean_peak)
-    assert line["train/mfu"] == pytest.approx(result["mfu"])
+    assert result.mfu == pytest.approx(result.tflops_per_second * 1e12 / mean_peak)
+    assert line["train/mfu"] == pytest.approx(result.mfu)

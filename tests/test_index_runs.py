@@ -24,21 +24,19 @@ import torch
 import torch.nn.functional as F
 from group import Group, GroupError
 from PIL import Image
-from runs import ids_by_step
+from runs import as_record, ids_by_step
 from test_promise import distance, same_bits, train_and_kill, weights
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
+import distrain
 from distrain import cli, models
 from distrain.data import images, index, manifest
 from distrain.data.manifest import Dataset
 from distrain.data.pillow import ImageWarning
-from distrain.environment import Environment
-from distrain.tools.evaluate import evaluate_run
 from distrain.tools.export import export
 from distrain.tools.hash_runs import check_equal, hash_runs
 from distrain.tools.predict import predict
-from distrain.training.train import train
 
 pytestmark = pytest.mark.ranks
 Groups = Callable[[int], Group]
@@ -419,8 +417,7 @@ def plain_evaluation(run: Path, data: Path, tars: Path, resize: int) -> tuple[to
 
 def evaluate(run: Path, *overrides: str) -> dict[str, Any]:
     """Evaluate a run as `distrain evaluate` does."""
-    scores, _, classes = evaluate_run(run, "test", overrides, None, Environment.read(os.environ))
-    return scores.as_dict(classes)
+    return as_record(distrain.evaluate(run, overrides=overrides))
 
 
 def test_evaluation_equals_a_plain_loop(
@@ -690,9 +687,9 @@ def test_a_resume_under_another_decoder_is_a_warning(
     config = configuration(few / "data", tmp_path / "run", {"train": {"virtual_ranks": None}})
     with monkeypatch.context() as patch:
         patch.setattr(images, "decoder_version", lambda: "torchvision 0.1")
-        train(config, Environment())
+        distrain.train(config)
     assert "was saved with other" not in caplog.text
-    train(config, Environment())
+    distrain.train(config)
     assert re.search(
         r"step-\d+ was saved with other software or hardware, .*: image decoder .*before torchvision 0.1", caplog.text
     )

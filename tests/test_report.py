@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -462,12 +463,14 @@ def test_a_stop_while_it_is_drawn_leaves_the_run_done(number: signal.Signals, ru
     assert cli.main(["report", str(run)]) == 0
 
 
-def test_python_writes_no_report(runs: list[Path], tmp_path: Path) -> None:
-    """`distrain.train` writes what is documented; the report is written by the command alone."""
+def test_python_writes_the_report_as_the_command_does_in_any_thread(runs: list[Path], tmp_path: Path) -> None:
     tree = {
         "data": {"dir": str(runs[0].parent / "data")},
         "run": {"dir": str(tmp_path / "run")},
         "train": {"max_steps": 2, "global_batch_size": 8},
     }
-    distrain.train(tree)
-    assert not (tmp_path / "run" / "report").exists()
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(distrain.train, tree).result(100)
+    assert result.report == tmp_path / "run/report/index.html"
+    assert result.report.is_file()
+    assert distrain.open_run(result.run).result == result

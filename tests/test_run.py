@@ -17,7 +17,7 @@ import yaml
 from datasets import make
 from group import Group
 from models_for_tests import Projected
-from runs import confusion_matrix, metrics_but_times
+from runs import as_record, metrics_but_times
 from safetensors.torch import load_file
 
 import distrain
@@ -37,6 +37,7 @@ def tree(dataset: Dataset, folder: Path, /, **sections: dict[str, Any]) -> dict[
         "data": {"dir": str(dataset.root)},
         "run": {"dir": str(folder)},
         "train": {"epochs": 2, "global_batch_size": 64},
+        "log": {"report": False},
     }
     for section, values in sections.items():
         sections_by_name.setdefault(section, {}).update(values)
@@ -56,19 +57,21 @@ def test_a_run_has_the_documented_files_and_result(
 ) -> None:
     run = tmp_path / "run"
     result = distrain.train(tree(small, run, data={"audit": True}))
-    assert json.loads((run / "result.json").read_text()) == {"version": 1, **result}
-    assert result["total"] == 203
-    matrix = confusion_matrix(result)
-    assert result["correct"] == sum(matrix[k][k] for k in range(10))
-    assert result["accuracy"] == result["correct"] / 203
+    record = {"version": 1, **as_record(result)}
+    assert (record.pop("run"), record.pop("split"), record.pop("report")) == (str(run), "test", None)
+    assert json.loads((run / "result.json").read_text()) == record
+    assert result.total == 203
+    matrix = result.confusion_matrix().tolist()
+    assert result.correct == sum(matrix[k][k] for k in range(10))
+    assert result.accuracy == result.correct / 203
     assert sum(map(sum, matrix)) == 203
     for k, name in enumerate(small.manifest.classes):
         row = matrix[k]
-        assert result["accuracy_by_class"][name] == row[k] / sum(row)
-    assert (result["steps"], result["epochs"], result["world_size"]) == (2 * 15, 2, 1)
-    assert result["dropped_per_epoch"] == 1003 - 15 * 64
-    assert result["seconds"] > 0
-    assert result["images_per_second"] > 0
+        assert result.accuracy_by_class[name] == row[k] / sum(row)
+    assert (result.steps, result.epochs, result.world_size) == (2 * 15, 2, 1)
+    assert result.dropped_per_epoch == 1003 - 15 * 64
+    assert result.seconds > 0
+    assert result.images_per_second > 0
     assert sorted(path.name for path in run.iterdir()) == [
         "attempts", "audit", "checkpoints", "config.yaml", "metrics.jsonl", "pictures", "result.json",
         "setup.json",
@@ -76,7 +79,7 @@ def test_a_run_has_the_documented_files_and_result(
     assert config.load(run / "config.yaml") == config.from_tree(tree(small, run, data={"audit": True}))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "train/loss", "train/lr", "train/images_per_second"} <= metrics[0].keys()
-    assert metrics[-1]["test/accuracy"] == result["accuracy"]
+    assert metrics[-1]["test/accuracy"] == result.accuracy
     assert capsys.readouterr().out == ""  # only the command prints a result
 
 
@@ -119,14 +122,14 @@ def test_a_finished_run_resumes_to_the_same_result(small: Dataset, tmp_path: Pat
     again = distrain.train(tree(small, run, run={"resume": "must"}))
     assert files(run / "checkpoints") == weights
     for key in ("accuracy", "loss", "steps", "confusion"):
-        assert again[key] == first[key]
+        assert getattr(again, key) == getattr(first, key)
 
 
 def test_must_needs_a_run_and_auto_does_not(small: Dataset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"run.resume=must: .* holds no run"):
         distrain.train(tree(small, tmp_path / "run", run={"resume": "must"}))
     assert not (tmp_path / "run").exists()
-    assert distrain.train(tree(small, tmp_path / "run", run={"resume": "auto"}))["steps"] == 30
+    assert distrain.train(tree(small, tmp_path / "run", run={"resume": "auto"})).steps == 30
 
 
 def test_a_signal_stops_a_run_and_the_next_call_resumes(
@@ -229,12 +232,12 @@ def test_the_best_checkpoint_on_val_is_retained_and_evaluated(tmp_path: Path) ->
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["val/accuracy"] for line in lines if "val/accuracy" in line}
     best = max(scores, key=lambda step: (scores[step], -step))
-    assert result["checkpoint"] == f"step-{best:08d}"
-    assert result["val_accuracy"] == scores[best]
-    assert (run / "checkpoints" / result["checkpoint"]).is_dir()
+    assert result.checkpoint == f"step-{best:08d}"
+    assert result.val_accuracy == scores[best]
+    assert (run / "checkpoints" / result.checkpoint).is_dir()
     assert cli.main(["evaluate", str(run)]) == 0
-    eval_model = json.loads((run / f"evaluations/test-{result['checkpoint']}.json").read_text())
-    assert eval_model["confusion"] == result["confusion"]
+    eval_model = json.loads((run / f"evaluations/test-{result.checkpoint}.json").read_text())
+    assert eval_model["confusion"] == as_record(result)["confusion"]
 
 
 @pytest.mark.ranks
@@ -283,7 +286,7 @@ def test_evaluate_takes_any_split_and_checkpoint(
     result = distrain.train(tree(small, run, checkpoint={"every_steps": 20}))
     capsys.readouterr()
     assert cli.main(["evaluate", str(run)]) == 0
-    assert f"203 test images: {100 * result['accuracy']:.1f} %" in capsys.readouterr().out
+    assert f"203 test images: {100 * result.accuracy:.1f} %" in capsys.readouterr().out
     assert cli.main(["evaluate", str(run), "--split", "train", "--checkpoint", "step-00000020"]) == 0
     assert json.loads((run / "evaluations/train-step-00000020.json").read_text())["total"] == 1003
     for wrong in (["--split", "val"], ["--checkpoint", "best"], ["--checkpoint", "step-99"]):
@@ -297,7 +300,7 @@ def test_evaluate_and_predict_draw_what_a_model_does_not_save_as_training_did(sm
     torch.manual_seed(1)
     assert cli.main(["evaluate", str(run)]) == 0
     eval_model = json.loads(next((run / "evaluations").iterdir()).read_text())
-    assert eval_model["confusion"] == result["confusion"]
+    assert eval_model["confusion"] == as_record(result)["confusion"]
     torch.manual_seed(2)
     loaded = loaded_model.load(run, None).model
     torch.manual_seed(7)
@@ -459,8 +462,8 @@ def test_steps_are_traced_and_times_are_reported(
     result = distrain.train(tree(small, tmp_path / "run", profile={"steps": 3}))
     trace = json.loads((tmp_path / "run/trace/rank-00000.json").read_text())
     assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
-    assert sum(result["profile"].values()) == pytest.approx(1, abs=1e-4)
-    assert set(result["profile"]) == {"start", "data", "copy", "log", "reduce", "compute"}
+    assert sum(result.profile.values()) == pytest.approx(1, abs=1e-4)
+    assert set(result.profile) == {"start", "data", "copy", "log", "reduce", "compute"}
     assert "time     start" in caplog.text
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "train/loss" in line):
@@ -475,7 +478,7 @@ def test_mixup_needs_two_samples_of_a_lane(small: Dataset, tmp_path: Path) -> No
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 def test_precisions_train(small: Dataset, tmp_path: Path, precision: str) -> None:
     result = distrain.train(tree(small, tmp_path / "run", train={"precision": precision, "epochs": 1}))
-    assert result["precision"] == precision
+    assert result.precision == precision
     saved = load_file(tmp_path / "run/checkpoints/step-00000015/model.safetensors")
     assert saved["fc1.weight"].dtype == (torch.float64 if precision == "fp64" else torch.float32)
 

@@ -247,7 +247,7 @@ def tree(dataset: Dataset, run: Path, /, **sections: dict[str, Any]) -> dict[str
         "data": {"dir": str(dataset.root)},
         "run": {"dir": str(run)},
         "train": {"epochs": 2, "global_batch_size": 64},
-        "log": {"every_steps": 4},
+        "log": {"every_steps": 4, "report": False},
     }
     for section, changes in sections.items():
         keys.setdefault(section, {}).update(changes)

@@ -40,6 +40,7 @@ def tree(dataset: Dataset, folder: Path, /, **sections: dict[str, Any]) -> dict[
         "data": {"dir": str(dataset.root)},
         "run": {"dir": str(folder)},
         "train": {"max_steps": 3, "global_batch_size": 32},
+        "log": {"report": False},
     }
     for section, values in sections.items():
         base[section] = {**base.get(section, {}), **values}
@@ -50,12 +51,12 @@ HEALTHY: dict[str, Any] = {"train": {"max_steps": 200}, "model": {"name": "small
 
 
 @pytest.fixture(scope="module")
-def healthy(easy: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path, dict[str, Any]]:
+def healthy(easy: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path, distrain.TrainingResult]:
     """A run that ends well above chance: its data, folder and result."""
     run = tmp_path_factory.mktemp("healthy") / "run"
     result = distrain.train(tree(easy, run, **HEALTHY))
-    assert result["accuracy"] > 0.4
-    assert result["warnings"] == []
+    assert result.accuracy > 0.4
+    assert result.warnings == ()
     return easy, run, result
 
 
@@ -67,12 +68,12 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_the_ema_of_a_short_run_is_about_as_accurate_as_the_trained_weights(
-    healthy: tuple[Dataset, Path, dict[str, Any]], tmp_path: Path
+    healthy: tuple[Dataset, Path, distrain.TrainingResult], tmp_path: Path
 ) -> None:
     dataset, _, plain = healthy
     train = {**HEALTHY["train"], "ema_decay": 0.999}
     ema = distrain.train(tree(dataset, tmp_path / "ema", train=train, model=HEALTHY["model"]))
-    assert ema["accuracy"] > plain["accuracy"] - 0.05
+    assert ema.accuracy > plain.accuracy - 0.05
 
 
 def test_the_decay_of_the_ema_rises_to_its_limit() -> None:
@@ -351,7 +352,7 @@ def test_chance_is_the_share_of_the_largest_class() -> None:
 
 
 def test_a_collapse_is_in_the_log_the_result_and_survives_a_restart(
-    healthy: tuple[Dataset, Path, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    healthy: tuple[Dataset, Path, distrain.TrainingResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset, good, _ = healthy
     settings: dict[str, Any] = {
@@ -361,20 +362,20 @@ def test_a_collapse_is_in_the_log_the_result_and_survives_a_restart(
         "checkpoint": {"every_steps": 10, "keep": 0},
     }
     result = distrain.train(tree(dataset, tmp_path / "run", **settings))
-    (collapse, drop) = result["warnings"]
+    (collapse, drop) = result.warnings
     assert "training collapsed: after step 30 the accuracy on test is 10.0 % (10.0 % is chance; all images" in collapse
     assert "Lower train.lr" in collapse
     assert "the last weights reach 10.0 % on test" in drop
     assert "--val-fraction" in drop
     assert warnings_of(caplog).count(collapse) == 2  # when it happens, and at the end
-    assert json.loads((tmp_path / "run/result.json").read_text())["warnings"] == result["warnings"]
+    assert json.loads((tmp_path / "run/result.json").read_text())["warnings"] == list(result.warnings)
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000040")
-    assert distrain.train(tree(dataset, tmp_path / "run", **settings))["warnings"] == result["warnings"]
+    assert distrain.train(tree(dataset, tmp_path / "run", **settings)).warnings == result.warnings
 
 
 def test_a_run_that_stays_at_chance_says_so(easy: Dataset, tmp_path: Path) -> None:
     result = distrain.train(tree(easy, tmp_path / "run", train={"lr": 1e-9}))
-    (warning,) = result["warnings"]
+    (warning,) = result.warnings
     assert "of 200 images, is not clearly above chance (10.0 %, always" in warning
 
 
@@ -389,14 +390,14 @@ def test_the_start_and_the_end_name_the_checkpoint_of_the_accuracy(
     dataset = make(tmp_path / "data", 600, 100, val_fraction=0.2)
     settings = {"train": {"max_steps": 12, "lr": 0.4, "schedule": "constant"}, "eval": {"every_steps": 4}}
     result = distrain.train(tree(dataset, tmp_path / "val", **settings))
-    step = int(result["checkpoint"].removeprefix("step-"))
+    step = int(result.checkpoint.removeprefix("step-"))
     assert step < 12  # with this learning rate
     assert "val every 4 steps; the result is that of the best checkpoint on val" in caplog.text
     assert f"result   of the checkpoint of step {step} (the best on val, " in caplog.text
     assert cli.main(["status", str(tmp_path / "val")]) == 0
     assert f"on test after step {step} (the best on val)" in capsys.readouterr().out
     distrain.train(tree(dataset, tmp_path / "next", model={"init": str(tmp_path / "val")}, train={"max_steps": 1}))
-    assert f"{result['checkpoint']} is taken, the checkpoint of the run's result" in caplog.text
+    assert f"{result.checkpoint} is taken, the checkpoint of the run's result" in caplog.text
 
 
 # --- many classes -----------------------------------------------------------------------------------------------------
@@ -432,7 +433,7 @@ def test_the_size_of_a_result_grows_with_the_samples_not_with_the_square_of_the_
     source = Synthetic(classes, classes, 8, classes, 0)
     dataset, _ = prepare(tmp_path / "data", "synthetic", {}, lambda _: source, Options(lanes=2))
     result = distrain.train(tree(dataset, tmp_path / "run", model={"name": "small"}))
-    assert (result["total"], len(result["accuracy_by_class"])) == (classes, classes)
+    assert (result.total, len(result.accuracy_by_class)) == (classes, classes)
     assert (tmp_path / "run/result.json").stat().st_size < 200_000
 
 
@@ -502,7 +503,7 @@ def test_batch_norm_of_single_values_is_refused_before_training(
 
 def test_batch_norm_of_many_pixels_takes_batches_of_one(easy: Dataset, tmp_path: Path) -> None:
     settings = {"model": {"name": "models_for_tests:NormedPixels"}, "train": {"global_batch_size": 1, "max_steps": 2}}
-    assert distrain.train(tree(easy, tmp_path / "run", **settings))["steps"] == 2
+    assert distrain.train(tree(easy, tmp_path / "run", **settings)).steps == 2
 
 
 def test_the_smallest_micro_batches_are_counted() -> None:

@@ -180,6 +180,15 @@ def header_size(data: bytes, decoding: Decoding) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def as_png(image: Image.Image) -> bytes:
+    """Return an image as the content of a PNG file, which `decode` reads like the file that the image is from."""
+    if image.mode not in ("1", "L", "LA", "I;16", "I;16B", "I", "P", "RGB", "RGBA"):
+        image = image.convert("RGB")
+    content = io.BytesIO()
+    image.save(content, "PNG", exif=image.getexif(), compress_level=1)
+    return content.getvalue()
+
+
 def is_jpeg(image: Image.Image) -> bool:
     """Whether an open image is a JPEG file, alone or with further images behind it (MPO)."""
     return image.format in ("JPEG", "MPO")

@@ -7,7 +7,9 @@ import operator
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +38,71 @@ def set_deterministic(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic  # kernels chosen by timing differ from run to run
+
+
+@contextmanager
+def numerics_restored() -> Iterator[None]:
+    """Restore, after the block, what `set_numerics` sets in this process."""
+    settings = [
+        (torch.backends.cuda.matmul, _tf32_setting(torch.backends.cuda.matmul)),
+        (torch.backends.cudnn, _tf32_setting(torch.backends.cudnn)),
+        (torch.backends.cudnn, "deterministic"),
+        (torch.backends.cudnn, "benchmark"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+    ]
+    before = [getattr(owner, name) for owner, name in settings]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def _tf32_setting(backend: Any) -> str:
+    """Return the name of the setting of TF32 that can be read: torch has an old and a new one, and refuses both."""
+    try:
+        _ = backend.allow_tf32
+    except RuntimeError:
+        return "fp32_precision"
+    return "allow_tf32"
+
+
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Run the block with torch's defaults, whatever the caller has set: they would change the result, or prevent it.
+
+    After it the settings of the process, its number of CPU threads and its random generators are as before.
+    """
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    with ExitStack() as stack:
+        stack.enter_context(numerics_restored())
+        stack.enter_context(_generators_restored())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_num_threads, threads)
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    """Restore, after the block, the generators of the CPU that `seed_cpu` seeds."""
+    states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -34,7 +34,7 @@ from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment, World, hide_group
 from distrain.errors import ConfigError, GpuError, PeerLostError
-from distrain.failure_report import PeerFailedError, failure_of
+from distrain.failure_report import Failure, PeerFailedError, failure_of
 from distrain.models.batch_norm import sync_batch_norm
 
 log = logging.getLogger("distrain")
@@ -100,6 +100,11 @@ class Runtime:
         self._close(device_failed=isinstance(meaning, GpuError))
         if meaning is not None:
             raise meaning from error
+
+    def failure_of(self, error: BaseException) -> Failure:
+        """Describe the error that ends this process; of an error of the GPU, what it means for the user."""
+        meaning = gpu_errors.explain(error, self._device_name, self.watchdog.status.phase)
+        return failure_of(meaning or error, self.environment)
 
     def leave_peers(self, *, is_loss: bool) -> None:
         """Let this process end by itself, with its own result or error.

@@ -21,11 +21,12 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pydantic import Field
 
 from distrain import address, machine
 from distrain.data import manifest, shards
@@ -67,14 +68,14 @@ _TEST_DRAW, _VAL_DRAW, _LIMIT_DRAW, _SHUFFLE_DRAW = 0, 1, 10, 20
 class Options:
     """Options of `prepare` that do not depend on the source."""
 
-    seed: int = 0
-    shards: int | None = None
-    lanes: int | None = None
-    limit: int | None = None
-    val_fraction: float = 0.0
-    test_fraction: float | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    shards: Annotated[int, Field(ge=1)] | None = None
+    lanes: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
     """None: `DEFAULT_TEST_FRACTION` if the source has no test split."""
-    skip_bad: int = 0
+    skip_bad: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import yaml
 from numpy.typing import NDArray
 
 from distrain import config, files
-from distrain.config import Config
+from distrain.config import Config, Overrides
 from distrain.errors import ConfigError, DataError
 from distrain.runs import attempts, checkpoint, exit_record, records
 
@@ -30,6 +30,8 @@ RESULT = "result.json"
 EXIT = "exit.json"
 """The end of the newest attempt, if `distrain launch` started it."""
 AUDIT, STACKS, TRACE, REPORT, WANDB, TENSORBOARD = "audit", "stacks", "trace", "report", "wandb", "tensorboard"
+EVALUATIONS = "evaluations"
+"""Folder of the scores that `distrain evaluate` wrote: SPLIT-CHECKPOINT.json."""
 AUGMENTED = "pictures/augmented.safetensors"
 """The first training images, and augmented variants of them."""
 MISCLASSIFIED = "pictures/misclassified.safetensors"
@@ -63,12 +65,12 @@ class RunRecord:
         return list(self.setup.get("data", {}).get("classes", []))
 
 
-def configuration(folder: Path, overrides: Sequence[str] = ()) -> Config:
+def configuration(folder: Path, overrides: Overrides = ()) -> Config:
     """Load the configuration of a run.
 
     Args:
         folder: the run's folder.
-        overrides: `section.key=value`, which replace the run's own values.
+        overrides: values that replace the run's own, as for `config.load`.
 
     Raises:
         DataError: the folder holds no run, or its configuration is damaged.
@@ -260,6 +262,15 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     """
     result = records.read(folder / RESULT, records.Result, f"{_RUN_AGAIN}; or name a checkpoint with --checkpoint")
     return records.content_of(result) if result is not None else None
+
+
+def read_evaluations(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Return the content of the files in RUN/evaluations, by name; damaged ones add a message to `problems`."""
+    read = (
+        records.read_or_warn(path, records.Evaluation, problems, "`distrain evaluate` replaces it")
+        for path in sorted((folder / EVALUATIONS).glob("*.json"))
+    )
+    return [records.content_of(evaluation) for evaluation in read if evaluation is not None]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

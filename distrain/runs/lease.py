@@ -115,13 +115,18 @@ class Lease:
             self._content = {**self._content, **values, "renewed": attempts.now()}
             attempts.replace(self._path, self._content)
 
-    def release(self) -> None:
-        """Release the lease: a waiting job need not wait until it is stale."""
+    def release(self, code: int | None = None, reason: str = "") -> None:
+        """Release the lease: a waiting job need not wait until it is stale.
+
+        Args:
+            code: exit code of a command that ends so; None: not known.
+            reason: why the attempt ended, for people.
+        """
         self._closed.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(RENEW_SECONDS)
         with contextlib.suppress(OSError, FolderLostError):  # the lease becomes stale instead
-            self.note(ended=attempts.now())
+            self.note(ended=attempts.now(), code=code, reason=reason)
         folder, self._folder = self._folder, -1
         if folder >= 0:
             os.close(folder)

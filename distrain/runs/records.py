@@ -72,6 +72,8 @@ class Attempt(Record):
     renewed: Time
     beat: Count
     ended: Time | None
+    code: Annotated[int, Field(ge=0, le=255)] | None = None
+    reason: str = ""
     from_step: Count | None = None
     world_size: Positive | None = None
 
@@ -159,8 +161,8 @@ class Setup(Record):
     bits: dict[str, str]
 
 
-class Result(Record):
-    """RUN/result.json: the scores of a run that is done."""
+class _Scores(Record):
+    """The scores of a checkpoint on a split."""
 
     max_bytes: ClassVar[int] = 2**28
     accuracy: Fraction
@@ -169,9 +171,30 @@ class Result(Record):
     loss: Finite
     accuracy_by_class: Annotated[dict[str, Fraction | None], Field(min_length=1)]
     confusion: list[Annotated[list[Count], Field(min_length=3, max_length=3)]]
+    checkpoint: Annotated[str, Field(min_length=1)]
+    world_size: Positive
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Scores:
+        classes = len(self.accuracy_by_class)
+        if any(true >= classes or predicted >= classes for true, predicted, _ in self.confusion):
+            raise ValueError(f"confusion: has classes beyond the {classes} of accuracy_by_class")
+        if sum(count for *_, count in self.confusion) != self.total:
+            raise ValueError(f"confusion: its counts do not sum to {self.total}")
+        return self
+
+
+class Evaluation(_Scores):
+    """RUN/evaluations/SPLIT-CHECKPOINT.json: the scores of `distrain evaluate`."""
+
+    split: Literal["train", "val", "test"]
+
+
+class Result(_Scores):
+    """RUN/result.json: the scores of a run that is done."""
+
     steps: Count
     epochs: Amount
-    world_size: Positive
     dropped_per_epoch: Count
     seconds: Amount
     compile_seconds: Amount
@@ -184,15 +207,9 @@ class Result(Record):
     stopped_early: str | None = None
     warnings: list[str]
     unreadable: list[str] = []
-
-    @model_validator(mode="after")
-    def _fits(self) -> Result:
-        classes = len(self.accuracy_by_class)
-        if any(true >= classes or predicted >= classes for true, predicted, _ in self.confusion):
-            raise ValueError(f"confusion: has classes beyond the {classes} of accuracy_by_class")
-        if sum(count for *_, count in self.confusion) != self.total:
-            raise ValueError(f"confusion: its counts do not sum to {self.total}")
-        return self
+    precision: str
+    device: str
+    dependent_layers: list[str]
 
 
 class _Best(Part):

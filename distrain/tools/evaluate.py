@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,14 @@ import torch
 from torch import nn
 
 from distrain import files, models, signals
-from distrain.config import Config, identity
+from distrain.config import Config, Overrides, identity
 from distrain.data.manifest import Dataset
 from distrain.distributed.collectives import StopAgreed
+from distrain.distributed.numerics import torch_defaults
 from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError, Stopped
-from distrain.runs import checkpoint, folder
+from distrain.runs import checkpoint, folder, records, results
 from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
 from distrain.training import evaluation, inputs
@@ -31,19 +30,19 @@ log = logging.getLogger("distrain")
 
 
 def evaluate_run(
-    run: Path, split: str, overrides: Sequence[str], which: str | None, environment: Environment
-) -> tuple[Scores, str, list[str]]:
+    run: Path, split: str, overrides: Overrides, which: str | None, environment: Environment
+) -> dict[str, Any]:
     """Evaluate a checkpoint of a run, and write RUN/evaluations/SPLIT-CHECKPOINT.json.
 
     Args:
         run: the run's folder.
         split: train, val or test.
-        overrides: `section.key=value`, which replace the run's own values.
+        overrides: values that replace the run's own, as for `config.load`.
         which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
         environment: this process among the others.
 
     Returns:
-        The scores, the checkpoint's name and the classes.
+        The content of that file, without its version.
 
     Raises:
         UserError: the folder holds no run, or checkpoint, data or overrides cannot be used.
@@ -51,6 +50,7 @@ def evaluate_run(
     """
     config = folder.configuration(run, overrides)
     with (
+        torch_defaults(),
         signals.recorded(),
         closing(start_watchdog(config, environment)) as watchdog,
         start_runtime(config, environment, watchdog) as rt,
@@ -70,20 +70,29 @@ def evaluate_run(
             scores = _evaluate(config, dataset, split, saved, rt)
         except StopAgreed as stop:
             raise Stopped(f"stopped{stop.by}; nothing was written") from None
+        content = {
+            **scores.as_dict(dataset.manifest.classes),
+            "split": split,
+            "checkpoint": saved.path.name,
+            "world_size": rt.world.size,
+        }
         if rt.is_main:
-            print(scores.line(split), flush=True)
-            content = {**scores.as_dict(dataset.manifest.classes), "split": split, "world_size": rt.world.size}
-            _write(run / "evaluations" / f"{split}-{saved.path.name}.json", content)
-    return scores, saved.path.name, dataset.manifest.classes
+            _write(file_of(run, content), content)
+    return content
+
+
+def file_of(run: Path, content: dict[str, Any]) -> Path:
+    """Return the path of the file that holds the scores of an evaluation."""
+    return run / folder.EVALUATIONS / f"{content['split']}-{content['checkpoint']}.json"
 
 
 def _write(out: Path, content: dict[str, Any]) -> None:
     try:
         out.parent.mkdir(exist_ok=True)
-        files.replace(out, json.dumps(content, indent=1) + "\n")
+        files.replace(out, records.to_json(content))
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror}; the accuracy is printed above") from error
-    print(f"written to {out}", flush=True)
+        accuracy = results.accuracy_line(content["split"], content["total"], content["accuracy"])
+        raise ConfigError(f"{out}: cannot be written: {error.strerror}; make room there. {accuracy}") from error
 
 
 def _evaluate(config: Config, dataset: Dataset, split: str, saved: Checkpoint, rt: Runtime) -> Scores:

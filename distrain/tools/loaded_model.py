@@ -3,69 +3,167 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from distrain import models
+from distrain import files, models
 from distrain.data import images
-from distrain.data.images import Decoding, read_image
-from distrain.distributed.numerics import NEED_GPU, autocast, set_numerics
+from distrain.data.images import Decoding, UnreadableError, read_image
+from distrain.data.pillow import as_png
+from distrain.distributed import devices, gpu_errors
+from distrain.distributed.numerics import NEED_GPU, autocast, numerics_restored, set_numerics, torch_defaults
 from distrain.errors import DataError
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
+from distrain.text import printable, shown
 from distrain.training.augment import normalize
 
 log = logging.getLogger("distrain")
 
+MAX_BYTES = 2**30
+"""Maximum size of an image file."""
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode, and what is needed to use it."""
+ImageFile: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
+"""The path of an image file, its content, or an image of Pillow."""
 
-    model: nn.Module
-    """The model, on its device; fp64 if that is the precision, else fp32."""
-    precision: str
-    """`train.precision`, in which logits are computed."""
-    classes: list[str]
-    image_shape: tuple[int, int, int]
-    """(H, W, C) of the images that are evaluated."""
+
+class Preprocessing(NamedTuple):
+    """Decoding of image files, and the length of the shorter side before the crop; None: as `prepare` resizes."""
+
+    decoding: Decoding
     resize: int | None
-    """Length of the shorter side before the crop to `image_shape`, of a run on an index; else None."""
+
+
+class LoadedModel(nn.Module):
+    """A run's model in evaluation mode, with its classes and its preprocessing.
+
+        model = distrain.load_model("runs/first")
+        images = torch.stack([model.preprocess("photo.jpg"), model.preprocess("other.png")])
+        logits = model(images)
+        model.predict("photo.jpg")  # {"cat": 0.93, "dog": 0.05, …}
+
+    It is called with images as they are, uint8: the normalisation, the precision and the settings of the GPU are those
+    of the evaluation, so the logits are the same. Gradients are computed unless `torch.no_grad()` or `inference_mode()`
+    is active.
+
+    Attributes:
+        model: the model alone, for normalised images [N, C, H, W]; its weights are fp64 if that is the precision, else
+            fp32.
+        classes: names of the classes, in the order of the logits.
+        image_shape: (H, W, C) of the images that are evaluated.
+        checkpoint: name of the checkpoint's folder.
+        precision: `train.precision`, in which logits are computed.
+        mean: of each channel, with pixels in 0 … 1: [C].
+        std: the same.
+    """
+
     mean: Tensor
     std: Tensor
-    source: dict[str, Any]
-    """The manifest's `source` of its data set: how it was prepared."""
-    checkpoint: str
-    """Name of the checkpoint's folder."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: list[str],
+        image_shape: tuple[int, int, int],
+        preprocessing: Preprocessing,
+        normalization: tuple[Tensor, Tensor],
+        precision: str,
+        deterministic: bool,
+        checkpoint: str,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.classes, self.image_shape, self.checkpoint, self.precision = classes, image_shape, checkpoint, precision
+        self._preprocessing, self._deterministic = preprocessing, deterministic
+        for name, values in zip(("mean", "std"), normalization, strict=True):
+            self.register_buffer(name, values, persistent=False)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, images: Tensor) -> Tensor:
+            """Return `forward(images)`; torch's own declaration has no types."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [N, K] of images.
+
+        Args:
+            images: uint8 [N, H, W, C] with the `image_shape` of this model, on any device.
+
+        Raises:
+            DataError: the images have another type or shape.
+        """
+        expected = (*images.shape[:1], *self.image_shape)
+        if images.dtype != torch.uint8 or images.shape != expected:
+            raise DataError(
+                f"images: should be uint8 [N, {', '.join(map(str, self.image_shape))}], as `preprocess` returns them"
+                f" and `torch.stack` joins them; got {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            )
+        device = self.mean.device
+        with numerics_restored():
+            set_numerics(self.precision, self._deterministic)
+            with autocast(device, self.precision):
+                logits: Tensor = self.model(normalize(images.to(device), self.mean, self.std))
+        return logits.to(self.mean.dtype)
+
+    def preprocess(self, image: ImageFile) -> Tensor:
+        """Decode, resize and crop an image as for evaluation: uint8 [H, W, C], on the CPU.
+
+        Args:
+            image: path of an image file, its content, or an image of Pillow. A large JPEG file is decoded at a fraction
+                of its size, so the image that Pillow makes of it gives pixels that differ a little.
+
+        Raises:
+            DataError: it cannot be read or decoded.
+        """
+        data, name = _read(image)
+        try:
+            return self.pixels(data)
+        except UnreadableError as error:
+            raise DataError(f"{name}: {printable(error)}") from error
+
+    def predict(self, image: ImageFile) -> dict[str, float]:
+        """Return the probability of each class for an image, the most probable one first.
+
+        Args:
+            image: as for `preprocess`.
+
+        Raises:
+            DataError: it cannot be read or decoded, or its logits are not finite.
+        """
+        return self.by_class(self.probabilities(self.preprocess(image)[None])[0])
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Return the probabilities [N, K] of the classes for images uint8 [N, H, W, C], on the CPU.
+
+        Raises:
+            DataError: logits are not finite, or the images have another type or shape.
+        """
+        with torch.inference_mode():
+            logits = self(images)
+            self.check_logits(logits)
+            return logits.softmax(1).cpu()
 
     def pixels(self, data: bytes) -> Tensor:
-        """Decode an image file as for evaluation: uint8 [H, W, C].
+        """Decode the content of an image file as for evaluation: uint8 [H, W, C].
 
         Raises:
             UnreadableError: it cannot be decoded.
         """
-        decoding = Decoding.of(self.source)
-        if self.resize is None:
+        decoding, resize = self._preprocessing
+        if resize is None:
             return torch.from_numpy(read_image(data, self.image_shape, decoding))
-        return images.resize_and_crop(images.decode(data, decoding), self.resize, self.image_shape[:2])
+        return images.resize_and_crop(images.decode(data, decoding), resize, self.image_shape[:2])
 
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Return the probabilities [N, K] of the classes for images uint8 [N, H, W, C], computed as in evaluation.
-
-        Raises:
-            DataError: logits are not finite.
-        """
-        with torch.inference_mode():
-            with autocast(self.mean.device, self.precision):
-                logits: Tensor = self.model(normalize(images.to(self.mean.device), self.mean, self.std))
-            logits = logits.to(self.mean.dtype)
-            self.check_logits(logits)
-            return logits.softmax(1).cpu()
+    def by_class(self, probabilities: Tensor) -> dict[str, float]:
+        """Return probabilities [K] by the names of the classes, the most probable one first."""
+        order, values = probabilities.argsort(descending=True, stable=True).tolist(), probabilities.tolist()
+        return {self.classes[k]: values[k] for k in order}
 
     def check_logits(self, logits: Tensor) -> None:
         """Check that logits are finite: finite weights can be so large that they are not.
@@ -77,8 +175,44 @@ class LoadedModel:
             raise DataError(f"{self.checkpoint}: its model gives logits that are not finite; use another checkpoint")
 
 
+def _read(image: ImageFile) -> tuple[bytes, str]:
+    """Return the content of an image file, and its name for messages."""
+    if isinstance(image, bytes):
+        return image, "the image"
+    if isinstance(image, (str, os.PathLike)):
+        name = printable(os.fspath(image))
+        try:
+            return files.read(Path(image), MAX_BYTES), name
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror or error}") from error
+    if isinstance(image, Image.Image):
+        return as_png(image), "the image"
+    raise DataError(
+        f"image: should be the path of an image file, its content (bytes), or an image of Pillow; got {shown(image)}"
+    )
+
+
+def load_on(device: str, key: str, run: Path, which: str | None) -> LoadedModel:
+    """Load the model of a run's checkpoint.
+
+    Args:
+        device: auto, cpu or cuda.
+        key: what sets `device`, as `--device `, for messages.
+        run: the run's folder.
+        which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
+
+    Raises:
+        DataError: as `load`.
+        ConfigError: the device cannot be used, or its memory is too small; or as `load`.
+        GpuError: the GPU failed.
+    """
+    with gpu_errors.explained(devices.describe(0), "predict"):
+        return load(run, which, "cpu" if devices.on_cpu(device, os.environ, key) else "cuda")
+
+
+@torch_defaults()
 def load(run: Path, which: str | None, device: str = "cpu", precision: str | None = None) -> LoadedModel:
-    """Load the model of a run's checkpoint, and set how this process computes.
+    """Load the model of a run's checkpoint.
 
     Args:
         run: the run's folder.
@@ -103,16 +237,22 @@ def load(run: Path, which: str | None, device: str = "cpu", precision: str | Non
     height, width, channels = data["image_shape"]
     classes, settings = data["classes"], config.model
     chosen = precision or _precision_of(config.train.precision, device)
-    set_numerics(chosen, config.train.deterministic)
+    deterministic = config.train.deterministic or config.train.virtual_ranks is not None
     dtype = torch.float64 if chosen == "fp64" else torch.float32
     model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed, dtype)
     models.load(model, saved.model, settings.name, path)
     mean, std = (_normalization(saved, key, channels).to(device, dtype) for key in ("mean", "std"))
     evaluation = data.get("evaluation") or {"crop": [height, width], "resize": None}
-    image_shape, source = (*evaluation["crop"], channels), data.get("source", {})
     return LoadedModel(
-        model.to(device).eval(), chosen, classes, image_shape, evaluation["resize"], mean, std, source, path.name
-    )
+        model.to(device),
+        classes,
+        (*evaluation["crop"], channels),
+        Preprocessing(Decoding.of(data.get("source", {})), evaluation["resize"]),
+        (mean, std),
+        chosen,
+        deterministic,
+        path.name,
+    ).eval()
 
 
 def _precision_of(trained: str, device: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,12 @@ from distrain.errors import ConfigError, DataError
 from distrain.files import read
 from distrain.text import counted, percent, printable, shortened
 from distrain.tools import loaded_model
-from distrain.tools.loaded_model import LoadedModel
+from distrain.tools.loaded_model import MAX_BYTES, LoadedModel
 
 log = logging.getLogger("distrain")
 
 _BATCH_SIZE = 64
 _MAX_REPORTED = 10
-_MAX_BYTES = 2**30
-"""Maximum size of an image file."""
 
 
 def predict(run: Path, files: Sequence[Path], which: str | None, device: str) -> Iterator[dict[str, Any]]:
@@ -42,22 +39,19 @@ def predict(run: Path, files: Sequence[Path], which: str | None, device: str) ->
             used, or its memory is too small.
         GpuError: the GPU failed.
     """
-    chosen_device = "cpu" if devices.on_cpu(device, os.environ, "--device ") else "cuda"
+    model = loaded_model.load_on(device, "--device ", run, which)
     gpu = devices.describe(0)
-    with gpu_errors.explained(gpu, "predict"):
-        model = loaded_model.load(run, which, chosen_device)
     if model.image_shape[2] not in (1, 3):
         raise ConfigError(f"{run}: its images have {model.image_shape[2]} channels; image files have 1 or 3")
     _check(files, model)
     for start in range(0, len(files), _BATCH_SIZE):
         batch = files[start : start + _BATCH_SIZE]
         with recorded_warnings():  # `_check` has shown them
-            images = torch.stack([model.pixels(read(file, _MAX_BYTES)) for file in batch])
+            images = torch.stack([model.pixels(read(file, MAX_BYTES)) for file in batch])
         with gpu_errors.explained(gpu, "predict"):
             probabilities = model.probabilities(images)
         for file, row in zip(batch, probabilities, strict=True):
-            order = row.argsort(descending=True, stable=True).tolist()
-            yield {"file": str(file), "classes": {model.classes[k]: float(row[k]) for k in order}}
+            yield {"file": str(file), "classes": model.by_class(row)}
 
 
 def _check(files: Sequence[Path], model: LoadedModel) -> None:
@@ -67,7 +61,7 @@ def _check(files: Sequence[Path], model: LoadedModel) -> None:
     for file in files:
         try:
             with recorded_warnings() as caught:
-                model.pixels(read(file, _MAX_BYTES))
+                model.pixels(read(file, MAX_BYTES))
         except OSError as error:
             problems.append(f"{printable(str(file))}: {error.strerror or str(error)}")
         except UnreadableError as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from distrain.errors import EXIT_AGAIN
 from distrain.runs import attempts, checkpoint, folder, lease, results
 from distrain.runs.folder import RunRecord
 from distrain.text import clock, percent, plural
@@ -14,6 +15,14 @@ from distrain.text import clock, percent, plural
 log = logging.getLogger("distrain")
 
 _CENTURY = 3e9
+
+State = Literal["not started", "running", "done", "stopped", "failed", "killed", "unknown"]
+"""States of a run.
+
+stopped: on request, or because a process, node, link or server was lost; failed: any other error; killed: its process
+ended without a report; unknown: no record says, or it runs on another host and does not renew its lease.
+"""
+_RESUME = "not running; run the same command to resume"
 
 
 def run_status(run: Path) -> dict[str, Any]:
@@ -36,7 +45,7 @@ def run_status(run: Path) -> dict[str, Any]:
         seconds_left = left if left < _CENTURY else None
     return {
         "run": str(run),
-        "state": _state(record),
+        "state": state_of(record)[1],
         "step": done,
         "steps": total,
         "epoch": newest.get("epoch"),
@@ -91,18 +100,26 @@ def _describe_attempt(attempt: dict[str, Any]) -> str:
     )
 
 
-def _state(record: RunRecord) -> str:
+def state_of(record: RunRecord) -> tuple[State, str]:
+    """Return the state of a run, and the same in a sentence for people."""
     result = record.result
-    if result is not None and (result.get("stopped_early") or result["steps"] == record.setup.get("steps")):
-        return "done"
+    if result is not None and (result.get("stopped_early") or result.get("steps") == record.setup.get("steps")):
+        return "done", "done"
+    newest = record.attempts[-1] if record.attempts else {}
     if lease.owner(record.folder) is not None:
-        age = _age(record.attempts[-1].get("renewed")) if record.attempts else None
+        age = _age(newest.get("renewed"))
         if age is not None and age > lease.STALE_SECONDS:
-            return f"lease not renewed for {clock(age)}; run the same command to resume"
-        return "running"
-    if record.exit_record.get("code"):
-        return f"exited with code {record.exit_record['code']}: {record.exit_record.get('reason')}"
-    return "not running; run the same command to resume" if record.attempts else "not started"
+            return "unknown", f"lease not renewed for {clock(age)}; run the same command to resume"
+        return "running", "running"
+    # The launcher has seen more than the process, but other launchers write no record.
+    launched = record.exit_record if record.exit_record.get("attempt", 0) >= newest.get("attempt", 0) else {}
+    ending = launched if launched.get("code") else newest
+    code = ending.get("code")
+    if code:
+        return "stopped" if code == EXIT_AGAIN else "failed", f"exited with code {code}: {ending.get('reason')}"
+    if not newest:
+        return "not started", "not started"
+    return "unknown" if newest.get("ended") else "killed", _RESUME
 
 
 def _accuracy(record: RunRecord) -> dict[str, Any] | None:

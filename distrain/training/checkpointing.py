@@ -8,11 +8,12 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from distrain import files, models, signals
 from distrain.distributed.numerics import differences
-from distrain.errors import BusyError, ConfigError, DataError, FolderLostError
+from distrain.errors import EXIT_OK, BusyError, ConfigError, DataError, FolderLostError
 from distrain.failure_report import failure_of, report_failure
 from distrain.models.weight_files import CLASSES
 from distrain.runs import attempts, checkpoint, lease, logs, records
@@ -28,7 +29,7 @@ log = logging.getLogger("distrain")
 
 
 class Checkpointer:
-    """Resumes a run and saves its checkpoints; holds the lease on its folder, on rank 0."""
+    """Resumes a run and saves its checkpoints; holds the lease on its folder, on rank 0, in its `with` block."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -120,10 +121,14 @@ class Checkpointer:
             with self._job.runtime.collectives.fail_alone():
                 self._lease.check()
 
-    def close(self) -> None:
-        """Release the lease."""
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Release the lease, and record in this attempt's file how it ended."""
         if self._lease is not None:
-            self._lease.release()
+            failure = self._job.runtime.failure_of(error) if error is not None else None
+            self._lease.release(*((failure.code, failure.message) if failure is not None else (EXIT_OK, "done")))
 
     def _take_folder(self) -> Path | None:
         """Take the folder and cut it back to the checkpoint to resume; return that checkpoint's path."""

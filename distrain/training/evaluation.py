@@ -56,10 +56,6 @@ class Scores:
         """Fraction of the samples whose class was predicted."""
         return self.confusion.correct / self.confusion.total
 
-    def line(self, split: str) -> str:
-        """Format the accuracy as the last line of a run."""
-        return results.accuracy_line(split, self.total, self.accuracy)
-
     def as_dict(self, classes: list[str]) -> dict[str, Any]:
         """Return the scores for JSON; the accuracy of a class without samples is null."""
         return {
