@@ -348,7 +348,7 @@ def another_loop(root: str, tree: Sections) -> str:
 
 
 FEW: Sections = {"train": {"global_batch_size": 9}, "model": {"name": "net"}}
-"""Of 12 lanes, so some virtual ranks have no samples in some steps."""
+"""Options with fewer samples than lanes: some virtual ranks have none in some steps."""
 
 
 @pytest.mark.parametrize("sections", [MIXED, FEW], ids=["mixed", "few"])
