@@ -35,7 +35,7 @@ PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").g
 TAGS = {"bash run", "bash check", "bash ci", "python run", "text", "mermaid"}
 FILE = re.compile(r"[a-z]+ file=([\w./-]+)")
 """A block that is a file: it is written into the folder in which the page's blocks run."""
-LINKED = ("configs", "examples", "launch", "k8s")
+LINKED = ("configs", "launch", "k8s")
 
 
 class Block(NamedTuple):

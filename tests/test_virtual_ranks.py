@@ -332,28 +332,30 @@ def test_more_lanes_than_samples_of_a_step(group: Groups, tmp_path: Path) -> Non
 def another_loop(root: str, tree: Sections) -> str:
     """Train with a loop that is not the trainer's; return the digest of weights and buffers."""
     train, data = from_tree(tree).train, distrain.open_data(root)
-    shape = torch.zeros(2, 3, 16, 16)
     module = models.from_config(from_tree(tree).model, 10, (16, 16, 3), 7, torch.float32)
     settings = (train.lr, train.momentum, train.nesterov, train.betas, train.weight_decay)
     optimizer = optim.build(train.optimizer, module.parameters(), *settings)
-    ranks = distrain.VirtualRanks(module, 8, train.global_batch_size, shape, seed=7)
-    steps = range(train.max_steps)
-    batches = distrain.batches(
-        root, global_batch_size=train.global_batch_size, steps=steps, seed=7, virtual_ranks=train.virtual_ranks
-    )
+    number, size, steps = train.virtual_ranks, train.global_batch_size, range(train.max_steps)
+    ranks = distrain.VirtualRanks(module, number, size, torch.zeros(2, 3, 16, 16), seed=7)
+    batches = distrain.batches(root, global_batch_size=size, steps=steps, seed=7, virtual_ranks=number)
     for step, of_ranks in zip(steps, batches, strict=True):
         optimizer.zero_grad()
         for batch in ranks.in_step(step, of_ranks):
-            loss = F.cross_entropy(
-                ranks(distrain.normalize(batch.images, data.mean, data.std)), batch.labels, reduction="sum"
-            )
-            (loss * (1 / train.global_batch_size)).backward()
+            logits = ranks(distrain.normalize(batch.images, data.mean, data.std))
+            (F.cross_entropy(logits, batch.labels, reduction="sum") * (1 / size)).backward()
         optimizer.step()
     return models.digest(module.state_dict())
 
 
-def test_another_loop_gives_the_bits_of_the_trainer(small: Dataset, group: Groups, tmp_path: Path) -> None:
-    tree = configuration(small, tmp_path / "run", MIXED, {"train": {"schedule": "constant"}})
+FEW: Sections = {"train": {"global_batch_size": 9}, "model": {"name": "net"}}
+"""Options with fewer samples than lanes: some virtual ranks have none in some steps."""
+
+
+@pytest.mark.parametrize("sections", [MIXED, FEW], ids=["mixed", "few"])
+def test_another_loop_gives_the_bits_of_the_trainer(
+    sections: Sections, small: Dataset, group: Groups, tmp_path: Path
+) -> None:
+    tree = configuration(small, tmp_path / "run", sections, {"train": {"schedule": "constant"}})
     tree["augment"] = {}
     group(3).train(tree)
     expected = models.digest(load_file(tmp_path / "run/checkpoints/step-00000025/model.safetensors"))
