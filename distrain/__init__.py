@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from distrain.config import Config
     from distrain.data.rounds import Batch
     from distrain.distributed.gradients import loss_scale
+    from distrain.machine import keep_freed_memory
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "augment",
     "batches",
     "evaluation_batches",
+    "keep_freed_memory",
     "loss_scale",
     "normalize",
     "open_data",
@@ -42,6 +44,7 @@ _MODULES = {
     "augment": "distrain.api.pixels",
     "batches": "distrain.api.loader",
     "evaluation_batches": "distrain.api.evaluation",
+    "keep_freed_memory": "distrain.machine",
     "loss_scale": "distrain.distributed.gradients",
     "normalize": "distrain.api.pixels",
     "open_data": "distrain.api.datasets",
