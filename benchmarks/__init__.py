@@ -6,7 +6,7 @@ Each part is a module with a function `measure`, which takes a `Context` and ret
 one after another and writes their tables. distrain does not import this package, and its wheel does not contain it.
 """
 
-DEFAULT_PARTS = ("reading", "decoding", "tutorial", "training", "scaling", "evaluation", "startup", "memory")
+DEFAULT_PARTS = ("reading", "loader", "decoding", "tutorial", "training", "scaling", "evaluation", "startup", "memory")
 PARTS = (*DEFAULT_PARTS, "virtual_ranks", "accuracy")
 """All parts, in the order in which they run.
 

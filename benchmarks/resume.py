@@ -1,10 +1,10 @@
-"""A reader that starts in the middle of an epoch of an index; a program, so that the process is fresh.
+"""`distrain.batches` from the middle of an epoch; a program, so that the process is fresh.
 
-    python -m benchmarks.resume INDEX BATCH SIDE
+    python -m benchmarks.resume DATA BATCH SIDE
 
-The tar files are removed from the page cache before, as far as the system does that. Prints a JSON object: seconds from
-opening the index to the first batch, the mebibytes that were read until then, from the index and from tar files, and
-the growth of the peak resident memory in MiB.
+DATA is an index, or has blocks (SIDE 0). Its files are removed from the page cache before, as far as the system does
+that. Prints a JSON object: seconds from the call to the first batch, the mebibytes that were read until then, and the
+growth of the peak resident memory in MiB.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ import os
 import re
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from benchmarks.reader import decoded_batches, peak_memory, training_order
-from distrain import machine
+import distrain
+from benchmarks.reader import peak_memory
 from distrain.data import manifest
+from distrain.data.manifest import Split
 
 
 def main() -> None:
     """Read the first batch, and print the result."""
     torch.set_num_threads(1)
     root, batch, side = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    whole_epoch = distrain.open_data(root).steps(range(1), batch)
+    steps = whole_epoch[len(whole_epoch) // 2 :]
+    size, scale = (side, (0.08, 1)) if side else (None, None)
+    read_batches = distrain.batches  # imported here
     _drop_from_page_cache(root)
     memory, before, started = peak_memory(), _bytes_read(), time.perf_counter()
-    dataset = manifest.read(root).with_image_size(side)
-    order = training_order(dataset, batch)
-    steps = range(order.steps_per_epoch // 2, order.steps_per_epoch)
-    with closing(decoded_batches(dataset, batch, steps, machine.cores())) as batches:
+    with read_batches(root, global_batch_size=batch, steps=steps, image_size=size, crop_scale=scale) as batches:
         next(batches)
         seconds, read = time.perf_counter() - started, _bytes_read() - before
     print(json.dumps({"seconds": seconds, "read_mib": read / 2**20, "grown_mib": peak_memory() - memory}))
@@ -41,8 +42,10 @@ def main() -> None:
 
 def _drop_from_page_cache(root: Path) -> None:
     dataset = manifest.read(root)
-    tars = [Path(dataset.tars) / tar.name for tar in dataset.indexed("train").tars]  # type: ignore[arg-type]
-    for path in [*tars, *root.iterdir()]:
+    split = dataset.split("train")
+    shards = split.shards if isinstance(split, Split) else split.tars
+    paths = [Path(dataset.tars) / shard.name for shard in shards]  # type: ignore[arg-type]
+    for path in [*paths, *filter(Path.is_file, root.iterdir())]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

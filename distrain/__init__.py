@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from distrain.errors import UnreachableError as UnreachableError
     from distrain.errors import UserError as UserError
     from distrain.failure_report import PeerFailedError as PeerFailedError
+    from distrain.machine import keep_freed_memory as keep_freed_memory
     from distrain.models.batch_norm import sync_batch_norm as sync_batch_norm
     from distrain.tools.loaded_model import LoadedModel as LoadedModel
 
@@ -112,6 +113,7 @@ _MODULES = {
     "errors": "distrain",
     "evaluate": "distrain.api.evaluation",
     "evaluation_batches": "distrain.api.evaluation_batches",
+    "keep_freed_memory": "distrain.machine",
     "load_model": "distrain.api.inference",
     "loss_scale": "distrain.distributed.gradients",
     "normalize": "distrain.api.pixels",

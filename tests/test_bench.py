@@ -18,8 +18,10 @@ from benchmarks import (
     accuracy,
     decoding,
     evaluation,
+    loader,
     loaders,
     memory,
+    other_loop,
     photos,
     reader,
     scaling,
@@ -211,6 +213,25 @@ def test_loaders_read_all_photos(tmp_path: Path) -> None:
     theirs = loaders.LOADERS["webdataset, torchvision"](tmp_path)
     assert sum(theirs(2)) == 2 * 150
     assert all(value > 0 for value in loaders.measure(theirs, 1).values())
+
+
+def test_other_loops_read_what_the_trainer_reads(images: Dataset) -> None:
+    arguments = (str(images.root), 128, 0, 2)
+    assert list(other_loop.by_batches(*arguments)) == list(other_loop.by_trainer(*arguments)) == [128] * 16
+
+
+@pytest.mark.ranks
+@pytest.mark.faults
+def test_loader(context: Context) -> None:
+    table = loader.measure(replace(context, photos=150))
+    values = {(row.name, row.unit): row.as_dict()["median"] for row in [*table.rows, *table.ratios]}
+    assert all(value > 0 for value in values.values())
+    assert {name for name, unit in values if unit == "×"} == {
+        f"{name}, {data} / distrain train: {unit}"
+        for name in ("distrain.batches", "distrain.batches alone")
+        for data in ("blocks", "photos")
+        for unit in ("images/s", "CPU ms/image")
+    }
 
 
 @pytest.mark.ranks

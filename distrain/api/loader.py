@@ -299,6 +299,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ConfigError(f"device={device}: use cpu or cuda, and copy the tensors from the CPU to other devices")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device}: torch can use no GPU here")
+    if where.type == "cuda" and where.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return where
 
 
