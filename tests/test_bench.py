@@ -242,9 +242,9 @@ def test_decoding(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = "webdataset, torchvision"
     table = decoding.measure(replace(context, photos=150, loaders=("distrain", "litdata", theirs)))
     values = {(row.name, row.unit): row.as_dict()["median"] for row in [*table.rows, *table.ratios]}
-    units = ("CPU ms/image", "images/s", "s to the first batch", "MiB")
+    units = ("CPU ms/image", "images/s", "s to the first batch", "MiB (PSS)", "MiB (RSS)")
     assert all(values.pop((name, unit)) > 0 for name in ("distrain", theirs) for unit in units)
-    ratios = ("CPU time", "best images/s", "memory")
+    ratios = ("CPU time", "best images/s", "memory (PSS)", "memory (RSS)")
     assert all(values.pop((f"{what}: distrain / {theirs}", "×")) > 0 for what in ratios)
     assert 0 <= values.pop(("distrain train: waits for data", "%")) <= 100
     assert 0 < values.pop(("distrain, resume in the middle of an epoch", "s")) < 100
