@@ -57,6 +57,7 @@ class LoadedModel(nn.Module):
             fp32.
         classes: names of the classes, in the order of the logits.
         image_shape: (H, W, C) of the images that are evaluated.
+        resize: length of the shorter side of an image before the crop to `image_shape`, of a run on an index; else None.
         checkpoint: name of the checkpoint's folder.
         precision: `train.precision`, in which logits are computed.
         mean: of each channel, with pixels in 0 … 1: [C].
@@ -80,6 +81,7 @@ class LoadedModel(nn.Module):
         super().__init__()
         self.model = model
         self.classes, self.image_shape, self.checkpoint, self.precision = classes, image_shape, checkpoint, precision
+        self.resize = preprocessing.resize
         self._preprocessing, self._deterministic = preprocessing, deterministic
         for name, values in zip(("mean", "std"), normalization, strict=True):
             self.register_buffer(name, values, persistent=False)
