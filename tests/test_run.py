@@ -256,23 +256,23 @@ def test_a_run_stops_early_at_the_same_step_after_a_resume_and_on_two_processes(
     result = distrain.train(tree(dataset, whole, **changes))
     scores = [line["val/accuracy"] for line in metrics_but_times(whole) if "val/accuracy" in line]
     best = scores.index(max(scores))
-    assert result["steps"] == 3 * len(scores) == 3 * (best + 1 + 3) < 60
-    assert result["checkpoint"] == f"step-{3 * (best + 1):08d}"
-    assert result["stopped_early"] == "after 3 evaluations without a better one on val"
-    assert f"stopped {result['stopped_early']}" in caplog.text
-    assert distrain.train(tree(dataset, whole, **changes))["steps"] == result["steps"]  # nothing is left to train
+    assert result.steps == 3 * len(scores) == 3 * (best + 1 + 3) < 60
+    assert result.checkpoint == f"step-{3 * (best + 1):08d}"
+    assert result.stopped_early == "after 3 evaluations without a better one on val"
+    assert f"stopped {result.stopped_early}" in caplog.text
+    assert distrain.train(tree(dataset, whole, **changes)).steps == result.steps  # nothing is left to train
 
     shutil.copytree(whole, run)  # as if the job was killed after its last checkpoint but one
     (run / "result.json").unlink()
-    shutil.rmtree(run / f"checkpoints/step-{result['steps']:08d}")
+    shutil.rmtree(run / f"checkpoints/step-{result.steps:08d}")
     state = json.loads(max((run / "checkpoints").iterdir()).joinpath("state.json").read_text())
     assert 0 < state["evaluations_since_best"] < 3
     with pytest.raises(ConfigError, match="train.stop_after: 3 in the checkpoint, 4 now"):
         distrain.train(tree(dataset, run, **{**changes, "train": {**changes["train"], "stop_after": 4}}))
-    assert group(2).train(tree(dataset, run, **changes))["stopped_early"] == result["stopped_early"]
+    assert group(2).train(tree(dataset, run, **changes))["stopped_early"] == result.stopped_early
     assert metrics_but_times(run) == metrics_but_times(whole)
     progress = run_status(run)
-    assert (progress["state"], progress["step"]) == ("done", result["steps"])
+    assert (progress["state"], progress["step"]) == ("done", result.steps)
     assert "stopped  after 3 evaluations" in format_status(progress)
     assert charts.restarts(read(whole)) == []  # the second attempt had nothing to train
     report.write([run])

@@ -68,6 +68,7 @@ class TrainingResult(Result):
         tflops_per_second: 10¹² floating-point operations per second; None where they cannot be counted.
         mfu: model FLOPs utilisation, the fraction of the devices' peak; None where the peak is not known.
         val_accuracy: accuracy of the checkpoint on val, by which it was chosen; None without a val split.
+        stopped_early: why the run ended before its last step (`train.stop_after`); None if it did not.
         precision: `train.precision`.
         device: cpu or cuda.
         dependent_layers: layers of the model that make the result depend on the number of processes.
@@ -86,6 +87,7 @@ class TrainingResult(Result):
     tflops_per_second: float | None = None
     mfu: float | None = None
     val_accuracy: float | None
+    stopped_early: str | None = None
     precision: str
     device: str
     dependent_layers: tuple[str, ...]
