@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import glob
 import itertools
 import json
 import os
@@ -276,6 +277,11 @@ def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
                 assert failed is None, f"{block}: {failed}:\n{(tmp_path / 'log').read_text()[-4000:]}"
 
 
+def expanded(arguments: list[str], text: str) -> list[str]:
+    """Expand file names as a shell does: what matches none, or is in quotes in the text, stays as it is."""
+    return [name for each in arguments for name in ((f"'{each}'" not in text and sorted(glob.glob(each))) or [each])]
+
+
 def run_block(block: Block, folder: Path) -> str | None:
     """Run a block in this process, which has imported torch; in a shell, if it has more than commands of `distrain`.
 
@@ -296,7 +302,7 @@ def run_block(block: Block, folder: Path) -> str | None:
         return None
     lines = commands(block.text)
     if all(program == "distrain" and command != "launch" for program, command, *_ in lines):
-        return next((shlex.join(line) for line in lines if cli.main(line[1:]) != 0), None)
+        return next((shlex.join(line) for line in lines if cli.main(expanded(line[1:], block.text)) != 0), None)
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     shell = ["bash", "-euo", "pipefail", "-c", block.text]
     return None if subprocess.run(shell, env=environ, timeout=240, check=False).returncode == 0 else block.text
