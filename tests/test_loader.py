@@ -23,6 +23,7 @@ from simulated_gpu import SimulatedGpu
 
 import distrain
 from distrain.data.manifest import Dataset
+from distrain.distributed.numerics import numerics_restored
 from distrain.environment import World
 from distrain.errors import ConfigError, DataError, UnreadableImagesError, UserError
 from distrain.training import inputs
@@ -364,6 +365,17 @@ IMAGES, BITS = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 2, dty
 def test_a_wrong_argument_of_another_function_is_one_message(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_batches_of_another_number_of_virtual_ranks_are_refused(small: Dataset) -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 10))
+    with numerics_restored():
+        ranks = distrain.VirtualRanks(net, V, BATCH, torch.zeros(2, 3, 16, 16), threads=torch.get_num_threads())
+        for number in (None, 2):
+            options: dict[str, Any] = {"global_batch_size": BATCH, "steps": range(1), "virtual_ranks": number}
+            (of_step,) = distrain.batches(small.root, **options)
+            with pytest.raises(ConfigError, match="batches: should be a list of 3, one for each virtual rank"):
+                next(ranks.in_step(0, of_step))
 
 
 def test_missing_data_are_errors_when_a_function_is_called(small: Dataset, tmp_path: Path) -> None:
