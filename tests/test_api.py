@@ -284,6 +284,12 @@ def test_an_image_of_pillow_is_upright(result: distrain.TrainingResult, tmp_path
         (lambda run: distrain.evaluate(run, "tests"), "split: should be train, val or test; got 'tests'"),
         (lambda run: distrain.evaluate(run, "val"), "has no split 'val'"),
         (lambda run: distrain.evaluate(run, checkpoint="step-9"), "no such checkpoint; there are step-00000006"),
+        (
+            lambda run: distrain.evaluate(run, checkpoint=6),
+            "checkpoints/6: no such checkpoint; there are step-00000006",
+        ),  # type: ignore[arg-type]
+        (lambda run: distrain.load_model(run, ""), "no such checkpoint"),
+        (lambda run: distrain.load_model(run, "../checkpoints/step-00000006"), "no such checkpoint"),
         (lambda run: distrain.evaluate(run, overrides={"model": {"activation": "tanh"}}), "was not trained with"),
         (lambda run: distrain.open_run(run.parent), "holds no run"),
         (lambda run: distrain.load_model(run, device="tpu"), "device: should be auto, cpu or cuda; got 'tpu'"),

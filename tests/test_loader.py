@@ -23,6 +23,7 @@ from simulated_gpu import SimulatedGpu
 
 import distrain
 from distrain.data.manifest import Dataset
+from distrain.distributed.numerics import numerics_restored
 from distrain.environment import World
 from distrain.errors import ConfigError, DataError, UnreadableImagesError, UserError
 from distrain.training import inputs
@@ -275,6 +276,7 @@ def test_an_open_data_set_counts_steps(small: Dataset, index: Dataset) -> None:
     info = distrain.open_data(small.root)
     assert (info.samples, info.lanes, info.is_index) == ({"train": 1003, "test": 203}, 12, False)
     assert (info.image_shape, len(info.classes), len(info.mean)) == ([16, 16, 3], 10, 3)
+    assert "Shard" not in repr(info)  # a notebook shows it
     assert info.steps_per_epoch(BATCH) == 24 * 41 // BATCH == 24
     assert info.epoch(50, BATCH) == (2, 2)
     assert info.steps(range(1, 3), BATCH) == range(24, 72)
@@ -307,6 +309,7 @@ def test_random_bits_decide_what_augment_does() -> None:
     [
         (False, {"rank": 1}, "rank=1, world_size=None: give both"),
         (False, {"rank": 2, "world_size": 2}, "rank should be 0 to world_size - 1"),
+        (False, {"rank": "0", "world_size": 2}, "rank='0', world_size=2: rank should be"),
         (False, {"rank": 0, "world_size": 13}, "13 processes for 12 lanes"),
         (False, {"virtual_ranks": 13}, "more than the 12 lanes"),
         (False, {"virtual_ranks": 2, "rank": 0, "world_size": 3}, "3 processes for train.virtual_ranks=2"),
@@ -320,6 +323,8 @@ def test_random_bits_decide_what_augment_does() -> None:
         (False, {"steps": range(-2, 9)}, "should be range"),
         (False, {"device": "cuda"}, "torch can use no GPU"),
         (False, {"device": "meta"}, "use cpu or cuda"),
+        (False, {"device": "gpu"}, "device: should be the name of a device, such as cpu or cuda; got 'gpu'"),
+        (False, {"data_dir": None}, "data_dir: should be a path; got None"),
         (False, {"seed": -1}, "run.seed"),
         (True, {}, "set data.image_size"),
         (True, {"image_size": 16, "decoded": False}, "image_size: has no effect"),
@@ -329,10 +334,48 @@ def test_random_bits_decide_what_augment_does() -> None:
 def test_wrong_arguments_are_errors_when_batches_is_called(
     of_index: bool, options: dict[str, Any], message: str, small: Dataset, index: Dataset, threads: Threads
 ) -> None:
-    arguments: dict[str, Any] = {"global_batch_size": BATCH, "steps": range(3)}
+    data_dir = (index if of_index else small).root
+    arguments: dict[str, Any] = {"data_dir": data_dir, "global_batch_size": BATCH, "steps": range(3)}
     with pytest.raises(ConfigError, match=message):
-        distrain.batches((index if of_index else small).root, **(arguments | options))
+        distrain.batches(**(arguments | options))
     assert not threads()
+
+
+IMAGES, BITS = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: distrain.normalize(IMAGES / 255, [0.5] * 3, [0.5] * 3), r"images: should be uint8 .* got float32 \[2"),
+        (lambda: distrain.normalize(IMAGES[0], [0.5] * 3, [0.5] * 3), r"images: should be .* got uint8 \[4, 4, 3\]"),
+        (
+            lambda: distrain.normalize(IMAGES.permute(0, 3, 1, 2), [0.5] * 3, [0.5] * 3),
+            "mean: .* each of the 4 channels",
+        ),
+        (lambda: distrain.normalize(IMAGES, [0.5] * 3, [0.5]), r"std: .* each of the 3 channels .* got \[1\]"),
+        (lambda: distrain.augment(IMAGES.float(), BITS), "images: should be uint8"),
+        (lambda: distrain.augment(IMAGES, BITS[:1]), r"random_bits: should be int64 \[2, 2\].* got int64 \[1, 2\]"),
+        (lambda: distrain.loss_scale(2, 64), "world_size=64: should be 1 to global_batch_size, which is 2"),
+        (lambda: distrain.loss_scale(0, 1), "global_batch_size, which is 0"),
+        (lambda: distrain.open_data(3), "data_dir: should be a path; got 3"),  # type: ignore[arg-type]
+        (lambda: distrain.evaluation_batches(""), "data_dir: should be a path; got ''"),
+    ],
+)
+def test_a_wrong_argument_of_another_function_is_one_message(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_batches_of_another_number_of_virtual_ranks_are_refused(small: Dataset) -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 10))
+    with numerics_restored():
+        ranks = distrain.VirtualRanks(net, V, BATCH, torch.zeros(2, 3, 16, 16), threads=torch.get_num_threads())
+        for number in (None, 2):
+            options: dict[str, Any] = {"global_batch_size": BATCH, "steps": range(1), "virtual_ranks": number}
+            (of_step,) = distrain.batches(small.root, **options)
+            with pytest.raises(ConfigError, match="batches: should be a list of 3, one for each virtual rank"):
+                next(ranks.in_step(0, of_step))
 
 
 def test_missing_data_are_errors_when_a_function_is_called(small: Dataset, tmp_path: Path) -> None:

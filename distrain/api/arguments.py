@@ -21,8 +21,17 @@ def path_of(name: str, value: object) -> Path:
     Raises:
         ConfigError: it is no path; `name` is that of the argument.
     """
+    return Path(text_of(name, value))
+
+
+def text_of(name: str, value: object) -> str:
+    """Return the text of an argument that is a path or an address.
+
+    Raises:
+        ConfigError: it is neither; `name` is that of the argument.
+    """
     if isinstance(value, (str, os.PathLike)) and (text := os.fspath(value)) and isinstance(text, str):
-        return Path(text)
+        return text
     raise ConfigError(f"{name}: should be a path; got {shown(value)}")
 
 

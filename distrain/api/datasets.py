@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distrain import config as configuration
+from distrain.api.arguments import text_of
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError
 from distrain.training import inputs
@@ -34,7 +35,7 @@ class DatasetInfo:
     lanes: int
     is_index: bool
     digest: str
-    _dataset: Dataset
+    _dataset: Dataset = field(repr=False)
 
     def steps_per_epoch(self, global_batch_size: int) -> int:
         """Return the number of steps of an epoch; samples that fill no global batch are dropped, others in each epoch.
@@ -64,10 +65,10 @@ def open_data(data_dir: str | os.PathLike[str], *, tars: str | None = None) -> D
         tars: folder or address of the tar files of an index; None: where they were when it was made.
 
     Raises:
-        ConfigError: the address cannot be opened.
+        ConfigError: `data_dir` is no path, or the address cannot be opened.
         DataError: there is no data set, it is damaged, or it has no train split.
     """
-    config = configuration.from_tree({"data": {"dir": os.fspath(data_dir), "tars": tars}})
+    config = configuration.from_tree({"data": {"dir": text_of("data_dir", data_dir), "tars": tars}})
     dataset = inputs.open_data(config, "train")
     manifest = dataset.manifest
     return DatasetInfo(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain import config as configuration
+from distrain.api.arguments import text_of
 from distrain.api.group import check_same, collectives_for, local_processes, world_of
 from distrain.api.loader import Batches
 from distrain.config import Config
@@ -75,8 +76,8 @@ def evaluation_batches(
     """
     tree = {
         "data": {
-            "dir": os.fspath(data_dir), "tars": tars, "image_size": image_size, "decode_threads": decode_threads,
-            "skip_bad": skip_bad,
+            "dir": text_of("data_dir", data_dir), "tars": tars, "image_size": image_size,
+            "decode_threads": decode_threads, "skip_bad": skip_bad,
         },
         "eval": {"batch_size": batch_size, "resize": resize, "crop": crop},
     }  # fmt: skip

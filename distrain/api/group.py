@@ -26,8 +26,8 @@ def world_of(rank: int | None, world_size: int | None) -> World:
         ConfigError: only one of them is given, or they are impossible.
     """
     if rank is not None and world_size is not None:
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank}, world_size={world_size}: rank should be 0 to world_size - 1")
+        if not (isinstance(rank, int) and isinstance(world_size, int) and 0 <= rank < world_size):
+            raise ConfigError(f"rank={rank!r}, world_size={world_size!r}: rank should be 0 to world_size - 1")
         return World(rank, world_size)
     if rank is not None or world_size is not None:
         raise ConfigError(f"rank={rank}, world_size={world_size}: give both, or none of them")

@@ -21,6 +21,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from distrain import config as configuration
+from distrain.api.arguments import text_of
 from distrain.api.group import check_same, collectives_for, local_processes, world_of
 from distrain.config import Config
 from distrain.data.cache import Cache
@@ -220,8 +221,8 @@ def batches(
     tree = {
         "run": {"seed": seed},
         "data": {
-            "dir": os.fspath(data_dir), "tars": tars, "image_size": image_size, "decode_threads": decode_threads,
-            "read_ahead": read_ahead, "cache": cache, "skip_bad": skip_bad,
+            "dir": text_of("data_dir", data_dir), "tars": tars, "image_size": image_size,
+            "decode_threads": decode_threads, "read_ahead": read_ahead, "cache": cache, "skip_bad": skip_bad,
         },
         "augment": {"crop_scale": crop_scale, "crop_ratio": crop_ratio},
         "train": {"global_batch_size": global_batch_size, "virtual_ranks": virtual_ranks},
@@ -294,7 +295,10 @@ def _check_encoded(config: Config, dataset: Dataset, device: torch.device) -> No
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    where = torch.device(device or "cpu")
+    try:
+        where = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: should be the name of a device, such as cpu or cuda; got {device!r}") from error
     if where.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={device}: use cpu or cuda, and copy the tensors from the CPU to other devices")
     if where.type == "cuda" and not torch.cuda.is_available():

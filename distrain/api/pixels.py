@@ -22,8 +22,18 @@ def normalize(
         mean: [C]. For images on a GPU give a tensor there: a list is copied in each call.
         std: [C].
         dtype: of the result, and of the computation.
+
+    Raises:
+        ConfigError: an argument has another shape or type.
     """
+    _check_images(images)
     mean, std = (torch.as_tensor(each, dtype=dtype, device=images.device) for each in (mean, std))
+    for name, each in (("mean", mean), ("std", std)):
+        if each.shape != images.shape[3:]:
+            raise ConfigError(
+                f"{name}: should have one value for each of the {images.shape[3]} channels of images "
+                f"{list(images.shape)}, which are [N, H, W, C]; got {list(each.shape)}"
+            )
     return augmentation.normalize(images, mean, std)
 
 
@@ -53,11 +63,28 @@ def augment(
         uint8 [N, H, W, C].
 
     Raises:
-        ConfigError: the images are too small.
+        ConfigError: the images are too small, or an argument has another shape or type.
     """
+    _check_images(images)
+    if random_bits.dtype != torch.int64 or random_bits.shape != (len(images), 2):
+        raise ConfigError(
+            f"random_bits: should be int64 [{len(images)}, 2], those of the same batch as the images; "
+            f"got {_described(random_bits)}"
+        )
     smallest = min(images.shape[1:3])
     if not 0 <= crop_padding < smallest or not 0 <= cutout <= smallest:
         raise ConfigError(f"crop_padding={crop_padding}, cutout={cutout}: too large for images of {smallest} pixels")
     colour = torch.as_tensor([0] * images.shape[3] if fill is None else fill, dtype=torch.uint8, device=images.device)
     settings = Augment(flip=flip, crop_padding=crop_padding, cutout=cutout)
     return augmentation.augment(images, random_bits, settings, colour)
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise ConfigError(
+            f"images: should be uint8 [N, H, W, C], as those of `distrain.batches`; got {_described(images)}"
+        )
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -36,7 +36,7 @@ class VirtualRanks:
     Args:
         module: the model, on its device and in training mode. It maps [n, …] to one tensor. Its SyncBatchNorm layers
             become local ones.
-        number: of virtual ranks.
+        number: of virtual ranks, as `distrain.batches` has it.
         global_batch_size: samples of a step, over all virtual ranks.
         example: two or more inputs of the model, on its device; they are used to see which buffers a pass changes.
         seed: of the layers that draw random numbers, such as dropout.
@@ -82,7 +82,15 @@ class VirtualRanks:
         Args:
             step: of the run.
             batches: one for each virtual rank of this process, as `distrain.batches` returns them.
+
+        Raises:
+            ConfigError: there are more or fewer of them.
         """
+        if isinstance(batches, Batch) or len(batches) != len(self._ranks):
+            raise ConfigError(
+                f"batches: should be a list of {len(self._ranks)}, one for each virtual rank of this process; "
+                "give distrain.batches the virtual_ranks that VirtualRanks has"
+            )
         for rank, batch in zip(self._ranks, batches, strict=True):
             seed_all(self._device, layer_seed(self._seed, step, rank.rank))
             self._tree.begin_rank()

@@ -19,6 +19,7 @@ from torch import Tensor
 from distrain.distributed.collectives import Collectives
 from distrain.distributed.compilation import AccumulatedGradients, Compilation
 from distrain.environment import World
+from distrain.errors import ConfigError
 
 
 def loss_scale(global_batch_size: int, world_size: int) -> float:
@@ -26,7 +27,12 @@ def loss_scale(global_batch_size: int, world_size: int) -> float:
 
     DDP averages the gradients of the processes. If each multiplies its sum by `world_size / global_batch_size`, the
     result is the gradient of the mean loss of the global batch, also if local batches differ in size or are empty.
+
+    Raises:
+        ConfigError: there are more processes than samples, so the arguments may have been exchanged; or none.
     """
+    if not 1 <= world_size <= global_batch_size:
+        raise ConfigError(f"world_size={world_size}: should be 1 to global_batch_size, which is {global_batch_size}")
     return world_size / global_batch_size  # guard: loss-scale
 
 

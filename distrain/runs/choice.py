@@ -24,9 +24,10 @@ def choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
     """
     checkpoints = run / checkpoint.FOLDER
     if which is not None and which not in ("best", "last"):
-        if not (checkpoints / which).is_dir():
-            names = ", ".join(checkpoint.path_of(checkpoints, step).name for step in checkpoint.steps(checkpoints)[:5])
-            raise DataError(f"{checkpoints / which}: no such checkpoint; there are {names or 'none'}")
+        names = [checkpoint.path_of(checkpoints, step).name for step in checkpoint.steps(checkpoints)]
+        if which not in names:
+            there = ", ".join(names[:5]) or "none"
+            raise DataError(f"{checkpoints / str(which)}: no such checkpoint; there are {there}")
         return checkpoints / which, []
     saved, skipped = checkpoint.newest(checkpoints)
     if saved is None:
