@@ -57,7 +57,7 @@ class LoadedModel(nn.Module):
             fp32.
         classes: names of the classes, in the order of the logits.
         image_shape: (H, W, C) of the images that are evaluated.
-        resize: of a run on an index, length of the shorter side of an image before the crop to `image_shape`; else None.
+        resize: of a run on an index, shorter side of an image before the crop to `image_shape`; else None.
         checkpoint: name of the checkpoint's folder.
         precision: `train.precision`, in which logits are computed.
         mean: of each channel, with pixels in 0 … 1: [C].
