@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from group import Group, GroupError
 from indexes import build, jpeg
 from runs import ids_by_step
 from simulated_gpu import SimulatedGpu
+from torch.utils.data import DataLoader, IterableDataset
 
 import distrain
 from distrain.data.manifest import Dataset
@@ -320,6 +321,8 @@ def test_random_bits_decide_what_augment_does() -> None:
         (False, {"steps": range(-2, 9)}, "should be range"),
         (False, {"device": "cuda"}, "torch can use no GPU"),
         (False, {"device": "meta"}, "use cpu or cuda"),
+        (False, {"device": "gpu"}, "device='gpu': should be cpu, or cuda"),
+        (False, {"rank": "0", "world_size": "2"}, "rank='0', world_size='2': should be whole numbers"),
         (False, {"seed": -1}, "run.seed"),
         (True, {}, "set data.image_size"),
         (True, {"image_size": 16, "decoded": False}, "image_size: has no effect"),
@@ -335,11 +338,47 @@ def test_wrong_arguments_are_errors_when_batches_is_called(
     assert not threads()
 
 
+class Reading(IterableDataset[torch.Tensor]):
+    """Batches for a DataLoader, opened before its workers or in each of them."""
+
+    def __init__(self, open_batches: Callable[[], Any]) -> None:
+        self.open_batches = open_batches
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (batch.labels for batch in self.open_batches())
+
+
+def refusal(loader: DataLoader[torch.Tensor]) -> str:
+    """Return the error of a first batch; `pytest.raises` would keep the workers alive, until a time-out."""
+    try:
+        next(iter(loader))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_batches_are_refused_in_the_workers_of_a_data_loader(small: Dataset, threads: Threads) -> None:
+    """All workers would read the same samples; and a process that was forked has no threads, and would wait forever."""
+
+    def open_batches() -> Any:
+        return distrain.batches(small.root, global_batch_size=BATCH, steps=range(3))
+
+    with open_batches() as opened:
+        for how, message in ((open_batches, "set num_workers=0"), (lambda: opened, "a fork of it has no threads")):
+            loader = DataLoader(Reading(how), None, num_workers=1, multiprocessing_context="fork", timeout=20)
+            assert message in refusal(loader)
+        assert len(list(DataLoader(Reading(open_batches), None))) == 3
+        assert len(list(opened)) == 3
+    assert not threads()
+
+
 def test_missing_data_are_errors_when_a_function_is_called(small: Dataset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split 'val'"):
         distrain.evaluation_batches(small.root, "val")
     with pytest.raises(DataError, match="manifest"):
         distrain.open_data(tmp_path)
+    with pytest.raises(ConfigError, match="data_dir: should be a path or an address; got None"):
+        distrain.evaluation_batches(None)  # type: ignore[arg-type]
     shutil.copytree(small.root, tmp_path / "data")
     (tmp_path / "data" / small.blocks("train").shards[3].name).unlink()
     with pytest.raises(DataError, match="00003.tar: No such file"):

@@ -15,6 +15,17 @@ from distrain.text import shown
 T = TypeVar("T")
 
 
+def address_of(name: str, value: object) -> str:
+    """Return the path or address that an argument gives, as text.
+
+    Raises:
+        ConfigError: it is neither; `name` is that of the argument.
+    """
+    if isinstance(value, (str, os.PathLike)) and isinstance(text := os.fspath(value), str):
+        return text
+    raise ConfigError(f"{name}: should be a path or an address; got {shown(value)}")
+
+
 def path_of(name: str, value: object) -> Path:
     """Return the path that an argument gives.
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain import config as configuration
-from distrain.api.group import check_same, collectives_for, local_processes, world_of
+from distrain.api.arguments import address_of
+from distrain.api.group import check_process, check_same, collectives_for, local_processes, world_of
 from distrain.api.loader import Batches
 from distrain.config import Config
 from distrain.data.manifest import Dataset
@@ -73,9 +74,11 @@ def evaluation_batches(
             several processes at the end.
         UnreadableImagesError: more images than `skip_bad` cannot be decoded; at the end.
     """
+    check_process("distrain.evaluation_batches")
     tree = {
         "data": {
-            "dir": os.fspath(data_dir), "tars": tars, "image_size": image_size, "decode_threads": decode_threads,
+            "dir": address_of("data_dir", data_dir), "tars": tars, "image_size": image_size,
+            "decode_threads": decode_threads,
             "skip_bad": skip_bad,
         },
         "eval": {"batch_size": batch_size, "resize": resize, "crop": crop},
