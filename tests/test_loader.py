@@ -338,37 +338,33 @@ def test_wrong_arguments_are_errors_when_batches_is_called(
     assert not threads()
 
 
-class Reading(IterableDataset[torch.Tensor]):
-    """Batches for a DataLoader, opened before its workers or in each of them."""
+class Refusals(IterableDataset[str]):
+    """The messages with which batches are refused in the worker of a DataLoader."""
 
-    def __init__(self, open_batches: Callable[[], Any]) -> None:
-        self.open_batches = open_batches
+    def __init__(self, ways: list[Callable[[], Any]]) -> None:
+        self.ways = ways
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (batch.labels for batch in self.open_batches())
-
-
-def refusal(loader: DataLoader[torch.Tensor]) -> str:
-    """Return the error of a first batch; `pytest.raises` would keep the workers alive, until a time-out."""
-    try:
-        next(iter(loader))
-    except ConfigError as error:
-        return str(error)
-    return ""
+    def __iter__(self) -> Iterator[str]:
+        for way in self.ways:
+            with pytest.raises(ConfigError) as refusal:
+                way()
+            yield str(refusal.value)
 
 
 def test_batches_are_refused_in_the_workers_of_a_data_loader(small: Dataset, threads: Threads) -> None:
     """All workers would read the same samples; and a process that was forked has no threads, and would wait forever."""
-
-    def open_batches() -> Any:
-        return distrain.batches(small.root, global_batch_size=BATCH, steps=range(3))
-
-    with open_batches() as opened:
-        for how, message in ((open_batches, "set num_workers=0"), (lambda: opened, "a fork of it has no threads")):
-            loader = DataLoader(Reading(how), None, num_workers=1, multiprocessing_context="fork", timeout=20)
-            assert message in refusal(loader)
-        assert len(list(DataLoader(Reading(open_batches), None))) == 3
+    with distrain.batches(small.root, global_batch_size=BATCH, steps=range(3)) as opened:
+        ways = [
+            lambda: distrain.batches(small.root, global_batch_size=BATCH, steps=range(3)),
+            lambda: distrain.evaluation_batches(small.root),
+            lambda: next(opened),
+        ]
+        loader = DataLoader(Refusals(ways), None, num_workers=1, multiprocessing_context="fork", timeout=20)
+        messages = list(loader)
         assert len(list(opened)) == 3
+    worker = "called in a worker of a DataLoader; it reads ahead by threads of its own: set num_workers=0"
+    assert messages[:2] == [f"distrain.batches: {worker}", f"distrain.evaluation_batches: {worker}"]
+    assert f"opened in process {os.getpid()}, whose threads read them, and a fork of it has no threads" in messages[2]
     assert not threads()
 
 
