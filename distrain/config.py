@@ -676,7 +676,7 @@ def trial_keys(location: str) -> list[str]:
     if not (name and number.isascii() and number.isdecimal()):
         raise ConfigError(f"--trial {shown}: should be FILE:NUMBER, such as trials.txt:0 for its first line")
     try:
-        text = files.read(name, _MAX_TRIALS_BYTES).decode()
+        text = files.read(name, _MAX_TRIALS_BYTES).decode("utf-8-sig")  # editors of Windows write a byte-order mark
         trials = [keys for line in text.splitlines() if (keys := shlex.split(line, comments=True))]
     except OSError as error:
         raise ConfigError(f"--trial {shown}: the file cannot be read: {error.strerror}") from error

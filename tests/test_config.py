@@ -148,6 +148,8 @@ def test_the_keys_of_a_trial_come_between_the_file_and_the_command(tmp_path: Pat
     trials = tmp_path / "trials:1.txt"
     trials.write_text("# lr\n\ntrain.lr=0.1\ntrain.lr=0.2 'train.betas=[0.8, 0.9]' train.momentum=0.7  # the second\n")
     assert config.trial_keys(f"{trials}:0") == ["train.lr=0.1"]
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbftrain.lr=0.1\r\n")
+    assert config.trial_keys(f"{tmp_path / 'windows.txt'}:0") == ["train.lr=0.1"]
     command = ["--config", str(tmp_path / "a.yaml"), "--trial", f"{trials}:1", "train.momentum=0.6"]
     for name in ("train", "doctor"):
         train = cli._of_launched((name, *command)).train

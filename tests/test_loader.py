@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from group import Group, GroupError
 from indexes import build, jpeg
 from runs import ids_by_step
 from simulated_gpu import SimulatedGpu
+from torch.utils.data import DataLoader, IterableDataset
 
 import distrain
 from distrain.data.manifest import Dataset
@@ -309,7 +310,7 @@ def test_random_bits_decide_what_augment_does() -> None:
     [
         (False, {"rank": 1}, "rank=1, world_size=None: give both"),
         (False, {"rank": 2, "world_size": 2}, "rank should be 0 to world_size - 1"),
-        (False, {"rank": "0", "world_size": 2}, "rank='0', world_size=2: rank should be"),
+        (False, {"rank": "0", "world_size": 2}, "rank='0', world_size=2: should be whole numbers"),
         (False, {"rank": 0, "world_size": 13}, "13 processes for 12 lanes"),
         (False, {"virtual_ranks": 13}, "more than the 12 lanes"),
         (False, {"virtual_ranks": 2, "rank": 0, "world_size": 3}, "3 processes for train.virtual_ranks=2"),
@@ -325,6 +326,7 @@ def test_random_bits_decide_what_augment_does() -> None:
         (False, {"device": "meta"}, "use cpu or cuda"),
         (False, {"device": "gpu"}, "device: should be the name of a device, such as cpu or cuda; got 'gpu'"),
         (False, {"data_dir": None}, "data_dir: should be a path; got None"),
+        (False, {"rank": "0", "world_size": "2"}, "rank='0', world_size='2': should be whole numbers"),
         (False, {"seed": -1}, "run.seed"),
         (True, {}, "set data.image_size"),
         (True, {"image_size": 16, "decoded": False}, "image_size: has no effect"),
@@ -378,11 +380,43 @@ def test_batches_of_another_number_of_virtual_ranks_are_refused(small: Dataset) 
                 next(ranks.in_step(0, of_step))
 
 
+class Refusals(IterableDataset[str]):
+    """The messages with which batches are refused in the worker of a DataLoader."""
+
+    def __init__(self, ways: list[Callable[[], Any]]) -> None:
+        self.ways = ways
+
+    def __iter__(self) -> Iterator[str]:
+        for way in self.ways:
+            with pytest.raises(ConfigError) as refusal:
+                way()
+            yield str(refusal.value)
+
+
+def test_batches_are_refused_in_the_workers_of_a_data_loader(small: Dataset, threads: Threads) -> None:
+    """All workers would read the same samples; and a process that was forked has no threads, and would wait forever."""
+    with distrain.batches(small.root, global_batch_size=BATCH, steps=range(3)) as opened:
+        ways = [
+            lambda: distrain.batches(small.root, global_batch_size=BATCH, steps=range(3)),
+            lambda: distrain.evaluation_batches(small.root),
+            lambda: next(opened),
+        ]
+        loader = DataLoader(Refusals(ways), None, num_workers=1, multiprocessing_context="fork", timeout=20)
+        messages = list(loader)
+        assert len(list(opened)) == 3
+    worker = "called in a worker of a DataLoader; it reads ahead by threads of its own: set num_workers=0"
+    assert messages[:2] == [f"distrain.batches: {worker}", f"distrain.evaluation_batches: {worker}"]
+    assert f"opened in process {os.getpid()}, whose threads read them, and a fork of it has no threads" in messages[2]
+    assert not threads()
+
+
 def test_missing_data_are_errors_when_a_function_is_called(small: Dataset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split 'val'"):
         distrain.evaluation_batches(small.root, "val")
     with pytest.raises(DataError, match="manifest"):
         distrain.open_data(tmp_path)
+    with pytest.raises(ConfigError, match="data_dir: should be a path; got None"):
+        distrain.evaluation_batches(None)  # type: ignore[arg-type]
     shutil.copytree(small.root, tmp_path / "data")
     (tmp_path / "data" / small.blocks("train").shards[3].name).unlink()
     with pytest.raises(DataError, match="00003.tar: No such file"):

@@ -61,7 +61,17 @@ class Hidden(Base):
     count = 0
     def size(self, group, parameter):
         self.count += 1
-        return group["lr"] * self.count
+        return group["lr"] if self.count < 100 else 0.1 * group["lr"]
+
+class Elements(Base):
+    def size(self, group, parameter):
+        self.history = [*getattr(self, "history", []), {"sum": parameter.sum()}]
+        return group["lr"]
+
+class TensorRate(Base):
+    def size(self, group, parameter): return group["lr"].item()
+
+def tensor_rate(module, settings): return TensorRate(list(module.parameters()), torch.tensor(settings.lr))
 
 class Listing(Base):
     def size(self, group, parameter):
@@ -88,6 +98,7 @@ class NamelessRate(torch.optim.Optimizer):
 def half(step, total_steps): return None if step > total_steps / 2 else 1
 def negative(step, total_steps): return -1e-9
 def infinite(step, total_steps): return float("inf")
+def huge(step, total_steps): return 10**400
 def clock(step, total_steps): return random.random()
 def zero_division(step, total_steps): return 1 / step
 def one_step(step): return 1.0
@@ -97,6 +108,7 @@ def column(logits, labels): return logits[:, :1]
 def constant(logits, labels): return torch.zeros(len(labels))
 def counting(logits, labels): return (logits.argmax(1) != labels).long()
 def centred(logits, labels): return (logits - logits.mean(0)).pow(2).sum(1)
+def logarithm(logits, labels): return logits[:, 0].log()
 def noisy(logits, labels): return logits.sum(1) * torch.rand(())
 
 def floats(images, random_bits): return images / 2
@@ -268,7 +280,9 @@ def check(name: str, module: nn.Module, **keys: Any) -> None:
         ("NamelessRate", "group 0 has no number lr"),
         ("NoRate", r"a step with half of group\[\"lr\"\] changes the weights in the same way"),
         ("Drawing", "a step after a resume differs from the same step without one: it draws random numbers"),
-        ("Hidden", "a step after a resume differs from the same step without one"),
+        ("Hidden", "a step changes attribute 'count', a int, which is not saved: keep it in state"),
+        ("Elements", "a step changes attribute 'history', a list, which is not saved"),
+        ("tensor_rate", "fails in a step: AttributeError: 'float' object has no attribute 'item'"),
         ("Listing", r"has a list in state\[parameter\]\['history'\], which is not saved: keep tensors and numbers"),
         ("Elsewhere", r"has state\['count'\], which is not saved"),
         ("Text", r"a step changes group 0\['phase'\], a str, which is not saved"),
@@ -290,6 +304,7 @@ def test_an_optimizer_that_cannot_be_used_is_refused(name: str, message: str, be
         ("half", "returns None for step 7 of 12, not a finite number of at least 0"),
         ("negative", "returns -1e-09 for step 0 of 12"),
         ("infinite", "returns inf for step 0 of 12"),
+        ("huge", "returns 1000.* for step 0 of 12"),
         ("zero_division", r"called with \(step, total_steps\): ZeroDivisionError: division by zero \(.*bad.py:\d+\)"),
         ("one_step", r"TypeError: one_step\(\) takes 1 positional argument"),
     ],
@@ -308,6 +323,7 @@ DEPENDS = "depends on the other samples of the batch, or on random numbers of it
         ("column", r"for logits \[4, 3\] returns \[4, 1\] on cpu, not \[4\] on cpu"),
         ("constant", "its losses have no gradient"),
         ("counting", "returns torch.int64, not floating-point losses"),
+        ("logarithm", r"returns \[.*nan.*\] for random logits, which are not all finite"),
         ("centred", f"the loss of a sample {DEPENDS}"),
         ("noisy", f"the loss of a sample {DEPENDS}"),
     ],
@@ -467,6 +483,20 @@ def test_a_loss_is_the_sum_over_the_samples_also_of_an_empty_batch(beside: Path)
     assert not torch.allclose(loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
 
 
+def test_a_schedule_that_fails_in_a_step_that_was_not_tried_is_one_message(beside: Path) -> None:
+    schedule = Schedule("bad:zero_division")
+    with pytest.raises(ConfigError, match=r"^train.schedule=bad:zero_division: .*ZeroDivisionError"):
+        schedule(0, 12)
+
+
+def test_losses_of_fp16_are_added_in_fp32(beside: Path) -> None:
+    (beside / "large.py").write_text("def loss(logits, labels): return logits[:, 0]\n")
+    logits = torch.full((1000, 3), 100.0, dtype=torch.float16, requires_grad=True)
+    loss = Loss("large:loss")(logits, torch.zeros(1000, dtype=torch.int64))
+    assert loss.item() == 100_000
+    assert torch.equal(torch.autograd.grad(loss, logits)[0][:, 0], torch.ones(1000, dtype=torch.float16))
+
+
 def test_a_loss_of_a_wrong_shape_during_training_is_reported(beside: Path) -> None:
     (beside / "late.py").write_text(
         "def late(logits, labels): return logits[:, :1 if len(labels) == 7 else 0].sum(1)[:6]\n"
@@ -489,6 +519,21 @@ def test_augmentation_gets_random_bits_of_its_own(beside: Path) -> None:
     assert (together - 0.5).abs().max() < 0.03  # independent of the bit that flips
     assert torch.equal(Augmentation("record:record")(images[3:5], bits[3:5]), images[3:5])
     assert torch.equal(sys.modules["record"].got[-1], got[3:5])
+
+
+def test_an_augmentation_in_place_leaves_the_images_that_are_trained(data: Path, beside: Path) -> None:
+    """The pictures of the report are made of the first local batch, before it is trained."""
+    (beside / "darker.py").write_text(
+        "def in_place(images, random_bits): return images.floor_divide_(2)\n"
+        "def a_copy(images, random_bits): return images // 2\n"
+    )
+    losses = []
+    for name in ("in_place", "a_copy"):
+        augment = {"flip": False, "also": f"darker:{name}"}
+        tree = small_run(data, beside / name, augment=augment, train={"max_steps": 1})
+        assert cli.main(["train", *arguments(tree)]) == 0
+        losses.append([line["train/loss"] for line in metrics_but_times(beside / name) if "train/loss" in line])
+    assert losses[0] == losses[1]
 
 
 def test_the_brightness_of_the_page_changes_images_as_it_says(beside: Path) -> None:

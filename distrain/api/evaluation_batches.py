@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distrain import config as configuration
 from distrain.api.arguments import text_of
-from distrain.api.group import check_same, collectives_for, local_processes, world_of
+from distrain.api.group import check_process, check_same, collectives_for, local_processes, world_of
 from distrain.api.loader import Batches
 from distrain.config import Config
 from distrain.data.manifest import Dataset
@@ -74,6 +74,7 @@ def evaluation_batches(
             several processes at the end.
         UnreadableImagesError: more images than `skip_bad` cannot be decoded; at the end.
     """
+    check_process("distrain.evaluation_batches")
     tree = {
         "data": {
             "dir": text_of("data_dir", data_dir), "tars": tars, "image_size": image_size,

@@ -5,13 +5,29 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils.data import get_worker_info
 
 from distrain.distributed.collectives import Collectives
 from distrain.environment import Environment, World, integer
 from distrain.errors import ConfigError
+
+
+def check_process(function: str) -> None:
+    """Check that this process is not a worker of a DataLoader.
+
+    All workers would read the same samples, and would send a batch when the next one may have replaced it.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if get_worker_info() is not None:
+        raise ConfigError(
+            f"{function}: called in a worker of a DataLoader; it reads ahead by threads of its own: set num_workers=0"
+        )
 
 
 def in_group() -> bool:
@@ -26,8 +42,10 @@ def world_of(rank: int | None, world_size: int | None) -> World:
         ConfigError: only one of them is given, or they are impossible.
     """
     if rank is not None and world_size is not None:
-        if not (isinstance(rank, int) and isinstance(world_size, int) and 0 <= rank < world_size):
-            raise ConfigError(f"rank={rank!r}, world_size={world_size!r}: rank should be 0 to world_size - 1")
+        if not (isinstance(rank, Integral) and isinstance(world_size, Integral)):
+            raise ConfigError(f"rank={rank!r}, world_size={world_size!r}: should be whole numbers")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank}, world_size={world_size}: rank should be 0 to world_size - 1")
         return World(rank, world_size)
     if rank is not None or world_size is not None:
         raise ConfigError(f"rank={rank}, world_size={world_size}: give both, or none of them")

@@ -22,7 +22,7 @@ from typing_extensions import Unpack
 
 from distrain import config as configuration
 from distrain.api.arguments import text_of
-from distrain.api.group import check_same, collectives_for, local_processes, world_of
+from distrain.api.group import check_process, check_same, collectives_for, local_processes, world_of
 from distrain.config import Config
 from distrain.data.cache import Cache
 from distrain.data.decoded import DecodedBatches, EncodedBatches
@@ -83,7 +83,9 @@ class Batches(Generic[Item_co]):
 
     def __init__(self, items: Iterator[Item_co], close: Callable[[], None]) -> None:
         self._items = items
-        self._close = weakref.finalize(self, close)  # neither threads nor items refer to this object
+        self._process = os.getpid()
+        # Neither threads nor items refer to this object.
+        self._close = weakref.finalize(self, _close_in_process, self._process, close)
 
     def __iter__(self) -> Iterator[Item_co]:
         return self
@@ -91,6 +93,11 @@ class Batches(Generic[Item_co]):
     def __next__(self) -> Item_co:
         if not self._close.alive:
             raise StopIteration
+        if os.getpid() != self._process:
+            raise ConfigError(
+                f"the batches were opened in process {self._process}, whose threads read them, and a fork of it has no"
+                " threads: take them in the process that opened them"
+            )
         try:
             return next(self._items)
         except BaseException:  # StopIteration too
@@ -106,6 +113,11 @@ class Batches(Generic[Item_co]):
     def close(self) -> None:
         """End the threads; the last item is no longer valid. Further calls do nothing."""
         self._close()
+
+
+def _close_in_process(process: int, close: Callable[[], None]) -> None:
+    if os.getpid() == process:  # a fork has none of the threads that `close` ends
+        close()
 
 
 @overload
@@ -218,6 +230,7 @@ def batches(
         UnreadableImagesError: more images than `skip_bad` cannot be decoded; in a group at the next step that begins a
             round, or at the end: a step before may have had substitutes.
     """
+    check_process("distrain.batches")
     tree = {
         "run": {"seed": seed},
         "data": {

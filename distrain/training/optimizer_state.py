@@ -6,13 +6,14 @@ optimizers change. A name that ends with # is a number of Python.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distrain import plugins
+from distrain import models, plugins
 from distrain.config import Train
 from distrain.distributed import gpu_errors
 from distrain.errors import ConfigError
@@ -107,21 +108,24 @@ def _compare_with_resumed(
 ) -> None:
     """Compare a second step with that of an optimizer that was resumed before it, and with one of half the lr."""
     subject, optimizer = f"train.optimizer={train.optimizer}", build()
+    _set_learning_rate(optimizer, 1.0)
     _step(subject, optimizer, parameters, seed=0)
     _check_kinds(subject, optimizer, module)
     saved, weights, not_saved = _saved(subject, optimizer, module), _copies(parameters), _not_saved(optimizer)
     _step(subject, optimizer, parameters, seed=1)
     changed = [name for name, text in _not_saved(optimizer).items() if not_saved.get(name) != text]
     if changed:
-        raise ConfigError(f"{subject}: a step changes {changed[0]}, which is not saved: keep tensors and numbers there")
+        raise ConfigError(
+            f"{subject}: a step changes {changed[0]}, which is not saved: keep it in state[parameter] or in a group, as"
+            " tensors or numbers"
+        )
     expected, state = _copies(parameters), _saved(subject, optimizer, module)
     for factor in (1.0,) if train.schedule == "constant" else (1.0, 0.5):
         _set(parameters, weights)
         resumed = build()
         with plugins.user_code(f"{subject}: its state cannot be restored"):
             load_state_tensors(resumed, module, saved)
-        for group in resumed.param_groups:
-            group["lr"] *= factor
+        _set_learning_rate(resumed, factor)
         _step(subject, resumed, parameters, seed=2)
         same_weights = all(map(_same_bits, parameters, expected))
         if factor == 1 and not (same_weights and _same_state(_saved(subject, resumed, module), state)):
@@ -135,6 +139,12 @@ def _compare_with_resumed(
                 f'{subject}: a step with half of group["lr"] changes the weights in the same way, so train.schedule'
                 " would have no effect: read that value in each step, or set train.schedule=constant"
             )
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set that of each group to `factor` times its initial one, a number as in training, also for a tensor."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["initial_lr"]
 
 
 def _saved(subject: str, optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -174,13 +184,30 @@ def _check_kinds(subject: str, optimizer: torch.optim.Optimizer, module: nn.Modu
 
 
 def _not_saved(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Return the values of the groups that are neither tensors nor numbers, as text."""
-    return {
+    """Return the values of the groups that are neither tensors nor numbers, and those of attributes, as text."""
+    in_groups = {
         f"group {number}[{name!r}], a {type(value).__name__}": repr(value)
         for number, group in enumerate(optimizer.param_groups)
         for name, value in group.items()
         if name != "params" and not isinstance(value, Tensor) and type(value) not in _DTYPES
     }
+    attributes = {
+        f"attribute {name!r}, a {type(value).__name__}": repr(_comparable(value))
+        for name, value in vars(optimizer).items()
+        if name not in ("state", "param_groups", "defaults")  # groups begin with the tensors of `defaults`
+    }
+    return in_groups | attributes
+
+
+def _comparable(value: Any) -> Any:
+    """Return a value whose text shows whether numbers, texts or tensors in it have changed; parameters do not count."""
+    if isinstance(value, Tensor):
+        return None if isinstance(value, nn.Parameter) else models.digest({"": value})
+    if isinstance(value, Mapping):
+        return [(_comparable(key), _comparable(each)) for key, each in value.items()]
+    if isinstance(value, list | tuple | deque):
+        return [_comparable(each) for each in value]
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

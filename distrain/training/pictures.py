@@ -126,7 +126,7 @@ def save_augmented(job: Job, batch: Batch) -> None:
     variants = []
     for step in range(_VARIANTS):
         local_bits = torch.from_numpy(augmentation_bits(seed, np.array([step]), batch.positions).view(np.int64))
-        augmented = augment(pictures, local_bits[:_PICTURES], settings, fill, also)
+        augmented = augment(pictures.clone(), local_bits[:_PICTURES], settings, fill, also)  # `also` may change them
         if settings.mixup:
             lanes = len(job.order.owned_lanes(job.virtual_ranks[0]))
             partners = mixup_partners(len(images), lanes, images.device)[:_PICTURES]

@@ -34,12 +34,13 @@ class Schedule:
         """Return the factor of a step.
 
         Raises:
-            ConfigError: the function returned something else.
+            ConfigError: the function raised, or returned something else.
         """
-        value = self._function(step, total_steps)
+        with plugins.user_code(f"{self._subject}: called with (step, total_steps)"):
+            value = self._function(step, total_steps)
         try:
             factor = float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             factor = math.nan
         if not 0 <= factor < math.inf:
             raise ConfigError(
@@ -55,8 +56,7 @@ class Schedule:
             ConfigError: they do not, or are no numbers.
         """
         steps = range(0, total_steps, -(-total_steps // _STEPS_CHECKED))
-        with plugins.user_code(f"{self._subject}: called with (step, total_steps)"):
-            factors, again = ([self(step, total_steps) for step in [*steps, total_steps - 1]] for _ in range(2))
+        factors, again = ([self(step, total_steps) for step in [*steps, total_steps - 1]] for _ in range(2))
         if factors != again:
             raise ConfigError(f"{self._subject}: returns other numbers for the same (step, total_steps)")
 
@@ -76,7 +76,8 @@ class Loss:
         """
         if not len(labels):
             return logits.sum()  # 0, for the backward pass; the function need not know empty batches
-        return self._losses(logits, labels).sum()
+        losses = self._losses(logits, labels)
+        return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))  # fp16 overflows at 65,504
 
     def check(self, classes: int, device: torch.device, dtype: torch.dtype, each_alone: bool) -> None:
         """Try the function on random logits.
@@ -98,6 +99,8 @@ class Loss:
             parts = [self._losses(logits[part], labels[part]) for part in _PARTS]
         if not losses.requires_grad:
             raise ConfigError(f"{self._subject}: its losses have no gradient; compute them from the logits with torch")
+        if not losses.isfinite().all():
+            raise ConfigError(f"{self._subject}: returns {losses.tolist()} for random logits, which are not all finite")
         if each_alone and not torch.allclose(losses, torch.cat(parts), rtol=1e-3, atol=1e-5):
             raise ConfigError(f"{self._subject}: {_DEPENDS.format('the loss of a sample')}")
 
