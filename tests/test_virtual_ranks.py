@@ -304,7 +304,7 @@ def test_a_resume_with_other_software_is_a_warning(
     small: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
-    config = configuration(small, run)
+    config = from_tree(configuration(small, run))
     train(config, Environment())
     assert "was saved with" not in caplog.text
     folder = run / "checkpoints/step-00000025"
@@ -333,8 +333,7 @@ def another_loop(root: str, tree: Sections) -> str:
     """Train with a loop that is not the trainer's; return the digest of weights and buffers."""
     train, data = from_tree(tree).train, distrain.open_data(root)
     module = models.from_config(from_tree(tree).model, 10, (16, 16, 3), 7, torch.float32)
-    settings = (train.lr, train.momentum, train.nesterov, train.betas, train.weight_decay)
-    optimizer = optim.build(train.optimizer, module.parameters(), *settings)
+    optimizer = optim.build(train, module)
     number, size, steps = train.virtual_ranks, train.global_batch_size, range(train.max_steps)
     ranks = distrain.VirtualRanks(module, number, size, torch.zeros(2, 3, 16, 16), seed=7)
     batches = distrain.batches(root, global_batch_size=size, steps=steps, seed=7, virtual_ranks=number)
