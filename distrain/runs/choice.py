@@ -24,8 +24,8 @@ def choose(run: Path, which: str | None) -> tuple[Path, list[str]]:
     """
     checkpoints = run / checkpoint.FOLDER
     if which is not None and which not in ("best", "last"):
-        names = [checkpoint.path_of(checkpoints, step).name for step in checkpoint.steps(checkpoints)]
-        if which not in names:
+        if which not in [each.name for each in checkpoints.glob("*") if each.is_dir()]:  # no path to another folder
+            names = [checkpoint.path_of(checkpoints, step).name for step in checkpoint.steps(checkpoints)]
             there = ", ".join(names[:5]) or "none"
             raise DataError(f"{checkpoints / str(which)}: no such checkpoint; there are {there}")
         return checkpoints / which, []
