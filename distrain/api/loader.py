@@ -357,12 +357,11 @@ class _Decoded:
         Raises:
             UnreadableImagesError: on all processes.
         """
-        if not self._plan.dataset.is_index:
+        dataset, allowed = self._plan.dataset, self._plan.config.data.skip_bad
+        if not dataset.is_index:
             return
-        new = inputs.describe_bad(self._plan.dataset, "train", inputs.bad_of_all(self._collectives, self.reader))
-        new = {name: reason for name, reason in new.items() if name not in self._bad}
-        self._bad |= new
-        inputs.check_bad(self._bad, self._plan.config.data.skip_bad)
+        bad = inputs.bad_of_all(self._collectives, self.reader)
+        new = inputs.record_bad(self._bad, dataset, "train", bad, allowed)
         for name, reason in new.items() if self._collectives.is_main else ():
             log.warning("%s cannot be decoded (%s): the next readable one is used instead", name, reason)
 

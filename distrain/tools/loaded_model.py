@@ -81,8 +81,8 @@ class LoadedModel(nn.Module):
         super().__init__()
         self.model = model
         self.classes, self.image_shape, self.checkpoint, self.precision = classes, image_shape, checkpoint, precision
-        self.resize = preprocessing.resize
-        self._preprocessing, self._deterministic = preprocessing, deterministic
+        self._decoding, self.resize = preprocessing
+        self._deterministic = deterministic
         for name, values in zip(("mean", "std"), normalization, strict=True):
             self.register_buffer(name, values, persistent=False)
 
@@ -157,10 +157,9 @@ class LoadedModel(nn.Module):
         Raises:
             UnreadableError: it cannot be decoded.
         """
-        decoding, resize = self._preprocessing
-        if resize is None:
-            return torch.from_numpy(read_image(data, self.image_shape, decoding))
-        return images.resize_and_crop(images.decode(data, decoding), resize, self.image_shape[:2])
+        if self.resize is None:
+            return torch.from_numpy(read_image(data, self.image_shape, self._decoding))
+        return images.resize_and_crop(images.decode(data, self._decoding), self.resize, self.image_shape[:2])
 
     def by_class(self, probabilities: Tensor) -> dict[str, float]:
         """Return probabilities [K] by the names of the classes, the most probable one first."""

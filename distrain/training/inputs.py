@@ -274,6 +274,21 @@ def bad_of_all(collectives: Collectives, reader: TrainingBatches | DecodedBatche
     return [each for of_rank in of_ranks for each in of_rank]
 
 
+def record_bad(
+    known: dict[str, str], dataset: Dataset, split_name: str, bad: Sequence[Bad], allowed: int
+) -> dict[str, str]:
+    """Add the images that could not be decoded to those that are known; return the new ones, with the reasons.
+
+    Raises:
+        UnreadableImagesError: all together are more than allowed; then nothing is added.
+    """
+    described = describe_bad(dataset, split_name, bad)
+    new = {name: reason for name, reason in described.items() if name not in known}
+    check_bad({**known, **new}, allowed)
+    known |= new
+    return new
+
+
 def describe_bad(dataset: Dataset, split_name: str, bad: Sequence[Bad]) -> dict[str, str]:
     """Return name and reason of images of an index that could not be decoded."""
     return {index.describe(dataset.indexed(split_name), each.number, each.offset): each.reason for each in bad}

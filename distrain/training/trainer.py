@@ -240,17 +240,14 @@ class Trainer:
 
     def _record_bad(self, split: str, bad: Sequence[Bad]) -> None:
         """Record images that could not be decoded, the same on all processes."""
-        new = inputs.describe_bad(self.job.dataset, split, bad)
-        new = {name: reason for name, reason in new.items() if name not in self._bad}
-        all_bad = {**self._bad, **new}
+        job = self.job
         try:
-            inputs.check_bad(all_bad, self.job.config.data.skip_bad)
+            new = inputs.record_bad(self._bad, job.dataset, split, bad, job.config.data.skip_bad)
         except UnreadableImagesError as error:
             if split == "train":
                 raise
             raise DataError(str(error)) from None  # no step was trained with a substitute, so all can be saved
-        self._bad = all_bad
-        for name, reason in new.items() if self.job.runtime.is_main else ():
+        for name, reason in new.items() if job.runtime.is_main else ():
             log.warning("%s cannot be decoded (%s): %s", name, reason, evaluation.WHAT_INSTEAD)
 
     def _free_memory(self) -> None:
