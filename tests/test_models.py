@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -17,8 +18,10 @@ from distrain import models
 from distrain.config import Augment, Train
 from distrain.errors import ConfigError
 from distrain.models.net import ACTIVATIONS
+from distrain.models.whitened import Whitened
 from distrain.training import optim, optimizer_state
 from distrain.training.augment import augment, normalize
+from distrain.training.muon import Muon
 
 TEN = [f"class {k}" for k in range(10)]
 
@@ -123,6 +126,21 @@ def test_resnet9_is_the_one_of_the_literature() -> None:
         models.build("resnet9", "relu", 10, (3, 15, 32))
 
 
+def test_whitened_begins_with_uncorrelated_channels_of_equal_variance() -> None:
+    whitened = models.build("whitened", "relu", 10, (3, 32, 32))
+    assert isinstance(whitened, Whitened)
+    assert sum(each.numel() for each in whitened.parameters() if each.requires_grad) == 1_971_352
+    images = F.avg_pool2d(torch.randn(100, 3, 34, 34), 3, stride=1)  # neighbours are alike, as in photos
+    whitened.initialize_from_images(images)
+    half = F.conv2d(images, whitened.whitening.weight)[:, :12].transpose(0, 1).flatten(1)
+    assert torch.allclose(half @ half.T / half.shape[1], torch.eye(12), atol=0.1)
+    signs = whitened.whitening.weight.flatten(1)
+    assert torch.equal(signs[:12], -signs[12:])
+    assert whitened(torch.zeros(2, 3, 9, 40)).shape == (2, 10)
+    with pytest.raises(ConfigError, match="at least 9 pixels"):
+        models.build("whitened", "relu", 10, (3, 8, 32))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 96, 96)])
 def test_torchvisions_models_take_images_of_any_size(name: str, shape: tuple[int, int, int]) -> None:
@@ -131,6 +149,23 @@ def test_torchvisions_models_take_images_of_any_size(name: str, shape: tuple[int
     first = next(layer for layer in built.modules() if isinstance(layer, nn.Conv2d))
     assert first.in_channels == shape[0]
     assert (first.stride == (1, 1)) == (shape[1] < 64)
+
+
+def test_muon_steps_along_orthogonal_matrices_and_leaves_other_parameters_to_sgd() -> None:
+    torch.manual_seed(0)
+    matrix, bias = nn.Parameter(torch.randn(4, 3, 2, 2)), nn.Parameter(torch.randn(5))
+    before = matrix.detach().clone(), bias.detach().clone()
+    matrix.grad, bias.grad = torch.randn(4, 3, 2, 2), torch.randn(5)
+    groups = [{"params": [matrix], "orthogonal": True}, {"params": [bias]}]
+    Muon(groups, lr=0.5, momentum=0.9, weight_decay=0.1).step()
+    step = (before[0] * (1 - 0.5 * 0.1) - matrix.detach()) / 0.5
+    u, _, vh = torch.linalg.svd(matrix.grad.flatten(1), full_matrices=False)
+    assert float(torch.linalg.svdvals(step.flatten(1)).min()) > 0.6
+    assert 0.6 < float((u.T @ step.flatten(1) @ vh.T).diag().min()) < 1.3  # the same singular vectors
+    gradient = bias.grad + 0.1 * before[1]
+    assert torch.allclose(bias.detach(), before[1] - 0.5 * 1.9 * gradient)
+    Muon([{"params": [matrix], "orthogonal": True}], lr=1e-9, momentum=0.9, normalize=True).step()
+    assert float(matrix.detach().norm()) == pytest.approx(2.0)  # (4 rows)^½
 
 
 def test_a_similar_name_is_suggested() -> None:

@@ -31,9 +31,14 @@ PAGE = Path(__file__).parent.parent / "docs/extending.md"
 BAD = '''
 import random
 import torch
+from distrain.models.small import Small
 from lion import Lion
 
 NUMBER = 3
+
+class Images(Small):
+    """Computes its initial weights from images, wrongly."""
+    def initialize_from_images(self, images): self.conv1.weight.copy_(images)
 
 def one_argument(module): ...
 def nothing(module, settings): ...
@@ -240,6 +245,7 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(
             "train.schedule=bad:clock: returns other numbers for the same (step, total_steps)",
         ),
         ("train.loss=bad:mean", "train.loss=bad:mean: for logits [4, 10] returns [] on cpu, not [4] on cpu"),
+        ("model.name=bad:Images", "model.name=bad:Images: initialize_from_images fails on images [403, 3, 8, 8]: "),
         ("augment.also=bad:floats", "augment.also=bad:floats: returns torch.float32, not uint8: round to 0 … 255"),
     ],
 )

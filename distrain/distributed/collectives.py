@@ -101,6 +101,12 @@ class Collectives:
             for buffer in module.buffers() if self._world.size > 1 else ():
                 dist.broadcast(buffer, src=0)
 
+    def broadcast_weights(self, module: nn.Module) -> None:
+        """Give all processes the parameters and buffers of rank 0."""
+        with self.collective():
+            for tensor in (*module.parameters(), *module.buffers()) if self._world.size > 1 else ():
+                dist.broadcast(tensor.detach(), src=0)
+
     def from_main(self, value: Any) -> Any:
         """Return rank 0's value on all processes (pickled, between processes of one job)."""
         box = [value]

@@ -1,4 +1,4 @@
-"""Models by name: `net`, `small`, `resnet9`, a model of torchvision, or the user's own class."""
+"""Models by name: `net`, `small`, `resnet9`, `whitened`, a model of torchvision, or the user's own class."""
 
 from __future__ import annotations
 
@@ -19,17 +19,22 @@ from distrain.models.batch_norm import can_be_synchronised
 from distrain.models.net import Net
 from distrain.models.resnet9 import ResNet9
 from distrain.models.small import Small
+from distrain.models.whitened import Whitened
 from distrain.text import printable, shortened
 
-_BUILT_IN: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {"small": Small, "resnet9": ResNet9}
+_BUILT_IN: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {
+    "small": Small,
+    "resnet9": ResNet9,
+    "whitened": Whitened,
+}
 
 
 def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     """Build the model of this name, with weights drawn from torch's current random state.
 
     Args:
-        name: `net`, `small`, `resnet9`, a model of torchvision, or `package.module:Class`, which is called with
-            `num_classes` and `image_shape`.
+        name: `net`, `small`, `resnet9`, `whitened`, a model of torchvision, or `package.module:Class`, which is
+            called with `num_classes` and `image_shape`.
         activation: the activation function of `net`.
         num_classes: the number of logits.
         image_shape: (C, H, W) of the images.

@@ -34,7 +34,7 @@ from distrain.runs.choice import choose
 from distrain.runs.folder import CONFIG, STACKS
 from distrain.runs.trackers import check_installed
 from distrain.text import shortened
-from distrain.training import flops, inputs, optim, optimizer_state
+from distrain.training import flops, from_images, inputs, optim, optimizer_state
 from distrain.training.flops import Flops
 from distrain.training.job import Job, TrainedModel
 from distrain.training.optim import WeightAverage
@@ -144,19 +144,22 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     if config.train.virtual_ranks is None:
         dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
     start = _initialise(config, module, dataset.manifest.classes, runtime)
-    if config.train.virtual_ranks is None:
-        module = runtime.sync_batch_norm(module)
-    else:
-        module = local_batch_norm(module)
-        _check_same_weights(runtime, module)
+    preprocessing = inputs.preprocessing(config, dataset, processes, runtime.device)
+    mean_tensor, std_tensor = (torch.tensor(each, dtype=runtime.dtype) for each in (mean, std))
+    on_main = from_images.initialize(config, module, dataset, preprocessing, mean_tensor, std_tensor, runtime)
+    module = local_batch_norm(module) if config.train.virtual_ranks else runtime.sync_batch_norm(module)
     runtime.move_to_device(module)
+    if on_main:
+        collectives.broadcast_weights(module)
+    if config.train.virtual_ranks is not None:
+        _check_same_weights(runtime, module)
     ema = _make_ema(config, module, runtime)
     sizes = order.micro_batch_sizes(number, accumulation_steps)
     if config.train.virtual_ranks is not None:
         sizes = tuple(size for size in sizes if size)  # empty ones are not run
     compilation = Compilation(config.train.compile, sizes)
     distributed, optimizer = _prepare(config, module, runtime, compilation)
-    mean_tensor, std_tensor = (torch.tensor(each, dtype=runtime.dtype, device=runtime.device) for each in (mean, std))
+    mean_tensor, std_tensor = mean_tensor.to(runtime.device), std_tensor.to(runtime.device)
     width = dataset.image_shape[1]
     return Job(
         config=config,
@@ -180,7 +183,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
         accumulation_steps=accumulation_steps,
         compilation=compilation,
         flops=run_flops,
-        preprocessing=inputs.preprocessing(config, dataset, processes, runtime.device),
+        preprocessing=preprocessing,
         started=started,
     )
 
