@@ -25,6 +25,7 @@ import distrain
 from distrain import models
 from distrain.errors import ConfigError
 from distrain.models import downloads, from_timm, pretrained
+from distrain.models.batch_norm import LocalBatchNorm, sync_batch_norm
 
 SHAPE = (3, 64, 64)
 THREE = ["ant", "bee", "cat"]
@@ -234,6 +235,19 @@ def test_models_and_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert note == "fc is re-initialised: 1000 classes in the file, 3 in the data set"
         assert torch.equal(model.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
         models.check_output("timm:resnet10t", model, torch.zeros(2, *shape), 3)
+
+
+def test_batch_norm_of_timm_keeps_its_activation_over_several_processes() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
+    images = torch.randn(2, *SHAPE)
+    with torch.no_grad():
+        expected = model(images)
+        converted = sync_batch_norm(model)
+        assert torch.allclose(converted(images), expected, atol=1e-5)
+    assert {type(each).__name__ for each in converted.modules() if isinstance(each, LocalBatchNorm)} == {
+        "_GlobalBatchNormAct"
+    }
 
 
 def test_timm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
