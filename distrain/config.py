@@ -24,6 +24,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     ValidationError,
     WithJsonSchema,
@@ -156,6 +157,7 @@ Whole = Annotated[int, BeforeValidator(_limited)]
 UserCode = Annotated[str, WithJsonSchema({"type": "string", "format": "package.module:name"})]
 """The name of a class or function of the user."""
 Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
+Factors = dict[str, NonNegativeFloat]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
@@ -276,14 +278,16 @@ class Model(Section):
 
     name: str = _key(
         "net",
-        "net, small, resnet9, a classification model of torchvision (resnet18 …), or package.module:Class (called with"
-        " num_classes=…, image_shape=(C, H, W))",
+        "net, small, resnet9, whitened, a classification model of torchvision (resnet18 …), timm:NAME (a model of"
+        " timm), or package.module:Class (called with num_classes=…, image_shape=(C, H, W))",
         identity=True,
     )
     init: LocalPath | None = _key(
         None,
-        "initial weights: a run's folder (its best checkpoint), a checkpoint, or a file (safetensors, or a state dict"
-        " saved by torch.save); a last layer for other classes is re-initialised",
+        "initial weights: torchvision:NAME, such as torchvision:IMAGENET1K_V2, or timm:TAG: pretrained weights of"
+        " model.name, which is of the same library; fetched once (DEFAULT: those that the library recommends). Or a"
+        " run's folder (its best checkpoint), a checkpoint, or a file (safetensors, or a state dict saved by"
+        " torch.save). A last layer for other classes is re-initialised",
         min_length=1,
     )
     activation: Literal["relu", "sigmoid", "tanh"] = _key("relu", "activation function of net", identity=True)
@@ -354,19 +358,27 @@ class Train(Section):
         ge=1,
     )
     optimizer: Annotated[
-        Literal["sgd", "adam", "adamw"] | UserCode,
-        BeforeValidator(_one_of("sgd", "adam", "adamw", example=" such as torch.optim:NAdam")),
+        Literal["sgd", "adam", "adamw", "muon"] | UserCode,
+        BeforeValidator(_one_of("sgd", "adam", "adamw", "muon", example=" such as torch.optim:NAdam")),
     ] = _key(
         "sgd",
-        "sgd, adam, adamw; package.module:name: a class of optimizers, such as torch.optim:NAdam (called with the"
-        " parameters, lr, those of momentum, nesterov, betas and weight_decay that are among its arguments, and"
-        " optimizer_args), or a function of (module, settings) that returns one optimizer",
+        "sgd, adam, adamw; muon: steps along orthogonal matrices for weights of two or more dimensions (without"
+        " embeddings and the last layer), sgd for the rest; package.module:name: a class of optimizers, such as"
+        " torch.optim:NAdam (called with the parameters, lr, those of momentum, nesterov, betas and weight_decay that"
+        " are among its arguments, and optimizer_args), or a function of (module, settings) that returns one optimizer",
         identity=True,
     )
     optimizer_args: Arguments = _key(
         {}, "further arguments for an optimizer of your own, such as {eps: 1e-6}", identity=True
     )
     lr: float = _key(0.05, "learning rate; the maximum, if the schedule changes it", identity=True, gt=0)
+    lr_scale: Factors = _key(
+        {},
+        "factors of lr by parameter, such as {backbone: 0.1}: for head (the last layer, which computes the logits),"
+        " backbone (all others), or patterns of names such as layer4.*; the last key that matches counts, and 1 without"
+        " any. With 0, parameters are frozen, and so are the statistics of a BatchNorm that has no others",
+        identity=True,
+    )
     schedule: Annotated[
         Literal["constant", "one_cycle", "cosine"] | UserCode,
         BeforeValidator(_one_of("constant", "one_cycle", "cosine")),
@@ -379,13 +391,30 @@ class Train(Section):
     warmup_fraction: float = _key(
         0.25, "fraction of the steps used for warm-up by one_cycle and cosine", identity=True, ge=0, lt=1
     )
-    momentum: float = _key(0.9, "momentum of SGD", identity=True, ge=0, lt=1)
-    nesterov: bool = _key(False, "use Nesterov momentum with SGD", identity=True)
+    momentum: float = _key(0.9, "momentum of sgd and muon", identity=True, ge=0, lt=1)
+    nesterov: bool = _key(False, "use Nesterov momentum with sgd and muon", identity=True)
+    muon_iterations: Whole = _key(
+        5, "iterations of Newton and Schulz, with which muon makes matrices orthogonal", identity=True, ge=1, le=20
+    )
+    muon_normalize: bool = _key(
+        False,
+        "with muon, scale each matrix of m rows to a norm of m^0.5 before each step; for weights that are all followed"
+        " by a normalisation layer, so that their scale does not matter",
+        identity=True,
+    )
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] = _key(
         [0.9, 0.999], "betas of Adam and AdamW", identity=True
     )
     weight_decay: float = _key(
-        0.0, "weight decay: L2 penalty with SGD and Adam, decoupled with AdamW", identity=True, ge=0
+        0.0,
+        "weight decay: L2 penalty with sgd and adam, decoupled with adamw and for the matrices of muon",
+        identity=True,
+        ge=0,
+    )
+    decay_biases: bool = _key(
+        True,
+        "false: no weight decay for parameters of one dimension, which are biases and those of normalisation layers",
+        identity=True,
     )
     clip_norm: float | None = _key(
         None, "maximum norm of the gradient (clipping); null: no clipping", identity=True, gt=0
@@ -443,7 +472,7 @@ class Train(Section):
         if self.epochs is not None and self.max_steps is not None:
             problems.append("give epochs or max_steps, not both; train.epochs=null removes the value of the file")
         if self.nesterov and (self.optimizer in ("adam", "adamw") or self.momentum == 0):
-            problems.append("nesterov needs optimizer sgd, or one of your own, and a momentum above 0")
+            problems.append("nesterov needs optimizer sgd or muon, or one of your own, and a momentum above 0")
         if self.optimizer_args and not is_user_code(self.optimizer):
             problems.append(
                 f"optimizer_args are for an optimizer package.module:name; {self.optimizer} has the keys lr, momentum …"
@@ -698,11 +727,13 @@ def every_key() -> list[tuple[str, str, Any, str, bool]]:
 
 def identity(config: Config) -> dict[str, Any]:
     """Return the keys that determine what is trained, as `section.key` → value: no paths, intervals or logging."""
-    return {
+    values = {
         f"{section}.{name}": getattr(getattr(config, section), name)
         for section, name, _, _, is_identity in every_key()
         if is_identity
     }
+    values["train.lr_scale"] = [list(item) for item in config.train.lr_scale.items()]  # their order matters
+    return values
 
 
 def public(config: Config) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from meta_device import Launches
 from models_for_tests import TwoNames
 from torch import Tensor, nn
 
+from distrain.models import world_size_dependent
 from distrain.models.batch_norm import local_batch_norm, sync_batch_norm
 
 STEPS = {
@@ -270,3 +271,14 @@ def test_a_layer_with_two_names_is_converted_to_one_layer(convert: Callable[[nn.
     assert isinstance(model, TwoNames)
     assert model.first is model.second
     assert not isinstance(model.first, nn.SyncBatchNorm)
+
+
+class Squared(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+def test_a_class_with_a_forward_of_its_own_is_named_and_not_replaced() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Squared(4), nn.BatchNorm2d(4))
+    assert world_size_dependent(model) == ["Squared"]
+    assert [type(layer).__name__ for layer in sync_batch_norm(model)] == ["Conv2d", "Squared", "GlobalBatchNorm"]

@@ -157,7 +157,7 @@ def test_muon_steps_along_orthogonal_matrices_and_leaves_other_parameters_to_sgd
     before = matrix.detach().clone(), bias.detach().clone()
     matrix.grad, bias.grad = torch.randn(4, 3, 2, 2), torch.randn(5)
     groups = [{"params": [matrix], "orthogonal": True}, {"params": [bias]}]
-    Muon(groups, lr=0.5, momentum=0.9, weight_decay=0.1).step()
+    Muon(groups, lr=0.5, momentum=0.9, nesterov=True, weight_decay=0.1).step()
     step = (before[0] * (1 - 0.5 * 0.1) - matrix.detach()) / 0.5
     u, _, vh = torch.linalg.svd(matrix.grad.flatten(1), full_matrices=False)
     assert float(torch.linalg.svdvals(step.flatten(1)).min()) > 0.6

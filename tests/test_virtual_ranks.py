@@ -50,7 +50,13 @@ OPTIONS: dict[str, Sections] = {
     "five": {"train": {"virtual_ranks": 5}},
     "all lanes": {"train": {"virtual_ranks": 12}},
     "together": {
-        "train": {"micro_batch_size": 5, "clip_norm": 0.5, "ema_decay": 0.9, "label_smoothing": 0.1},
+        "train": {
+            "micro_batch_size": 5,
+            "clip_norm": 0.5,
+            "ema_decay": 0.9,
+            "label_smoothing": 0.1,
+            "lr_scale": {"0.*": 0, "1.*": 0, "head": 2},
+        },
         "augment": {"mixup": 0.4},
         "data": {"cache": "off"},
     },

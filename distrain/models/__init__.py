@@ -1,4 +1,4 @@
-"""Models by name: `net`, `small`, `resnet9`, `whitened`, a model of torchvision, or the user's own class."""
+"""Models by name: `net`, `small`, `resnet9`, `whitened`, a model of torchvision or timm, or the user's own class."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrain import config, plugins
 from distrain.errors import ConfigError, DataError
-from distrain.models import from_torchvision, weight_files
+from distrain.models import from_timm, from_torchvision, weight_files
 from distrain.models.batch_norm import can_be_synchronised
 from distrain.models.net import Net
 from distrain.models.resnet9 import ResNet9
 from distrain.models.small import Small
+from distrain.models.weight_files import WeightFile
 from distrain.models.whitened import Whitened
 from distrain.text import printable, shortened
 
@@ -33,8 +34,8 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
     """Build the model of this name, with weights drawn from torch's current random state.
 
     Args:
-        name: `net`, `small`, `resnet9`, `whitened`, a model of torchvision, or `package.module:Class`, which is
-            called with `num_classes` and `image_shape`.
+        name: `net`, `small`, `resnet9`, `whitened`, a model of torchvision, `timm:NAME`, or `package.module:Class`,
+            which is called with `num_classes` and `image_shape`.
         activation: the activation function of `net`.
         num_classes: the number of logits.
         image_shape: (C, H, W) of the images.
@@ -52,10 +53,10 @@ def build(name: str, activation: str, num_classes: int, image_shape: tuple[int, 
             return from_torchvision.build(name, num_classes, image_shape)
         close = difflib.get_close_matches(name, ["net", *_BUILT_IN, *known], n=1)
         names = ", ".join(["net", *_BUILT_IN])
-        hint = (
-            f"did you mean {close[0]}?" if close else f"give {names}, a model of torchvision, or package.module:Class"
-        )
-        raise ConfigError(f"model.name={name}: unknown; {hint}")
+        others = f"give {names}, a model of torchvision, timm:NAME, or package.module:Class"
+        raise ConfigError(f"model.name={name}: unknown; {f'did you mean {close[0]}?' if close else others}")
+    if name.startswith(from_timm.PREFIX):
+        return from_timm.build(name, num_classes, image_shape)
     model = plugins.make(f"model.name={name}", name, num_classes=num_classes, image_shape=image_shape)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name={name}: is a {type(model).__name__}, not a torch.nn.Module")
@@ -183,33 +184,35 @@ def initialise(model: nn.Module, path: Path, classes: Sequence[str]) -> list[str
     Raises:
         ConfigError: the file cannot be read, or has weights that this model cannot have.
     """
-    file = weight_files.read(path)
+    return load_weights(model, f"model.init={path}", weight_files.read(path), classes)
+
+
+def load_weights(model: nn.Module, subject: str, file: WeightFile, classes: Sequence[str]) -> list[str]:
+    """Load the weights of a file that was read; `subject` begins messages. Otherwise as `initialise`."""
     state = model.state_dict()
     weights, notes = weight_files.match(file.weights, state.keys())
-    head = _head(state)
+    # Files of PyTorch 0.4 and earlier have no such counters; torch begins them at 0 too.
+    weights |= {name: state[name] for name in state.keys() - weights.keys() if name.endswith(".num_batches_tracked")}
+    head = head_of(model)
     differing = [name for name in state if name not in weights or weights[name].shape != state[name].shape]
     unexpected = [name for name in weights if name not in state]
     if unexpected or not all(_is_other_head(name, head, weights.get(name), state[name]) for name in differing):
         names = f"differ in {', '.join(shortened(differing, 5))}" if differing else "fit"
         more = f"; the file alone has {', '.join(shortened(list(map(printable, unexpected)), 5))}" if unexpected else ""
-        raise ConfigError(f"model.init={path}: has the weights of another model; they {names}{more}")
-    retained, note = _compare_classes(f"model.init={path}", state, head, differing, weights, file.classes, classes)
-    weights = {name: value if name in retained else state[name] for name, value in weights.items()}
-    casts = _check_types(f"model.init={path}", weights, state)
+        raise ConfigError(f"{subject}: has the weights of another model; they {names}{more}")
+    retained, note = _compare_classes(subject, state, head, differing, weights, file.classes, classes)
+    weights = {name: weights[name] if name in retained else value for name, value in state.items()}
+    casts = _check_types(subject, weights, state)
     model.load_state_dict(weights)
-    check_finite(model, f"model.init={path}")
+    check_finite(model, subject)
     return [*file.notes, *notes, *casts, note]
 
 
 def _is_other_head(name: str, head: str, value: Tensor | None, expected: Tensor) -> bool:
-    """Whether a tensor belongs to a head for another number of classes."""
-    return (
-        bool(head)
-        and name.startswith(f"{head}.")
-        and value is not None
-        and 0 < value.dim() == expected.dim()
-        and value.shape[1:] == expected.shape[1:]
-    )
+    """Whether a tensor belongs to a head for another number of classes, or to one that the file does not have."""
+    if not head or not name.startswith(f"{head}."):
+        return False
+    return value is None or (0 < value.dim() == expected.dim() and value.shape[1:] == expected.shape[1:])
 
 
 def _compare_classes(
@@ -223,7 +226,9 @@ def _compare_classes(
 ) -> tuple[set[str], str]:
     """Return the names of the weights to load, and a message about the head."""
     number = len(classes)
-    if differing:
+    if differing and differing[0] not in weights:
+        reason = "the file does not have it"
+    elif differing:
         other = len(weights[differing[0]])
         reason = f"{other} classes in the file, {len(state[differing[0]])} in the data set"
     elif trained is None:
@@ -320,9 +325,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _head(state: dict[str, Tensor]) -> str:
-    """Return the name of the last layer with weights, which computes the logits."""
-    return list(state)[-1].rpartition(".")[0]
+def head_of(model: nn.Module) -> str:
+    """Return the name of the last layer with weights, which usually computes the logits; empty for the model itself."""
+    return list(model.state_dict())[-1].rpartition(".")[0]
 
 
 def world_size_dependent(model: nn.Module, accumulates: bool = False) -> list[str]:
@@ -340,7 +345,7 @@ def world_size_dependent(model: nn.Module, accumulates: bool = False) -> list[st
 
 def _depends_on_local_batch(layer: nn.Module, accumulates: bool) -> bool:
     if isinstance(layer, _BatchNorm):
-        return accumulates or not can_be_synchronised(layer)
+        return layer.training and (accumulates or not can_be_synchronised(layer))
     if isinstance(layer, nn.modules.dropout._DropoutNd):
         return layer.p > 0
     dropout = getattr(layer, "dropout", 0.0)  # of attention and recurrent layers

@@ -69,6 +69,20 @@ class GlobalBatchNorm(LocalBatchNorm):
         self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), factor)
 
 
+class _GlobalBatchNormAct(GlobalBatchNorm):
+    """The same for timm's layers that apply dropout and an activation after BatchNorm."""
+
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x; then dropout, if the layer has any, and its activation."""
+        activated: Tensor = self.act(self.drop(super().forward(x)))
+        return activated
+
+
 def _local_statistics(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return mean, variance and number of the values of each channel: [2 C + 1]."""
     channels = x.shape[1]
@@ -163,20 +177,32 @@ def _local_gradients(
 
 
 def can_be_synchronised(layer: nn.Module) -> bool:
-    """Whether `sync_batch_norm` converts a layer: a BatchNorm with running statistics.
+    """Whether `sync_batch_norm` converts a layer: a BatchNorm with running statistics, of torch or of timm.
 
-    Without them, the samples of an evaluation batch depend on each other as well, so such a layer is not converted.
+    Without them, the samples of an evaluation batch depend on each other as well, so such a layer is not converted. Nor
+    is a class that computes something else in its `forward`.
     """
-    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+    if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
+        return False
+    return type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or _has_activation(layer)
+
+
+def _has_activation(layer: nn.Module) -> bool:
+    """Whether a layer is timm's `BatchNormAct2d`, or its `SyncBatchNormAct`; timm need not be installed."""
+    return type(layer).__module__.startswith("timm.") and hasattr(layer, "act") and hasattr(layer, "drop")
 
 
 def sync_batch_norm(module: nn.Module) -> nn.Module:
     """Convert each BatchNorm of a module to statistics over all ranks; parameters and buffers stay the same objects."""
 
     def convert(layer: nn.Module) -> nn.Module:
-        if isinstance(layer, _BatchNorm) and can_be_synchronised(layer):
+        if not isinstance(layer, _BatchNorm) or not can_be_synchronised(layer):
+            return layer
+        if not _has_activation(layer):
             return _replaced(layer, GlobalBatchNorm)
-        return layer
+        new = _replaced(layer, _GlobalBatchNormAct)
+        new.drop, new.act = layer.drop, layer.act
+        return new
 
     return _converted_in(module, convert, {})
 

@@ -46,11 +46,15 @@ class WeightFile:
         weights: the tensors by name, on the CPU.
         classes: the names of the classes that the weights were trained on; None if the file does not say.
         notes: what was guessed, for the user.
+        mean: mean of each channel that was subtracted from the images of their training; None if it is not known.
+        std: standard deviation of each channel that these were divided by; None if it is not known.
     """
 
     weights: dict[str, Tensor]
     classes: list[str] | None
     notes: list[str]
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
 
 def read(path: Path) -> WeightFile:

@@ -133,7 +133,7 @@ def evaluate(
         if collect is not None:
             collect(images, ids.to(runtime.device), truth, logits)
 
-    training = model.training
+    training = {layer: layer.training for layer in model.modules()}
     model.eval()
     with (
         runtime.watchdog.phase("evaluate"),
@@ -141,7 +141,9 @@ def evaluate(
         closing(Bar(split, unit="batches", leave=False, show=runtime.is_main)) as bar,
     ):
         _for_each(batches, score, runtime, bar)
-    model.train(training)
+    model.train(training[model])
+    for layer, mode in training.items():  # a frozen BatchNorm stays in evaluation mode
+        layer.training = mode
     local = dict(zip(batches.numbers, torch.stack(losses).tolist() if losses else (), strict=True))
     first, *others = runtime.collectives.from_all((counter.counted(), local, batches.bad))
     confusion = first[0].plus([each for each, *_ in others])

@@ -10,15 +10,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the Newton–Schulz iteration, from Jordan: singular values become about 0.7 to 1.2 in a few iterations."""
+"""Coefficients of the Newton–Schulz iteration, from Jordan: singular values become 0.7 to 1.2 in a few iterations."""
 _EPSILON = 1e-7
 
 
+def hidden_weights(module: nn.Module, head: str) -> set[nn.Parameter]:
+    """Return the weights that Muon is for: those of two or more dimensions, without embeddings and the last layer.
+
+    Args:
+        module: the model.
+        head: name of the layer that computes the logits.
+    """
+    return {
+        parameter
+        for name, layer in module.named_modules()
+        if name != head and not isinstance(layer, nn.Embedding | nn.EmbeddingBag)
+        for key, parameter in layer.named_parameters(recurse=False)
+        if key.endswith("weight") and parameter.dim() > 1
+    }
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups with `orthogonal=True`, SGD for the others; both with Nesterov momentum.
+    """Muon for the groups with `orthogonal=True`, SGD for the others; both with momentum.
 
     A weight of two or more dimensions is used as a matrix [first dimension, all others]. In the groups with
     `orthogonal`, the step is the nearest orthogonal matrix to the momentum, roughly, times max(1, rows / columns)^½,
@@ -28,6 +44,7 @@ class Muon(torch.optim.Optimizer):
         groups: of parameters, each with `orthogonal`.
         lr: learning rate.
         momentum: in 0 … 1.
+        nesterov: whether to use Nesterov momentum.
         weight_decay: at least 0.
         iterations: of Newton and Schulz.
         normalize: scale each matrix of m rows to a norm of m^½ before each step, which keeps the angle of a step; for
@@ -39,11 +56,12 @@ class Muon(torch.optim.Optimizer):
         groups: list[dict[str, Any]],
         lr: float,
         momentum: float,
+        nesterov: bool = False,
         weight_decay: float = 0.0,
         iterations: int = 5,
         normalize: bool = False,
     ) -> None:
-        values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        values = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(groups, {**values, "iterations": iterations, "normalize": normalize, "orthogonal": False})
 
     @torch.no_grad()
@@ -67,11 +85,11 @@ def _sgd_step(parameters: list[Tensor], momenta: list[Tensor], group: dict[str, 
     gradients = _gradients(parameters)
     if group["weight_decay"]:
         gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
-    torch._foreach_add_(parameters, _nesterov(gradients, momenta, group["momentum"]), alpha=-group["lr"])
+    torch._foreach_add_(parameters, _directions(gradients, momenta, group), alpha=-group["lr"])
 
 
 def _orthogonal_step(parameters: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
-    directions = _nesterov(_gradients(parameters), momenta, group["momentum"])
+    directions = _directions(_gradients(parameters), momenta, group)
     if group["normalize"]:
         norms = torch._foreach_norm(parameters)
         torch._foreach_div_(norms, [len(each) ** 0.5 for each in parameters])
@@ -114,8 +132,10 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [each.grad for each in parameters if each.grad is not None]
 
 
-def _nesterov(gradients: list[Tensor], momenta: list[Tensor], momentum: float) -> list[Tensor]:
-    """Update the momenta in place; return the directions of steps with Nesterov momentum."""
-    torch._foreach_mul_(momenta, momentum)
+def _directions(gradients: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """Update the momenta in place; return the directions of the steps."""
+    torch._foreach_mul_(momenta, group["momentum"])
     torch._foreach_add_(momenta, gradients)
-    return list(torch._foreach_add(gradients, momenta, alpha=momentum))
+    if not group["nesterov"]:
+        return momenta
+    return list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))

@@ -20,6 +20,8 @@ from distrain import plugins
 from distrain.config import Train, is_user_code
 from distrain.errors import ConfigError
 from distrain.text import shortened
+from distrain.training import parameter_groups
+from distrain.training.muon import Muon
 
 _FEW_STEPS_PER_EPOCH, _FEW_STEPS = 10, 500
 """Steps of an epoch, and of a run, below which most models learn little."""
@@ -70,35 +72,36 @@ def build(train: Train, module: nn.Module) -> torch.optim.Optimizer:
         ConfigError: an optimizer of the user cannot be built, or does not update all trainable parameters.
     """
     settings = OptimizerSettings.of(train)
-    decay = settings.weight_decay
     optimizer: torch.optim.Optimizer
     if is_user_code(train.optimizer):
-        optimizer = _build_user_optimizer(train.optimizer, module, settings)
-    elif train.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            module.parameters(),
-            settings.lr,
-            settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=decay,
-            fused=True,
-        )
+        optimizer = _build_user_optimizer(train, module, settings)
     else:
-        kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
-        optimizer = kind(module.parameters(), settings.lr, betas=settings.betas, weight_decay=decay, fused=True)
+        shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        momentum: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov}
+        groups = parameter_groups.groups(module, train)
+        if train.optimizer == "muon":
+            optimizer = Muon(
+                groups, **shared, **momentum, iterations=train.muon_iterations, normalize=train.muon_normalize
+            )
+        elif train.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, **shared, **momentum, fused=True)
+        else:
+            kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+            optimizer = kind(groups, **shared, betas=settings.betas, fused=True)
     for group in optimizer.param_groups:
         group[_INITIAL_LR] = float(group["lr"])
     return optimizer
 
 
-def _build_user_optimizer(name: str, module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    subject = f"train.optimizer={name}"
-    factory = plugins.find(subject, name)
+def _build_user_optimizer(train: Train, module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    subject = f"train.optimizer={train.optimizer}"
+    factory = plugins.find(subject, train.optimizer)
     if isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer):
         keywords = _keywords(factory, settings)
         with plugins.user_code(f"{subject}: called with the parameters and {', '.join(keywords)}"):
-            optimizer = factory(list(module.parameters()), **keywords)
+            optimizer = factory(parameter_groups.groups(module, train), **keywords)
     else:
+        _check_makes_groups(subject, train)
         with plugins.user_code(f"{subject}: called with (module, settings)"):
             optimizer = factory(module, settings)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -110,6 +113,17 @@ def _build_user_optimizer(name: str, module: nn.Module, settings: OptimizerSetti
         )
     _check_groups(subject, optimizer, module)
     return optimizer
+
+
+def _check_makes_groups(subject: str, train: Train) -> None:
+    """Check that no keys ask for groups of parameters, which a function of the user makes itself."""
+    scaled = [key for key, factor in train.lr_scale.items() if factor not in (0, 1)]
+    if scaled or not train.decay_biases:
+        key = f"train.lr_scale of {', '.join(scaled)}" if scaled else "train.decay_biases=false"
+        raise ConfigError(
+            f"{subject}: is a function, which makes its own groups of parameters, so {key} would have no effect: set lr"
+            " and weight_decay in its groups, or give a class of optimizers"
+        )
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:

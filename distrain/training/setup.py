@@ -28,13 +28,12 @@ from distrain.distributed.virtual_ranks import Division, VirtualRanks
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment
 from distrain.errors import ConfigError
+from distrain.models import pretrained
 from distrain.models.batch_norm import can_be_synchronised, local_batch_norm
-from distrain.runs import checkpoint
-from distrain.runs.choice import choose
-from distrain.runs.folder import CONFIG, STACKS
+from distrain.runs.folder import STACKS
 from distrain.runs.trackers import check_installed
 from distrain.text import shortened
-from distrain.training import flops, from_images, inputs, optim, optimizer_state
+from distrain.training import flops, from_images, initial_weights, inputs, optim, optimizer_state, parameter_groups
 from distrain.training.flops import Flops
 from distrain.training.job import Job, TrainedModel
 from distrain.training.optim import WeightAverage
@@ -128,7 +127,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     order = inputs.make_order(config, dataset, world.size)
     virtual_ranks = world.virtual_ranks(config.train.virtual_ranks)
     number = virtual_ranks[0].size
-    mean, std = _normalization(config, dataset)
+    mean, std = normalization(config, dataset)
     _check_augmentation(config, dataset)
     _check_stop_after(config, dataset)
     total_steps = config.train.max_steps or (config.train.epochs or 0) * order.steps_per_epoch
@@ -139,11 +138,12 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     smallest = (0,) if fewest < accumulation_steps else ()
     module = collectives.all_or_none(lambda: build_model(config, dataset, runtime.dtype, (2, 1, *smallest)))
     _check_batch_norm(config, module, dataset, order, number, accumulation_steps)
+    _freeze(config, module, len(dataset.manifest.classes), runtime)
     run_flops = _count_flops(config, module, dataset, runtime)  # before layers are replaced by those with collectives
     dependent: list[str] = []
     if config.train.virtual_ranks is None:
         dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
-    start = _initialise(config, module, dataset.manifest.classes, runtime)
+    start = _initialise(config, module, dataset, runtime)
     preprocessing = inputs.preprocessing(config, dataset, processes, runtime.device)
     mean_tensor, std_tensor = (torch.tensor(each, dtype=runtime.dtype) for each in (mean, std))
     on_main = from_images.initialize(config, module, dataset, preprocessing, mean_tensor, std_tensor, runtime)
@@ -243,34 +243,33 @@ def _check_batch_norm(
         )
 
 
-def _initialise(config: Config, module: nn.Module, classes: Sequence[str], runtime: Runtime) -> dict[str, str]:
+def _freeze(config: Config, module: nn.Module, num_classes: int, runtime: Runtime) -> None:
+    """Check `train.lr_scale`, and freeze the parameters whose factor is 0."""
+    scale = config.train.lr_scale
+    if not scale:
+        return
+    parameter_groups.check(module, scale, num_classes)
+    parameter_groups.freeze(module, scale)
+    for line in parameter_groups.describe(module, scale) if runtime.is_main else ():
+        log.info("train.lr_scale: %s", line)
+
+
+def _initialise(config: Config, module: nn.Module, dataset: Dataset, runtime: Runtime) -> dict[str, str]:
     """Load the weights of `model.init`; return their digest for the identity, whatever the file is called."""
-    if config.model.init is None:
+    init, collectives = config.model.init, runtime.collectives
+    if init is None:
         return {}
-    path = Path(config.model.init)
-    messages = runtime.collectives.all_or_none(lambda: _load_initial(module, path, classes))
+    if pretrained.is_name(init):
+        startup.waits_for(f"fetching the weights {init}")
+        first = runtime.environment.local_rank == 0  # of this node; the others wait until its cache has them
+        collectives.all_or_none(lambda: pretrained.fetch(init, config.model.name) if first else None)
+    mean, std = normalization(config, dataset)
+    messages = collectives.all_or_none(
+        lambda: initial_weights.load(config.model, module, dataset.manifest.classes, dataset.image_shape, mean, std)
+    )
     for message in messages if runtime.is_main else ():
-        log.info("model.init=%s: %s", path, message)
+        log.info("model.init=%s: %s", init, message)
     return {"model.init": models.digest(module.state_dict())}
-
-
-def _load_initial(module: nn.Module, path: Path, classes: Sequence[str]) -> list[str]:
-    """Load weights from a file, a checkpoint, or the checkpoint of a run that its result is of."""
-    if not path.is_dir():
-        return models.initialise(module, path, classes)
-    is_checkpoint = checkpoint.is_one(path)
-    if not is_checkpoint and not (path / CONFIG).exists():
-        raise ConfigError(
-            f"model.init={path}: is neither a run's folder nor a checkpoint; give one of these, or a file of weights"
-        )
-    chosen, skipped = (path, []) if is_checkpoint else choose(path, None)
-    checkpoint.load(chosen)  # compares its files with their digests
-    which = f"{chosen.name} is taken, the checkpoint of the run's result: the best on val, or without val the last"
-    return [
-        *skipped,
-        *([which] if chosen != path else []),
-        *models.initialise(module, chosen / checkpoint.MODEL, classes),
-    ]
 
 
 def _count_flops(config: Config, module: nn.Module, dataset: Dataset, runtime: Runtime) -> Flops:
@@ -291,7 +290,8 @@ def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> WeightAver
     return ema
 
 
-def _normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
+def normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel, with which images are normalised."""
     channels = dataset.image_shape[2]
     values = []
     for key, configured, measured in (

@@ -42,10 +42,11 @@ from distrain.runs.trackers import check_installed
 from distrain.text import plural
 from distrain.tools.doctor import computing
 from distrain.tools.doctor.finding import Finding, Level
-from distrain.training import inputs, optim, optimizer_state
+from distrain.training import initial_weights, inputs, optim, optimizer_state, parameter_groups
 from distrain.training.checkpointing import os_error_of
 from distrain.training.setup import (
     build_model,
+    normalization,
     start_runtime,
     start_watchdog,
 )
@@ -319,6 +320,10 @@ def _try_model(config: Config) -> nn.Module:
     dataset = inputs.read_data(config)
     height, width, channels = dataset.image_shape
     module = build_model(config, dataset, torch.float32)
+    parameter_groups.check(module, config.train.lr_scale, len(dataset.manifest.classes))
+    parameter_groups.freeze(module, config.train.lr_scale)
+    mean, std = normalization(config, dataset)
+    initial_weights.load(config.model, module, dataset.manifest.classes, dataset.image_shape, mean, std)
     virtual = config.train.virtual_ranks is not None
     buffers, images = Buffers(module) if virtual else None, torch.zeros(2, channels, height, width)
     with plugins.user_code(f"model.name={config.model.name}: fails in training"):
