@@ -194,7 +194,7 @@ def test_the_printed_reference_is_what_the_code_says() -> None:
     ("key", "values"),
     [
         ("data.decode_device", "`cpu`, `gpu`"),
-        ("train.optimizer", "`sgd`, `adam`, `adamw`, or `package.module:name`"),
+        ("train.optimizer", "`sgd`, `adam`, `adamw`, `muon`, or `package.module:name`"),
         ("train.optimizer_args", "mapping"),
         ("train.loss", "`cross_entropy`, or `package.module:name`"),
         ("train.clip_norm", "number > 0, or null"),
