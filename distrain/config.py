@@ -25,6 +25,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -78,6 +79,16 @@ def _limited(value: Any) -> Any:
     if isinstance(number, int) and number > _MAX_NUMBER:
         raise ValueError(f"should be at most {_MAX_NUMBER:,}")
     return number
+
+
+def _flip(value: Any) -> Any:
+    """Convert text to true or false, unless it is `alternating`."""
+    if value == "alternating":
+        return value
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError("should be true, false or alternating") from None
 
 
 def _off(value: Any) -> Any:
@@ -292,7 +303,12 @@ class Model(Section):
 class Augment(Section):
     """Random augmentation of training images, drawn again for each sample in each step."""
 
-    flip: bool = _key(False, "mirror images horizontally with probability 0.5", identity=True)
+    flip: Annotated[bool | Literal["alternating"], BeforeValidator(_flip)] = _key(
+        False,
+        "true: mirror images horizontally with probability 0.5, drawn again in each step; alternating: with probability"
+        " 0.5 in the first epoch, and in each later one those that were not mirrored in the epoch before",
+        identity=True,
+    )
     crop_padding: Whole = _key(
         0, "shift images by up to this many pixels in each direction, with reflected edges", identity=True, ge=0
     )

@@ -32,7 +32,7 @@ def configuration(dataset: Dataset, folder: Path, /, **sections: dict[str, Any])
         "data": {"dir": str(dataset.root), "audit": True},
         "run": {"dir": str(folder), "seed": 7},
         "train": {"epochs": 1, "global_batch_size": 16, "precision": "fp64", "lr": 0.1},
-        "augment": {"flip": True, "crop_padding": 2},
+        "augment": {"flip": "alternating", "crop_padding": 2},
         "eval": {"every_steps": 0},
         "checkpoint": {"every_steps": 0},
     }

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,35 @@ def test_images_labels_and_random_bits_belong_to_their_ids(small: Dataset) -> No
                 assert batch.positions.tolist() == positions
                 bits = augmentation_bits(order.seed, np.array([step]), np.array(positions))
                 assert batch.random_bits.tolist() == bits.view(np.int64).tolist()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_alternating_flips_mirror_each_image_in_every_second_epoch(small: Dataset, cached: bool) -> None:
+    order = replace(order_of(small, 50), alternating_flip=True)
+    length = order.steps_per_epoch
+
+    def mirrored(world: World, steps: range) -> dict[tuple[int, int], int]:
+        """Whether each sample is mirrored, by epoch and id."""
+        train = Cache(small, torch.device("cpu")) if cached else None
+        with closing(TrainingBatches(small, order, (world,), steps, 1, with_random_bits=True, cache=train)) as batches:
+            return {
+                (step // length, id_): bit
+                for step, (batch,) in zip(steps, batches, strict=True)
+                for id_, bit in zip(batch.ids.tolist(), (batch.random_bits[:, 0] & 1).tolist(), strict=True)
+            }
+
+    expected = mirrored(World(), range(3 * length))
+    for size in (2, 3):
+        ranks = [mirrored(World(rank, size), range(3 * length)) for rank in range(size)]
+        assert {key: bit for rank in ranks for key, bit in rank.items()} == expected
+    resumed = mirrored(World(), range(length + length // 2, 3 * length))
+    assert resumed.items() <= expected.items()
+    of_epoch = [{id_: bit for (epoch, id_), bit in expected.items() if epoch == number} for number in range(3)]
+    first, second, third = of_epoch
+    in_all = first.keys() & second.keys() & third.keys()
+    assert len(in_all) > 800
+    assert all(first[each] == third[each] != second[each] for each in in_all)
+    assert 0.45 < sum(first.values()) / len(first) < 0.55
 
 
 def test_evaluation_batches_are_the_same_for_every_world_and_have_each_sample_once(small: Dataset) -> None:

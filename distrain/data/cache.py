@@ -105,7 +105,12 @@ class Cache:
         """Return copies of the samples at int64 indices [n], on the cache's device."""
         device_index = index.to(self.device, non_blocking=True)
         images = self._select(self._images.flatten(1), device_index).unflatten(1, self._images.shape[1:])
-        return Samples(images, self._select(self._labels, device_index), self._ids[index.numpy()])
+        return Samples(images, self._select(self._labels, device_index), self.ids(index))
+
+    def ids(self, index: Tensor) -> NDArray[np.int64]:
+        """Return the ids of the samples at int64 indices [n]."""
+        ids: NDArray[np.int64] = self._ids[index.numpy()]
+        return ids
 
     def _select(self, values: Tensor, index: Tensor) -> Tensor:
         shape = (len(index), *values.shape[1:])

@@ -24,7 +24,7 @@ from distrain.data.cache import size as cache_size
 from distrain.data.encoded import Encoded, EncodedCache, Stretches
 from distrain.data.fetch import Remote
 from distrain.data.manifest import Dataset, Shard
-from distrain.data.order import Order, augmentation_bits
+from distrain.data.order import Order
 from distrain.data.shards import Block
 from distrain.environment import World
 from distrain.errors import DataError
@@ -131,7 +131,7 @@ class RoundReader:
                 for column, shard, samples_used in self._parts(number, world):
                     _copy_to_column(self._read(shard), samples_used, buffer, column, lanes)
                     self.shards_read += 1
-                positions, random_bits = self._draw(number, world)
+                positions, random_bits = self._draw(number, world, buffer.ids)
                 buffer.positions[:] = positions
                 buffer.random_bits.copy_(random_bits)
             yield Round(number, parts, copied)
@@ -148,7 +148,7 @@ class RoundReader:
                         cache.put(shard, self._read(shard))
                     index[:, column] = torch.from_numpy(samples_used + cache.start(shard))
                     self.shards_read += 1
-                positions, random_bits = self._draw(number, world)
+                positions, random_bits = self._draw(number, world, cache.ids(index.flatten()))
                 pinned = self._empty(random_bits.shape, torch.int64).copy_(random_bits)
                 parts.append(Cached(cache, index.flatten(), positions, pinned))
             yield Round(number, parts, None)
@@ -164,8 +164,10 @@ class RoundReader:
                         cache.put(shard, self._read(shard))
                     columns.append((self._read(shard) if cache is None else cache.get(shard), samples_used))
                     self.shards_read += 1
-                positions, random_bits = self._draw(number, world)
-                parts.append(encoded.interleave(columns, positions, random_bits.numpy().view(np.uint64)))
+                samples = encoded.entries(columns)
+                positions, random_bits = self._draw(number, world, samples["id"])
+                bits = random_bits.numpy().view(np.uint64)
+                parts.append(encoded.interleave(columns, samples, positions, bits))
             yield Round(number, parts, None)
 
     def fill(self, cache: Cache | EncodedCache) -> Iterator[bool]:
@@ -213,12 +215,12 @@ class RoundReader:
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self.pin)
 
-    def _draw(self, number: int, world: World) -> tuple[NDArray[np.int64], Tensor]:
+    def _draw(self, number: int, world: World, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
         """Return the positions in their global batches, and the random bits, of a virtual rank's samples in a round."""
-        steps, positions = self.order.positions(number, world)
+        _, positions = self.order.positions(number, world)
         if not self.with_random_bits:
             return positions, torch.empty((0, 2), dtype=torch.int64)
-        return positions, torch.from_numpy(augmentation_bits(self.order.seed, steps, positions).view(np.int64))
+        return positions, torch.from_numpy(self.order.random_bits(number, world, ids).view(np.int64))
 
     def _parts(self, number: int, world: World) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         """Yield (column, shard, indices of its samples in training order) for each lane of a virtual rank."""
