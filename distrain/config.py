@@ -478,6 +478,11 @@ class Eval(Section):
 
     every_steps: Whole | None = _key(None, "steps between evaluations; null: once per epoch; 0: only at the end", ge=0)
     batch_size: Whole = _key(512, "maximum number of samples that are evaluated at once", ge=1)
+    flip: bool = _key(
+        False,
+        "evaluate each image and its mirror image, and average their logits (test-time flip): evaluations take twice as"
+        " long; `predict`, `export` and `distrain.load_model` do it too",
+    )
     crop: Whole | None = _key(
         None,
         "for an index: height and width of the images that are evaluated, the centre of the resized ones; null:"

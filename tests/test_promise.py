@@ -32,7 +32,7 @@ def configuration(dataset: Dataset, folder: Path, /, **sections: dict[str, Any])
         "data": {"dir": str(dataset.root), "audit": True},
         "run": {"dir": str(folder), "seed": 7},
         "train": {"epochs": 1, "global_batch_size": 16, "precision": "fp64", "lr": 0.1},
-        "augment": {"flip": "alternating", "crop_padding": 2},
+        "augment": {"flip": True, "crop_padding": 2},
         "eval": {"every_steps": 0},
         "checkpoint": {"every_steps": 0},
     }
@@ -129,7 +129,7 @@ def test_50_steps_are_the_same_on_1_to_4_processes(
 
 EVERYTHING: dict[str, dict[str, Any]] = {
     "model": {"name": "models_for_tests:Normed"},
-    "augment": {"cutout": 5, "mixup": 0.4},
+    "augment": {"flip": "alternating", "cutout": 5, "mixup": 0.4},
     "train": {
         "epochs": None,
         "max_steps": 60,

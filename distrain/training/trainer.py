@@ -20,6 +20,7 @@ from distrain.data.rounds import Batch
 from distrain.data.stream import TrainingBatches
 from distrain.distributed.collectives import StopAgreed
 from distrain.errors import DataError, SaveError, Stopped, UnreadableImagesError
+from distrain.models.mirror_average import as_evaluated
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import TRACE
 from distrain.text import plural
@@ -315,10 +316,10 @@ class Trainer:
     def _score(self, split: str, collect: evaluation.Collect | None = None) -> Scores:
         job, model = self.job, self.job.model
         job.runtime.collectives.broadcast_buffers(model.eval_model)
-        batch_size = job.config.eval.batch_size
+        evaluated, batch_size = as_evaluated(model.eval_model, job.config.eval.flip), job.config.eval.batch_size
         with job.compilation.suspended():
             scores = evaluation.evaluate(
-                model.eval_model, job.dataset, split, model.mean, model.std, batch_size, job.runtime,
+                evaluated, job.dataset, split, model.mean, model.std, batch_size, job.runtime,
                 job.preprocessing, collect,
             )  # fmt: skip
         self._record_bad(split, scores.bad)
