@@ -271,8 +271,9 @@ class Data(Section):
         "auto",
         "where each process caches the training set. auto: on the GPU or in RAM if it fits in a quarter of the free"
         " memory, else off; ram; device: on the GPU; off: shards are read in every epoch. With a cache, each process"
-        " reads in the first epoch what it needs in later ones: almost the whole training set. Of an index, encoded"
-        " images are cached, in RAM; by auto only if its tar files are remote",
+        " reads almost the whole training set once: with ram and device before its first step, with auto during the"
+        " first epoch. Of an index, encoded images are cached, in RAM, during the first epoch; by auto only if its tar"
+        " files are remote",
     )
     read_ahead: Whole = _key(
         1,

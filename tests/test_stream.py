@@ -243,6 +243,21 @@ def needed(dataset: Dataset, order: Order, world: World, epochs: range) -> list[
     return list(dict.fromkeys(names[index] for index in sum(indices, [])))
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_cache_can_be_filled_before_the_first_step(small: Dataset, size: int, read: list[str]) -> None:
+    order, world = order_of(small, 32), World(size - 1, size)
+    resumed = order.steps_per_epoch // 2  # in the middle of an epoch
+    train = Cache(small, torch.device("cpu"), fill_before_steps=True)
+    steps = range(resumed, 3 * order.steps_per_epoch)
+    with closing(TrainingBatches(small, order, (world,), steps, 1, with_random_bits=False, cache=train)) as batches:
+        assert batches.ready(resumed, 60)
+        before = list(read)
+        later = [batch.ids.tolist() for (batch,) in batches]
+    assert read == before  # nothing is read during the steps
+    assert set(needed(small, order, world, range(1, 3))) <= set(before)
+    assert later == streamed(small, order, world, steps)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_a_cache_is_filled_in_the_first_epoch_in_the_order_of_training(
     small: Dataset, size: int, read: list[str]

@@ -39,14 +39,18 @@ class Cache:
     One thread may put shards while another one gathers samples of shards that are complete.
     """
 
-    def __init__(self, dataset: Dataset, device: torch.device, pin: bool = False) -> None:
+    def __init__(
+        self, dataset: Dataset, device: torch.device, pin: bool = False, fill_before_steps: bool = False
+    ) -> None:
         """Allocate the memory.
 
         Args:
             dataset: the data set whose train split is cached.
             device: where images and labels are stored.
             pin: gather batches into pinned memory, from which they are copied to a GPU.
+            fill_before_steps: whether all shards that the run needs are read before its first step.
         """
+        self.fill_before_steps = fill_before_steps
         sizes = dataset.split("train").sizes.tolist()
         self._starts = np.cumsum([0, *sizes])
         total = int(self._starts[-1])

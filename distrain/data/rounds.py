@@ -138,20 +138,29 @@ class RoundReader:
 
     def into_cache(self, cache: Cache) -> Iterator[Round]:
         """Read the shards that the cache does not contain into it."""
+        if cache.fill_before_steps:
+            for shard in itertools.chain.from_iterable(map(self._shards_of_round, self.rounds)):
+                if self.closed.is_set() or cache.is_complete:
+                    break
+                self._put(cache, shard)
         for number in self.rounds:
             parts = []
             for world in self.ranks:
                 lanes = len(self.order.owned_lanes(world))
                 index = self._empty((self.order.samples_per_shard, lanes), torch.int64)
                 for column, shard, samples_used in self._parts(number, world):
-                    if not cache.contains(shard):
-                        cache.put(shard, self._read(shard))
+                    self._put(cache, shard)
                     index[:, column] = torch.from_numpy(samples_used + cache.start(shard))
-                    self.shards_read += 1
                 positions, random_bits = self._draw(number, world, cache.ids(index.flatten()))
                 pinned = self._empty(random_bits.shape, torch.int64).copy_(random_bits)
                 parts.append(Cached(cache, index.flatten(), positions, pinned))
             yield Round(number, parts, None)
+
+    def _put(self, cache: Cache, shard: int) -> None:
+        """Read a shard into the cache, unless it contains it."""
+        if not cache.contains(shard):
+            cache.put(shard, self._read(shard))
+            self.shards_read += 1
 
     def encoded(self, cache: EncodedCache | None) -> Iterator[Round]:
         """Read the virtual shards of an index; with a cache, those that it does not contain."""
@@ -181,7 +190,7 @@ class RoundReader:
         """
         failed: set[int] = set()
         for number in self.rounds:
-            for shard in itertools.chain.from_iterable(self._shards(number, world) for world in self.ranks):
+            for shard in self._shards_of_round(number):
                 if cache.contains(shard) or shard in failed:
                     continue
                 try:
@@ -227,6 +236,10 @@ class RoundReader:
         epoch, sizes = number // self.order.rounds_per_epoch, self.dataset.split("train").sizes
         for column, shard in enumerate(self._shards(number, world)):
             yield column, shard, self.order.shard_samples(epoch, shard, int(sizes[shard]))
+
+    def _shards_of_round(self, number: int) -> Iterator[int]:
+        """Yield the shards of all virtual ranks of this process in a round."""
+        return itertools.chain.from_iterable(self._shards(number, world) for world in self.ranks)
 
     def _shards(self, number: int, world: World) -> list[int]:
         """Return the shard of each lane of a virtual rank in a round."""

@@ -153,7 +153,8 @@ def make_cache(config: Config, dataset: Dataset, device: torch.device, processes
         return None
     if dataset.is_index:
         return EncodedCache(dataset.indexed("train").shards)
-    return Cache(dataset, where, pin=where.type != device.type)
+    fill_before_steps = config.data.cache != "auto"
+    return Cache(dataset, where, pin=where.type != device.type, fill_before_steps=fill_before_steps)
 
 
 _OF_AN_INDEX = {

@@ -144,6 +144,8 @@ class Trainer:
                 if self.step == job.total_steps or self.stopped_early:
                     return
                 batches = feed.take(self.step)
+                if self.step == first:
+                    self.losses.restart_clock()  # reading before the first step is not training
                 self._record_batches(batches)
                 self.losses.add(self.train_step(self.step, batches))
                 self.ids.add(self.step, batches)
@@ -391,6 +393,7 @@ class Trainer:
             "dropped_per_epoch": job.dataset.split("train").samples - order.steps_per_epoch * order.global_batch_size,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
+            "train_seconds": time_used.seconds,
             "images_per_second": images / max(time_used.seconds, 1e-9),
             **job.flops.rates(images, time_used),
             "checkpoint": checkpoint.path_of(job.checkpoints, best_step).name,
