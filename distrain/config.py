@@ -26,6 +26,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -79,6 +80,16 @@ def _limited(value: Any) -> Any:
     if isinstance(number, int) and number > _MAX_NUMBER:
         raise ValueError(f"should be at most {_MAX_NUMBER:,}")
     return number
+
+
+def _flip(value: Any) -> Any:
+    """Convert text to true or false, unless it is `alternating`."""
+    if value == "alternating":
+        return value
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError("should be true, false or alternating") from None
 
 
 def _off(value: Any) -> Any:
@@ -262,8 +273,9 @@ class Data(Section):
         "auto",
         "where each process caches the training set. auto: on the GPU or in RAM if it fits in a quarter of the free"
         " memory, else off; ram; device: on the GPU; off: shards are read in every epoch. With a cache, each process"
-        " reads in the first epoch what it needs in later ones: almost the whole training set. Of an index, encoded"
-        " images are cached, in RAM; by auto only if its tar files are remote",
+        " reads almost the whole training set once: with ram and device before its first step, with auto during the"
+        " first epoch. Of an index, encoded images are cached, in RAM, during the first epoch; by auto only if its tar"
+        " files are remote",
     )
     read_ahead: Whole = _key(
         1,
@@ -296,7 +308,12 @@ class Model(Section):
 class Augment(Section):
     """Random augmentation of training images, drawn again for each sample in each step."""
 
-    flip: bool = _key(False, "mirror images horizontally with probability 0.5", identity=True)
+    flip: Annotated[bool | Literal["alternating"], BeforeValidator(_flip)] = _key(
+        False,
+        "true: mirror images horizontally with probability 0.5, drawn again in each step; alternating: with probability"
+        " 0.5 in the first epoch, and in each later one those that were not mirrored in the epoch before",
+        identity=True,
+    )
     crop_padding: Whole = _key(
         0, "shift images by up to this many pixels in each direction, with reflected edges", identity=True, ge=0
     )
@@ -491,6 +508,11 @@ class Eval(Section):
 
     every_steps: Whole | None = _key(None, "steps between evaluations; null: once per epoch; 0: only at the end", ge=0)
     batch_size: Whole = _key(512, "maximum number of samples that are evaluated at once", ge=1)
+    flip: bool = _key(
+        False,
+        "evaluate each image and its mirror image, and average their logits (test-time flip): evaluations take twice as"
+        " long; `predict`, `export` and `distrain.load_model` do it too",
+    )
     crop: Whole | None = _key(
         None,
         "for an index: height and width of the images that are evaluated, the centre of the resized ones; null:"

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torchvision.transforms.v2 import functional as V
 from distrain.data import index
 from distrain.data.cache import size as cache_size
 from distrain.data.crops import random_boxes
-from distrain.data.decoded import DecodedBatches, memory
+from distrain.data.decoded import DecodedBatches, EncodedBatches, memory
 from distrain.data.decoding import Decoder, EvaluationTransform, Preprocessing, TrainingTransform
 from distrain.data.encoded import EncodedCache, Stretches
 from distrain.data.gpu_decoding import GpuDecoder
@@ -92,6 +93,31 @@ def test_every_step_has_the_same_pixels_on_any_number_of_ranks_and_threads(datas
     for first in (1, 13, 20):  # a resume
         later = range(first, len(steps))
         assert merged([trained(dataset, later)]) == {step: expected[step] for step in later}
+
+
+def test_alternating_flips_mirror_each_image_of_an_index_in_every_second_epoch(dataset: Dataset) -> None:
+    order = replace(order_of(dataset), alternating_flip=True)
+    steps, length = range(2 * order.steps_per_epoch), order.steps_per_epoch
+
+    def mirrored(first: int, size: int) -> dict[tuple[int, int], int]:
+        """Whether each sample is mirrored, by epoch and id."""
+        bits = {}
+        for rank in range(size):
+            with closing(EncodedBatches(dataset, order, (World(rank, size),), range(first, len(steps)), 1)) as batches:
+                for step, (batch,) in enumerate(batches, first):
+                    of_step = (batch.random_bits[:, 0] & np.uint64(1)).tolist()
+                    bits |= {
+                        (step // length, id_): bit
+                        for id_, bit in zip(batch.samples["id"].tolist(), of_step, strict=True)
+                    }
+        return bits
+
+    expected = mirrored(0, 1)
+    assert mirrored(0, 2) == mirrored(0, 3) == expected
+    assert mirrored(length // 2, 1).items() <= expected.items()
+    pairs = [(bit, expected[1, id_]) for (epoch, id_), bit in expected.items() if epoch == 0 and (1, id_) in expected]
+    assert len(pairs) > 120
+    assert all(one != other for one, other in pairs)
 
 
 def test_an_epoch_has_each_sample_once(dataset: Dataset) -> None:

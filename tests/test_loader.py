@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import distrain
 from distrain.data.manifest import Dataset
+from distrain.data.stream import TrainingBatches
 from distrain.distributed.numerics import numerics_restored
 from distrain.environment import World
 from distrain.errors import ConfigError, DataError, UnreadableImagesError, UserError
@@ -285,6 +288,17 @@ def test_an_open_data_set_counts_steps(small: Dataset, index: Dataset) -> None:
         info.steps_per_epoch(985)
     info = distrain.open_data(index.root)
     assert (info.image_shape, info.is_index, info.samples) == (None, True, {"train": 300, "test": 31})
+
+
+def test_alternating_flips_are_those_of_the_run(small: Dataset) -> None:
+    order = replace(inputs.order_of(small, BATCH, SEED), alternating_flip=True)
+    steps = range(order.steps_per_epoch - 1, order.steps_per_epoch + 1)
+    with (
+        distrain.batches(small.root, global_batch_size=BATCH, seed=SEED, steps=steps, alternating_flip=True) as batches,
+        closing(TrainingBatches(small, order, (World(),), steps, 1, with_random_bits=True)) as expected,
+    ):
+        for batch, (other,) in zip(batches, expected, strict=True):
+            assert torch.equal(batch.random_bits, other.random_bits)
 
 
 def test_random_bits_decide_what_augment_does() -> None:

@@ -10,7 +10,15 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distrain.data.order import Ints, Order, augmentation_bits, evaluation_shards, mixup_weight, permutation
+from distrain.data.order import (
+    Ints,
+    Order,
+    alternate_flips,
+    augmentation_bits,
+    evaluation_shards,
+    mixup_weight,
+    permutation,
+)  # fmt: skip
 from distrain.environment import World
 from distrain.training.augment import mixup_partners
 
@@ -206,11 +214,16 @@ def test_the_order_never_changes_between_versions() -> None:
     assert order.epoch_shards(3).tolist() == EPOCH_SHARDS
     assert order.shard_samples(3, 2, 6).tolist() == SHARD_SAMPLES
     assert augmentation_bits(42, np.array([7]), np.arange(2)).tolist() == RANDOM_BITS
+    bits = np.zeros((16, 2), np.uint64)
+    alternate_flips(bits, 42, np.arange(16), epoch=3)
+    assert bits[:, 0].tolist() == FLIPS
+    assert not bits[:, 1].any()
 
 
 EPOCH_SHARDS = [[5, 1, 2, 0], [6, 3, 4, 7]]
 SHARD_SAMPLES = [1, 4, 2, 5, 0]
 RANDOM_BITS = [[10026477260115595815, 6391274926087588182], [14455738899868125316, 4150067819376086940]]
+FLIPS = [0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1]
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.data())

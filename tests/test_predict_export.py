@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 
+import distrain
 from benchmarks.context import load
 from distrain import cli, models
 from distrain.data.manifest import Dataset
@@ -190,6 +192,29 @@ def test_an_exported_file_gives_the_models_logits(suffix: str, run: Path, small:
 def test_models_with_batch_norm_and_an_average_are_exported(model: str, small: Dataset, tmp_path: Path) -> None:
     run = train(small, tmp_path / "run", f"model.name={model}", "train.ema_decay=0.9", "train.max_steps=2")
     assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 0
+
+
+def test_images_and_their_mirror_images_are_evaluated_together(small: Dataset, tmp_path: Path) -> None:
+    keys = ("eval.flip=true", "train.precision=bf16", "train.ema_decay=0.5", "train.lr=0.5", "train.max_steps=60")
+    run = train(small, tmp_path / "run", *keys)
+    images, labels = load(small, "test", 203)
+    alone = plain(run, small, images, "bf16")
+    expected = (alone + plain(run, small, images.flip(2), "bf16")) / 2
+    result = json.loads((run / "result.json").read_text())
+    assert result["correct"] == int((expected.argmax(1) == labels).sum())
+    for logits, override in (
+        (expected, []),
+        (alone, ["eval.flip=false"]),
+    ):  # batches have other sizes in fp32's last bits
+        loss = float(cross_entropy(logits, labels))
+        assert distrain.evaluate(run, overrides=override).loss == pytest.approx(loss, abs=1e-4)
+    assert result["loss"] == pytest.approx(float(cross_entropy(expected, labels)), abs=1e-4)
+    assert abs(float(cross_entropy(alone, labels)) - result["loss"]) > 1e-3
+    assert torch.equal(loaded_model.load(run, None)(images), expected)
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 0
+    exported = run_file(tmp_path / "model.pt2", images.permute(0, 3, 1, 2).float() / 255)
+    in_fp32 = (plain(run, small, images) + plain(run, small, images.flip(2))) / 2
+    assert torch.allclose(exported, in_fp32, atol=1e-4)
 
 
 def test_fp64_runs_are_exported_in_fp32(small: Dataset, tmp_path: Path) -> None:

@@ -465,6 +465,8 @@ def test_steps_are_traced_and_times_are_reported(
     assert sum(result.profile.values()) == pytest.approx(1, abs=1e-4)
     assert set(result.profile) == {"start", "data", "copy", "log", "reduce", "compute"}
     assert "time     start" in caplog.text
+    assert 0 < result.train_seconds < result.seconds
+    assert result.images_per_second * result.train_seconds == pytest.approx(result.steps * 64)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "train/loss" in line):
         assert sum(part for name, part in line.items() if name.startswith("profile/")) == pytest.approx(1, abs=1e-4)

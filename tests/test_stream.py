@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,35 @@ def test_images_labels_and_random_bits_belong_to_their_ids(small: Dataset) -> No
                 assert batch.random_bits.tolist() == bits.view(np.int64).tolist()
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_alternating_flips_mirror_each_image_in_every_second_epoch(small: Dataset, cached: bool) -> None:
+    order = replace(order_of(small, 50), alternating_flip=True)
+    length = order.steps_per_epoch
+
+    def mirrored(world: World, steps: range) -> dict[tuple[int, int], int]:
+        """Whether each sample is mirrored, by epoch and id."""
+        train = Cache(small, torch.device("cpu")) if cached else None
+        with closing(TrainingBatches(small, order, (world,), steps, 1, with_random_bits=True, cache=train)) as batches:
+            return {
+                (step // length, id_): bit
+                for step, (batch,) in zip(steps, batches, strict=True)
+                for id_, bit in zip(batch.ids.tolist(), (batch.random_bits[:, 0] & 1).tolist(), strict=True)
+            }
+
+    expected = mirrored(World(), range(3 * length))
+    for size in (2, 3):
+        ranks = [mirrored(World(rank, size), range(3 * length)) for rank in range(size)]
+        assert {key: bit for rank in ranks for key, bit in rank.items()} == expected
+    resumed = mirrored(World(), range(length + length // 2, 3 * length))
+    assert resumed.items() <= expected.items()
+    of_epoch = [{id_: bit for (epoch, id_), bit in expected.items() if epoch == number} for number in range(3)]
+    first, second, third = of_epoch
+    in_all = first.keys() & second.keys() & third.keys()
+    assert len(in_all) > 800
+    assert all(first[each] == third[each] != second[each] for each in in_all)
+    assert 0.45 < sum(first.values()) / len(first) < 0.55
+
+
 def test_evaluation_batches_are_the_same_for_every_world_and_have_each_sample_once(small: Dataset) -> None:
     def batches(size: int) -> Iterator[tuple[torch.Tensor, ...]]:
         for rank in range(size):
@@ -211,6 +241,21 @@ def needed(dataset: Dataset, order: Order, world: World, epochs: range) -> list[
     names = [shard.name for shard in dataset.split("train").shards]
     indices = [order.epoch_shards(epoch)[:, list(order.owned_lanes(world))].ravel().tolist() for epoch in epochs]
     return list(dict.fromkeys(names[index] for index in sum(indices, [])))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_cache_can_be_filled_before_the_first_step(small: Dataset, size: int, read: list[str]) -> None:
+    order, world = order_of(small, 32), World(size - 1, size)
+    resumed = order.steps_per_epoch // 2  # in the middle of an epoch
+    train = Cache(small, torch.device("cpu"), fill_before_steps=True)
+    steps = range(resumed, 3 * order.steps_per_epoch)
+    with closing(TrainingBatches(small, order, (world,), steps, 1, with_random_bits=False, cache=train)) as batches:
+        assert batches.ready(resumed, 60)
+        before = list(read)
+        later = [batch.ids.tolist() for (batch,) in batches]
+    assert read == before  # nothing is read during the steps
+    assert set(needed(small, order, world, range(1, 3))) <= set(before)
+    assert later == streamed(small, order, world, steps)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

@@ -66,6 +66,7 @@ class Options(TypedDict, total=False):
     image_size: int | None
     crop_scale: Sequence[float] | None
     crop_ratio: Sequence[float]
+    alternating_flip: bool
     decode_threads: int | None
     read_ahead: int
     device: str | torch.device | None
@@ -172,6 +173,7 @@ def batches(
     image_size: int | None = None,
     crop_scale: Sequence[float] | None = None,
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+    alternating_flip: bool = False,
     decoded: bool = True,
     decode_threads: int | None = None,
     read_ahead: int = 1,
@@ -213,6 +215,8 @@ def batches(
         crop_scale: of an index, smallest and largest fraction of an image's area that a random part has; None: the
             largest part at the centre.
         crop_ratio: smallest and largest aspect ratio of that part.
+        alternating_flip: whether the random bits are those of `augment.flip` alternating: `distrain.augment` with
+            `flip=True` then mirrors each image in every second epoch.
         decoded: False for the encoded images of an index; then a batch is an `EncodedBatch`, which stays valid.
         decode_threads: threads that decode the images of an index; None: the cores, divided among the machine's
             processes (LOCAL_WORLD_SIZE).
@@ -237,7 +241,9 @@ def batches(
             "dir": text_of("data_dir", data_dir), "tars": tars, "image_size": image_size,
             "decode_threads": decode_threads, "read_ahead": read_ahead, "cache": cache, "skip_bad": skip_bad,
         },
-        "augment": {"crop_scale": crop_scale, "crop_ratio": crop_ratio},
+        "augment": {
+            "crop_scale": crop_scale, "crop_ratio": crop_ratio, "flip": "alternating" if alternating_flip else False,
+        },
         "train": {"global_batch_size": global_batch_size, "virtual_ranks": virtual_ranks},
     }  # fmt: skip
     collectives = collectives_for(world_size)
@@ -279,6 +285,7 @@ class _Plan:
             "image_size": self.config.data.image_size,
             "crop_scale": augment.crop_scale,
             "crop_ratio": augment.crop_ratio,
+            "alternating_flip": augment.flip == "alternating",
             "decoded": self.decoded,
         }
 

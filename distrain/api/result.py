@@ -64,7 +64,9 @@ class TrainingResult(Result):
         dropped_per_epoch: number of training samples that each epoch drops.
         seconds: duration of training in all attempts, without start-up.
         compile_seconds: duration of compilation in all attempts.
-        images_per_second: speed of training.
+        train_seconds: duration of the steps alone in all attempts: without start-up, reading before an attempt's first
+            step, evaluations and checkpoints.
+        images_per_second: speed of the steps.
         tflops_per_second: 10¹² floating-point operations per second; None where they cannot be counted.
         mfu: model FLOPs utilisation, the fraction of the devices' peak; None where the peak is not known.
         val_accuracy: accuracy of the checkpoint on val, by which it was chosen; None without a val split.
@@ -83,6 +85,7 @@ class TrainingResult(Result):
     dropped_per_epoch: int
     seconds: float
     compile_seconds: float
+    train_seconds: float = 0.0
     images_per_second: float
     tflops_per_second: float | None = None
     mfu: float | None = None

@@ -39,14 +39,18 @@ class Cache:
     One thread may put shards while another one gathers samples of shards that are complete.
     """
 
-    def __init__(self, dataset: Dataset, device: torch.device, pin: bool = False) -> None:
+    def __init__(
+        self, dataset: Dataset, device: torch.device, pin: bool = False, fill_before_steps: bool = False
+    ) -> None:
         """Allocate the memory.
 
         Args:
             dataset: the data set whose train split is cached.
             device: where images and labels are stored.
             pin: gather batches into pinned memory, from which they are copied to a GPU.
+            fill_before_steps: whether all shards that the run needs are read before its first step.
         """
+        self.fill_before_steps = fill_before_steps
         sizes = dataset.split("train").sizes.tolist()
         self._starts = np.cumsum([0, *sizes])
         total = int(self._starts[-1])
@@ -105,7 +109,12 @@ class Cache:
         """Return copies of the samples at int64 indices [n], on the cache's device."""
         device_index = index.to(self.device, non_blocking=True)
         images = self._select(self._images.flatten(1), device_index).unflatten(1, self._images.shape[1:])
-        return Samples(images, self._select(self._labels, device_index), self._ids[index.numpy()])
+        return Samples(images, self._select(self._labels, device_index), self.ids(index))
+
+    def ids(self, index: Tensor) -> NDArray[np.int64]:
+        """Return the ids of the samples at int64 indices [n]."""
+        ids: NDArray[np.int64] = self._ids[index.numpy()]
+        return ids
 
     def _select(self, values: Tensor, index: Tensor) -> Tensor:
         shape = (len(index), *values.shape[1:])

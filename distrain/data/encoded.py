@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -47,19 +48,26 @@ class Encoded:
         return replace(self, stretches=())
 
 
-def interleave(
-    columns: Sequence[tuple[Stretch, NDArray[np.int64]]], positions: NDArray[np.int64], random_bits: RandomBits
-) -> Encoded:
+Columns: TypeAlias = Sequence[tuple[Stretch, NDArray[np.int64]]]
+"""A virtual shard for each lane, and the numbers of its samples in training order: int64 [m]."""
+
+
+def entries(columns: Columns) -> Samples:
+    """Return the entries of a round's samples in the index, row by row, lane by lane: [n]."""
+    return np.stack([stretch.samples[used] for stretch, used in columns], axis=1).reshape(-1)
+
+
+def interleave(columns: Columns, samples: Samples, positions: NDArray[np.int64], random_bits: RandomBits) -> Encoded:
     """Return the samples of a round, row by row, lane by lane.
 
     Args:
-        columns: for each lane its virtual shard, and the numbers of the samples in training order: int64 [m].
+        columns: where they are.
+        samples: their `entries`.
         positions: of the samples in their global batches: int64 [n].
         random_bits: uint64 [n, 2].
     """
     numbers = np.stack([used for _, used in columns], axis=1)
     origin = np.stack([np.broadcast_to(np.arange(len(columns)), numbers.shape), numbers], axis=-1).reshape(-1, 2)
-    samples = np.stack([stretch.samples[used] for stretch, used in columns], axis=1).reshape(-1)
     return Encoded([stretch for stretch, _ in columns], origin, samples, positions, random_bits)
 
 

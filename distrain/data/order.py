@@ -32,7 +32,7 @@ Ints = NDArray[np.int64]
 RandomBits = NDArray[np.uint64]
 
 # The purposes of draws. The generator's key is (seed, purpose), so no two purposes share a stream.
-_SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC, _MIXUP = range(1, 7)
+_SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC, _MIXUP, _FLIP = range(1, 8)
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 """Distance of the states of SplitMix64."""
@@ -40,13 +40,17 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Order:
-    """The order of training: S shards in C lanes, m samples used of each shard, global batch size G, and a seed."""
+    """The order of training: S shards in C lanes, m samples used of each shard, global batch size G, and a seed.
+
+    With `alternating_flip`, each sample is mirrored in every second epoch (see `alternate_flips`).
+    """
 
     num_shards: int
     lanes: int
     samples_per_shard: int
     global_batch_size: int
     seed: int
+    alternating_flip: bool = False
 
     def __post_init__(self) -> None:
         if self.num_shards % self.lanes:
@@ -90,6 +94,19 @@ class Order:
         in_epoch = rows[:, None] * self.lanes + np.asarray(self.owned_lanes(world))
         steps, positions = np.divmod(in_epoch.reshape(-1), self.global_batch_size)
         return steps + epoch * self.steps_per_epoch, positions
+
+    def random_bits(self, number: int, world: World, ids: Ints) -> RandomBits:
+        """Random bits for the augmentation of the samples of a rank in a round: uint64 [n, 2].
+
+        Args:
+            number: of the round, over all epochs.
+            world: the rank.
+            ids: of the samples, in the order of `positions`: int64 [n].
+        """
+        random_bits = augmentation_bits(self.seed, *self.positions(number, world))
+        if self.alternating_flip:
+            alternate_flips(random_bits, self.seed, ids, number // self.rounds_per_epoch)
+        return random_bits
 
     def owned_lanes(self, world: World) -> range:
         """The lanes that a rank owns, ascending."""
@@ -173,6 +190,22 @@ def augmentation_bits(seed: int, steps: Ints, positions: Ints) -> RandomBits:
     states *= _GAMMA
     states += mix_bits(seeds)[:, None]
     return mix_bits(states)
+
+
+def alternate_flips(random_bits: RandomBits, seed: int, ids: Ints, epoch: int) -> None:
+    """Replace the bits that mirror samples: those mirrored in an epoch are not in the next one, and the reverse.
+
+    A coin for each sample, from the seed and its id alone, decides whether it is mirrored in even or in odd epochs:
+    "alternating flip" of Jordan, "94% on CIFAR-10 in 3.29 seconds" (arXiv 2404.00498, 2024).
+
+    Args:
+        random_bits: uint64 [n, 2]; bit 0 of the first integer mirrors (`distrain.training.augment`).
+        seed: of the run.
+        ids: of the samples: int64 [n].
+        epoch: of the samples.
+    """
+    coins = mix_bits(ids.astype(np.uint64) + _philox(seed, _FLIP).random_raw(1)) ^ np.uint64(epoch % 2)
+    random_bits[:, 0] ^= (random_bits[:, 0] ^ coins) & np.uint64(1)
 
 
 def mix_bits(values: RandomBits) -> RandomBits:

@@ -24,7 +24,7 @@ from distrain.data.cache import size as cache_size
 from distrain.data.encoded import Encoded, EncodedCache, Stretches
 from distrain.data.fetch import Remote
 from distrain.data.manifest import Dataset, Shard
-from distrain.data.order import Order, augmentation_bits
+from distrain.data.order import Order
 from distrain.data.shards import Block
 from distrain.environment import World
 from distrain.errors import DataError
@@ -131,27 +131,36 @@ class RoundReader:
                 for column, shard, samples_used in self._parts(number, world):
                     _copy_to_column(self._read(shard), samples_used, buffer, column, lanes)
                     self.shards_read += 1
-                positions, random_bits = self._draw(number, world)
+                positions, random_bits = self._draw(number, world, buffer.ids)
                 buffer.positions[:] = positions
                 buffer.random_bits.copy_(random_bits)
             yield Round(number, parts, copied)
 
     def into_cache(self, cache: Cache) -> Iterator[Round]:
         """Read the shards that the cache does not contain into it."""
+        if cache.fill_before_steps:
+            for shard in itertools.chain.from_iterable(map(self._shards_of_round, self.rounds)):
+                if self.closed.is_set() or cache.is_complete:
+                    break
+                self._put(cache, shard)
         for number in self.rounds:
             parts = []
             for world in self.ranks:
                 lanes = len(self.order.owned_lanes(world))
                 index = self._empty((self.order.samples_per_shard, lanes), torch.int64)
                 for column, shard, samples_used in self._parts(number, world):
-                    if not cache.contains(shard):
-                        cache.put(shard, self._read(shard))
+                    self._put(cache, shard)
                     index[:, column] = torch.from_numpy(samples_used + cache.start(shard))
-                    self.shards_read += 1
-                positions, random_bits = self._draw(number, world)
+                positions, random_bits = self._draw(number, world, cache.ids(index.flatten()))
                 pinned = self._empty(random_bits.shape, torch.int64).copy_(random_bits)
                 parts.append(Cached(cache, index.flatten(), positions, pinned))
             yield Round(number, parts, None)
+
+    def _put(self, cache: Cache, shard: int) -> None:
+        """Read a shard into the cache, unless it contains it."""
+        if not cache.contains(shard):
+            cache.put(shard, self._read(shard))
+            self.shards_read += 1
 
     def encoded(self, cache: EncodedCache | None) -> Iterator[Round]:
         """Read the virtual shards of an index; with a cache, those that it does not contain."""
@@ -164,8 +173,10 @@ class RoundReader:
                         cache.put(shard, self._read(shard))
                     columns.append((self._read(shard) if cache is None else cache.get(shard), samples_used))
                     self.shards_read += 1
-                positions, random_bits = self._draw(number, world)
-                parts.append(encoded.interleave(columns, positions, random_bits.numpy().view(np.uint64)))
+                samples = encoded.entries(columns)
+                positions, random_bits = self._draw(number, world, samples["id"])
+                bits = random_bits.numpy().view(np.uint64)
+                parts.append(encoded.interleave(columns, samples, positions, bits))
             yield Round(number, parts, None)
 
     def fill(self, cache: Cache | EncodedCache) -> Iterator[bool]:
@@ -179,7 +190,7 @@ class RoundReader:
         """
         failed: set[int] = set()
         for number in self.rounds:
-            for shard in itertools.chain.from_iterable(self._shards(number, world) for world in self.ranks):
+            for shard in self._shards_of_round(number):
                 if cache.contains(shard) or shard in failed:
                     continue
                 try:
@@ -213,18 +224,22 @@ class RoundReader:
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self.pin)
 
-    def _draw(self, number: int, world: World) -> tuple[NDArray[np.int64], Tensor]:
+    def _draw(self, number: int, world: World, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
         """Return the positions in their global batches, and the random bits, of a virtual rank's samples in a round."""
-        steps, positions = self.order.positions(number, world)
+        _, positions = self.order.positions(number, world)
         if not self.with_random_bits:
             return positions, torch.empty((0, 2), dtype=torch.int64)
-        return positions, torch.from_numpy(augmentation_bits(self.order.seed, steps, positions).view(np.int64))
+        return positions, torch.from_numpy(self.order.random_bits(number, world, ids).view(np.int64))
 
     def _parts(self, number: int, world: World) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         """Yield (column, shard, indices of its samples in training order) for each lane of a virtual rank."""
         epoch, sizes = number // self.order.rounds_per_epoch, self.dataset.split("train").sizes
         for column, shard in enumerate(self._shards(number, world)):
             yield column, shard, self.order.shard_samples(epoch, shard, int(sizes[shard]))
+
+    def _shards_of_round(self, number: int) -> Iterator[int]:
+        """Yield the shards of all virtual ranks of this process in a round."""
+        return itertools.chain.from_iterable(self._shards(number, world) for world in self.ranks)
 
     def _shards(self, number: int, world: World) -> list[int]:
         """Return the shard of each lane of a virtual rank in a round."""

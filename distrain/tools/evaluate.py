@@ -19,6 +19,7 @@ from distrain.distributed.numerics import torch_defaults
 from distrain.distributed.runtime import Runtime
 from distrain.environment import Environment
 from distrain.errors import ConfigError, DataError, Stopped
+from distrain.models.mirror_average import as_evaluated
 from distrain.runs import checkpoint, folder, records, results
 from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
@@ -97,7 +98,7 @@ def _write(out: Path, content: dict[str, Any]) -> None:
 
 def _evaluate(config: Config, dataset: Dataset, split: str, saved: Checkpoint, rt: Runtime) -> Scores:
     module = rt.collectives.all_or_none(lambda: _load_model(config, dataset, saved, rt))
-    module = rt.prepare_eval_model(module)
+    module = as_evaluated(rt.prepare_eval_model(module), config.eval.flip)
     mean, std = (
         torch.tensor(saved.state["identity"][f"data.{key}"], dtype=rt.dtype, device=rt.device)
         for key in ("mean", "std")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from distrain import files
 from distrain.errors import ConfigError
+from distrain.models.mirror_average import as_evaluated
 from distrain.text import printable
 from distrain.tools import loaded_model
 from distrain.tools.loaded_model import LoadedModel
@@ -36,14 +37,14 @@ _TOLERANCE = 1e-3
 
 
 class Program(nn.Module):
-    """The normalisation followed by the model: what is exported."""
+    """The normalisation followed by the model as it is evaluated: what is exported."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
-        self.model = loaded.model
+        self.model = as_evaluated(loaded.model, loaded.flip)
         self.register_buffer("mean", loaded.mean.float()[:, None, None])
         self.register_buffer("std", loaded.std.float()[:, None, None])
 

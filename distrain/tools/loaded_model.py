@@ -18,6 +18,7 @@ from distrain.data.pillow import as_png
 from distrain.distributed import devices, gpu_errors
 from distrain.distributed.numerics import NEED_GPU, autocast, numerics_restored, set_numerics, torch_defaults
 from distrain.errors import DataError
+from distrain.models.mirror_average import as_evaluated
 from distrain.runs import checkpoint, folder
 from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
@@ -60,6 +61,7 @@ class LoadedModel(nn.Module):
         resize: of a run on an index, shorter side of an image before the crop to `image_shape`; else None.
         checkpoint: name of the checkpoint's folder.
         precision: `train.precision`, in which logits are computed.
+        flip: `eval.flip`: whether logits are the mean of those of an image and of its mirror image.
         mean: of each channel, with pixels in 0 … 1: [C].
         std: the same.
     """
@@ -77,10 +79,12 @@ class LoadedModel(nn.Module):
         precision: str,
         deterministic: bool,
         checkpoint: str,
+        flip: bool,
     ) -> None:
         super().__init__()
         self.model = model
         self.classes, self.image_shape, self.checkpoint, self.precision = classes, image_shape, checkpoint, precision
+        self.flip = flip
         self._decoding, self.resize = preprocessing
         self._deterministic = deterministic
         for name, values in zip(("mean", "std"), normalization, strict=True):
@@ -110,7 +114,8 @@ class LoadedModel(nn.Module):
         with numerics_restored():
             set_numerics(self.precision, self._deterministic)
             with autocast(device, self.precision):
-                logits: Tensor = self.model(normalize(images.to(device), self.mean, self.std))
+                model = as_evaluated(self.model, self.flip)
+                logits: Tensor = model(normalize(images.to(device), self.mean, self.std))
         return logits.to(self.mean.dtype)
 
     def preprocess(self, image: ImageFile) -> Tensor:
@@ -253,6 +258,7 @@ def load(run: Path, which: str | None, device: str = "cpu", precision: str | Non
         chosen,
         deterministic,
         path.name,
+        config.eval.flip,
     ).eval()
 
 

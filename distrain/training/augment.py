@@ -41,7 +41,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def needs_random_bits(settings: Augment) -> bool:
     """Whether `augment` uses random bits: drawing them takes time."""
     return (
-        settings.flip
+        settings.flip is not False
         or settings.crop_padding > 0
         or settings.cutout > 0
         or settings.crop_scale is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -96,6 +97,7 @@ def make_order(config: Config, dataset: Dataset, world_size: int) -> Order:
     split = dataset.split("train")
     batch = config.train.global_batch_size
     order = order_of(dataset, batch, config.run.seed)
+    order = replace(order, alternating_flip=config.augment.flip == "alternating")
     if config.train.virtual_ranks is not None:
         _check_virtual_ranks(config.train.virtual_ranks, config, split.lanes, world_size)
     if world_size > split.lanes:
@@ -151,7 +153,8 @@ def make_cache(config: Config, dataset: Dataset, device: torch.device, processes
         return None
     if dataset.is_index:
         return EncodedCache(dataset.indexed("train").shards)
-    return Cache(dataset, where, pin=where.type != device.type)
+    fill_before_steps = config.data.cache != "auto"
+    return Cache(dataset, where, pin=where.type != device.type, fill_before_steps=fill_before_steps)
 
 
 _OF_AN_INDEX = {

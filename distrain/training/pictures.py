@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain import files
-from distrain.data.order import augmentation_bits, mixup_weight
+from distrain.data.order import alternate_flips, augmentation_bits, mixup_weight
 from distrain.data.rounds import Batch
 from distrain.distributed.runtime import Runtime
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED
@@ -125,7 +125,10 @@ def save_augmented(job: Job, batch: Batch) -> None:
     pictures, fill = images[:_PICTURES], job.model.mean_color.cpu()
     variants = []
     for step in range(_VARIANTS):
-        local_bits = torch.from_numpy(augmentation_bits(seed, np.array([step]), batch.positions).view(np.int64))
+        drawn = augmentation_bits(seed, np.array([step]), batch.positions)
+        if job.order.alternating_flip:
+            alternate_flips(drawn, seed, batch.ids, epoch=step)  # each picture is mirrored in every second variant
+        local_bits = torch.from_numpy(drawn.view(np.int64))
         augmented = augment(pictures.clone(), local_bits[:_PICTURES], settings, fill, also)  # `also` may change them
         if settings.mixup:
             lanes = len(job.order.owned_lanes(job.virtual_ranks[0]))

@@ -77,10 +77,10 @@ class Profile:
             stopwatch.add(name, started, stopwatch.mark())
 
     def take(self, seconds: float, all_reduce: float) -> dict[str, float]:
-        """Return the fraction of each phase in the `seconds` since the last call; together they are 1.
+        """Return the fraction of each phase in the time since the last call; together they are 1.
 
         Args:
-            seconds: time since the last call.
+            seconds: time of the steps since the last call, without the phase `start`.
             all_reduce: fraction of the computing time that waits for the all-reduce of gradients.
         """
         measured = self._host.take() | self._device.take()
@@ -88,8 +88,9 @@ class Profile:
             self._copy_seconds = measured.get("copy", 0.0) / self._sampled_steps
         measured["copy"] = self._copy_seconds * self._steps  # without a sample: as in the newest one
         self._steps = self._sampled_steps = 0
-        spent = {name: min(measured.get(name, 0.0), seconds) for name in get_args(Phase)}
-        rest = max(seconds - sum(spent.values()), 0.0)
+        in_steps = {name: min(measured.get(name, 0.0), seconds) for name in get_args(Phase) if name != "start"}
+        rest = max(seconds - sum(in_steps.values()), 0.0)
+        spent = {"start": measured.get("start", 0.0), **in_steps}
         spent |= {"reduce": rest * all_reduce, "compute": rest * (1 - all_reduce)}
         for name, value in spent.items():
             self._all[name] = self._all.get(name, 0.0) + value

@@ -20,6 +20,7 @@ from distrain.data.rounds import Batch
 from distrain.data.stream import TrainingBatches
 from distrain.distributed.collectives import StopAgreed
 from distrain.errors import DataError, SaveError, Stopped, UnreadableImagesError
+from distrain.models.mirror_average import as_evaluated
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import TRACE
 from distrain.text import plural
@@ -143,6 +144,8 @@ class Trainer:
                 if self.step == job.total_steps or self.stopped_early:
                     return
                 batches = feed.take(self.step)
+                if self.step == first:
+                    self.losses.restart_clock()  # reading before the first step is not training
                 self._record_batches(batches)
                 self.losses.add(self.train_step(self.step, batches))
                 self.ids.add(self.step, batches)
@@ -315,10 +318,10 @@ class Trainer:
     def _score(self, split: str, collect: evaluation.Collect | None = None) -> Scores:
         job, model = self.job, self.job.model
         job.runtime.collectives.broadcast_buffers(model.eval_model)
-        batch_size = job.config.eval.batch_size
+        evaluated, batch_size = as_evaluated(model.eval_model, job.config.eval.flip), job.config.eval.batch_size
         with job.compilation.suspended():
             scores = evaluation.evaluate(
-                model.eval_model, job.dataset, split, model.mean, model.std, batch_size, job.runtime,
+                evaluated, job.dataset, split, model.mean, model.std, batch_size, job.runtime,
                 job.preprocessing, collect,
             )  # fmt: skip
         self._record_bad(split, scores.bad)
@@ -390,6 +393,7 @@ class Trainer:
             "dropped_per_epoch": job.dataset.split("train").samples - order.steps_per_epoch * order.global_batch_size,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
+            "train_seconds": time_used.seconds,
             "images_per_second": images / max(time_used.seconds, 1e-9),
             **job.flops.rates(images, time_used),
             "checkpoint": checkpoint.path_of(job.checkpoints, best_step).name,
