@@ -51,7 +51,7 @@ OPTIONS: dict[str, Sections] = {
     "all lanes": {"train": {"virtual_ranks": 12}},
     "together": {
         "train": {"micro_batch_size": 5, "clip_norm": 0.5, "ema_decay": 0.9, "label_smoothing": 0.1},
-        "augment": {"mixup": 0.4},
+        "augment": {"mixup": 0.4, "cutmix": 1.0, "erasing": 0.5},
         "data": {"cache": "off"},
     },
     "empty": {"train": {"global_batch_size": 13, "virtual_ranks": 12}, "model": {"name": "net"}},

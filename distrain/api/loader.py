@@ -66,6 +66,7 @@ class Options(TypedDict, total=False):
     image_size: int | None
     crop_scale: Sequence[float] | None
     crop_ratio: Sequence[float]
+    trivial_augment: bool
     decode_threads: int | None
     read_ahead: int
     device: str | torch.device | None
@@ -172,6 +173,7 @@ def batches(
     image_size: int | None = None,
     crop_scale: Sequence[float] | None = None,
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+    trivial_augment: bool = False,
     decoded: bool = True,
     decode_threads: int | None = None,
     read_ahead: int = 1,
@@ -213,6 +215,7 @@ def batches(
         crop_scale: of an index, smallest and largest fraction of an image's area that a random part has; None: the
             largest part at the centre.
         crop_ratio: smallest and largest aspect ratio of that part.
+        trivial_augment: of an index, do one random operation on each image (`augment.trivial_augment`).
         decoded: False for the encoded images of an index; then a batch is an `EncodedBatch`, which stays valid.
         decode_threads: threads that decode the images of an index; None: the cores, divided among the machine's
             processes (LOCAL_WORLD_SIZE).
@@ -237,7 +240,7 @@ def batches(
             "dir": text_of("data_dir", data_dir), "tars": tars, "image_size": image_size,
             "decode_threads": decode_threads, "read_ahead": read_ahead, "cache": cache, "skip_bad": skip_bad,
         },
-        "augment": {"crop_scale": crop_scale, "crop_ratio": crop_ratio},
+        "augment": {"crop_scale": crop_scale, "crop_ratio": crop_ratio, "trivial_augment": trivial_augment},
         "train": {"global_batch_size": global_batch_size, "virtual_ranks": virtual_ranks},
     }  # fmt: skip
     collectives = collectives_for(world_size)
@@ -279,6 +282,7 @@ class _Plan:
             "image_size": self.config.data.image_size,
             "crop_scale": augment.crop_scale,
             "crop_ratio": augment.crop_ratio,
+            "trivial_augment": augment.trivial_augment,
             "decoded": self.decoded,
         }
 
@@ -302,7 +306,8 @@ def _check_encoded(config: Config, dataset: Dataset, device: torch.device) -> No
     if not dataset.is_index:
         raise ConfigError(f"decoded=False: {dataset.root} has images that were decoded when it was prepared")
     given = {"image_size": config.data.image_size, "crop_scale": config.augment.crop_scale}
-    names = [name for name, value in given.items() if value is not None] + ["device"] * (device.type != "cpu")
+    names = [name for name, value in given.items() if value is not None]
+    names += ["trivial_augment"] * config.augment.trivial_augment + ["device"] * (device.type != "cpu")
     if names:
         raise ConfigError(f"{', '.join(names)}: has no effect with decoded=False; leave it None")
 
