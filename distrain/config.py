@@ -225,6 +225,19 @@ class Data(Section):
         ge=1,
         le=2**14,
     )
+    start_size: Whole | None = _key(
+        None,
+        "for an index: height and width of training images at the beginning of the run, a multiple of 32; they grow to"
+        " data.image_size in steps of 32 (progressive resizing); null: data.image_size from the beginning",
+        identity=True,
+        ge=32,
+        le=2**14,
+    )
+    growth: Range = _key(
+        [0.7, 0.85],
+        "with data.start_size: fractions of the run's steps at which images begin to grow, and have their full size",
+        identity=True,
+    )
     decode_threads: Whole | None = _key(
         None,
         "threads of a process that decode the images of an index; null: the cores that may be used, divided among the"
@@ -284,6 +297,17 @@ class Data(Section):
         le=16,
     )
 
+    @model_validator(mode="after")
+    def _sizes(self) -> Data:
+        problems = []
+        if self.start_size is not None and (self.start_size % 32 or self.start_size >= (self.image_size or 0)):
+            problems.append("start_size must be a multiple of 32, and smaller than image_size")
+        if not 0 <= self.growth[0] <= self.growth[1] <= 1:
+            problems.append("growth must be two numbers from 0 to 1, the smaller one first")
+        if problems:
+            raise ValueError("\n  data: ".join(problems))
+        return self
+
 
 class Model(Section):
     """The model."""
@@ -326,11 +350,31 @@ class Augment(Section):
     crop_ratio: Range = _key(
         [0.75, 1.3333333333333333], "smallest and largest aspect ratio (width / height) of that part", identity=True
     )
+    trivial_augment: bool = _key(
+        False,
+        "for an index: TrivialAugmentWide, one random operation of random strength on each image (rotation, colour …)",
+        identity=True,
+    )
     cutout: Whole = _key(0, "side in pixels of a random square that is set to the mean; 0: none", identity=True, ge=0)
+    erasing: float = _key(
+        0.0,
+        "probability of random erasing: a random rectangle of 2 % to 33 % of an image is set to the mean",
+        identity=True,
+        ge=0,
+        le=1,
+    )
     mixup: float = _key(
         0.0,
         "alpha of mixup: pairs of images and their labels are mixed, with a weight per step from Beta(alpha, alpha);"
         " 0: none",
+        identity=True,
+        ge=0,
+        le=1,
+    )
+    cutmix: float = _key(
+        0.0,
+        "alpha of CutMix: a random box of each image is replaced by that of another one, and labels are mixed by its"
+        " area; with mixup, each step does one of the two, at random; 0: none",
         identity=True,
         ge=0,
         le=1,
@@ -341,6 +385,11 @@ class Augment(Section):
         " [n, H, W, C] and 128 random bits of each image, int64 [n, 2]; it returns images of the same shape",
         identity=True,
     )
+
+    @property
+    def mixes_labels(self) -> bool:
+        """Whether samples are trained with the labels of two images."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @model_validator(mode="after")
     def _ranges(self) -> Augment:

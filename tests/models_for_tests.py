@@ -11,6 +11,7 @@ from math import prod
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distrain.models.small import Small
@@ -186,6 +187,17 @@ class Faulty(nn.Sequential):
         if self.kind in _SLOW and self.pass_count >= self.fault_pass:
             time.sleep(_SLOW[self.kind])
         logits: Tensor = super().forward(images)
+        return logits
+
+
+class FaultyAtAnySize(Faulty):
+    """The same for images of any size, which are averaged to 16×16 pixels."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(num_classes, (image_shape[0], 16, 16))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = super().forward(F.adaptive_avg_pool2d(images, 16))
         return logits
 
 

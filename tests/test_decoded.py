@@ -27,10 +27,12 @@ from distrain.data.decoded import DecodedBatches, EncodedBatches, memory
 from distrain.data.decoding import Decoder, EvaluationTransform, Preprocessing, TrainingTransform
 from distrain.data.encoded import EncodedCache, Stretches
 from distrain.data.gpu_decoding import GpuDecoder
+from distrain.data.image_sizes import FULL_SIZE, ImageSizes, Stage
 from distrain.data.images import Decoding
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order, augmentation_bits
 from distrain.data.stream import EvaluationBatches
+from distrain.data.trivial_augment import draw
 from distrain.environment import World
 from distrain.errors import ShardError
 
@@ -51,21 +53,25 @@ def order_of(dataset: Dataset, batch: int = 10) -> Order:
     return Order(len(split.sizes), split.lanes, int(split.sizes.min()), batch, seed=7)
 
 
-def preprocessing(threads: int = 2) -> Preprocessing:
+def preprocessing(threads: int = 2, with_operations: bool = False, sizes: ImageSizes = FULL_SIZE) -> Preprocessing:
     return Preprocessing(
-        Decoder(threads, Decoding()), TrainingTransform(SIZE, SIZE, SCALE, RATIO), EvaluationTransform(SIZE, SIZE, 20)
+        Decoder(threads, Decoding()),
+        TrainingTransform(SIZE, SIZE, SCALE, RATIO, with_operations),
+        EvaluationTransform(SIZE, SIZE, 20),
+        sizes,
     )
+
+
+GROWING = ImageSizes([Stage(8, range(5)), Stage(12, range(5, 15))])
 
 
 def trained(
     dataset: Dataset, steps: range, world: World = ALONE, threads: int = 2, ranks: Sequence[World] | None = None,
     cache: EncodedCache | None = None,
 ) -> dict[int, list[tuple[int, int, int, str]]]:  # fmt: skip
-    """Position, id, label and digest of the pixels of each sample, by step."""
-    order, samples = order_of(dataset), {}
-    with closing(
-        DecodedBatches(dataset, order, ranks or (world,), steps, 1, preprocessing(threads), cache=cache)
-    ) as batches:
+    """Position, id, label and digest of the pixels of each sample, by step; images grow."""
+    order, samples, how = order_of(dataset), {}, preprocessing(threads, sizes=GROWING)
+    with closing(DecodedBatches(dataset, order, ranks or (world,), steps, 1, how, cache=cache)) as batches:
         for step, of_ranks in zip(steps, batches, strict=True):
             samples[step] = [
                 (position, id_, label, hashlib.sha256(image.numpy().tobytes()).hexdigest())
@@ -126,12 +132,17 @@ def test_an_epoch_has_each_sample_once(dataset: Dataset) -> None:
     assert len(set(ids)) == len(ids) == order.steps_per_epoch * 10
 
 
-def test_pixels_are_those_of_torchvision(dataset: Dataset) -> None:
+@pytest.mark.parametrize("with_operations", [False, True])
+def test_pixels_are_those_of_torchvision(dataset: Dataset, with_operations: bool) -> None:
     order = order_of(dataset)
-    steps = range(3)
-    samples = index.load(dataset, "train")
-    with closing(DecodedBatches(dataset, order, (World(),), steps, 1, preprocessing())) as batches:
-        for step, (batch,) in zip(steps, batches, strict=True):
+    steps = range(4, 16, 5)
+    samples, how = index.load(dataset, "train"), preprocessing(2, with_operations, GROWING)
+    with closing(DecodedBatches(dataset, order, (World(),), range(4, 15), 1, how)) as batches:
+        for step, (batch,) in zip(range(4, 15), batches, strict=True):
+            size = 8 if step < 5 else 12 if step < 15 else SIZE
+            assert batch.images.shape[1:] == (size, size, 3)
+            if step not in steps:
+                continue
             bits = augmentation_bits(order.seed, np.full(len(batch.ids), step), batch.positions)
             assert (batch.random_bits.numpy().view(np.uint64) == bits).all()
             for row, id_ in enumerate(batch.ids.tolist()):
@@ -139,7 +150,10 @@ def test_pixels_are_those_of_torchvision(dataset: Dataset) -> None:
                 data = np.frombuffer(jpeg(id_), np.uint8).copy()
                 image = decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
                 box = random_boxes(np.array([[entry["height"], entry["width"]]]), bits[row : row + 1, 1], SCALE, RATIO)
-                expected = V.resized_crop(image, *box[0].tolist(), [SIZE, SIZE], antialias=True)
+                expected = V.resized_crop(image, *box[0].tolist(), [size, size], antialias=True)
+                if with_operations:
+                    operation, strength = draw(bits[row])
+                    expected = operation.apply(expected, strength)
                 assert (batch.images[row].permute(2, 0, 1) == expected).all()
                 assert batch.labels[row] == id_ % 3
 
@@ -313,7 +327,7 @@ def test_whole_batches_are_decoded_to_the_same_pixels_as_single_images(tmp_path:
     """The decoder for GPUs, which takes whole batches, on a CPU: nvJPEG alone is missing."""
     special = {3: jpeg(3)[:200], 50: turned(50), 90: png(90), 91: b"no image", 130: jpeg(130)[:-50]}
     folder = build(tmp_path, {"train": [170], "test": [8]}, lanes=4, shards=12, images=special).with_image_size(SIZE)
-    order, transform = order_of(folder), preprocessing().training
+    order, transform = order_of(folder), preprocessing(with_operations=True).training
     results = []
     for decoder in (Decoder(2, Decoding()), GpuDecoder(torch.device("cpu"), 2, Decoding())):
         how = Preprocessing(decoder, transform, preprocessing().evaluation)

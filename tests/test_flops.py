@@ -143,10 +143,14 @@ def test_peaks_are_those_of_the_data_sheets_or_not_known(
 
 
 def test_rates_follow_from_images_and_time() -> None:
-    assert Flops(10**9, None).rates(3000, TrainingTime(3.0, 12e12)) == {"tflops_per_second": 1.0, "mfu": 0.25}
-    assert Flops(10**9, None).rates(3000, TrainingTime(3.0, None)) == {"tflops_per_second": 1.0, "mfu": None}
-    assert Flops(None, None).rates(3000, TrainingTime(3.0, 12e12)) == {"tflops_per_second": None, "mfu": None}
-    assert Flops(10**9, None).rates(0, TrainingTime()) == {"tflops_per_second": 0.0, "mfu": None}
+    steps, unknown = range(7, 37), {"tflops_per_second": None, "mfu": None}
+    assert Flops(10**9, None).rates(steps, 100, TrainingTime(3.0, 12e12)) == {"tflops_per_second": 1.0, "mfu": 0.25}
+    assert Flops(10**9, None).rates(steps, 100, TrainingTime(3.0, None)) == {"tflops_per_second": 1.0, "mfu": None}
+    assert Flops(None, None).rates(steps, 100, TrainingTime(3.0, 12e12)) == unknown
+    assert Flops(10**9, None).rates(range(0), 100, TrainingTime()) == {"tflops_per_second": 0.0, "mfu": None}
+    growing = Flops(10**9, None, [(range(5), 10**8), (range(5, 17), 10**8)])  # ten of the steps have smaller images
+    assert growing.rates(steps, 100, TrainingTime(3.0, None)) == {"tflops_per_second": 0.7, "mfu": None}
+    assert Flops(10**9, None, [(range(5), None)]).rates(steps, 100, TrainingTime(3.0, None)) == unknown
     assert results.format_rate(1234.5, 1.0, 0.25) == "1,234 images/s, 1 TFLOP/s, MFU 25.0 %"
     assert results.format_rate(1234.5, None, None) == "1,234 images/s"
 

@@ -172,7 +172,13 @@ def prepare_few(out: Path, tars: Path | str, *arguments: str) -> int:
     return prepare(out, *patterns, "--lanes", "6", *arguments)
 
 
-EPOCHS: Sections = {"train": {"epochs": 4, "global_batch_size": 16}, "model": {"name": "models_for_tests:Faulty"}}
+EPOCHS: Sections = {
+    "data": {"image_size": 96, "start_size": 32, "growth": [0.2, 0.8]},
+    "model": {"name": "models_for_tests:FaultyAtAnySize"},
+    "augment": {"trivial_augment": True, "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0},
+    "train": {"epochs": 4, "global_batch_size": 16, "label_smoothing": 0.1, "ema_decay": 0.9},
+}
+"""Every kind of augmentation at once, on images of 32, 64 and 96 pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -613,7 +619,10 @@ def test_a_tar_file_that_vanishes_during_a_run_ends_it_saved_and_it_resumes_with
     lost = copy / "tars/train-b-000.tar"
     backup = shutil.copy(lost, tmp_path)
     # Images so large that no more than seven steps are decoded ahead; an epoch has five.
-    large: Sections = {"data": {"cache": "off", "image_size": 256}, "train": {"epochs": 6, "global_batch_size": 48}}
+    large: Sections = {
+        "data": {"cache": "off", "image_size": 256, "start_size": None},
+        "train": {"epochs": 6, "global_batch_size": 48},
+    }
     config = configuration(copy / "data", tmp_path / "run", EPOCHS, large)
     with fault(group(2), "lose:0:8", str(lost)):
         message = refusal(group(2), config)
@@ -654,6 +663,7 @@ def test_tar_files_that_were_moved_are_named_and_found_by_data_tars(
         ({"data": {"cache": "device"}}, "data.cache=device: the images of an index are encoded; use ram, auto or off"),
         ({"eval": {"resize": 8}}, "eval.resize=8: is smaller than the crop of 16×16; raise it"),
         ({"model": {"name": "small"}, "eval": {"crop": 8}}, "eval.crop=8: if it needs images of 16×16, set eval.crop"),
+        ({"data": {"image_size": 64, "start_size": 32}}, "if it needs images of 64×64, set data.start_size=null"),
     ],
 )
 def test_keys_that_do_not_fit_an_index_are_refused(
@@ -664,9 +674,11 @@ def test_keys_that_do_not_fit_an_index_are_refused(
 
 
 def test_keys_of_an_index_are_refused_with_blocks(small: Dataset, group: Groups, tmp_path: Path) -> None:
-    keys = {"data": {"tars": "tars", "skip_bad": 1}, "augment": {"crop_ratio": [1, 1]}}
+    keys = {"data": {"tars": "tars", "skip_bad": 1}, "augment": {"crop_ratio": [1, 1], "trivial_augment": True}}
     message = refusal(group(2), configuration(small.root, tmp_path / "run", keys))
-    assert message.startswith("data.tars, data.skip_bad, augment.crop_scale, augment.crop_ratio: ")
+    assert message.startswith(
+        "data.tars, data.skip_bad, augment.crop_scale, augment.crop_ratio, augment.trivial_augment: "
+    )
     assert "`distrain prepare webdataset`" in message
 
 

@@ -269,6 +269,34 @@ def test_all_shifts_and_both_sides_are_equally_likely() -> None:
     assert counts.min() > 900
 
 
+def test_random_erasing_has_the_rectangles_of_torchvision() -> None:
+    """The rest of an image stays; what is done to it does not depend on the others."""
+    from distrain.data.order import augmentation_bits
+
+    bits = torch.from_numpy(augmentation_bits(0, np.array([3]), np.arange(20_000)).view("int64"))
+    images = torch.randint(10, 255, (20_000, 16, 20, 3), dtype=torch.uint8)
+    settings, fill = Augment(erasing=0.4), torch.tensor([1, 2, 3], dtype=torch.uint8)
+    erased = augment(images, bits, settings, fill)
+    inside = (erased == fill).all(3)
+    assert torch.equal(erased[~inside], images[~inside])
+    rows, columns = inside.any(2).sum(1), inside.any(1).sum(1)
+    assert torch.equal(inside.sum((1, 2)), rows * columns)
+    changed = rows > 0
+    area, ratio = inside.float().mean((1, 2))[changed], (rows / columns)[changed].log()
+    assert abs(float(changed.float().mean()) - 0.4) < 0.02
+    assert float(area.min()) > 0.005
+    assert float(area.max()) < 0.37
+    assert abs(float(area.mean()) - (0.02 + 0.33) / 2) < 0.01
+    assert abs(float(ratio.mean())) < 0.03  # log 0.3 … log 3.3, rounded to pixels
+    where = inside.float().mean(0)
+    assert abs(float(where[:8].mean() - where[8:].mean())) < 0.01
+    assert abs(float(where[:, :10].mean() - where[:, 10:].mean())) < 0.01
+    flipped = (bits[:, 0] & 1).bool()
+    assert abs(float(changed[flipped].float().mean() - changed[~flipped].float().mean())) < 0.03
+    alone = [augment(images[at : at + 1], bits[at : at + 1], settings, fill) for at in range(50)]
+    assert torch.equal(torch.cat(alone), erased[:50])
+
+
 @pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
 @given(st.integers(1, 500), st.floats(0, 0.9))
 def test_schedules_rise_to_the_peak_and_fall_to_zero(schedule: str, total: int, warmup: float) -> None:

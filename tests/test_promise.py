@@ -129,7 +129,7 @@ def test_50_steps_are_the_same_on_1_to_4_processes(
 
 EVERYTHING: dict[str, dict[str, Any]] = {
     "model": {"name": "models_for_tests:Normed"},
-    "augment": {"flip": "alternating", "cutout": 5, "mixup": 0.4},
+    "augment": {"flip": "alternating", "cutout": 5, "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0},
     "train": {
         "epochs": None,
         "max_steps": 60,

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import large_pictures
 import pytest
 from datasets import make
 from group import Group
 from manifests import K8S, job_specs, render
 
+import distrain
 from distrain import cli, config
 from distrain.data import manifest
 from distrain.data.manifest import Dataset
@@ -39,6 +41,8 @@ CIFAR10 = {
 """The same on 6,000 images of CIFAR-10, where they are."""
 OF_A_PAGE = "configs/imagenet.yaml"
 """A large network on an index: tests/test_docs.py trains it for some steps, as docs/data.md prints."""
+LONG = "configs/imagenet-resnet50.yaml"
+"""A large network on an index, with all augmentation: some steps of it with a small one are trained here."""
 LARGE = {"configs/folder.yaml", "configs/cifar10-resnet9.yaml", "configs/speedrun.yaml"}
 Groups = Callable[[int], Group]
 
@@ -70,7 +74,7 @@ def test_no_configuration_is_missing_here() -> None:
     files = {*REPO.glob("configs/*.yaml"), *REPO.glob("k8s/**/config.yaml")}
     example = K8S / "overlays/mine/config.yaml"
     assert example.read_text() == (K8S / "base/config.yaml").read_text()
-    tried = {*SYNTHETIC, *LARGE, DEMO, OF_A_PAGE, "configs/folder-small.yaml"}
+    tried = {*SYNTHETIC, *LARGE, DEMO, OF_A_PAGE, LONG, "configs/folder-small.yaml"}
     assert {str(file.relative_to(REPO)) for file in files - {example}} == tried
 
 
@@ -88,6 +92,25 @@ def test_the_recipe_for_few_images_learns_from_200(group: Groups, tmp_path: Path
     train = group(1).train
     reached = accuracy("configs/folder-small.yaml", tmp_path / "data", tmp_path / "run", train, **{"run.device": "cpu"})
     assert reached >= 0.70  # 79.2 %
+
+
+def test_the_recipe_for_imagenet_trains_1000_classes_to_its_end(tmp_path: Path) -> None:
+    """The images and the network are small here; the images begin even smaller, and grow."""
+    large_pictures.write(tmp_path / "tars", classes=1000, per_class=2, size=(80, 60))
+    splits = [f"{tmp_path}/tars/train-*.tar", "--test", f"{tmp_path}/tars/test-*.tar", "--lanes", "8"]
+    assert cli.main(["prepare", "webdataset", *splits, "--out", str(tmp_path / "data")]) == 0
+    keys = {
+        "data": {"dir": tmp_path / "data", "image_size": 64, "start_size": 32},
+        "run": {"dir": tmp_path / "run", "device": "cpu"},
+        "model": {"name": "models_for_tests:FaultyAtAnySize"},
+        "train": {"epochs": None, "max_steps": 40, "global_batch_size": 64, "lr": 0.05},
+        "eval": {"crop": 80, "resize": 84},
+        "log": {"report": False, "every_steps": 20},
+    }
+    result = distrain.train(config.load(REPO / LONG, keys))
+    assert (result.steps, result.total) == (40, 1000)
+    losses = distrain.open_run(tmp_path / "run").series("train/loss")[1]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.ranks

@@ -472,9 +472,10 @@ def test_steps_are_traced_and_times_are_reported(
         assert sum(part for name, part in line.items() if name.startswith("profile/")) == pytest.approx(1, abs=1e-4)
 
 
-def test_mixup_needs_two_samples_of_a_lane(small: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"augment.mixup .* raise it to 24"):
-        distrain.train(tree(small, tmp_path / "run", augment={"mixup": 0.2}, train={"global_batch_size": 23}))
+@pytest.mark.parametrize("key", ["mixup", "cutmix"])
+def test_mixing_needs_two_samples_of_a_lane(key: str, small: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"augment.{key} .* raise it to 24"):
+        distrain.train(tree(small, tmp_path / "run", augment={key: 0.2}, train={"global_batch_size": 23}))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])

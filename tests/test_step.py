@@ -28,13 +28,13 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "virtual": {
         "model": {"name": "resnet9"},
         "train": {**OPTIONS, "virtual_ranks": 2, "optimizer": "adamw"},
-        "augment": {**AUGMENT, "mixup": 0.2},
+        "augment": {**AUGMENT, "erasing": 0.1, "cutmix": 1.0},
     },
     "fp16": {"model": {"name": "net"}, "train": {"clip_norm": 1.0, "optimizer": "adamw"}},
 }
 BUDGET = {  # of each case, in their order; 4 micro-batches with `options`, 2 virtual ranks of 2 with `virtual`
-    "augment": (0, 50, 50, 100, 0),
-    "normalize": (3, 3, 24, 24, 3),
+    "augment": (0, 50, 50, 220, 0),
+    "normalize": (3, 3, 24, 12, 3),
     "forward": (11, 40, 160, 160, 11),
     "loss": (2, 2, 96, 96, 2),
     "backward": (21, 40, 295, 270, 25),

@@ -57,7 +57,7 @@ OPTIONS: dict[str, Sections] = {
             "label_smoothing": 0.1,
             "lr_scale": {"0.*": 0, "1.*": 0, "head": 2},
         },
-        "augment": {"mixup": 0.4},
+        "augment": {"mixup": 0.4, "cutmix": 1.0, "erasing": 0.5},
         "data": {"cache": "off"},
     },
     "empty": {"train": {"global_batch_size": 13, "virtual_ranks": 12}, "model": {"name": "net"}},

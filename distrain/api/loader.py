@@ -67,6 +67,7 @@ class Options(TypedDict, total=False):
     crop_scale: Sequence[float] | None
     crop_ratio: Sequence[float]
     alternating_flip: bool
+    trivial_augment: bool
     decode_threads: int | None
     read_ahead: int
     device: str | torch.device | None
@@ -174,6 +175,7 @@ def batches(
     crop_scale: Sequence[float] | None = None,
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
     alternating_flip: bool = False,
+    trivial_augment: bool = False,
     decoded: bool = True,
     decode_threads: int | None = None,
     read_ahead: int = 1,
@@ -217,6 +219,7 @@ def batches(
         crop_ratio: smallest and largest aspect ratio of that part.
         alternating_flip: whether the random bits are those of `augment.flip` alternating: `distrain.augment` with
             `flip=True` then mirrors each image in every second epoch.
+        trivial_augment: of an index, do one random operation on each image (`augment.trivial_augment`).
         decoded: False for the encoded images of an index; then a batch is an `EncodedBatch`, which stays valid.
         decode_threads: threads that decode the images of an index; None: the cores, divided among the machine's
             processes (LOCAL_WORLD_SIZE).
@@ -242,7 +245,8 @@ def batches(
             "decode_threads": decode_threads, "read_ahead": read_ahead, "cache": cache, "skip_bad": skip_bad,
         },
         "augment": {
-            "crop_scale": crop_scale, "crop_ratio": crop_ratio, "flip": "alternating" if alternating_flip else False,
+            "crop_scale": crop_scale, "crop_ratio": crop_ratio, "trivial_augment": trivial_augment,
+            "flip": "alternating" if alternating_flip else False,
         },
         "train": {"global_batch_size": global_batch_size, "virtual_ranks": virtual_ranks},
     }  # fmt: skip
@@ -286,6 +290,7 @@ class _Plan:
             "crop_scale": augment.crop_scale,
             "crop_ratio": augment.crop_ratio,
             "alternating_flip": augment.flip == "alternating",
+            "trivial_augment": augment.trivial_augment,
             "decoded": self.decoded,
         }
 
@@ -309,7 +314,8 @@ def _check_encoded(config: Config, dataset: Dataset, device: torch.device) -> No
     if not dataset.is_index:
         raise ConfigError(f"decoded=False: {dataset.root} has images that were decoded when it was prepared")
     given = {"image_size": config.data.image_size, "crop_scale": config.augment.crop_scale}
-    names = [name for name, value in given.items() if value is not None] + ["device"] * (device.type != "cpu")
+    names = [name for name, value in given.items() if value is not None]
+    names += ["trivial_augment"] * config.augment.trivial_augment + ["device"] * (device.type != "cpu")
     if names:
         raise ConfigError(f"{', '.join(names)}: has no effect with decoded=False; leave it None")
 

@@ -44,9 +44,12 @@ def augment(
     flip: bool = False,
     crop_padding: int = 0,
     cutout: int = 0,
+    erasing: float = 0.0,
     fill: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
-    """Flip, shift and cut out each image as its random bits determine; the result is that of `distrain train`.
+    """Flip, shift, cut out and erase each image as its random bits determine; the result is that of `distrain train`.
+
+    mixup and CutMix need the labels too and are not done here; `trivial_augment` is an argument of `batches`.
 
     The random bits of a batch depend on the seed, the step and the position in the global batch alone, and so does what
     is done to each sample: not on the number of processes.
@@ -57,7 +60,8 @@ def augment(
         flip: mirror images horizontally with probability 0.5 (`augment.flip`).
         crop_padding: shift images by up to this many pixels in each direction, with reflected edges.
         cutout: side in pixels of a random square that gets the colour `fill`; 0: none.
-        fill: uint8 [C], colour of that square; None: black. `distrain train` takes the mean of the train split.
+        erasing: probability of a random rectangle that gets the colour `fill` (`augment.erasing`).
+        fill: uint8 [C], colour of these; None: black. `distrain train` takes the mean of the train split.
 
     Returns:
         uint8 [N, H, W, C].
@@ -74,8 +78,10 @@ def augment(
     smallest = min(images.shape[1:3])
     if not 0 <= crop_padding < smallest or not 0 <= cutout <= smallest:
         raise ConfigError(f"crop_padding={crop_padding}, cutout={cutout}: too large for images of {smallest} pixels")
+    if not 0 <= erasing <= 1:
+        raise ConfigError(f"erasing={erasing}: should be a probability, from 0 to 1")
     colour = torch.as_tensor([0] * images.shape[3] if fill is None else fill, dtype=torch.uint8, device=images.device)
-    settings = Augment(flip=flip, crop_padding=crop_padding, cutout=cutout)
+    settings = Augment(flip=flip, crop_padding=crop_padding, cutout=cutout, erasing=erasing)
     return augmentation.augment(images, random_bits, settings, colour)
 
 

@@ -193,16 +193,17 @@ class DecodedBatches:
             while copied is not None and not copied.query():
                 if self._closed.wait(0.001):
                     return
-            started.append(self._start(buffers, copied))
+            started.append(self._start(step, buffers, copied))
             if len(started) > 1:
                 yield _finished(started.popleft())
         while started:
             yield _finished(started.popleft())
 
-    def _start(self, buffers: list[Batch], copied: torch.cuda.Event | None) -> _Started:
-        samples = next(self._encoded)
+    def _start(self, step: int, buffers: list[Batch], copied: torch.cuda.Event | None) -> _Started:
+        samples, transform = next(self._encoded), self._preprocessing.training_at(step)
+        buffers = [_of_size(buffer, transform.height, transform.width) for buffer in buffers]
         tasks = [
-            self._preprocessing.decoder.start(part, self._preprocessing.training, buffer.images, self._closed)
+            self._preprocessing.decoder.start(part, transform, buffer.images, self._closed)
             for part, buffer in zip(samples, buffers, strict=True)
         ]
         return _Started(samples, buffers, tasks, copied)
@@ -223,6 +224,13 @@ class DecodedBatches:
             np.empty(samples, np.int64),
             torch.empty((samples, 2), dtype=torch.int64, pin_memory=pin),
         )
+
+
+def _of_size(buffer: Batch, height: int, width: int) -> Batch:
+    """Return a batch of images of this size, or smaller ones, in the memory of a buffer."""
+    samples, channels = len(buffer.images), buffer.images.shape[3]
+    pixels = buffer.images.view(-1)[: samples * height * width * channels]
+    return buffer._replace(images=pixels.view(samples, height, width, channels))
 
 
 def decoded_steps(step_bytes: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,9 +16,11 @@ from torch import Tensor
 from distrain.data import crops, images, pillow
 from distrain.data.crops import Boxes
 from distrain.data.encoded import Encoded
+from distrain.data.image_sizes import FULL_SIZE, ImageSizes
 from distrain.data.images import Box, Decoding, UnreadableError
 from distrain.data.index import Stretch
 from distrain.data.order import RandomBits
+from distrain.data.trivial_augment import trivial_augment
 
 _TASK = 4
 """Images of a task for a thread: fewer cost more for the queue, more leave threads idle at the end of a batch."""
@@ -31,8 +33,8 @@ class Transform(Protocol):
         """Return the part of each image that is used, from heights and widths [n, 2] and random bits [n, 2]."""
         ...
 
-    def apply(self, pixels: Tensor, box: Box, out: Tensor) -> None:
-        """Write the pixels uint8 [H, W, C] of an image to its row of a batch: uint8 [h, w, C]."""
+    def apply(self, pixels: Tensor, box: Box, random_bits: RandomBits, out: Tensor) -> None:
+        """Write an image, pixels uint8 [H, W, C] and random bits [2], to its row of a batch: uint8 [h, w, C]."""
         ...
 
 
@@ -45,12 +47,14 @@ class TrainingTransform:
         width: of the images of a batch.
         crop_scale: smallest and largest fraction of an image's area; None: the largest part, at the centre.
         crop_ratio: smallest and largest aspect ratio of a random part.
+        with_operations: whether each image gets a random operation (`augment.trivial_augment`).
     """
 
     height: int
     width: int
     crop_scale: Sequence[float] | None
     crop_ratio: Sequence[float]
+    with_operations: bool = False
 
     def boxes(self, sizes: NDArray[np.int64], random_bits: RandomBits) -> Boxes:
         """Return the part of each image that is used."""
@@ -58,9 +62,11 @@ class TrainingTransform:
             return crops.covering_boxes(sizes, self.height, self.width)
         return crops.random_boxes(sizes, random_bits[:, 1], self.crop_scale, self.crop_ratio)
 
-    def apply(self, pixels: Tensor, box: Box, out: Tensor) -> None:
+    def apply(self, pixels: Tensor, box: Box, random_bits: RandomBits, out: Tensor) -> None:
         """Write an image to its row of a batch."""
         images.resize(pixels, box, (self.height, self.width), out)
+        if self.with_operations:
+            trivial_augment(out, random_bits)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class EvaluationTransform:
         """Return whole images."""
         return np.concatenate([np.zeros_like(sizes), sizes], axis=1)
 
-    def apply(self, pixels: Tensor, box: Box, out: Tensor) -> None:
+    def apply(self, pixels: Tensor, box: Box, random_bits: RandomBits, out: Tensor) -> None:
         """Write an image to its row of a batch."""
         size = (self.height, self.width)
         if self.resize is None:
@@ -161,9 +167,9 @@ class Decoder:
         The rule does not depend on the number of processes: each holds whole virtual shards.
         """
         which, number = batch.origin[row].tolist()
-        stretch = batch.stretches[which]
+        stretch, random_bits = batch.stretches[which], batch.random_bits[row]
         try:
-            self._write(stretch, number, transform, box, out)
+            self._write(stretch, number, transform, box, random_bits, out)
         except UnreadableError as error:
             reason = str(error)
         else:
@@ -174,18 +180,26 @@ class Decoder:
             substitute = stretch.samples[other : other + 1]
             (other_box,) = transform.boxes(_sizes(substitute), batch.random_bits[row : row + 1])
             try:
-                self._write(stretch, other, transform, other_box, out)
+                self._write(stretch, other, transform, other_box, random_bits, out)
             except UnreadableError:
                 continue
             return bad._replace(substitute=substitute[0])
         out.zero_()
         return bad
 
-    def _write(self, stretch: Stretch, number: int, transform: Transform, box: NDArray[np.int64], out: Tensor) -> None:
+    def _write(
+        self,
+        stretch: Stretch,
+        number: int,
+        transform: Transform,
+        box: NDArray[np.int64],
+        random_bits: RandomBits,
+        out: Tensor,
+    ) -> None:
         entry, pixels = stretch.samples[number], images.decode(stretch.images[number], self.decoding)
         if pixels.shape[:2] != (entry["height"], entry["width"]):
             raise UnreadableError(f"is {pixels.shape[0]}×{pixels.shape[1]}, not as its header says")
-        transform.apply(pixels, Box(*box.tolist()), out)
+        transform.apply(pixels, Box(*box.tolist()), random_bits, out)
 
 
 def _sizes(samples: NDArray[np.void]) -> NDArray[np.int64]:
@@ -198,10 +212,17 @@ class Preprocessing:
 
     Attributes:
         decoder: the threads.
-        training: transform of training images.
+        training: transform of training images, of the run's size.
         evaluation: transform of images that are scored.
+        sizes: smaller sizes of training images, in the first steps.
     """
 
     decoder: Decoder
     training: TrainingTransform
     evaluation: EvaluationTransform
+    sizes: ImageSizes = FULL_SIZE
+
+    def training_at(self, step: int) -> TrainingTransform:
+        """Return the transform of the training images of a step of the run."""
+        size = self.sizes.at(step)
+        return self.training if size is None else replace(self.training, height=size, width=size)

@@ -61,7 +61,7 @@ class GpuDecoder(Decoder):
         for row in range(len(files)):
             pixels, entry = decoded.get(row), batch.samples[row]
             if pixels is not None and pixels.shape[:2] == (entry["height"], entry["width"]):
-                transform.apply(pixels, images.Box(*boxes[row].tolist()), out[row])
+                transform.apply(pixels, images.Box(*boxes[row].tolist()), batch.random_bits[row], out[row])
                 continue
             on_cpu = torch.empty(out.shape[1:], dtype=torch.uint8)
             reports.append(self.decode_row(batch, row, transform, boxes[row], on_cpu))

@@ -32,7 +32,7 @@ Ints = NDArray[np.int64]
 RandomBits = NDArray[np.uint64]
 
 # The purposes of draws. The generator's key is (seed, purpose), so no two purposes share a stream.
-_SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC, _MIXUP, _FLIP = range(1, 8)
+_SHARDS, _SAMPLES, _AUGMENT, _SPLIT, _SYNTHETIC, _MIXUP, _FLIP, _CUTMIX, _MIXUP_OR_CUTMIX = range(1, 10)
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 """Distance of the states of SplitMix64."""
@@ -220,11 +220,33 @@ def mix_bits(values: RandomBits) -> RandomBits:
 
 
 def mixup_weight(seed: int, step: int, alpha: float) -> float:
-    """The weight of each sample in a step with mixup (its partner has the rest), from Beta(alpha, alpha), alpha ≤ 1.
+    """The weight of each sample in a step with mixup (its partner has the rest), from Beta(alpha, alpha), alpha ≤ 1."""
+    return _beta(_philox(seed, _MIXUP, step), alpha)
 
-    Drawn by Jöhnk's rejection method (1964) from raw bits: the result of numpy's `beta` may change with its version.
+
+def cutmix_box(seed: int, step: int, alpha: float, height: int, width: int) -> tuple[int, int, int, int]:
+    """The box of a step with CutMix, which each sample gets from its partner: top, left, bottom and right.
+
+    As in Yun et al., "CutMix" (2019): its area is 1 - weight of the image's, with the weight from Beta(alpha, alpha),
+    alpha ≤ 1. Its centre is anywhere in the image, so that it may be cut off at the edges.
     """
-    source = _philox(seed, _MIXUP, step)
+    source = _philox(seed, _CUTMIX, step)
+    row, column = (int(bits) * size >> 64 for bits, size in zip(source.random_raw(2), (height, width), strict=True))
+    half_side = 0.5 * math.sqrt(1 - _beta(source, alpha))
+    down, right = int(half_side * height), int(half_side * width)
+    return max(row - down, 0), max(column - right, 0), min(row + down, height), min(column + right, width)
+
+
+def draws_cutmix(seed: int, step: int) -> bool:
+    """Whether CutMix is drawn in a step, of mixup and CutMix: each with the same probability."""
+    return int(_philox(seed, _MIXUP_OR_CUTMIX, step).random_raw()) >> 63 == 1
+
+
+def _beta(source: np.random.Philox, alpha: float) -> float:
+    """Draw from Beta(alpha, alpha), alpha ≤ 1.
+
+    By Jöhnk's rejection method (1964) from raw bits: the result of numpy's `beta` may change with its version.
+    """
     while True:  # each attempt succeeds with a probability of at least one half
         u, v = (math.log((int(bits) >> 11) + 0.5) - 53 * math.log(2) for bits in source.random_raw(2))
         x, y = u / alpha, v / alpha  # logarithms: powers of small alphas would underflow

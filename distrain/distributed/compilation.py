@@ -26,10 +26,12 @@ class Compilation:
     Attributes:
         mode: `train.compile`.
         sizes: the sizes of micro-batches that are trained in the run, on any process, from the largest on.
+        image_sizes: number of sizes of images; each has graphs of its own.
     """
 
     mode: str
     sizes: tuple[int, ...]
+    image_sizes: int = 1
 
     @property
     def is_on(self) -> bool:
@@ -53,7 +55,7 @@ class Compilation:
         torch.compiler.reset()  # an earlier run in this process may have compiled the same code for other sizes
         # After a break in a graph, what follows is compiled for each size; beyond a limit, torch would not compile it.
         limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, len(self.sizes) + _OTHER_GRAPHS)
+        limits.recompile_limit = max(limits.recompile_limit, len(self.sizes) * self.image_sizes + _OTHER_GRAPHS)
         limits.fail_on_recompile_limit_hit = True
         if hasattr(torch._inductor.config, "deterministic"):  # no choice by measured times changes the last bits
             torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from distrain.config import Augment
+from distrain.training.erasing import erase
 from distrain.training.user_functions import Augmentation
 
 
 class Normalizer:
-    """Computes (images / 255 - mean) / std, for images of one width.
+    """Computes (images / 255 - mean) / std, for images up to a width.
 
     Args:
         mean: [C], of the dtype to compute in, on the images' device.
         std: [C].
-        width: of the images.
+        width: largest width of the images.
     """
 
     def __init__(self, mean: Tensor, std: Tensor, width: int) -> None:
@@ -28,8 +29,9 @@ class Normalizer:
         It is channels last in memory, as the images are: convolutions are faster so (`net` on CPUs by 15 %).
         """
         samples, height, width, channels = images.shape
-        rows = images.reshape(samples, height, width * channels).to(self._mean.dtype)
-        rows.sub_(self._mean).div_(self._std)
+        length = width * channels
+        rows = images.reshape(samples, height, length).to(self._mean.dtype)
+        rows.sub_(self._mean[:length]).div_(self._std[:length])
         return rows.reshape(samples, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -44,6 +46,7 @@ def needs_random_bits(settings: Augment) -> bool:
         settings.flip is not False
         or settings.crop_padding > 0
         or settings.cutout > 0
+        or settings.erasing > 0
         or settings.crop_scale is not None
         or settings.also is not None
     )
@@ -52,15 +55,16 @@ def needs_random_bits(settings: Augment) -> bool:
 def augment(
     images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor, also: Augmentation | None = None
 ) -> Tensor:
-    """Flip, shift and cut out each image as its random bits determine; `step` applies mixup to the result.
+    """Flip, shift, cut out and erase each image as its random bits determine; `step` mixes the results.
 
     Args:
         images: uint8 [N, H, W, C].
         random_bits: int64 [N, 2], 128 random bits a sample: in the first integer, bit 0 flips, bits 8–27 and 28–47
             shift down and right by up to `crop_padding`; in the second, bits 0–19 and 20–39 give the centre of the
-            square of `cutout`, which may extend over the edge (DeVries and Taylor, "Cutout", 2017).
+            square of `cutout`, which may extend over the edge (DeVries and Taylor, "Cutout", 2017). Random erasing
+            makes others from them.
         settings: what to apply.
-        fill: uint8 [C], colour of the square.
+        fill: uint8 [C], colour of the square of cutout, and of the rectangle of random erasing.
         also: the user's function, called last.
 
     Returns:
@@ -85,11 +89,13 @@ def augment(
         in_rows = _inside(height, _below(height, random_bits[:, 1]), cutout)
         in_columns = _inside(width, _below(width, random_bits[:, 1] >> 20), cutout)
         images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], fill, images)
+    if settings.erasing:
+        images = erase(images, random_bits, settings.erasing, fill)
     return images if also is None else also(images, random_bits)
 
 
 def mixup_partners(samples: int, lanes: int, device: torch.device) -> Tensor:
-    """Return, for each sample of a local batch, the index of its partner in mixup: int64 [n].
+    """Return, for each sample of a local batch, the index of its partner in mixup and CutMix: int64 [n].
 
     The partner is the next sample of the same lane, and so of the same rank; for the last sample of a lane it is the
     first. A sample that is alone in its lane is its own partner.

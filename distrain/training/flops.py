@@ -48,25 +48,39 @@ class Flops:
     Attributes:
         per_image: FLOPs of a forward and backward pass for each image; None if they cannot be counted.
         peak: FLOP/s of all devices together; None if not known.
+        of_smaller: steps whose images are smaller, and the FLOPs for each of these.
     """
 
     per_image: int | None
     peak: float | None
+    of_smaller: Sequence[tuple[range, int | None]] = ()
 
-    def rates(self, images: int, time: TrainingTime) -> dict[str, float | None]:
+    def rates(self, steps: range, batch_size: int, time: TrainingTime) -> dict[str, float | None]:
         """Return `tflops_per_second` of all devices together, and `mfu`; None where something is not known.
 
         Args:
-            images: number of images trained.
+            steps: steps of the run that were trained.
+            batch_size: images in each of them.
             time: the time that it took.
         """
-        if self.per_image is None:
+        done = self._of_steps(steps, batch_size)
+        if done is None:
             return {"tflops_per_second": None, "mfu": None}
-        done = self.per_image * images
         return {
             "tflops_per_second": done / max(time.seconds, 1e-9) / 1e12,
             "mfu": done / time.peak_flops if time.peak_flops else None,
         }
+
+    def _of_steps(self, steps: range, batch_size: int) -> int | None:
+        if self.per_image is None:
+            return None
+        flops = self.per_image * len(steps)
+        for smaller, per_image in self.of_smaller:
+            if per_image is None:
+                return None
+            both = range(max(steps.start, smaller.start), min(steps.stop, smaller.stop))
+            flops -= (self.per_image - per_image) * len(both)
+        return flops * batch_size
 
 
 def of_model(module: nn.Module, image_shape: Sequence[int]) -> int | None:

@@ -17,6 +17,7 @@ from distrain.data.decoding import Bad, Decoder, EvaluationTransform, Preprocess
 from distrain.data.encoded import EncodedCache
 from distrain.data.fetch import FetchOptions
 from distrain.data.gpu_decoding import GpuDecoder
+from distrain.data.image_sizes import FULL_SIZE, ImageSizes, smaller_sizes
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.data.stream import TrainingBatches
@@ -158,8 +159,8 @@ def make_cache(config: Config, dataset: Dataset, device: torch.device, processes
 
 
 _OF_AN_INDEX = {
-    "data": ("tars", "skip_bad", "decode_threads", "decode_device"),
-    "augment": ("crop_scale", "crop_ratio"),
+    "data": ("tars", "start_size", "growth", "skip_bad", "decode_threads", "decode_device"),
+    "augment": ("crop_scale", "crop_ratio", "trivial_augment"),
     "eval": ("crop", "resize"),
 }
 """Keys that have an effect with an index only."""
@@ -210,6 +211,13 @@ def evaluation(config: Config, dataset: Dataset) -> EvaluationTransform:
     return EvaluationTransform(height, width, resize)
 
 
+def training_shapes(config: Config, dataset: Dataset) -> list[list[int]]:
+    """Return all [H, W, C] that training images have in the run, from the largest on."""
+    start, (full, _, channels) = config.data.start_size, dataset.image_shape
+    smaller = () if start is None else reversed(smaller_sizes(start, full))
+    return [dataset.image_shape, *([size, size, channels] for size in smaller)]
+
+
 def evaluation_shape(config: Config, dataset: Dataset) -> list[int]:
     """Return [H, W, C] of the images that are evaluated."""
     if not dataset.is_index:
@@ -219,7 +227,11 @@ def evaluation_shape(config: Config, dataset: Dataset) -> list[int]:
 
 
 def preprocessing(
-    config: Config, dataset: Dataset, processes: int, device: torch.device | None = None
+    config: Config,
+    dataset: Dataset,
+    processes: int,
+    device: torch.device | None = None,
+    sizes: ImageSizes = FULL_SIZE,
 ) -> Preprocessing | None:
     """Return how the images of an index are decoded; None for blocks.
 
@@ -228,6 +240,7 @@ def preprocessing(
         dataset: the data set.
         processes: number of processes on this machine, which share its cores.
         device: the device that this process trains on; None: images are only evaluated.
+        sizes: smaller sizes of training images.
 
     Raises:
         ConfigError: images should be decoded on a GPU, but a CPU trains.
@@ -244,9 +257,18 @@ def preprocessing(
         decoder = GpuDecoder(device, threads, decoding)
     return Preprocessing(
         decoder,
-        TrainingTransform(height, width, augment.crop_scale, augment.crop_ratio),
+        TrainingTransform(height, width, augment.crop_scale, augment.crop_ratio, augment.trivial_augment),
         evaluation(config, dataset),
+        sizes,
     )
+
+
+def image_sizes(config: Config, total_steps: int) -> ImageSizes:
+    """Return the smaller sizes of training images in a run."""
+    start, full = config.data.start_size, config.data.image_size
+    if start is None or full is None:
+        return FULL_SIZE
+    return ImageSizes.growing(start, full, total_steps, config.data.growth)
 
 
 def memory(config: Config, dataset: Dataset, order: Order, ranks: Sequence[World], cached: bool, pinned: bool) -> int:

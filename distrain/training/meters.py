@@ -96,8 +96,9 @@ class LossMeter:
     def take_line(self, step: int, profile: Profile) -> dict[str, Any]:
         """Return a line of metrics.jsonl about the steps since the last one; the next one begins here."""
         job, batch_size = self._job, self._job.order.global_batch_size
-        images, seconds = self._steps * batch_size, self._time.seconds
-        rates = {"images_per_second": images / max(seconds, 1e-9), **job.flops.rates(images, self._time)}
+        steps, seconds = range(step - self._steps, step), self._time.seconds
+        images = len(steps) * batch_size
+        rates = {"images_per_second": images / max(seconds, 1e-9), **job.flops.rates(steps, batch_size, self._time)}
         fractions = profile.take(seconds, job.model.distributed.exchange_fraction())
         line = {
             "epoch": job.epoch(step),

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distrain import files
-from distrain.data.order import alternate_flips, augmentation_bits, mixup_weight
+from distrain.data.order import alternate_flips, augmentation_bits
 from distrain.data.rounds import Batch
 from distrain.distributed.runtime import Runtime
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED
+from distrain.training import mixing
 from distrain.training.augment import augment, mixup_partners
 from distrain.training.job import Job
 
@@ -130,12 +131,15 @@ def save_augmented(job: Job, batch: Batch) -> None:
             alternate_flips(drawn, seed, batch.ids, epoch=step)  # each picture is mirrored in every second variant
         local_bits = torch.from_numpy(drawn.view(np.int64))
         augmented = augment(pictures.clone(), local_bits[:_PICTURES], settings, fill, also)  # `also` may change them
-        if settings.mixup:
+        how = mixing.draw(settings, seed, step, *images.shape[1:3])
+        if how is not None:
             lanes = len(job.order.owned_lanes(job.virtual_ranks[0]))
             partners = mixup_partners(len(images), lanes, images.device)[:_PICTURES]
-            weight = mixup_weight(seed, step, settings.mixup)
             others = augment(images[partners], local_bits[partners], settings, fill, also)
-            augmented = (augmented * weight + others * (1 - weight)).round().to(torch.uint8)
+            if how.box is not None:
+                augmented = mixing.paste(augmented, others, how.box)
+            else:
+                augmented = (augmented * how.weight + others * (1 - how.weight)).round().to(torch.uint8)
         variants.append(augmented)
     _save(job.folder / AUGMENTED, {"images": pictures.numpy(), "variants": torch.stack(variants, 1).numpy()})
 

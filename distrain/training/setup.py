@@ -16,6 +16,7 @@ from torch import nn
 
 from distrain import models, startup
 from distrain.config import Config, identity, is_user_code, public
+from distrain.data.image_sizes import ImageSizes
 from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.distributed import runtime
@@ -139,12 +140,14 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     module = collectives.all_or_none(lambda: build_model(config, dataset, runtime.dtype, (2, 1, *smallest)))
     _check_batch_norm(config, module, dataset, order, number, accumulation_steps)
     _freeze(config, module, len(dataset.manifest.classes), runtime)
-    run_flops = _count_flops(config, module, dataset, runtime)  # before layers are replaced by those with collectives
+    image_sizes = inputs.image_sizes(config, total_steps)
+    # Before layers are replaced by those with collectives.
+    run_flops = _count_flops(config, module, dataset, image_sizes, runtime)
     dependent: list[str] = []
     if config.train.virtual_ranks is None:
         dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
     start = _initialise(config, module, dataset, runtime)
-    preprocessing = inputs.preprocessing(config, dataset, processes, runtime.device)
+    preprocessing = inputs.preprocessing(config, dataset, processes, runtime.device, image_sizes)
     mean_tensor, std_tensor = (torch.tensor(each, dtype=runtime.dtype) for each in (mean, std))
     on_main = from_images.initialize(config, module, dataset, preprocessing, mean_tensor, std_tensor, runtime)
     module = local_batch_norm(module) if config.train.virtual_ranks else runtime.sync_batch_norm(module)
@@ -157,7 +160,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     sizes = order.micro_batch_sizes(number, accumulation_steps)
     if config.train.virtual_ranks is not None:
         sizes = tuple(size for size in sizes if size)  # empty ones are not run
-    compilation = Compilation(config.train.compile, sizes)
+    compilation = Compilation(config.train.compile, sizes, len(inputs.training_shapes(config, dataset)))
     distributed, optimizer = _prepare(config, module, runtime, compilation)
     mean_tensor, std_tensor = mean_tensor.to(runtime.device), std_tensor.to(runtime.device)
     width = dataset.image_shape[1]
@@ -230,7 +233,7 @@ def _check_batch_norm(
     if local > 1:
         return
     synchronised = config.train.virtual_ranks is None and number > 1 and together > 1
-    height, width, channels = dataset.image_shape
+    height, width, channels = inputs.training_shapes(config, dataset)[-1]
     image = torch.zeros(1, channels, height, width, dtype=next(module.parameters()).dtype)
     norms = models.norms_of_one_value(module, image)
     alone = [name for name, layer in norms if not (can_be_synchronised(layer) and synchronised)]
@@ -272,14 +275,20 @@ def _initialise(config: Config, module: nn.Module, dataset: Dataset, runtime: Ru
     return {"model.init": models.digest(module.state_dict())}
 
 
-def _count_flops(config: Config, module: nn.Module, dataset: Dataset, runtime: Runtime) -> Flops:
+def _count_flops(
+    config: Config, module: nn.Module, dataset: Dataset, image_sizes: ImageSizes, runtime: Runtime
+) -> Flops:
     """Count the FLOPs of an image on rank 0, which writes the metrics; look up the peak of the devices."""
     if not runtime.is_main:
         return Flops(None, None)
     name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
     peak = flops.peak(name, config.train.precision)
-    per_image = flops.of_model(module, dataset.image_shape)
-    return Flops(per_image, None if peak is None else peak * runtime.world.size)
+    full = flops.of_model(module, dataset.image_shape)
+    of_smaller = [
+        (stage.steps, flops.of_model(module, (stage.size, stage.size, dataset.image_shape[2])))
+        for stage in image_sizes.smaller
+    ]
+    return Flops(full, None if peak is None else peak * runtime.world.size, of_smaller)
 
 
 def _make_ema(config: Config, module: nn.Module, runtime: Runtime) -> WeightAverage | None:
@@ -306,16 +315,17 @@ def normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[f
 
 
 def _check_augmentation(config: Config, dataset: Dataset) -> None:
-    settings, smallest = config.augment, min(dataset.image_shape[:2])
+    settings, smallest = config.augment, min(inputs.training_shapes(config, dataset)[-1][:2])
     if settings.crop_padding >= smallest:
         raise ConfigError(f"augment.crop_padding={settings.crop_padding}: at most {smallest - 1} for these images")
     if settings.cutout > smallest:
         raise ConfigError(f"augment.cutout={settings.cutout}: at most {smallest} for these images")
     lanes, batch = dataset.split("train").lanes, config.train.global_batch_size
-    if settings.mixup and batch < 2 * lanes:
+    if settings.mixes_labels and batch < 2 * lanes:
         raise ConfigError(
-            f"augment.mixup mixes samples of the same lane: of {lanes} lanes, a train.global_batch_size of {batch} has"
-            f" fewer than two of each; raise it to {2 * lanes}, or prepare the data set with fewer --lanes"
+            f"augment.{'mixup' if settings.mixup else 'cutmix'} mixes samples of the same lane: of {lanes} lanes, a"
+            f" train.global_batch_size of {batch} has fewer than two of each; raise it to {2 * lanes}, or"
+            " prepare the data set with fewer --lanes"
         )
 
 
@@ -342,14 +352,20 @@ def build_model(config: Config, dataset: Dataset, dtype: torch.dtype, batch_size
     """
     classes, shape = len(dataset.manifest.classes), dataset.image_shape
     module = models.from_config(config.model, classes, shape, config.run.seed, dtype, batch_sizes)
-    height, width, channels = inputs.evaluation_shape(config, dataset)
-    if [height, width, channels] != shape:
-        images = torch.zeros(2, channels, height, width, dtype=dtype)
+    of_evaluation, smaller = inputs.evaluation_shape(config, dataset), inputs.training_shapes(config, dataset)[1:]
+    for key, other, cure in (
+        (f"eval.crop={config.eval.crop}", of_evaluation, "set eval.crop to null or to that size"),
+        *((f"data.start_size={config.data.start_size}", each, "set data.start_size=null") for each in smaller),
+    ):
+        if other == shape:
+            continue
+        height, width, channels = other
         try:
+            images = torch.zeros(2, channels, height, width, dtype=dtype)
             models.check_output(config.model.name, module, images, classes)
         except ConfigError as error:
-            cure = f"if it needs images of {shape[0]}×{shape[1]}, set eval.crop to null or to that size"
-            raise ConfigError(f"{error}; eval.crop={config.eval.crop}: {cure}") from error
+            needed = f"if it needs images of {shape[0]}×{shape[1]}"
+            raise ConfigError(f"{error}; {key}: {needed}, {cure}") from error
     return module
 
 

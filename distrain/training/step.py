@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrain.data.order import mixup_weight
 from distrain.data.rounds import Batch
 from distrain.environment import World
-from distrain.training import augment, optim
+from distrain.training import augment, mixing, optim
 from distrain.training.job import Job
 from distrain.training.profiling import Profile
 
@@ -24,14 +23,16 @@ class _LocalBatch:
     Attributes:
         images: uint8 [n, H, W, C].
         labels: int64 [n].
-        partners: with mixup, index of the sample that each is mixed with: int64 [n].
-        weight: with mixup, the fraction of itself that each keeps.
+        partners: index of the sample that each is mixed with: int64 [n]; None: they are not mixed.
+        weight: of a sample's own label, if they are mixed.
+        is_blended: whether images still have to be mixed, with the same weight (mixup); with CutMix they are.
     """
 
     images: Tensor
     labels: Tensor
     partners: Tensor | None
     weight: float
+    is_blended: bool
 
 
 class TrainingStep:
@@ -81,10 +82,13 @@ class TrainingStep:
         job, order, settings = self._job, self._job.order, self._job.config.augment
         also = job.functions.augmentation
         images = augment.augment(batch.images, batch.random_bits, settings, job.model.mean_color, also)
-        if not settings.mixup:
-            return _LocalBatch(images, batch.labels, None, 1.0)
+        how = mixing.draw(settings, order.seed, step, *images.shape[1:3])
+        if how is None:
+            return _LocalBatch(images, batch.labels, None, 1.0, False)
         partners = augment.mixup_partners(len(images), len(order.owned_lanes(rank)), images.device)
-        return _LocalBatch(images, batch.labels, partners, mixup_weight(order.seed, step, settings.mixup))
+        if how.box is not None:
+            images = mixing.paste(images, images[partners], how.box)
+        return _LocalBatch(images, batch.labels, partners, how.weight, how.box is None)
 
     def _forward_backward(self, local: _LocalBatch) -> list[Tensor]:
         """Run forward and backward over the micro-batches.
@@ -110,12 +114,13 @@ class TrainingStep:
     def _inputs(self, local: _LocalBatch, part: slice) -> Tensor:
         normalize = self._job.model.normalize
         inputs = normalize(local.images[part])
-        if local.partners is None:
+        if local.partners is None or not local.is_blended:
             return inputs
-        return inputs.lerp(normalize(local.images[local.partners[part]]), 1 - local.weight)
+        # In place: the memory layout is the same in all steps, and so is the code that is compiled for it.
+        return inputs.lerp_(normalize(local.images[local.partners[part]]), 1 - local.weight)
 
     def _loss(self, local: _LocalBatch, part: slice, logits: Tensor) -> Tensor:
-        """Return the loss summed over the samples; with mixup after Zhang et al., "mixup" (2018)."""
+        """Return the loss summed over the samples; of mixed ones after Zhang et al., "mixup" (2018)."""
         loss = self._sum_of_losses(logits, local.labels[part])
         if local.partners is None:
             return loss

@@ -138,8 +138,8 @@ def _log_warnings(job: Job, setup: dict[str, Any]) -> None:
 
 
 def _smallest_batch(job: Job) -> int:
-    """Return the smallest global batch that the processes and mixup allow."""
-    return max(job.runtime.world.size, 2 * job.order.lanes if job.config.augment.mixup else 1)
+    """Return the smallest global batch that the processes, mixup and CutMix allow."""
+    return max(job.runtime.world.size, 2 * job.order.lanes if job.config.augment.mixes_labels else 1)
 
 
 def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:

@@ -395,7 +395,7 @@ class Trainer:
             "compile_seconds": self.compile_seconds,
             "train_seconds": time_used.seconds,
             "images_per_second": images / max(time_used.seconds, 1e-9),
-            **job.flops.rates(images, time_used),
+            **job.flops.rates(range(self.step), order.global_batch_size, time_used),
             "checkpoint": checkpoint.path_of(job.checkpoints, best_step).name,
             "val_accuracy": self.best["accuracy"] if self.best else None,
             "stopped_early": self.stopped_early,

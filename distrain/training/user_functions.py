@@ -16,6 +16,7 @@ from torch import Tensor
 from distrain import plugins
 from distrain.config import Config, is_user_code
 from distrain.errors import ConfigError
+from distrain.training.random_bits import mix
 
 _STEPS_CHECKED = 1000
 """Largest number of steps whose learning rate is computed before training."""
@@ -129,7 +130,7 @@ class Augmentation:
         Raises:
             ConfigError: the function returned something else.
         """
-        return self._augment(images, _mix(random_bits)) if len(images) else images
+        return self._augment(images, mix(random_bits)) if len(images) else images
 
     def check(self, shape: tuple[int, int, int], device: torch.device, each_alone: bool) -> None:
         """Try the function on random images of different brightness.
@@ -201,15 +202,3 @@ def _check_tensor(subject: str, value: Any, shape: torch.Size, device: torch.dev
     if not isinstance(value, Tensor) or value.shape != shape or value.device != device:
         kind = f"{list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(f"{subject} returns {kind}, not {list(shape)} on {device}")
-
-
-def _mix(random_bits: Tensor) -> Tensor:
-    """Return other random bits, made from these as SplitMix64 makes its outputs: int64, of the same shape."""
-    values = random_bits + _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        values = (values ^ (values >> shift & (1 << 64 - shift) - 1)) * _signed(factor)  # >> keeps the sign
-    return values
-
-
-def _signed(bits: int) -> int:
-    return bits - 2**64 if bits >= 2**63 else bits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,14 +14,16 @@ from distrain.distributed.virtual_ranks import VirtualRanks
 from distrain.errors import ConfigError
 from distrain.failure_report import PeerFailedError
 from distrain.text import plural, shortened
+from distrain.training.inputs import training_shapes
 from distrain.training.job import Job
 
 
 def warm_up(job: Job) -> float:
     """Run passes of training and drop their gradients, before a checkpoint is loaded; return the seconds they took.
 
-    - The model is compiled for all sizes of micro-batches of the run, in an order that does not depend on the step that
-      an attempt begins with: no step compiles anything. Without compilation, only the largest size is run.
+    - The model is compiled for all sizes of micro-batches and images of the run, in an order that does not depend on
+      the step that an attempt begins with: no step compiles anything. Without compilation, only the largest ones are
+      run.
     - DDP rebuilds its buckets after the first backward pass of a process, and then sums gradients in another order.
       Without a second one, a run resumed on three or more processes would have other last bits than one that was not
       interrupted.
@@ -32,30 +34,29 @@ def warm_up(job: Job) -> float:
     started, model, compilation = time.monotonic(), job.model, job.compilation
     buffers = dict(model.module.named_buffers())
     before = {name: buffer.clone() for name, buffer in buffers.items()}
-    sizes = compilation.sizes if compilation.is_on else compilation.sizes[:1]
+    shapes = training_shapes(job.config, job.dataset)
+    sizes = [(size, shape) for shape in shapes for size in compilation.sizes]
     with torch.random.fork_rng([job.runtime.device] if job.runtime.device.type == "cuda" else []):
         if isinstance(model.distributed, VirtualRanks):
             with compilation.suspended():  # what is observed changes the model, and so what is compiled
-                _run_micro_batches(job, _inputs(job, sizes[0]), buffers)
+                _run_micro_batches(job, _inputs(job, *sizes[0]), buffers)
             model.distributed.observe()
-        for number, size in enumerate(sizes, 1):
+        for number, (size, shape) in enumerate(sizes if compilation.is_on else sizes[:1], 1):
             if compilation.is_on:
                 which = f", {number} of {len(sizes)} sizes" if len(sizes) > 1 else ""
                 startup.waits_for(f"compiling the model for batches of {plural(size, 'image')}{which}")
             for _ in range(3 if compilation.has_cuda_graphs else 2):  # they are recorded in the second pass
-                _run_micro_batches(job, _inputs(job, size), buffers)
+                _run_micro_batches(job, _inputs(job, size, shape), buffers)
         if isinstance(model.distributed, VirtualRanks):
-            _check_repeatable(job, model.distributed)
+            _check_repeatable(job, model.distributed, _inputs(job, *sizes[0]))
     for name, buffer in model.module.named_buffers():
         buffer.copy_(before[name])
     return time.monotonic() - started
 
 
-def _inputs(job: Job, size: int) -> Tensor:
+def _inputs(job: Job, size: int, shape: Sequence[int]) -> Tensor:
     """Return a normalised black micro-batch, in the memory layout of a training step: [size, C, H, W]."""
-    shape = job.dataset.image_shape
-    inputs = job.model.normalize(torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device))
-    return inputs.lerp(inputs, 0.5) if job.config.augment.mixup else inputs
+    return job.model.normalize(torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device))
 
 
 def _run_micro_batches(job: Job, inputs: Tensor, buffers: dict[str, Tensor]) -> None:
@@ -89,8 +90,8 @@ def _check_not_replaced(job: Job, buffers: dict[str, Tensor]) -> None:
         )
 
 
-def _check_repeatable(job: Job, distributed: VirtualRanks) -> None:
-    inputs, runtime, seed = _inputs(job, job.compilation.sizes[0]), job.runtime, job.config.run.seed
+def _check_repeatable(job: Job, distributed: VirtualRanks, inputs: Tensor) -> None:
+    runtime, seed = job.runtime, job.config.run.seed
     runtime.collectives.all_or_none(lambda: distributed.check_repeatable(inputs, lambda: runtime.seed_all(seed)))
 
 
