@@ -321,6 +321,11 @@ class Augment(Section):
         identity=True,
     )
 
+    @property
+    def mixes_labels(self) -> bool:
+        """Whether a trained image has more than one label."""
+        return self.mixup > 0
+
     @model_validator(mode="after")
     def _ranges(self) -> Augment:
         problems = []
