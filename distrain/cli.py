@@ -347,6 +347,7 @@ def evaluate(environment: Environment, run: Path, overrides: tuple[str, ...], sp
         from distrain.runs import results
 
         console.show(results.accuracy_line(split, content["total"], content["accuracy"]))
+        console.show(results.scores_line(content))
         console.show(f"written to {evaluation.file_of(run, content)}")
 
 

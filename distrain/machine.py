@@ -8,6 +8,8 @@ import itertools
 import os
 import platform
 import re
+import resource
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -94,6 +96,16 @@ def free_memory() -> int:
                 numbers = [int(Path(root, group, name).read_text(encoding="ascii")) for name in (limit, used)]
                 free = min(free, numbers[0] - numbers[1])
     return int(free)
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has had resident at most, since it began."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024
+    # Not the same on Linux: a process starts with the peak of the one that started it.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def nvidia_gpus(folder: Path = Path("/dev")) -> list[Path]:

@@ -40,6 +40,7 @@ _PARTS = {
     ("gradients.py", "backward"): "backward",
     ("virtual_ranks.py", "virtual_rank"): "exchange",
     ("virtual_ranks.py", "exchange"): "exchange",
+    ("gradients.py", "grad_norm"): "norm",
     ("gradients.py", "clip_norm"): "clip",
     ("runtime.py", "update"): "optimizer",
     ("optim.py", "update"): "ema",

@@ -24,8 +24,17 @@ class Result:
         accuracy: fraction of the samples whose class was predicted, in 0 … 1.
         correct: number of these samples.
         total: number of samples that were evaluated.
+        accuracy_interval: lowest and highest accuracy of the 95 % confidence interval (Wilson, 1927). It is about the
+            number of samples alone; the spread between seeds is not in it.
         loss: mean cross-entropy.
-        accuracy_by_class: accuracy of each class, in the order of the classes; None for one without samples.
+        top5_accuracy: fraction of the samples whose class is among the five most probable ones; None if there are at
+            most five classes.
+        macro_f1: mean F1 score of the classes that occur or are predicted.
+        calibration_error: expected calibration error (Guo et al., 2017): the mean difference between accuracy and
+            confidence, in 15 bins of the confidence.
+        accuracy_by_class: accuracy of each class, which is its recall, in the order of the classes; None for one
+            without samples.
+        precision_by_class: precision of each class: 0 if it is never predicted, and None if it does not occur either.
         confusion: (true class, predicted class, number of samples) of each pair that occurs; the first class is 0.
         world_size: number of processes that evaluated.
     """
@@ -35,9 +44,14 @@ class Result:
     split: str
     accuracy: float
     correct: int
+    accuracy_interval: tuple[float, float]
     total: int
     loss: float
+    top5_accuracy: float | None
+    macro_f1: float
+    calibration_error: float
     accuracy_by_class: Mapping[str, float | None] = field(repr=False)
+    precision_by_class: Mapping[str, float | None] = field(repr=False)
     confusion: tuple[tuple[int, int, int], ...] = field(repr=False)
     world_size: int
 
@@ -69,6 +83,10 @@ class TrainingResult(Result):
         images_per_second: speed of the steps.
         tflops_per_second: 10¹² floating-point operations per second; None where they cannot be counted.
         mfu: model FLOPs utilisation, the fraction of the devices' peak; None where the peak is not known.
+        memory_gib: the highest peaks of all processes since they began, in GiB: `host`, resident memory; `device`,
+            memory that torch allocated on a GPU, None without one. What a script did before is in them.
+        train_accuracy: fraction of the training samples whose class was predicted, in the augmented batches as they
+            were trained, in the last complete epoch; None where labels are mixed.
         val_accuracy: accuracy of the checkpoint on val, by which it was chosen; None without a val split.
         stopped_early: why the run ended before its last step (`train.stop_after`); None if it did not.
         precision: `train.precision`.
@@ -89,6 +107,8 @@ class TrainingResult(Result):
     images_per_second: float
     tflops_per_second: float | None = None
     mfu: float | None = None
+    memory_gib: Mapping[str, float | None]
+    train_accuracy: float | None
     val_accuracy: float | None
     stopped_early: str | None = None
     precision: str
@@ -103,6 +123,7 @@ class TrainingResult(Result):
 def of_record(kind: type[R], content: Mapping[str, Any], **more: Any) -> R:
     """Build a result from the content of a run's file; keys that it does not know are passed over."""
     values = {**content, **more}
+    values["accuracy_interval"] = tuple(content["accuracy_interval"])
     values["confusion"] = tuple((true, predicted, count) for true, predicted, count in content["confusion"])
     for name in ("dependent_layers", "warnings", "unreadable"):
         values[name] = tuple(content.get(name, ()))

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distrain.distributed.collectives import Collectives
@@ -98,9 +99,16 @@ class DistributedModel(ABC):
     def exchange(self) -> None:
         """Make the gradients those of the global batch, after the passes of all virtual ranks."""
 
-    def clip_norm(self, limit: float) -> None:
-        """Scale the exchanged gradient down to a norm of at most `limit`."""
-        self._accelerator.clip_grad_norm_(self._model.parameters(), limit)
+    def clip_norm(self, limit: float) -> Tensor:
+        """Scale the exchanged gradient down to a norm of at most `limit`; return the norm that it had: []."""
+        norm: Tensor = self._accelerator.clip_grad_norm_(self._model.parameters(), limit)
+        return norm
+
+    def grad_norm(self) -> Tensor:
+        """Return the L2 norm of the exchanged gradient, as clipping computes it: []."""
+        self._accelerator.unscale_gradients()  # those of fp16
+        gradients = [each.grad for each in self._model.parameters() if each.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     @abstractmethod
     def exchange_fraction(self) -> float:

@@ -169,7 +169,12 @@ class _Scores(Record):
     correct: Count
     total: Positive
     loss: Finite
+    accuracy_interval: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    top5_accuracy: Fraction | None
+    macro_f1: Fraction
+    calibration_error: Fraction
     accuracy_by_class: Annotated[dict[str, Fraction | None], Field(min_length=1)]
+    precision_by_class: dict[str, Fraction | None]
     confusion: list[Annotated[list[Count], Field(min_length=3, max_length=3)]]
     checkpoint: Annotated[str, Field(min_length=1)]
     world_size: Positive
@@ -181,6 +186,8 @@ class _Scores(Record):
             raise ValueError(f"confusion: has classes beyond the {classes} of accuracy_by_class")
         if sum(count for *_, count in self.confusion) != self.total:
             raise ValueError(f"confusion: its counts do not sum to {self.total}")
+        if self.precision_by_class.keys() != self.accuracy_by_class.keys():
+            raise ValueError("precision_by_class: has other classes than accuracy_by_class")
         return self
 
 
@@ -188,6 +195,11 @@ class Evaluation(_Scores):
     """RUN/evaluations/SPLIT-CHECKPOINT.json: the scores of `distrain evaluate`."""
 
     split: Literal["train", "val", "test"]
+
+
+class _PeakMemory(Part):
+    host: Amount
+    device: Amount | None
 
 
 class Result(_Scores):
@@ -202,6 +214,8 @@ class Result(_Scores):
     images_per_second: Amount
     tflops_per_second: Amount | None = None
     mfu: Amount | None = None
+    memory_gib: _PeakMemory
+    train_accuracy: Fraction | None
     checkpoint: Step
     val_accuracy: Fraction | None
     profile: dict[str, Finite]

@@ -1,8 +1,9 @@
-"""The scores of an evaluation: which classes were predicted as which, and the accuracy of each class."""
+"""The scores of an evaluation: which classes were predicted as which, the accuracy of each class, calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,13 @@ from numpy.typing import NDArray
 from distrain.text import percent
 
 Ints = NDArray[np.int64]
+
+CONFIDENCE_BITS = 32
+"""Confidences are counted in units of 2⁻³²: sums of whole numbers are exact in any order."""
+_BINS = 15
+"""Bins of the confidence in the calibration error."""
+_Z = 1.959963984540054
+"""Quantile of the normal distribution that a 95 % interval has on each side."""
 
 
 class ClassAccuracy(NamedTuple):
@@ -86,6 +94,10 @@ class Confusion:
         right = self.true == self.predicted
         return self._sums(self.true[right], self.count[right])
 
+    def predicted_by_class(self) -> Ints:
+        """Return the number of samples that were predicted as each class: int64 [K]."""
+        return self._sums(self.predicted, self.count)
+
     def most_frequent_mistakes(self, limit: int) -> list[tuple[int, int, int]]:
         """Return `(true, predicted, count)` of the most frequent pairs of two different classes."""
         wrong = np.flatnonzero(self.true != self.predicted)
@@ -122,6 +134,69 @@ def accuracy_by_class(classes: Sequence[str], confusion: Confusion) -> list[Clas
     return [ClassAccuracy(name, right / samples if samples else None, samples) for name, samples, right in counts]
 
 
+def precision_by_class(confusion: Confusion) -> list[float | None]:
+    """Return the precision of each of K classes: the fraction of the samples predicted as it that are of this class.
+
+    A class that occurs and is never predicted has 0, as with scikit-learn's `zero_division=0`. One that neither occurs
+    nor is predicted has None.
+    """
+    counts = (confusion.correct_by_class(), confusion.predicted_by_class(), confusion.samples_by_class())
+    return [
+        right / predicted if predicted else 0.0 if samples else None
+        for right, predicted, samples in zip(*(each.tolist() for each in counts), strict=True)
+    ]
+
+
+def macro_f1(confusion: Confusion) -> float:
+    """Return the mean F1 score of the classes that occur or are predicted, as scikit-learn's `f1_score` has it."""
+    sizes = confusion.samples_by_class() + confusion.predicted_by_class()
+    present = sizes > 0
+    return float(np.mean(2 * confusion.correct_by_class()[present] / sizes[present]))
+
+
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """Return the lowest and highest accuracy of the 95 % confidence interval (Wilson, 1927).
+
+    It is about the samples alone: how far the accuracy on others of the same kind may be. How far another seed would
+    be is not in it.
+    """
+    accuracy, ratio = correct / total, _Z * _Z / total
+    centre = accuracy + ratio / 2
+    half = math.sqrt(ratio * (accuracy * (1 - accuracy) + ratio / 4))
+    # The limits are 0 and 1 exactly where none or all are correct; rounding would miss them.
+    low = (centre - half) / (1 + ratio) if correct else 0.0
+    high = (centre + half) / (1 + ratio) if correct < total else 1.0
+    return low, high
+
+
+def calibration_gaps(confidences: Ints, correct: NDArray[np.bool_]) -> Ints:
+    """Return, for each bin of the confidence, the number of correct samples minus the sum of their confidences.
+
+    Gaps of parts of a split are added; a split may have 2³¹ samples.
+
+    Args:
+        confidences: int64 [n], the probabilities of the predicted classes in units of 2⁻³².
+        correct: bool [n], whether the predicted class is the true one.
+
+    Returns:
+        int64 [15], in units of 2⁻³². Bin b has the confidences above b / 15, up to (b + 1) / 15.
+    """
+    confidences = confidences.clip(1, 1 << CONFIDENCE_BITS)
+    gaps = np.zeros(_BINS, np.int64)
+    np.add.at(
+        gaps, (confidences * _BINS - 1) >> CONFIDENCE_BITS, (correct.astype(np.int64) << CONFIDENCE_BITS) - confidences
+    )
+    return gaps
+
+
+def calibration_error(gaps: Ints, total: int) -> float:
+    """Return the expected calibration error (Guo et al., 2017) of `total` samples.
+
+    It is the mean over the samples of the difference between the accuracy and the mean confidence of their bin.
+    """
+    return int(np.abs(gaps).sum()) / (total << CONFIDENCE_BITS)
+
+
 def classes_of(result: dict[str, Any]) -> list[ClassAccuracy]:
     """Return the accuracy of each class from the content of RUN/result.json."""
     return accuracy_by_class(list(result["accuracy_by_class"]), Confusion.of_result(result))
@@ -130,6 +205,16 @@ def classes_of(result: dict[str, Any]) -> list[ClassAccuracy]:
 def accuracy_line(split: str, total: int, accuracy: float) -> str:
     """Format the accuracy on a split, as the commands print it."""
     return f"Accuracy of the network on the {total} {split} images: {percent(accuracy)}"
+
+
+def scores_line(scores: Mapping[str, Any]) -> str:
+    """Format the scores that say more than the accuracy; the top-5 accuracy only where there is one."""
+    low, high = scores["accuracy_interval"]
+    parts = [f"95% interval {percent(low)} to {percent(high)}"]
+    if scores["top5_accuracy"] is not None:
+        parts.append(f"top-5 {percent(scores['top5_accuracy'])}")
+    parts += [f"macro-F1 {percent(scores['macro_f1'])}", f"calibration error {percent(scores['calibration_error'])}"]
+    return ", ".join(parts)
 
 
 def step_of(result: dict[str, Any]) -> int:

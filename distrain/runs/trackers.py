@@ -78,8 +78,11 @@ class FinishedRun:
 
 
 def scalars(result: dict[str, Any]) -> dict[str, float]:
-    """Return the values of a result that are single numbers, which make a tracker's summary."""
-    return {key: value for key, value in result.items() if isinstance(value, (int, float))}
+    """Return the numbers of a result, but not those of each class and phase: they make a tracker's summary."""
+    low, high = result.get("accuracy_interval", (None, None))
+    memory = {f"memory/{name}_gib": peak for name, peak in result.get("memory_gib", {}).items()}
+    values = {**result, "accuracy_interval/low": low, "accuracy_interval/high": high, **memory}
+    return {key: value for key, value in values.items() if isinstance(value, (int, float))}
 
 
 def read_finished(run: Path, result: dict[str, Any]) -> FinishedRun:

@@ -24,6 +24,7 @@ _OF_THE_CLOCK = (
     "train/tflops_per_second",
     "train/mfu",
     "profile/",
+    "memory/",
 )
 """Beginnings of the keys of a line that differ between equal runs."""
 _IDS = "digest of ids"
@@ -85,15 +86,16 @@ def _compare_ids(digests: Sequence[tuple[int, str, str]]) -> str:
 def _comparable(lines: Sequence[dict[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
     """Return the values of each line but for those of the clock, by its step and what it is about.
 
-    A loss of training is a mean since the line before, so its name has the step of that.
+    Loss and accuracy of training are means since the line before, so their names have the step of that.
     """
     comparable, since = {}, 0
     for line in lines:
         values = {name: value for name, value in line.items() if not name.startswith(_OF_THE_CLOCK)}
         about = min((name.partition("/")[0] for name in values if "/" in name), default="")
         digests = {f"digest of {name}": value for name, value in values.pop("digests", {}).items()}
-        if "train/loss" in values:
-            values[f"train/loss since step {since:,}"], since = values.pop("train/loss"), line["step"]
+        for name in values.keys() & {"train/loss", "train/accuracy"}:
+            values[f"{name} since step {since:,}"] = values.pop(name)
+        since = line["step"] if "train/loss" in line else since
         comparable[line["step"], about] = {**digests, **values}
     return comparable
 

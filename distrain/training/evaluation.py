@@ -6,7 +6,7 @@ The total must be that of the manifest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -33,18 +33,59 @@ WHAT_INSTEAD = "in training the next readable one is used, and it is not evaluat
 
 Collect = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
-_MAX_PENDING = 1000
+_MAX_PENDING = 250
 """Batches whose predictions are on the device before they are counted."""
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The counts of a part of a split: whole numbers, whose sums are exact.
+
+    Attributes:
+        confusion: number of samples by true and predicted class.
+        in_top5: number of samples whose class is among the five most probable ones.
+        calibration_gaps: see `results.calibration_gaps`.
+    """
+
+    confusion: Confusion
+    in_top5: int
+    calibration_gaps: results.Ints
+
+    @classmethod
+    def of_predictions(cls, predictions: results.Ints, num_classes: int) -> Counts:
+        """Count samples: int64 [4, n], true and predicted class, confidence in units of 2⁻³², 1 if in the top 5."""
+        truth, predicted, confidences, in_top5 = predictions
+        codes = truth * num_classes + predicted
+        return cls(
+            Confusion.of_codes(codes, np.ones_like(codes), num_classes),
+            int(in_top5.sum()),
+            results.calibration_gaps(confidences, truth == predicted),
+        )
+
+    def plus(self, others: Sequence[Counts]) -> Counts:
+        """Return the sums of several parts of a split."""
+        parts = [self, *others]
+        return Counts(
+            self.confusion.plus([other.confusion for other in others]),
+            sum(part.in_top5 for part in parts),
+            np.sum([part.calibration_gaps for part in parts], 0),
+        )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a split: the number of samples by true and predicted class, and the mean cross-entropy."""
+    """The scores of a split: what was counted, and the mean cross-entropy."""
 
-    confusion: Confusion
+    counts: Counts
     loss: float
     bad: tuple[Bad, ...] = ()
     """Samples of an index that could not be decoded, and are not scored."""
+
+    @property
+    def confusion(self) -> Confusion:
+        """The number of samples by true and predicted class."""
+        return self.counts.confusion
 
     @property
     def total(self) -> int:
@@ -56,39 +97,80 @@ class Scores:
         """Fraction of the samples whose class was predicted."""
         return self.confusion.correct / self.confusion.total
 
+    @property
+    def top5_accuracy(self) -> float | None:
+        """Fraction of the samples whose class is among the five most probable; None if there are at most five."""
+        return self.counts.in_top5 / self.total if self.confusion.num_classes > _TOP else None
+
     def as_dict(self, classes: list[str]) -> dict[str, Any]:
         """Return the scores for JSON; the accuracy of a class without samples is null."""
+        precisions = results.precision_by_class(self.confusion)
         return {
             "accuracy": self.accuracy,
+            "accuracy_interval": list(results.accuracy_interval(self.confusion.correct, self.total)),
             "correct": self.confusion.correct,
             "total": self.total,
             "loss": self.loss,
+            "top5_accuracy": self.top5_accuracy,
+            "macro_f1": results.macro_f1(self.confusion),
+            "calibration_error": results.calibration_error(self.counts.calibration_gaps, self.total),
             "accuracy_by_class": {row.name: row.accuracy for row in results.accuracy_by_class(classes, self.confusion)},
+            "precision_by_class": dict(zip(classes, precisions, strict=True)),
             "confusion": self.confusion.as_rows(),
         }
 
+    def as_line(self, split: str) -> dict[str, float]:
+        """Return the scores for a line of metrics.jsonl."""
+        values = {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "top5_accuracy": self.top5_accuracy,
+            "macro_f1": results.macro_f1(self.confusion),
+            "calibration_error": results.calibration_error(self.counts.calibration_gaps, self.total),
+        }
+        return {f"{split}/{name}": value for name, value in values.items() if value is not None}
 
-class _PairCounter:
-    """Counts the pairs of true and predicted classes; on the device, and without waiting for it at each batch."""
+
+class _Counter:
+    """Counts predictions; they stay on the device, and no batch waits for it."""
 
     def __init__(self, num_classes: int) -> None:
         self._num_classes = num_classes
         self._pending: list[Tensor] = []
-        self._counted = Confusion.of_codes(np.zeros(0, np.int64), np.zeros(0, np.int64), num_classes)
+        self._counted = Counts.of_predictions(np.zeros((4, 0), np.int64), num_classes)
 
-    def add(self, truth: Tensor, predicted: Tensor) -> None:
-        """Count a batch: int64 [n] each."""
-        self._pending.append(truth * self._num_classes + predicted)
+    def add(self, truth: Tensor, logits: Tensor, log_probabilities: Tensor) -> None:
+        """Count a batch: the true classes int64 [n]; [n, K] each."""
+        predicted = logits.argmax(1)
+        confidences = log_probabilities.gather(1, predicted[:, None])[:, 0].exp().double() * 2**results.CONFIDENCE_BITS
+        in_top5 = is_in_top(logits, truth, _TOP) if self._num_classes > _TOP else torch.zeros_like(truth)
+        self._pending.append(torch.stack((truth, predicted, confidences.long(), in_top5)))
         if len(self._pending) >= _MAX_PENDING:
             self.counted()
 
-    def counted(self) -> Confusion:
+    def counted(self) -> Counts:
         """Return the counts of all batches so far."""
         if self._pending:
-            codes = torch.cat(self._pending).cpu().numpy()
+            predictions = torch.cat(self._pending, 1).cpu().numpy()
             self._pending.clear()
-            self._counted = Confusion.of_codes(codes, np.ones_like(codes), self._num_classes).plus([self._counted])
+            self._counted = Counts.of_predictions(predictions, self._num_classes).plus([self._counted])
         return self._counted
+
+
+def is_in_top(logits: Tensor, truth: Tensor, number: int) -> Tensor:
+    """Return whether the true class is among the `number` most probable ones: bool [n].
+
+    Of equal logits the first class counts as the more probable one, as for `argmax`; `topk` may choose any.
+
+    Args:
+        logits: [n, K].
+        truth: the true classes, int64 [n].
+        number: in 1 … K.
+    """
+    truth = truth[:, None]
+    true_logits, classes = logits.gather(1, truth), torch.arange(logits.shape[1], device=logits.device)
+    before = (logits > true_logits) | ((logits == true_logits) & (classes < truth))
+    return before.sum(1) < number
 
 
 @torch.no_grad()
@@ -121,15 +203,16 @@ def evaluate(
         StopAgreed: on all processes, if one was asked to stop.
     """
     startup.waits_for(None)
-    counter = _PairCounter(len(dataset.manifest.classes))
+    counter = _Counter(len(dataset.manifest.classes))
     losses: list[Tensor] = []
 
     def score(images: Tensor, labels: Tensor, ids: Tensor) -> None:
         images, truth = images.to(runtime.device), labels.to(runtime.device)
         runtime.seed(batches.numbers[len(losses)])  # a model may draw random numbers in evaluation too
         logits = model(normalize(images, mean, std))
-        counter.add(truth, logits.argmax(1))
-        losses.append(F.cross_entropy(logits, truth, reduction="sum").double())
+        log_probabilities = logits.log_softmax(1)
+        counter.add(truth, logits, log_probabilities)
+        losses.append(F.nll_loss(log_probabilities, truth, reduction="sum").double())
         if collect is not None:
             collect(images, ids.to(runtime.device), truth, logits)
 
@@ -146,18 +229,18 @@ def evaluate(
         layer.training = mode
     local = dict(zip(batches.numbers, torch.stack(losses).tolist() if losses else (), strict=True))
     first, *others = runtime.collectives.from_all((counter.counted(), local, batches.bad))
-    confusion = first[0].plus([each for each, *_ in others])
+    counts = first[0].plus([each for each, *_ in others])
     bad = sorted((each for *_, of_rank in (first, *others) for each in of_rank), key=lambda each: each.number)
     expected = dataset.split(split).samples - len(bad)
-    if confusion.total != expected:
+    if counts.confusion.total != expected:
         raise DataError(
-            f"{dataset.root}: {confusion.total} samples of {split} were scored, the manifest has {expected}"
+            f"{dataset.root}: {counts.confusion.total} samples of {split} were scored, the manifest has {expected}"
         )
     if not expected:
         raise DataError(f"{dataset.root}: no image of {split} can be decoded; index other tar files")
     of_batches = {number: loss for _, each, _ in (first, *others) for number, loss in each.items()}
     # In the order of the batches: the same bits on any number of processes.
-    return Scores(confusion, sum_in_order(of_batches[each] for each in sorted(of_batches)) / expected, tuple(bad))
+    return Scores(counts, sum_in_order(of_batches[each] for each in sorted(of_batches)) / expected, tuple(bad))
 
 
 def _for_each(

@@ -1,15 +1,17 @@
-"""The training loss and speed since the last line of metrics.jsonl."""
+"""Training loss, accuracy and speed since the last line of metrics.jsonl; peaks of memory."""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from distrain import machine
 from distrain.distributed.numerics import sum_in_order
+from distrain.distributed.runtime import Runtime
 from distrain.errors import DivergedError
 from distrain.runs import checkpoint
 from distrain.training.flops import TrainingTime
@@ -20,12 +22,73 @@ _MAX_PENDING = 4096
 """Losses that are kept before they are read, where nothing is logged, evaluated or saved."""
 
 
+class StepResult(NamedTuple):
+    """The sums and the norm that a step has computed, on the device: reading them waits for it.
+
+    Attributes:
+        sums: of each virtual rank, the sum of its losses, and the number of its samples whose class was predicted, but
+            not where labels are mixed: fp64 [v, 2] or [v, 1].
+        grad_norm: L2 norm of the complete gradient before clipping: []; None where it was not asked for.
+    """
+
+    sums: Tensor
+    grad_norm: Tensor | None
+
+
+class TrainAccuracy:
+    """Counts the training samples whose class was predicted, as they were trained: augmented, and before the update.
+
+    A count is None where it is not known: nothing is counted where labels are mixed.
+    """
+
+    def __init__(self, steps_per_epoch: int, batch_size: int) -> None:
+        self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
+        self._line: int | None = 0
+        self._epoch: int | None = 0
+        self._last_epoch: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {"line": self._line, "epoch": self._epoch, "last_epoch": self._last_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self._line, self._epoch, self._last_epoch = (state.get(name) for name in ("line", "epoch", "last_epoch"))
+
+    def add(self, step: int, correct: int | None) -> None:
+        """Add the count of a step, counted from 0."""
+        self._line, self._epoch = _plus(self._line, correct), _plus(self._epoch, correct)
+        if (step + 1) % self._steps_per_epoch == 0:
+            self._last_epoch, self._epoch = self._epoch, 0
+
+    def take_line(self, steps: int) -> float | None:
+        """Return the accuracy since the last line, which was `steps` steps ago; the next one begins here."""
+        correct, self._line = self._line, 0
+        return correct / (steps * self._batch_size) if correct is not None else None
+
+    def of_last_epoch(self, step: int) -> float | None:
+        """Return the accuracy in the last complete epoch, after `step` steps; before its end, that of all steps."""
+        complete = step >= self._steps_per_epoch
+        correct, steps = (self._last_epoch, self._steps_per_epoch) if complete else (self._epoch, step)
+        return correct / (steps * self._batch_size) if correct is not None and steps else None
+
+
+def _plus(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
+
+
 class LossMeter:
-    """Collects the losses of steps. They stay on the device until they are read: no step waits for the host."""
+    """Collects the losses of steps, and what else they have computed.
+
+    All of it stays on the device until it is read: no step waits for the host.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._pending: list[Tensor] = []
+        self._pending_norm: Tensor | None = None
+        self._grad_norm: float | None = None
+        self.accuracy = TrainAccuracy(job.order.steps_per_epoch, job.order.global_batch_size)
         self._clock = time.monotonic()
         self._sum, self._steps, self._time = 0.0, 0, TrainingTime()
         self.logged_step = 0
@@ -43,6 +106,8 @@ class LossMeter:
             "peak_flops": self._time.peak_flops,
             "train_seconds": self.train_time.seconds,
             "train_peak_flops": self.train_time.peak_flops,
+            "correct": self.accuracy.state_dict(),
+            "grad_norm": self._grad_norm,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -50,10 +115,14 @@ class LossMeter:
         self.logged_step, self._sum, self._steps = state["logged_step"], state["sum"], state["steps"]
         self._time = TrainingTime(state["seconds"], state.get("peak_flops"))
         self.train_time = TrainingTime(state["train_seconds"], state.get("train_peak_flops"))
+        self.accuracy.load_state_dict(state.get("correct", {}))
+        self._grad_norm = state.get("grad_norm")
 
-    def add(self, losses: Tensor) -> None:
-        """Add the losses of a step, each summed over the samples of one virtual rank: [v]."""
-        self._pending.append(losses)
+    def add(self, result: StepResult) -> None:
+        """Add what a step has computed."""
+        self._pending.append(result.sums)
+        if result.grad_norm is not None:
+            self._pending_norm = result.grad_norm
 
     @property
     def is_full(self) -> bool:
@@ -65,7 +134,7 @@ class LossMeter:
         self._clock = time.monotonic()
 
     def read(self, step: int) -> None:
-        """Sum the losses since the last call over all processes; `step` steps are done.
+        """Sum the losses since the last call over all processes, and read the norm; `step` steps are done.
 
         Raises:
             DivergedError: on all processes; names the first step whose loss is not finite.
@@ -73,25 +142,29 @@ class LossMeter:
         if not self._pending:
             return
         sums = self._sums()
-        for index, value in enumerate(sums, step - len(sums)):
-            if not math.isfinite(value):
-                raise diverged(self._job, index, f"the loss is {value / self._job.order.global_batch_size}")
-            self._sum += value
+        for index, (loss, *correct) in enumerate(sums, step - len(sums)):
+            if not math.isfinite(loss):
+                raise diverged(self._job, index, f"the loss is {loss / self._job.order.global_batch_size}")
+            self._sum += loss
+            self.accuracy.add(index, int(correct[0]) if correct else None)
+        if self._pending_norm is not None:
+            norm, self._pending_norm = float(self._pending_norm), None
+            self._grad_norm = norm if math.isfinite(norm) else None  # fp16's scaler skips such a step
         seconds = time.monotonic() - self._clock
         self._steps += len(sums)
         for each in (self._time, self.train_time):
             each.add(seconds, self._job.flops.peak)
         self.restart_clock()
 
-    def _sums(self) -> list[float]:
-        """Return the sum over the global batch of each pending step; the same bits on any number of processes."""
+    def _sums(self) -> list[list[float]]:
+        """Return the sums over the global batch of each pending step; the same bits on any number of processes."""
         pending, ranks = torch.stack(self._pending), self._job.virtual_ranks
         self._pending.clear()
-        # Each virtual rank has its own column: all processes but one add zeros to it, which changes no bits.
-        columns = pending.new_zeros(len(pending), ranks[0].size)
-        columns[:, ranks[0].rank : ranks[-1].rank + 1] = pending
-        rows: list[list[float]] = self._job.runtime.collectives.sum(columns).tolist()
-        return [sum_in_order(row) for row in rows]
+        # Each virtual rank has its own place: all processes but one add zeros to it, which changes no bits.
+        by_rank = pending.new_zeros(len(pending), ranks[0].size, pending.shape[2])
+        by_rank[:, ranks[0].rank : ranks[-1].rank + 1] = pending
+        steps: list[list[list[float]]] = self._job.runtime.collectives.sum(by_rank).tolist()
+        return [[sum_in_order(values) for values in zip(*of_step, strict=True)] for of_step in steps]
 
     def take_line(self, step: int, profile: Profile) -> dict[str, Any]:
         """Return a line of metrics.jsonl about the steps since the last one; the next one begins here."""
@@ -100,15 +173,36 @@ class LossMeter:
         images = len(steps) * batch_size
         rates = {"images_per_second": images / max(seconds, 1e-9), **job.flops.rates(steps, batch_size, self._time)}
         fractions = profile.take(seconds, job.model.distributed.exchange_fraction())
+        values = {"accuracy": self.accuracy.take_line(self._steps), "grad_norm": self._grad_norm, **rates}
         line = {
             "epoch": job.epoch(step),
             "train/loss": self._sum / images,
             "train/lr": job.learning_rate(step - 1),
-            **{f"train/{name}": value for name, value in rates.items() if value is not None},
+            **{f"train/{name}": value for name, value in values.items() if value is not None},
             **{f"profile/{name}": round(part, 5) for name, part in fractions.items()},
+            **{f"memory/{name}_gib": peak for name, peak in peak_memory(job.runtime.device).items()},
         }
         self.logged_step, self._sum, self._steps, self._time = step, 0.0, 0, TrainingTime()
+        self._grad_norm = None
         return line
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the peaks of this process since it began, in GiB.
+
+    Returns:
+        `host`: resident memory; `device`, for a GPU: memory that torch has allocated on it.
+    """
+    peaks = {"host": machine.peak_memory()}
+    if device.type == "cuda":
+        peaks["device"] = torch.cuda.max_memory_allocated(device)
+    return {name: round(peak / 2**30, 3) for name, peak in peaks.items()}
+
+
+def peak_memory_of_all(runtime: Runtime) -> dict[str, float | None]:
+    """Return the highest peaks of all processes, in GiB; `device` is None without GPUs. A collective."""
+    of_each = runtime.collectives.from_all(peak_memory(runtime.device))
+    return {name: max((each[name] for each in of_each if name in each), default=None) for name in ("host", "device")}
 
 
 def check_weights(job: Job, step: int) -> None:

@@ -13,6 +13,7 @@ from distrain.data.rounds import Batch
 from distrain.environment import World
 from distrain.training import augment, mixing, optim
 from distrain.training.job import Job
+from distrain.training.meters import StepResult
 from distrain.training.profiling import Profile
 
 
@@ -45,27 +46,33 @@ class TrainingStep:
 
     def __init__(self, job: Job, profile: Profile) -> None:
         self._job, self._profile = job, profile
+        self._mixes_labels = job.config.augment.mixes_labels
 
-    def __call__(self, step: int, batches: Sequence[Batch]) -> Tensor:
+    def __call__(self, step: int, batches: Sequence[Batch], with_norm: bool = False) -> StepResult:
         """Train on the local batches of a step of the run, one for each virtual rank.
 
-        Returns:
-            The sum of the losses of each virtual rank: fp64 [v], on the device. Reading them waits for the device.
+        Args:
+            step: counted from 0.
+            batches: the local batches.
+            with_norm: whether the norm of the gradient is needed; clipping computes it in any case.
         """
         job, model = self._job, self._job.model
         optim.set_learning_rate(model.optimizer, job.learning_rate(step), job.config.train.lr)
         with job.runtime.collectives.fail_alone():  # functions of the user are checked in each step
-            losses = [self._train(step, rank, batch) for rank, batch in zip(job.virtual_ranks, batches, strict=True)]
+            sums = [self._train(step, rank, batch) for rank, batch in zip(job.virtual_ranks, batches, strict=True)]
         model.distributed.exchange()
+        norm = None
         if job.config.train.clip_norm is not None:
-            model.distributed.clip_norm(job.config.train.clip_norm)
+            norm = model.distributed.clip_norm(job.config.train.clip_norm)
+        elif with_norm:
+            norm = model.distributed.grad_norm()
         job.runtime.update(model.optimizer)
         if model.ema is not None:
             model.ema.update()
-        return torch.stack(losses)
+        return StepResult(torch.stack([each for of_rank in sums for each in of_rank]).view(len(sums), -1), norm)
 
-    def _train(self, step: int, rank: World, batch: Batch) -> Tensor:
-        """Run the passes of a virtual rank; return the sum of its losses."""
+    def _train(self, step: int, rank: World, batch: Batch) -> list[Tensor]:
+        """Run the passes of a virtual rank; return the sums over its samples: see `StepResult`."""
         job = self._job
         seed = job.layer_seed(step, rank)
         if job.config.train.virtual_ranks is None:
@@ -75,8 +82,8 @@ class TrainingStep:
         with self._profile.phase("copy"):
             local = self._augment(step, rank, batch)
         with job.model.distributed.virtual_rank(rank):
-            losses = self._forward_backward(local)
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            sums = self._forward_backward(local)
+        return sums[0] if len(sums) == 1 else [torch.stack(each).sum() for each in zip(*sums, strict=True)]
 
     def _augment(self, step: int, rank: World, batch: Batch) -> _LocalBatch:
         job, order, settings = self._job, self._job.order, self._job.config.augment
@@ -90,8 +97,8 @@ class TrainingStep:
             images = mixing.paste(images, images[partners], how.box)
         return _LocalBatch(images, batch.labels, partners, how.weight, how.box is None)
 
-    def _forward_backward(self, local: _LocalBatch) -> list[Tensor]:
-        """Run forward and backward over the micro-batches.
+    def _forward_backward(self, local: _LocalBatch) -> list[list[Tensor]]:
+        """Run forward and backward over the micro-batches; return the sums over the samples of each.
 
         Under DDP every process runs the same number of them, because BatchNorm computes its statistics with
         collectives.
@@ -99,7 +106,7 @@ class TrainingStep:
         job, distributed = self._job, self._job.model.distributed
         scale = distributed.loss_scale
         samples, number = len(local.labels), job.accumulation_steps
-        losses: list[Tensor] = []
+        sums: list[list[Tensor]] = []
         for index in range(number):
             part = slice(samples * index // number, samples * (index + 1) // number)
             if part.start == part.stop and not distributed.runs_empty:
@@ -107,9 +114,13 @@ class TrainingStep:
             with distributed.micro_batch(last=index == number - 1):
                 logits = distributed.forward(self._inputs(local, part))
                 loss = self._loss(local, part, logits)
+                correct = [] if self._mixes_labels else [_correct(logits.detach(), local.labels[part])]
                 distributed.backward(loss * scale)
-            losses.append(loss.detach().double())
-        return losses or [torch.zeros((), dtype=torch.float64, device=job.runtime.device)]
+            sums.append([loss.detach().double(), *correct])
+        if not sums:
+            zero = torch.zeros((), dtype=torch.float64, device=job.runtime.device)
+            sums.append([zero] if self._mixes_labels else [zero, zero])
+        return sums
 
     def _inputs(self, local: _LocalBatch, part: slice) -> Tensor:
         normalize = self._job.model.normalize
@@ -133,3 +144,8 @@ class TrainingStep:
             return job.functions.loss(logits, labels)
         smoothing = job.config.train.label_smoothing
         return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+
+
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the number of samples whose class was predicted: fp64 []."""
+    return (logits.argmax(1) == labels).sum(dtype=torch.float64)

@@ -226,7 +226,7 @@ def _format_scores(job: Job) -> str:
 
 
 def log_result(job: Job, result: dict[str, Any]) -> None:
-    """Log what a run did: steps, speed, time by phase with advice, lowest accuracies, checkpoint, warnings."""
+    """Log what a run did: steps, speed, time by phase with advice, scores, lowest accuracies, checkpoint, warnings."""
     fractions, seconds = result["profile"], result["compile_seconds"]
     rate = results.format_rate(result["images_per_second"], result["tflops_per_second"], result["mfu"])
     compiled = f"; {clock(seconds)} to compile" if seconds else ""
@@ -238,6 +238,9 @@ def log_result(job: Job, result: dict[str, Any]) -> None:
         log.info("time     %s", profiling.format_fractions(fractions))
     for line in profiling.advice(fractions, job.cache is not None, job.preprocessing is not None):
         log.info("         %s", line)
+    trained = result["train_accuracy"]
+    on_train = f"; on the augmented training images {percent(trained)}" if trained is not None else ""
+    log.info("scores   accuracy %s, %s%s", percent(result["accuracy"]), results.scores_line(result), on_train)
     by_class = results.lowest_first(results.classes_of(result))
     lowest = [(row.name, row.accuracy) for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
     log.info("lowest   %s", ", ".join(f"{printable(name)} {percent(accuracy)}" for name, accuracy in lowest))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from distrain import startup
 from distrain.data.cache import Cache
@@ -30,7 +30,7 @@ from distrain.training.digests import TrainedIds
 from distrain.training.evaluation import Scores
 from distrain.training.feed import Feed
 from distrain.training.job import Job
-from distrain.training.meters import LossMeter, check_weights, diverged
+from distrain.training.meters import LossMeter, check_weights, diverged, peak_memory_of_all
 from distrain.training.profiling import Profile
 from distrain.training.reporting import open_logs
 from distrain.training.step import TrainingStep
@@ -38,6 +38,14 @@ from distrain.training.stopping import StopPoll, wait_for_data
 from distrain.training.summary import log_result
 
 log = logging.getLogger("distrain")
+
+
+class _Due(NamedTuple):
+    """Whether an evaluation, a checkpoint and a line of metrics.jsonl are due; a line comes before the others."""
+
+    evaluation: bool
+    checkpoint: bool
+    line: bool
 
 
 class Trainer:
@@ -147,7 +155,7 @@ class Trainer:
                 if self.step == first:
                     self.losses.restart_clock()  # reading before the first step is not training
                 self._record_batches(batches)
-                self.losses.add(self.train_step(self.step, batches))
+                self.losses.add(self.train_step(self.step, batches, self._due(self.step + 1).line))
                 self.ids.add(self.step, batches)
                 self.step += 1
                 if self.step < job.total_steps:
@@ -168,9 +176,10 @@ class Trainer:
         collector = pictures.Collector()
         scores = self._score("test", collector.add)
         misclassified = collector.over_all(job.runtime)
+        memory = peak_memory_of_all(job.runtime)
         job.runtime.leave_peers(is_loss=False)  # a peer that fails now does not take the result away
         self._check_result(scores)
-        result = self._result(scores, step)
+        result = self._result(scores, step, memory)
         self._record("test", scores)
         self.logs.progress.close()
         if job.runtime.is_main:
@@ -205,14 +214,9 @@ class Trainer:
         Raises:
             StopAgreed: on all processes, if one was asked to stop.
         """
-        step, config = self.step, self.job.config
-        last = step == self.job.total_steps
-        eval_every = config.eval.every_steps if config.eval.every_steps is not None else self.job.order.steps_per_epoch
-        # Without a val split, `finish` scores test after the last step.
-        evaluate = "val" in self.job.dataset.manifest.splits if last else _is_due(step, eval_every)
-        save = (last and step > 0) or _is_due(step, config.checkpoint.every_steps)
+        step = self.step
+        evaluate, save, write_line = self._due(step)
         by_clock = self.stops.is_due(step) and self.stops.poll(step, self.checkpointer.is_due(step))
-        write_line = evaluate or save or _is_due(step, config.log.every_steps)
         if not (write_line or by_clock):
             if self.losses.is_full:
                 self._free_memory()
@@ -227,10 +231,19 @@ class Trainer:
         if evaluate and self.evaluated_step < step and self._evaluate():  # guard: evaluation-due
             save = True
         if save or by_clock or self.stopped_early:
-            self._save("last" if last else "interval")
+            self._save("last" if step == self.job.total_steps else "interval")
             if self.checkpointer.saved_step != step:
                 self.best = best_before  # without a checkpoint it could not be loaded at the end
         self.losses.restart_clock()
+
+    def _due(self, step: int) -> _Due:
+        """Return what is due after `step` steps."""
+        config, last = self.job.config, step == self.job.total_steps
+        eval_every = config.eval.every_steps if config.eval.every_steps is not None else self.job.order.steps_per_epoch
+        # Without a val split, `finish` scores test after the last step.
+        evaluate = "val" in self.job.dataset.manifest.splits if last else _is_due(step, eval_every)
+        save = (last and step > 0) or _is_due(step, config.checkpoint.every_steps)
+        return _Due(evaluate, save, evaluate or save or _is_due(step, config.log.every_steps))
 
     def _check_images(self) -> None:
         """Record which images of the steps so far could not be decoded; a collective for an index.
@@ -330,8 +343,7 @@ class Trainer:
         return scores
 
     def _record(self, split: str, scores: Scores) -> None:
-        values = {f"{split}/accuracy": scores.accuracy, f"{split}/loss": scores.loss, "seconds": self.seconds}
-        self.logs.record(self.step, values)
+        self.logs.record(self.step, {**scores.as_line(split), "seconds": self.seconds})
 
     def _save(self, why: str) -> None:
         best_step = self.best["step"] if self.best else None
@@ -380,7 +392,7 @@ class Trainer:
         except Exception as error:
             log.warning("pictures could not be written: %s: %s", type(error).__name__, error)
 
-    def _result(self, scores: Scores, best_step: int) -> dict[str, Any]:
+    def _result(self, scores: Scores, best_step: int, memory: dict[str, float | None]) -> dict[str, Any]:
         """Return the content of RUN/result.json."""
         job, order = self.job, self.job.order
         epochs = job.epoch(self.step)
@@ -396,6 +408,8 @@ class Trainer:
             "train_seconds": time_used.seconds,
             "images_per_second": images / max(time_used.seconds, 1e-9),
             **job.flops.rates(range(self.step), order.global_batch_size, time_used),
+            "memory_gib": memory,
+            "train_accuracy": self.losses.accuracy.of_last_epoch(self.step),
             "checkpoint": checkpoint.path_of(job.checkpoints, best_step).name,
             "val_accuracy": self.best["accuracy"] if self.best else None,
             "stopped_early": self.stopped_early,
