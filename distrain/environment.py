@@ -20,6 +20,8 @@ STORE_SOCKET = "DISTRAIN_STORE_SOCKET"
 """Environment variable: descriptor of the socket that the launcher opened, on which rank 0 serves the store."""
 LAUNCHER = "DISTRAIN_LAUNCHER"
 """Environment variable: process ID of the launcher."""
+COMMAND = "DISTRAIN_COMMAND"
+"""Environment variable: the launcher's command, without secrets, for the record of the attempt."""
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Environment variable that torchrun sets in the processes that it starts."""
 IN_A_GROUP = ("train", "evaluate", "doctor")

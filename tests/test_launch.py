@@ -72,6 +72,8 @@ def test_every_launcher_trains_the_same(run_under: Callable[[str], Path]) -> Non
     for name, (size, _) in LAUNCHERS.items():
         run = run_under(name)
         assert json.loads((run / "result.json").read_text())["world_size"] == size
+        typed = "distrain launch --nproc 2 -- train" if name == "distrain launch" else "distrain train"
+        assert json.loads((run / "attempts/000001.json").read_text())["command"].startswith(f"{typed} data.dir=")
         ends[name] = load_file(run / "checkpoints/step-00000030/model.safetensors")
     for name, other in (("accelerate", "torchrun"), ("distrain launch", "torchrun")):
         assert all(torch.equal(ends[name][key], ends[other][key]) for key in ends[name])

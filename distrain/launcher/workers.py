@@ -14,11 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
-from distrain.environment import LAUNCHER, STATUS_FOLDER, STORE_SOCKET
+from distrain.environment import COMMAND, LAUNCHER, STATUS_FOLDER, STORE_SOCKET
 from distrain.errors import Stopped
 from distrain.failure_report import is_unfinished, mark_unfinished, read_failure
 from distrain.launcher.cluster import Topology
 from distrain.launcher.verdict import WorkerExit
+from distrain.runs import origin
 from distrain.worker_status import WorkerStatus, read_status
 
 PROGRAM = Path(__file__).parent.parent / "__main__.py"
@@ -94,6 +95,7 @@ class Workers:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             "PYTHONFAULTHANDLER": "1",
             LAUNCHER: os.getpid(),
+            COMMAND: origin.command(sys.argv),
             STATUS_FOLDER: folder,
         }
         inherited = {name: value for name, value in os.environ.items() if name not in (*group, "RANK", "LOCAL_RANK")}

@@ -76,6 +76,9 @@ class Attempt(Record):
     reason: str = ""
     from_step: Count | None = None
     world_size: Positive | None = None
+    command: str | None = None
+    git_commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40,64}$")] | None = None
+    git_changes: bool | None = None
 
 
 class Exit(Record):

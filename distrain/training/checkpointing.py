@@ -16,7 +16,7 @@ from distrain.distributed.numerics import differences
 from distrain.errors import EXIT_OK, BusyError, ConfigError, DataError, FolderLostError
 from distrain.failure_report import failure_of, report_failure
 from distrain.models.weight_files import CLASSES
-from distrain.runs import attempts, checkpoint, lease, logs, records
+from distrain.runs import attempts, checkpoint, lease, logs, origin, records
 from distrain.runs import folder as run_folder
 from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.folder import METRICS, RESULT
@@ -57,7 +57,8 @@ class Checkpointer:
         # Lines of metrics.jsonl may be missing: those to come are counted from what is there.
         state = {**self._restore(path), "lines": self._lines} if path is not None else {}
         if self._lease is not None:
-            self._lease.note(from_step=state.get("step", 0), world_size=self._job.runtime.world.size)
+            from_step, world_size = state.get("step", 0), self._job.runtime.world.size
+            self._lease.note(from_step=from_step, world_size=world_size, **origin.describe())
         return state
 
     def start_clock(self) -> None:
