@@ -34,6 +34,26 @@ class BatchNormAndDropout(nn.Sequential):
         )
 
 
+class FromImages(nn.Sequential):
+    """Computes initial weights from images; kernels and a matrix for Muon, and biases."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(
+            nn.Conv2d(image_shape[0], 4, 2),
+            nn.Conv2d(4, 8, 3, stride=4),
+            nn.BatchNorm2d(8),
+            nn.Flatten(),
+            nn.LazyLinear(10),
+            nn.Tanh(),
+            nn.Linear(10, num_classes),
+        )
+        self(torch.zeros(2, *image_shape))
+
+    def initialize_from_images(self, images: Tensor) -> None:
+        with torch.no_grad():
+            self[0].weight.copy_(images.mean(0)[None, :, :2, :2])  # type: ignore[arg-type]
+
+
 class Normed(nn.Sequential):
     """Has BatchNorm of one and of two dimensions; for images of 16×16 pixels."""
 

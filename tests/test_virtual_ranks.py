@@ -60,11 +60,17 @@ OPTIONS: dict[str, Sections] = {
         "augment": {"mixup": 0.4, "cutmix": 1.0, "erasing": 0.5},
         "data": {"cache": "off"},
     },
+    "speedrun": {
+        "model": {"name": "models_for_tests:FromImages"},
+        "augment": {"flip": "alternating"},
+        "train": {"optimizer": "muon", "lr_scale": {"*.bias": 2}, "nesterov": True, "muon_normalize": True},
+        "eval": {"flip": True},
+    },
     "empty": {"train": {"global_batch_size": 13, "virtual_ranks": 12}, "model": {"name": "net"}},
 }
 """Options whose result could depend on the number of processes; local batches are uneven (12 lanes for 8 ranks)."""
 
-_AT_ONCE = ("together", "bf16", "adamw", "all lanes", "empty")
+_AT_ONCE = ("together", "speedrun", "adamw", "all lanes", "empty")
 
 
 def configuration(dataset: Dataset, folder: Path, /, *several: Sections) -> Sections:
