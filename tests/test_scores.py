@@ -186,8 +186,10 @@ def test_what_is_known_of_the_accuracy_of_training() -> None:
     for step, correct in ((3, 8), (4, 9)):
         resumed.add(step, correct)
     assert (resumed.take_line(3), resumed.of_last_epoch(5)) == (0.8, 0.6)
-    resumed.add(5, None)  # labels are mixed
-    assert (resumed.take_line(1), resumed.of_last_epoch(6)) == (None, None)
+    resumed.add(5, 10)
+    assert (resumed.take_line(1), resumed.of_last_epoch(6)) == (1.0, 0.9)
+    resumed.add(6, None)  # labels are mixed
+    assert (resumed.take_line(1), resumed.of_last_epoch(7)) == (None, 0.9)
 
 
 def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(whole_batches: Dataset, tmp_path: Path) -> None:
