@@ -29,7 +29,7 @@ from distrain.distributed.collectives import Collectives
 from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradients import DataParallel
 from distrain.environment import World
-from distrain.runs import results
+from distrain.runs import results, trackers
 from distrain.runs.results import Confusion
 from distrain.training import meters
 from distrain.training.evaluation import Counts, is_in_top
@@ -72,6 +72,17 @@ def test_scores_are_those_of_published_examples() -> None:
         (0.4901625, 0.9433178), abs=1e-7
     )  # R: prop.test(8, 10, correct = FALSE)
     assert results.accuracy_interval(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-7)
+
+
+def test_scores_are_formatted_and_sent_to_trackers() -> None:
+    scores = {"accuracy_interval": [0.1, 0.25], "top5_accuracy": 0.9, "macro_f1": 0.5, "confusion": [[0, 0, 1]]}
+    assert results.scores_line(scores) == "95 % interval 10.0 % to 25.0 %, top-5 90.0 %, macro-F1 50.0 %"
+    assert results.scores_line({**scores, "top5_accuracy": None}).endswith("25.0 %, macro-F1 50.0 %")
+    assert trackers.scalars({**scores, "memory_gib": {"host": 1.5, "device": None}}) == {
+        "top5_accuracy": 0.9, "macro_f1": 0.5, "accuracy_interval/low": 0.1, "accuracy_interval/high": 0.25,
+        "memory/host_gib": 1.5,
+    }  # fmt: skip
+    assert trackers.scalars({}) == {}  # of a run that is not done
 
 
 @given(st.integers(1, 10**6).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
