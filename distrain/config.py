@@ -323,7 +323,7 @@ class Augment(Section):
 
     @property
     def mixes_labels(self) -> bool:
-        """Whether a trained image has more than one label."""
+        """Whether samples are trained with the labels of two images."""
         return self.mixup > 0
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from datasets import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meta_device import META, Launches
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
@@ -32,7 +33,7 @@ from distrain.environment import World
 from distrain.runs import results, trackers
 from distrain.runs.results import Confusion
 from distrain.training import meters
-from distrain.training.evaluation import Counts, is_in_top
+from distrain.training.evaluation import Counts, _Counter, is_in_top
 from distrain.training.meters import TrainAccuracy
 
 CLASSES = 7
@@ -145,6 +146,14 @@ def test_of_equal_logits_the_first_class_counts_as_the_more_probable_one(seed: i
         assert expected.tolist() == (logits.argmax(1) == truth).tolist()
 
 
+def test_counting_a_batch_waits_for_nothing() -> None:
+    counter, truth = _Counter(10), torch.empty(8, dtype=torch.int64, device=META)
+    logits = torch.empty(8, 10, device=META)
+    with Launches() as count:
+        counter.add(truth, logits, logits)
+    assert count.total <= 16
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -220,19 +229,22 @@ def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(whole_batches: Da
 
 def test_the_norm_of_fp16_is_that_of_the_unscaled_gradient() -> None:
     module = nn.Linear(3, 2)
+    before = [each.detach().clone() for each in module.parameters()]
     accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     prepared, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
     model = DataParallel(prepared, accelerator, Collectives(World(0, 1), None), Compilation("off", ()), 1, 8)
     loss = module(torch.ones(8, 3)).square().sum()
     loss.backward()
-    expected = torch.cat([each.grad.flatten() for each in module.parameters() if each.grad is not None]).norm()
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    gradients = [each.grad.clone() for each in module.parameters() if each.grad is not None]
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     try:
         module.zero_grad()
         model.backward(module(torch.ones(8, 3)).square().sum())
-        torch.testing.assert_close(model.grad_norm(), expected)
-        optimizer.optimizer.step()
+        torch.testing.assert_close(model.grad_norm(), torch.cat([each.flatten() for each in gradients]).norm())
+        optimizer.step()
+        for weight, start, gradient in zip(module.parameters(), before, gradients, strict=True):
+            torch.testing.assert_close(weight.detach(), start - 0.1 * gradient)
     finally:
         accelerator.state._reset_state(True)
 
