@@ -21,7 +21,7 @@ import click
 from distrain import __version__, config, console, failure_report, machine, signals, startup
 from distrain.environment import IN_A_GROUP, Environment
 from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
-from distrain.text import plural, printable
+from distrain.text import percent, plural, printable
 
 if TYPE_CHECKING:
     from distrain.api.preparation import AnySource
@@ -347,7 +347,7 @@ def evaluate(environment: Environment, run: Path, overrides: tuple[str, ...], sp
         from distrain.runs import results
 
         console.show(results.accuracy_line(split, content["total"], content["accuracy"]))
-        console.show(results.scores_line(content))
+        console.show(f"{results.scores_line(content)}, calibration error {percent(content['calibration_error'])}")
         console.show(f"written to {evaluation.file_of(run, content)}")
 
 

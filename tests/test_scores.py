@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from datasets import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meta_device import META, Launches
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
@@ -29,10 +30,10 @@ from distrain.distributed.collectives import Collectives
 from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradients import DataParallel
 from distrain.environment import World
-from distrain.runs import results
+from distrain.runs import results, trackers
 from distrain.runs.results import Confusion
 from distrain.training import meters
-from distrain.training.evaluation import Counts, is_in_top
+from distrain.training.evaluation import Counts, _Counter, is_in_top
 from distrain.training.meters import TrainAccuracy
 
 CLASSES = 7
@@ -72,6 +73,17 @@ def test_scores_are_those_of_published_examples() -> None:
         (0.4901625, 0.9433178), abs=1e-7
     )  # R: prop.test(8, 10, correct = FALSE)
     assert results.accuracy_interval(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-7)
+
+
+def test_scores_are_formatted_and_sent_to_trackers() -> None:
+    scores = {"accuracy_interval": [0.1, 0.25], "top5_accuracy": 0.9, "macro_f1": 0.5, "confusion": [[0, 0, 1]]}
+    assert results.scores_line(scores) == "95 % interval 10.0 % to 25.0 %, top-5 90.0 %, macro-F1 50.0 %"
+    assert results.scores_line({**scores, "top5_accuracy": None}).endswith("25.0 %, macro-F1 50.0 %")
+    assert trackers.scalars({**scores, "memory_gib": {"host": 1.5, "device": None}}) == {
+        "top5_accuracy": 0.9, "macro_f1": 0.5, "accuracy_interval/low": 0.1, "accuracy_interval/high": 0.25,
+        "memory/host_gib": 1.5,
+    }  # fmt: skip
+    assert trackers.scalars({}) == {}  # of a run that is not done
 
 
 @given(st.integers(1, 10**6).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
@@ -134,6 +146,14 @@ def test_of_equal_logits_the_first_class_counts_as_the_more_probable_one(seed: i
         assert expected.tolist() == (logits.argmax(1) == truth).tolist()
 
 
+def test_counting_a_batch_waits_for_nothing() -> None:
+    counter, truth = _Counter(10), torch.empty(8, dtype=torch.int64, device=META)
+    logits = torch.empty(8, 10, device=META)
+    with Launches() as count:
+        counter.add(truth, logits, logits)
+    assert count.total <= 16
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +206,10 @@ def test_what_is_known_of_the_accuracy_of_training() -> None:
     for step, correct in ((3, 8), (4, 9)):
         resumed.add(step, correct)
     assert (resumed.take_line(3), resumed.of_last_epoch(5)) == (0.8, 0.6)
-    resumed.add(5, None)  # labels are mixed
-    assert (resumed.take_line(1), resumed.of_last_epoch(6)) == (None, None)
+    resumed.add(5, 10)
+    assert (resumed.take_line(1), resumed.of_last_epoch(6)) == (1.0, 0.9)
+    resumed.add(6, None)  # labels are mixed
+    assert (resumed.take_line(1), resumed.of_last_epoch(7)) == (None, 0.9)
 
 
 def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(whole_batches: Dataset, tmp_path: Path) -> None:
@@ -207,19 +229,22 @@ def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(whole_batches: Da
 
 def test_the_norm_of_fp16_is_that_of_the_unscaled_gradient() -> None:
     module = nn.Linear(3, 2)
+    before = [each.detach().clone() for each in module.parameters()]
     accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     prepared, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
     model = DataParallel(prepared, accelerator, Collectives(World(0, 1), None), Compilation("off", ()), 1, 8)
     loss = module(torch.ones(8, 3)).square().sum()
     loss.backward()
-    expected = torch.cat([each.grad.flatten() for each in module.parameters() if each.grad is not None]).norm()
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    gradients = [each.grad.clone() for each in module.parameters() if each.grad is not None]
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     try:
         module.zero_grad()
         model.backward(module(torch.ones(8, 3)).square().sum())
-        torch.testing.assert_close(model.grad_norm(), expected)
-        optimizer.optimizer.step()
+        torch.testing.assert_close(model.grad_norm(), torch.cat([each.flatten() for each in gradients]).norm())
+        optimizer.step()
+        for weight, start, gradient in zip(module.parameters(), before, gradients, strict=True):
+            torch.testing.assert_close(weight.detach(), start - 0.1 * gradient)
     finally:
         accelerator.state._reset_state(True)
 

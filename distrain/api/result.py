@@ -44,8 +44,8 @@ class Result:
     split: str
     accuracy: float
     correct: int
-    accuracy_interval: tuple[float, float]
     total: int
+    accuracy_interval: tuple[float, float]
     loss: float
     top5_accuracy: float | None
     macro_f1: float

@@ -208,13 +208,12 @@ def accuracy_line(split: str, total: int, accuracy: float) -> str:
 
 
 def scores_line(scores: Mapping[str, Any]) -> str:
-    """Format the scores that say more than the accuracy; the top-5 accuracy only where there is one."""
+    """Format the interval of the accuracy, and the scores beside it; the top-5 accuracy only where there is one."""
     low, high = scores["accuracy_interval"]
-    parts = [f"95% interval {percent(low)} to {percent(high)}"]
+    parts = [f"95 % interval {percent(low)} to {percent(high)}"]
     if scores["top5_accuracy"] is not None:
         parts.append(f"top-5 {percent(scores['top5_accuracy'])}")
-    parts += [f"macro-F1 {percent(scores['macro_f1'])}", f"calibration error {percent(scores['calibration_error'])}"]
-    return ", ".join(parts)
+    return ", ".join([*parts, f"macro-F1 {percent(scores['macro_f1'])}"])
 
 
 def step_of(result: dict[str, Any]) -> int:

@@ -93,8 +93,9 @@ def _comparable(lines: Sequence[dict[str, Any]]) -> dict[tuple[int, str], dict[s
         values = {name: value for name, value in line.items() if not name.startswith(_OF_THE_CLOCK)}
         about = min((name.partition("/")[0] for name in values if "/" in name), default="")
         digests = {f"digest of {name}": value for name, value in values.pop("digests", {}).items()}
-        for name in values.keys() & {"train/loss", "train/accuracy"}:
-            values[f"{name} since step {since:,}"] = values.pop(name)
+        for name in ("train/loss", "train/accuracy"):
+            if name in values:
+                values[f"{name} since step {since:,}"] = values.pop(name)
         since = line["step"] if "train/loss" in line else since
         comparable[line["step"], about] = {**digests, **values}
     return comparable

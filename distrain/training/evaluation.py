@@ -36,6 +36,7 @@ Collect = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 _MAX_PENDING = 250
 """Batches whose predictions are on the device before they are counted."""
 _TOP = 5
+"""Classes that a sample's class is to be among, for the top-5 accuracy."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,16 @@ class Scores:
         """Fraction of the samples whose class is among the five most probable; None if there are at most five."""
         return self.counts.in_top5 / self.total if self.confusion.num_classes > _TOP else None
 
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 score of the classes that occur or are predicted."""
+        return results.macro_f1(self.confusion)
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error."""
+        return results.calibration_error(self.counts.calibration_gaps, self.total)
+
     def as_dict(self, classes: list[str]) -> dict[str, Any]:
         """Return the scores for JSON; the accuracy of a class without samples is null."""
         precisions = results.precision_by_class(self.confusion)
@@ -112,8 +123,8 @@ class Scores:
             "total": self.total,
             "loss": self.loss,
             "top5_accuracy": self.top5_accuracy,
-            "macro_f1": results.macro_f1(self.confusion),
-            "calibration_error": results.calibration_error(self.counts.calibration_gaps, self.total),
+            "macro_f1": self.macro_f1,
+            "calibration_error": self.calibration_error,
             "accuracy_by_class": {row.name: row.accuracy for row in results.accuracy_by_class(classes, self.confusion)},
             "precision_by_class": dict(zip(classes, precisions, strict=True)),
             "confusion": self.confusion.as_rows(),
@@ -121,13 +132,8 @@ class Scores:
 
     def as_line(self, split: str) -> dict[str, float]:
         """Return the scores for a line of metrics.jsonl."""
-        values = {
-            "accuracy": self.accuracy,
-            "loss": self.loss,
-            "top5_accuracy": self.top5_accuracy,
-            "macro_f1": results.macro_f1(self.confusion),
-            "calibration_error": results.calibration_error(self.counts.calibration_gaps, self.total),
-        }
+        names = ("accuracy", "loss", "top5_accuracy", "macro_f1", "calibration_error")
+        values = {name: getattr(self, name) for name in names}
         return {f"{split}/{name}": value for name, value in values.items() if value is not None}
 
 

@@ -238,9 +238,9 @@ def log_result(job: Job, result: dict[str, Any]) -> None:
         log.info("time     %s", profiling.format_fractions(fractions))
     for line in profiling.advice(fractions, job.cache is not None, job.preprocessing is not None):
         log.info("         %s", line)
-    trained = result["train_accuracy"]
-    on_train = f"; on the augmented training images {percent(trained)}" if trained is not None else ""
-    log.info("scores   accuracy %s, %s%s", percent(result["accuracy"]), results.scores_line(result), on_train)
+    log.info("scores   accuracy %s, %s", percent(result["accuracy"]), results.scores_line(result))
+    if result["train_accuracy"] is not None:
+        log.info("         in training, on augmented images, %s", percent(result["train_accuracy"]))
     by_class = results.lowest_first(results.classes_of(result))
     lowest = [(row.name, row.accuracy) for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
     log.info("lowest   %s", ", ".join(f"{printable(name)} {percent(accuracy)}" for name, accuracy in lowest))

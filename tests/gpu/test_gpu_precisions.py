@@ -43,9 +43,10 @@ def test_it_learns(
                   "precision": precision, "deterministic": False},
     }  # fmt: skip
     run = train(configuration("run", **changes), most)
-    accuracy = json.loads((run / "result.json").read_text())["accuracy"]
-    measured("accuracy", 100 * accuracy, "%")
-    assert accuracy > 0.8
+    result = json.loads((run / "result.json").read_text())
+    measured("accuracy", 100 * result["accuracy"], "%")
+    assert result["accuracy"] > 0.8
+    assert (result["memory_gib"]["device"] is None) == (device == "cpu")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
