@@ -177,9 +177,12 @@ def test_the_table_by_epoch_has_means_of_training_and_the_last_evaluation(runs: 
     ]
     record = replace(record, lines=lines, result=None, setup={**record.setup, "steps_per_epoch": 8})
     assert epochs.table(record) == epochs.Table(
+        "2 epochs; averages of training over each epoch",
         ["epoch", "step", "train loss", "val accuracy", "learning rate", "time"],
         [["1", "8", "3.5000", "50.0 %", "0.2", "0:09"], ["2", "9", "1.0000", "–", "0.3", "1:10"]],
     )
+    many = epochs.table(replace(record, lines=[{"step": step, "val/loss": 1.0} for step in range(8, 8001, 8)]))
+    assert (many.title[:30], len(many.rows), many.rows[-1][0]) == ("The last 300 of 1,000 epochs; ", 300, "1,000")
 
 
 def test_images_that_are_not_augmented_are_shown_once(runs: list[Path], tmp_path: Path) -> None:

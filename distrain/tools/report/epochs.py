@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distrain.runs.folder import RunRecord
-from distrain.text import clock, percent
+from distrain.text import clock, percent, plural
 from distrain.tools.report import charts
 
 _COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
@@ -26,9 +26,14 @@ _MEANS = ("train/loss", "train/accuracy", "train/grad_norm", "train/images_per_s
 """Keys whose lines are averages since the line before; of the others, the last value of an epoch is shown."""
 
 
-class Table(NamedTuple):
-    """Headings, and rows of texts."""
+_MAX_ROWS = 300
+"""Epochs in the table: of a longer run, the last ones."""
 
+
+class Table(NamedTuple):
+    """A title, headings, and rows of texts."""
+
+    title: str
     head: list[str]
     rows: list[list[str]]
 
@@ -47,7 +52,9 @@ def table(record: RunRecord) -> Table:
         times = [line["seconds"] for line in lines if "seconds" in line]
         time = clock(max(times)) if times else "–"
         rows.append([f"{epoch:,}", f"{max(line['step'] for line in lines):,}", *texts, time])
-    return Table(["epoch", "step", *(name for name, *_ in shown), "time"], rows)
+    title = plural(len(rows), "epoch") if len(rows) <= _MAX_ROWS else f"The last {_MAX_ROWS} of {len(rows):,} epochs"
+    head = ["epoch", "step", *(name for name, *_ in shown), "time"]
+    return Table(f"{title}; averages of training over each epoch", head, rows[-_MAX_ROWS:])
 
 
 def _with_steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -441,7 +441,7 @@ def _attempts(record: RunRecord) -> Table:
         ]
         for attempt in record.attempts
     ]
-    return Table(head, rows)
+    return Table("", head, rows)
 
 
 def _time(text: str | None) -> str:
