@@ -90,7 +90,7 @@ def test_a_confusion_matrix_has_the_counts_of_few_classes(classes: int, has_numb
     confusion = Confusion.of_result(result)
     counted = {(true, predicted): count for true, predicted, count in confusion.as_rows()}
     for cell in matrix.cells:
-        true, predicted = (int(matrix.classes[index].split()[1]) for index in (cell.row, cell.column))
+        true, predicted = (int(matrix.classes[index][0].split()[1]) for index in (cell.row, cell.column))
         samples = int(confusion.samples_by_class()[true])
         assert cell.number == str(counted[true, predicted])
         assert cell.text.startswith(

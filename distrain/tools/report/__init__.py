@@ -1,7 +1,7 @@
 """`distrain report`: write an HTML page about one or several runs, which needs no network and no other file.
 
 1. `distrain.runs.folder` reads the files of each run
-2. `charts`, with `axes`, computes the charts; `checks` compares the files, `epochs` makes the table by epoch
+2. `charts`, with `axes`, computes the charts; `checks` compares the files, `epochs` and `origin` make tables
 3. `page` fills page.html and charts.html with Jinja, which escapes every name
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ LEFT, RIGHT, TOP, BOTTOM = 60, 394, 8, 192
 """Edges of the area inside the axes."""
 MAX_COUNTS = 20
 """Number of classes up to which the cells of a confusion matrix have numbers."""
-NAME_LENGTH = 18
+_NAME_LENGTH = 18
 """Letters of a name beside a confusion matrix."""
 _MAX_NAMED, _MAX_DRAWN = 30, 100
 """Number of classes up to which a confusion matrix has names, and classes in it: of more, those with most mistakes."""
@@ -132,7 +132,8 @@ class Matrix:
     """A confusion matrix: the classes that are shown, and the cells that are not empty."""
 
     title: str
-    classes: list[str]
+    classes: list[tuple[str, str]]
+    """Names, whole and short."""
     cells: list[Cell]
     has_names: bool
     has_numbers: bool
@@ -205,6 +206,7 @@ def curves(records: Sequence[RunRecord], names: Sequence[str]) -> list[Chart]:
 
     For more runs than a legend can list, the page itself shows which colour belongs to which run.
     """
+    records = [replace(record, lines=lines_of(record)) for record in records]
     metrics = [(_LOSS, "step"), (_LOSS, "time"), (_ACCURACY, "step"), (_ACCURACY, "time")]
     metrics += [(metric, "step") for metric in _OTHERS]
     made = [_chart(records, names, metric, x) for metric, x in metrics]
@@ -271,7 +273,7 @@ def _has_dots(key: str, points: _Points) -> bool:
 def _points(record: RunRecord, key: str, x: str, scale: float, limit: int) -> _Points:
     """Return at most `limit` points of a metric."""
     x_key = "seconds" if x == "time" else "step"
-    lines = [line for line in lines_of(record) if x_key in line and np.isfinite(line.get(key, np.nan))]
+    lines = [line for line in record.lines if x_key in line and np.isfinite(line.get(key, np.nan))]
     if key.startswith("train/") and lines:
         # Before an evaluation or a save, a line may average over one or two steps: noise that looks like an event.
         covered = np.diff([0, *(line["step"] for line in lines)])
@@ -465,5 +467,6 @@ def matrix(result: dict[str, Any], classes: Sequence[str]) -> Matrix:
     of_all = f" ({len(drawn)} of {len(classes):,} classes, those with most mistakes)" if is_part else ""
     has_names, has_numbers = len(drawn) <= _MAX_NAMED, len(drawn) <= MAX_COUNTS
     cell = min(56.0, max(28.0, 240 / len(drawn))) if has_numbers else 16.0 if has_names else 400 / len(drawn)
-    room = 28 + 6.5 * min(max(map(len, names)), NAME_LENGTH) if has_names else 22.0
-    return Matrix(f"Confusion matrix: number of images{of_all}", names, cells, has_names, has_numbers, cell, room)
+    named = [(name, shortened_middle(name, _NAME_LENGTH)) for name in names]
+    room = 28 + 6.5 * max(len(short) for _, short in named) if has_names else 22.0
+    return Matrix(f"Confusion matrix: number of images{of_all}", named, cells, has_names, has_numbers, cell, room)

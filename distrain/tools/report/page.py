@@ -18,10 +18,10 @@ from PIL import Image
 from distrain import __version__, config, files
 from distrain.errors import ConfigError
 from distrain.progress import Bar
-from distrain.runs import checkpoint, results
+from distrain.runs import results
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED, RunRecord, read_pictures
-from distrain.text import clock, percent, plural, printable
-from distrain.tools.report import charts, checks, epochs
+from distrain.text import clock, percent, plural
+from distrain.tools.report import charts, checks, epochs, origin
 from distrain.tools.report.charts import Matrix
 from distrain.tools.report.checks import Check
 from distrain.tools.report.epochs import Table
@@ -121,30 +121,26 @@ def write(records: Sequence[RunRecord], out: Path) -> Path:
     names = _names(records)
     profiles = charts.profiles(records, names) if len(records) > 1 else []
     progress = Bar("runs", records[:_MAX_DETAILED], leave=False, show=len(records) > 1)
-    text = (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=" · ".join(names) if len(names) < 4 else f"{len(names)} runs",
-            frame=charts,
-            curves=charts.curves(records, names),
-            profiles=profiles,
-            phases=charts.phases(profiles),
-            sections=[_section(record, name) for record, name in zip(progress, names)],  # noqa: B905 - not all
-            differences=_differences(records),
-            names=names,
-            colours=charts.colours(len(records)),
-            many=len(records) > _MAX_COLUMNS,
-            version=__version__,
-        )
+    text = _template().render(
+        title=" · ".join(names) if len(names) < 4 else f"{len(names)} runs",
+        frame=charts,  # the sizes of a chart
+        curves=charts.curves(records, names),
+        profiles=profiles,
+        phases=charts.phases(profiles),
+        sections=[_section(record, name) for record, name in zip(progress, names)],  # noqa: B905 - not all
+        differences=_differences(records),
+        names=names,
+        colours=charts.colours(len(records)),
+        many=len(records) > _MAX_COLUMNS,
+        version=__version__,
     )
     out.mkdir(parents=True, exist_ok=True)
     files.replace(out / PAGE, text)
     return out / PAGE
 
 
-def _environment() -> jinja2.Environment:
-    """Return the templates, which escape all names, and their filters."""
+def _template() -> jinja2.Template:
+    """Return page.html, which escapes all names."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -152,8 +148,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shortened": printable, "parts": _parts}
-    return environment
+    environment.filters["parts"] = _parts
+    return environment.get_template("page.html")
 
 
 def _parts(text: str) -> list[str]:
@@ -196,7 +192,7 @@ def _section(record: RunRecord, name: str) -> Section:
     return Section(
         name=name,
         tiles=_tiles(record),
-        about=_about(record),
+        about=origin.about(record),
         warnings=_warnings(record),
         by_epoch=epochs.table(record),
         checks=checks.of_run(record),
@@ -205,7 +201,7 @@ def _section(record: RunRecord, name: str) -> Section:
         by_class=_by_class(record),
         misclassified=_misclassified(record),
         augmented=_augmented(record),
-        attempts=_attempts(record),
+        attempts=origin.attempts(record),
         facts=_facts(record),
     )
 
@@ -257,52 +253,6 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     number = len(charts.restarts(record))
     tiles.append((f"{number:,}", "restart" if number == 1 else "restarts"))
     return tiles
-
-
-def _about(record: RunRecord) -> list[tuple[str, str]]:
-    """Return when and from what the run was made: names and values; what is not known is omitted."""
-    result, attempt = record.result, _attempts_that_trained(record)[-1:]
-    newest = attempt[0] if attempt else {}
-    rows = [("date", _date(record)), ("command", newest.get("command")), ("git commit", _commit(newest))]
-    rows += [("seed", str(record.config.run.seed)), ("run", str(record.folder))]
-    if result is not None:
-        rows.append(("checkpoint", f"{checkpoint.FOLDER}/{result['checkpoint']}, {results.why_chosen(result)}"))
-        interval = result.get("accuracy_interval")
-        if interval is not None:
-            low, high = map(percent, interval)
-            rows.append(("accuracy", f"{percent(result['accuracy'])}, 95 % confidence interval {low} to {high}"))
-    job = newest.get("job") or record.exit_record.get("job")
-    return [(name, text) for name, text in [*rows, ("job", job)] if text]
-
-
-def _attempts_that_trained(record: RunRecord) -> list[dict[str, Any]]:
-    """Return the attempts without those after the end, to which nothing remained to be done."""
-    end = record.result["steps"] if record.result is not None else None
-    trained = [attempt for attempt in record.attempts if end is None or (attempt.get("from_step") or 0) < end]
-    return trained or record.attempts
-
-
-def _date(record: RunRecord) -> str:
-    """Return when the first attempt started and the last one ended, in UTC."""
-    attempts = _attempts_that_trained(record)
-    if not attempts:
-        return ""
-    start, end = _time(attempts[0]["start"]), _time(attempts[-1].get("ended"))
-    if not end:
-        return f"since {start} UTC"
-    same_day = start[:10] == end[:10]
-    return f"{start} to {end[11:] if same_day else end} UTC"
-
-
-def _commit(attempt: dict[str, Any]) -> str | None:
-    commit = attempt.get("git_commit")
-    changes = ", with changes that are not committed" if attempt.get("git_changes") else ""
-    return f"{commit}{changes}" if commit else None
-
-
-def _short_commit(attempt: dict[str, Any]) -> str:
-    """Return the first digits of the commit, with + if there were other changes; empty if not known."""
-    return (attempt.get("git_commit") or "")[:12] + ("+" if attempt.get("git_changes") else "")
 
 
 def _rate(record: RunRecord, name: str) -> float | None:
@@ -426,29 +376,6 @@ def _png(image: NDArray[Any], alpha: NDArray[Any] | None = None, max_size: int =
     return buffer.getvalue()
 
 
-def _attempts(record: RunRecord) -> Table:
-    head = ["attempt", "resumed after step", "processes", "host", "start (UTC)", "end (UTC)", "git commit", "reason"]
-    rows = [
-        [
-            str(attempt.get("attempt")),
-            f"{attempt['from_step']:,}" if attempt.get("from_step") is not None else "training did not start",
-            str(attempt.get("world_size") or ""),
-            str(attempt.get("host")),
-            _time(attempt.get("start")),
-            _time(attempt.get("ended")) or "not released",
-            _short_commit(attempt),
-            attempt.get("reason") or "",
-        ]
-        for attempt in record.attempts
-    ]
-    return Table("", head, rows)
-
-
-def _time(text: str | None) -> str:
-    """Return a time of an attempt's file, `2026-01-31T12:00:00Z`, for people."""
-    return (text or "").replace("T", " ").rstrip("Z")
-
-
 def _facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return tables about configuration, data and machine, each with a heading."""
     setup = record.setup
@@ -537,9 +464,9 @@ def _keys(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 def _surroundings(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Return data, processes, machine and versions of several runs."""
     setups = [record.setup for record in records]
-    newest = [(_attempts_that_trained(record) or [{}])[-1] for record in records]
+    commits = [origin.short_commit(origin.newest_attempt(record)) for record in records]
     rows = [
-        ("git commit", [_short_commit(attempt) or "not known" for attempt in newest]),
+        ("git commit", [commit or "not known" for commit in commits]),
         ("data set", [setup["data"]["manifest"][:12] for setup in setups]),
         ("parameters", [f"{setup['model']['parameters']:,}" for setup in setups]),
         ("processes", [str(setup["processes"]["number"]) for setup in setups]),
