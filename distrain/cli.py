@@ -365,9 +365,9 @@ def write_report(runs: tuple[Path, ...], out: Path | None) -> None:
     distrain report runs/first
     distrain report runs/first runs/second --out comparison
 
-    OUT/index.html has curves, confusions, misclassified pictures, augmented pictures, configuration, data and machine;
-    OUT/*.png are its charts. A run that is not finished can be shown as well. Several runs are sorted by their accuracy
-    on val (on test if there is no val), and shown as text too, with the keys that differ.
+    OUT/index.html has scores, command and git commit, curves, a table by epoch, confusions, misclassified pictures,
+    augmented pictures, configuration, data and machine. A run that is not finished can be shown as well. Several runs
+    are sorted by their accuracy on val (on test if there is no val), and shown as text too, with the keys that differ.
     """
     from distrain.tools import report
 

@@ -1,8 +1,8 @@
-"""`distrain report`: write an HTML page about one or several runs, which needs no network, and its charts as PNG files.
+"""`distrain report`: write an HTML page about one or several runs, which needs no network and no other file.
 
 1. `distrain.runs.folder` reads the files of each run
-2. `charts` draws the charts with matplotlib, in a light and a dark theme
-3. `page` fills page.html with Jinja, which escapes every name
+2. `charts`, with `axes`, computes the charts; `checks` compares the files, `epochs` and `origin` make tables
+3. `page` fills page.html and charts.html with Jinja, which escapes every name
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ log = logging.getLogger("distrain")
 
 
 def write(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write OUT/index.html and OUT/*.png as `compare` does; return the page's path."""
+    """Write OUT/index.html as `compare` does; return the page's path."""
     return compare(runs, out)[0]
 
 
 def compare(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, str]:
-    """Write OUT/index.html and OUT/*.png.
+    """Write OUT/index.html.
 
     Args:
         runs: folders of runs. Several are compared, the best first; those without a run that has started, or with a
@@ -36,8 +36,8 @@ def compare(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, str]:
         The page's path, and the comparison as text; it is empty for a single run.
 
     Raises:
-        ConfigError: several runs without `out`, a run is given twice, or `out` cannot be written or has files of these
-            names that are no report.
+        ConfigError: several runs without `out`, a run is given twice, or `out` cannot be written or has a file of this
+            name that is no report.
         DataError: a folder does not exist, or none can be shown.
     """
     if out is None and len(runs) > 1:

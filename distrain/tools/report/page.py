@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -17,11 +18,13 @@ from PIL import Image
 from distrain import __version__, config, files
 from distrain.errors import ConfigError
 from distrain.progress import Bar
-from distrain.runs import checkpoint, results
+from distrain.runs import results
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED, RunRecord, read_pictures
 from distrain.text import clock, percent, plural
-from distrain.tools.report import charts
-from distrain.tools.report.charts import Chart
+from distrain.tools.report import charts, checks, epochs, origin
+from distrain.tools.report.charts import Matrix
+from distrain.tools.report.checks import Check
+from distrain.tools.report.epochs import Table
 
 PAGE = "index.html"
 _THUMBNAIL = 128
@@ -35,26 +38,23 @@ _MAX_COLUMNS = 4
 """Up to this number of runs, each has a column in the table of differences; more have a row each, and are collapsed."""
 
 
-@dataclass(frozen=True)
-class EmbeddedChart:
-    """A chart on the page: data URLs for the light and the dark theme, and its width in pixels."""
+class ClassRow(NamedTuple):
+    """A class in the table of classes; `part` is its accuracy in percent, for the bar."""
 
-    title: str
-    light: str
-    dark: str
-    width: int
+    name: str
+    images: str
+    precision: str
+    accuracy: str
+    f1: str
+    part: float
 
 
-class Check(NamedTuple):
-    """A line under Checks.
+class Pictures(NamedTuple):
+    """Training images and augmented variants of them, as one image; without variants if nothing is augmented."""
 
-    Attributes:
-        mark: good: it was checked in the files of the run, and holds; bad: it does not; note: it was not checked.
-        text: what was checked.
-    """
-
-    mark: Literal["good", "bad", "note"]
-    text: str
+    url: str
+    has_variants: bool
+    settings: str
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,17 @@ class Section:
 
     name: str
     tiles: list[tuple[str, str]]
+    about: list[tuple[str, str]]
     warnings: list[str]
+    by_epoch: Table
     checks: list[Check]
-    classes: list[EmbeddedChart] = field(default_factory=list)
-    confusions: list[dict[str, Any]] = field(default_factory=list)
-    by_class: list[tuple[str, str, str]] = field(default_factory=list)
-    misclassified: list[dict[str, str]] = field(default_factory=list)
-    augmented: str | None = None
-    augmentation: str = ""
-    attempts: list[dict[str, Any]] = field(default_factory=list)
-    facts: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+    matrix: Matrix | None
+    confusions: list[dict[str, Any]]
+    by_class: list[ClassRow]
+    misclassified: list[dict[str, str]]
+    augmented: Pictures | None
+    attempts: Table
+    facts: list[tuple[str, list[tuple[str, str]]]]
 
 
 def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -110,24 +111,36 @@ def as_text(records: Sequence[RunRecord]) -> str:
 
 
 def write(records: Sequence[RunRecord], out: Path) -> Path:
-    """Write OUT/index.html and the charts as OUT/*.png.
+    """Write OUT/index.html.
 
     Raises:
-        OSError: they cannot be written.
-        ConfigError: a file of the same name is there that is no part of a report.
+        OSError: it cannot be written.
+        ConfigError: a file of the same name is there that is no report.
     """
-    _refuse_foreign(out, [PAGE])  # before anything is drawn
+    _refuse_foreign(out / PAGE)  # before anything is drawn
     names = _names(records)
-    pictures: dict[str, bytes] = {}
-    curves = [_embed(chart, pictures) for chart in charts.curves(records, names)]
-    sections = []
+    profiles = charts.profiles(records, names) if len(records) > 1 else []
     progress = Bar("runs", records[:_MAX_DETAILED], leave=False, show=len(records) > 1)
-    for number, (record, name) in enumerate(zip(progress, names)):  # noqa: B905 - not all
-        class_charts = []
-        if record.result is not None and record.classes:
-            suffix = f"-{number + 1}" if len(records) > 1 else ""
-            class_charts = charts.class_charts(record.result, record.classes, suffix)
-        sections.append(_section(record, name, [_embed(chart, pictures) for chart in class_charts]))
+    text = _template().render(
+        title=" · ".join(names) if len(names) < 4 else f"{len(names)} runs",
+        frame=charts,  # the sizes of a chart
+        curves=charts.curves(records, names),
+        profiles=profiles,
+        phases=charts.phases(profiles),
+        sections=[_section(record, name) for record, name in zip(progress, names)],  # noqa: B905 - not all
+        differences=_differences(records),
+        names=names,
+        colours=charts.colours(len(records)),
+        many=len(records) > _MAX_COLUMNS,
+        version=__version__,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    files.replace(out / PAGE, text)
+    return out / PAGE
+
+
+def _template() -> jinja2.Template:
+    """Return page.html, which escapes all names."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -135,44 +148,33 @@ def write(records: Sequence[RunRecord], out: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = environment.get_template("page.html").render(
-        title=" · ".join(names) if len(names) < 4 else f"{len(names)} runs",
-        curves=curves,
-        sections=sections,
-        differences=_differences(records),
-        names=names,
-        colours=charts.colours(len(records)),
-        many=len(records) > _MAX_COLUMNS,
-        version=__version__,
-    )
-    _refuse_foreign(out, list(pictures))
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in pictures.items():
-        files.replace(out / name, content)
-    files.replace(out / PAGE, text)  # last: if there is a page, it is complete
-    return out / PAGE
+    environment.filters["parts"] = _parts
+    return environment.get_template("page.html")
 
 
-_MARKS = (b'<meta name="generator" content="distrain">', b"Software\x00distrain")
-"""Text at the beginning of the page, and of the PNG files of its charts."""
+def _parts(text: str) -> list[str]:
+    """Cut a text after separators, as in paths and names of keys: a browser may break a line there."""
+    return re.split(r"(?<=[/_=-])|(?<=[.,:])(?!\d)", text)
 
 
-def _refuse_foreign(out: Path, names: Sequence[str]) -> None:
-    """Refuse to replace a file that is no part of a report: those of a report name distrain as their generator.
+_MARK = b'<meta name="generator" content="distrain">'
+"""Text at the beginning of the page."""
+
+
+def _refuse_foreign(page: Path) -> None:
+    """Refuse to replace a file that is no report: a report names distrain as its generator.
 
     Raises:
         ConfigError: there is such a file.
     """
-    for name in names:
-        path = out / name
-        if path.is_symlink() or path.exists():
-            try:
-                with files.open_regular(path) as file:
-                    head = file.read(1000)
-            except OSError:
-                head = b""
-            if not any(mark in head for mark in _MARKS):
-                raise ConfigError(f"{path}: is no part of a report of distrain; choose another --out, or move it away")
+    if page.is_symlink() or page.exists():
+        try:
+            with files.open_regular(page) as file:
+                head = file.read(1000)
+        except OSError:
+            head = b""
+        if _MARK not in head:
+            raise ConfigError(f"{page}: is no report of distrain; choose another --out, or move it away")
 
 
 def _names(records: Sequence[RunRecord]) -> list[str]:
@@ -182,32 +184,35 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
     return [name if plain.count(name) == 1 else f"{path.parent.name}/{name}" for path, name in zip(paths, plain)]  # noqa: B905
 
 
-def _embed(chart: Chart, pictures: dict[str, bytes]) -> EmbeddedChart:
-    """Add a chart's PNG file to `pictures`, and return the chart for the page."""
-    pictures[f"{chart.name}.png"] = chart.png()
-    light, dark = (_data_url("image/svg+xml", chart.svg(theme)) for theme in ("light", "dark"))
-    return EmbeddedChart(chart.title, light, dark, round(chart.size[0] * 96))
-
-
 def _data_url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _section(record: RunRecord, name: str, classes: list[EmbeddedChart]) -> Section:
+def _section(record: RunRecord, name: str) -> Section:
     return Section(
-        name,
-        _tiles(record),
-        _warnings(record),
-        _checks(record),
-        classes,
-        _confusions(record),
-        _by_class(record),
-        _misclassified(record),
-        _augmented(record),
-        _augmentation(record),
-        _attempts(record),
-        _facts(record),
+        name=name,
+        tiles=_tiles(record),
+        about=origin.about(record),
+        warnings=_warnings(record),
+        by_epoch=epochs.table(record),
+        checks=checks.of_run(record),
+        matrix=charts.matrix(record.result, record.classes) if record.result and record.classes else None,
+        confusions=_confusions(record),
+        by_class=_by_class(record),
+        misclassified=_misclassified(record),
+        augmented=_augmented(record),
+        attempts=origin.attempts(record),
+        facts=_facts(record),
     )
+
+
+_SCORES = {
+    "top5_accuracy": "top-5 accuracy on test",
+    "macro_f1": "macro-F1 on test: the mean over the classes",
+    "calibration_error": "expected calibration error on test",
+    "train_accuracy": "accuracy in training, on the images as augmented, in the last epoch",
+}
+"""Scores in RUN/result.json that are shown where they are known, and their meaning."""
 
 
 def _tiles(record: RunRecord) -> list[tuple[str, str]]:
@@ -221,6 +226,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
         tiles.append(
             (percent(result["accuracy"]), f"accuracy on {tested}, after {results.describe_checkpoint(result)}")
         )
+        tiles += [(percent(result[key]), text) for key, text in _SCORES.items() if result.get(key) is not None]
     else:
         scores = [
             (line[f"{split}/accuracy"], f"accuracy on {split} after step {line['step']:,}")
@@ -238,6 +244,10 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     if tflops is not None:
         part = "" if mfu is None else f", {percent(mfu)} of the devices' peak (MFU)"
         tiles.append((f"{tflops:.3g}", f"TFLOP/s in training{part}"))
+    memory = (result or {}).get("memory_gib") or {}
+    for kind, text in (("host", "peak host memory of a process"), ("device", "peak GPU memory of a process")):
+        if memory.get(kind) is not None:
+            tiles.append((f"{memory[kind]:.2f} GiB", text))
     tiles.append((f"{done:,}", f"of {plural(setup['steps'], 'step')}, {setup['steps_per_epoch']:,} per epoch"))
     tiles.append((f"{processes['number']} × {device}", f"{setup['model']['name']}, {_millions(setup)} parameters"))
     number = len(charts.restarts(record))
@@ -271,90 +281,6 @@ def _progress(record: RunRecord) -> str:
     return f"not done: step {done:,} of {record.setup['steps']:,}"
 
 
-def _checks(record: RunRecord) -> list[Check]:
-    """Return what was checked in the files of the run, and what a reader should know beside it."""
-    result, setup = record.result, record.setup
-    checks = []
-    if result is not None:
-        checks += [_check_counts(result, setup), _check_metrics(record, result), _check_checkpoint(record, result)]
-        if result["val_accuracy"] is not None:
-            checks.append(_check_selection(record, result))
-        if result.get("stopped_early"):
-            checks.append(Check("note", f"The run was stopped {result['stopped_early']} (train.stop_after)."))
-        if result["dropped_per_epoch"]:
-            dropped = f"{result['dropped_per_epoch']:,} of {setup['data']['splits']['train']:,} training images"
-            checks.append(Check("note", f"Each epoch drops {dropped}, different ones each time."))
-    restarts = charts.restarts(record)
-    if restarts:
-        steps = ", ".join(f"{step:,}" for step in restarts[:8]) + (" …" if len(restarts) > 8 else "")
-        checks.append(Check("note", f"The run was interrupted and resumed after step {steps}. {_effect(record)}"))
-    dependent = setup["model"]["dependent"]
-    if dependent:
-        layers = ", ".join(dependent)
-        text = f"The model has {layers}: on another number of processes, such layers compute something else."
-        checks.append(Check("bad", text))
-    else:
-        checks.append(Check("note", _OTHER_NUMBER))
-    return checks
-
-
-_OTHER_NUMBER = (
-    "On another number of processes, each step trains the same samples, and its gradient is the same except for"
-    " rounding. Training amplifies rounding: weights and accuracy differ a little, as between two seeds."
-)
-
-
-def _effect(record: RunRecord) -> str:
-    sizes = {attempt.get("world_size") for attempt in record.attempts if attempt.get("from_step") is not None}
-    if len(sizes) > 1:
-        return "The number of processes changed: the samples are the same, the weights differ as described below."
-    return "On CPUs, an interruption changes no bit of the result if the number of processes stays the same."
-
-
-def _check_counts(result: dict[str, Any], setup: dict[str, Any]) -> Check:
-    """Compare the counts of the classes with the manifest's number of test images and with the accuracy."""
-    confusion = results.Confusion.of_result(result)
-    total, correct, expected = confusion.total, confusion.correct, setup["data"]["splits"].get("test", 0)
-    if total != expected:
-        return Check("bad", f"The confusion matrix counts {total:,} test images, the manifest {expected:,}.")
-    counts = (result["total"], result["correct"])
-    if counts != (total, correct) or abs(result["accuracy"] - correct / max(total, 1)) > 1e-9:
-        return Check("bad", f"The accuracy is not that of the confusion matrix, {correct:,} of {total:,}.")
-    images = plural(total, "test image")
-    return Check("good", f"The confusion matrix counts {images}, as many as the manifest; {correct:,} are correct.")
-
-
-def _check_metrics(record: RunRecord, result: dict[str, Any]) -> Check:
-    """Compare the last lines of the metrics with the result."""
-    last = max((line["step"] for line in record.lines), default=0)
-    if last != result["steps"]:
-        return Check("bad", f"metrics.jsonl ends at step {last:,}, the result is of step {result['steps']:,}.")
-    tested = [line["test/accuracy"] for line in record.lines if "test/accuracy" in line]
-    if not tested or tested[-1] != result["accuracy"]:
-        return Check("bad", "The last test accuracy in metrics.jsonl is not that of the result.")
-    return Check("good", f"metrics.jsonl ends at the last step, {last:,}, with the accuracy of the result.")
-
-
-def _check_checkpoint(record: RunRecord, result: dict[str, Any]) -> Check:
-    """Compare the files of the result's checkpoint with their digests."""
-    name = result["checkpoint"]
-    problem = checkpoint.problem(record.folder / checkpoint.FOLDER / name)
-    if problem is not None:
-        return Check("bad", f"The checkpoint of the result cannot be read: {problem}")
-    return Check("good", f"The files of the evaluated checkpoint, {name}, are unchanged: their digests match.")
-
-
-def _check_selection(record: RunRecord, result: dict[str, Any]) -> Check:
-    """Compare the selected checkpoint with all evaluations on val."""
-    scores = [(line["val/accuracy"], line["step"]) for line in record.lines if "val/accuracy" in line]
-    best = max((accuracy for accuracy, _ in scores), default=None)
-    step = results.step_of(result)
-    if best is None or (best, step) not in scores or best != result["val_accuracy"]:
-        return Check("bad", f"{result['checkpoint']} is not the best of the evaluations on val in metrics.jsonl.")
-    number = plural(len(scores), "evaluation")
-    return Check("good", f"{result['checkpoint']} is the best on val, of {number}; test did not select it.")
-
-
 def _confusions(record: RunRecord) -> list[dict[str, Any]]:
     """Return the most frequent pairs of a true class and another, predicted class."""
     if record.result is None or not record.classes:
@@ -372,14 +298,23 @@ def _confusions(record: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _by_class(record: RunRecord) -> list[tuple[str, str, str]]:
-    """Return name, number of test images and accuracy of the classes, lowest accuracy first."""
+def _by_class(record: RunRecord) -> list[ClassRow]:
+    """Return the scores of the classes, lowest accuracy first."""
     if record.result is None:
         return []
+    precisions = record.result.get("precision_by_class", {})
     return [
-        (row.name, f"{row.samples:,}", "–" if row.accuracy is None else percent(row.accuracy))
+        _class_row(row, precisions.get(row.name))
         for row in results.lowest_first(results.classes_of(record.result))[:_MAX_CLASSES]
     ]
+
+
+def _class_row(row: results.ClassAccuracy, precision: float | None) -> ClassRow:
+    recall, f1 = row.accuracy, None
+    if recall is not None and precision is not None:
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    shown = ["–" if value is None else percent(value) for value in (precision, recall, f1)]
+    return ClassRow(row.name, f"{row.samples:,}", shown[0], shown[1], shown[2], round(100 * (recall or 0.0), 1))
 
 
 def _misclassified(record: RunRecord) -> list[dict[str, str]]:
@@ -399,30 +334,34 @@ def _misclassified(record: RunRecord) -> list[dict[str, str]]:
     ]
 
 
-def _augmented(record: RunRecord) -> str | None:
-    """Return one image with a row for each training image: the original, then augmented variants."""
+def _augmented(record: RunRecord) -> Pictures | None:
+    """Return a row for each training image: the original, then augmented variants; a single row if there are none."""
     arrays = read_pictures(record.folder / AUGMENTED)
     if not arrays or not len(arrays["images"]):  # the main process's local batch of the first step may be empty
         return None
     images, variants = arrays["images"], arrays["variants"]
+    if (variants == images[:, None]).all():
+        return Pictures(_data_url("image/png", _sheet(images[None])), False, "")
     rows = np.concatenate([images[:, None], variants], axis=1)
+    return Pictures(_data_url("image/png", _sheet(rows)), True, _augmentation(record))
+
+
+def _sheet(rows: NDArray[Any]) -> bytes:
+    """Encode images uint8 [rows, columns, H, W, C] as one PNG, with gaps between them."""
     count, columns, height, width, channels = rows.shape
     gap = max(1, height // 16)
-    sheet = np.full((count * (height + gap) - gap, (columns + 1) * (width + gap) - gap, channels), 0, np.uint8)
+    sheet = np.full((count * (height + gap) - gap, columns * (width + gap) - gap, channels), 0, np.uint8)
     alpha = np.zeros(sheet.shape[:2], np.uint8)
     for row, column in np.ndindex(count, columns):
-        top = row * (height + gap)
-        left = (column + (column > 0)) * (width + gap)  # a gap as wide as an image after the original
-        left = left if column == 0 else left - width // 2
+        top, left = row * (height + gap), column * (width + gap)
         sheet[top : top + height, left : left + width] = rows[row, column]
         alpha[top : top + height, left : left + width] = 255
-    return _data_url("image/png", _png(sheet, alpha, max_size=4096))
+    return _png(sheet, alpha, max_size=4096)
 
 
 def _augmentation(record: RunRecord) -> str:
     settings = record.config.augment.model_dump()
-    enabled = [f"{name} {'on' if value is True else value}" for name, value in settings.items() if value]
-    return ", ".join(enabled) or "no augmentation: images are used unchanged"
+    return ", ".join(f"{name} {'on' if value is True else value}" for name, value in settings.items() if value)
 
 
 def _png(image: NDArray[Any], alpha: NDArray[Any] | None = None, max_size: int = _THUMBNAIL) -> bytes:
@@ -435,20 +374,6 @@ def _png(image: NDArray[Any], alpha: NDArray[Any] | None = None, max_size: int =
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def _attempts(record: RunRecord) -> list[dict[str, Any]]:
-    return [
-        {
-            "attempt": attempt.get("attempt"),
-            "host": attempt.get("host"),
-            "start": attempt.get("start"),
-            "end": attempt.get("ended") or "not released",
-            "from": f"{attempt['from_step']:,}" if attempt.get("from_step") is not None else "training did not start",
-            "processes": attempt.get("world_size") or "",
-        }
-        for attempt in record.attempts
-    ]
 
 
 def _facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -520,6 +445,9 @@ def _outcomes(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         ("wall time", format_all(lambda result: clock(result["seconds"]))),
         ("images/s", format_all(lambda result: f"{result['images_per_second']:,.0f}")),
         *known("MFU", [_rate(record, "mfu") for record in records]),
+        *known("top-5 accuracy", [(record.result or {}).get("top5_accuracy") for record in records]),
+        *known("macro-F1", [(record.result or {}).get("macro_f1") for record in records]),
+        *known("calibration error", [(record.result or {}).get("calibration_error") for record in records]),
     ]
 
 
@@ -536,7 +464,9 @@ def _keys(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 def _surroundings(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Return data, processes, machine and versions of several runs."""
     setups = [record.setup for record in records]
+    commits = [origin.short_commit(origin.newest_attempt(record)) for record in records]
     rows = [
+        ("git commit", [commit or "not known" for commit in commits]),
         ("data set", [setup["data"]["manifest"][:12] for setup in setups]),
         ("parameters", [f"{setup['model']['parameters']:,}" for setup in setups]),
         ("processes", [str(setup["processes"]["number"]) for setup in setups]),
