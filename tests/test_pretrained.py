@@ -121,11 +121,11 @@ def test_auxiliary_heads_are_dropped_and_their_models_expect_other_pixels(cache:
     file = pretrained.read("torchvision:DEFAULT", "googlenet", SHAPE)
     assert list(file.weights) == ["conv1.conv.weight"]
     # torchvision's own model converts pixels that were normalised with MEAN and STD: to -1 … 1.
-    own = torchvision.models.googlenet(transform_input=True, init_weights=False)
+    theirs = torchvision.models.googlenet(transform_input=True, init_weights=False)
     pixels = torch.rand(2, 3, 4, 4)
     normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     assert file.mean == file.std == [0.5] * 3
-    assert torch.allclose(own._transform_input(normalised), (pixels - 0.5) / 0.5, atol=1e-6)
+    assert torch.allclose(theirs._transform_input(normalised), (pixels - 0.5) / 0.5, atol=1e-6)
 
 
 def test_a_file_without_a_head_is_taken(tmp_path: Path) -> None:
