@@ -77,5 +77,16 @@ def write(folder: Path, number: int, shapes: dict[str, Callable[[float], Points]
             draw(shape, 1_000_000 * index + each).save(folder / name / f"{each}.jpg", quality=90)
 
 
+def write_weights(torch_home: Path) -> None:
+    """Write new weights as those of torchvision's resnet18, into the cache where they would be downloaded to."""
+    import torch
+    import torchvision
+
+    url = torchvision.models.ResNet18_Weights.DEFAULT.url
+    path = torch_home / "hub/checkpoints" / url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+
+
 if __name__ == "__main__":
     write(Path(sys.argv[1]), int(sys.argv[2]))

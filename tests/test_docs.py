@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import click
 import click.testing
+import drawn_photos
 import manifests
 import page_data
 import pytest
@@ -37,6 +38,8 @@ TAGS = {"bash run", "bash check", "bash ci", "python run", "text", "mermaid"}
 FILE = re.compile(r"[a-z]+ file=([\w./-]+)")
 """A block that is a file: it is written into the folder in which the page's blocks run."""
 LINKED = ("configs", "launch", "k8s")
+TORCH_HOME = ".torch"
+"""Folder with the weights that a page would download."""
 
 
 class Block(NamedTuple):
@@ -268,6 +271,9 @@ def test_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
         make(tmp_path / "data/synthetic", 2000, 500, image_size=32)
     if page == "data.md":
         page_data.write(tmp_path)
+    if page == "fine-tuning.md":
+        drawn_photos.write(tmp_path / "photos", 15)
+        drawn_photos.write_weights(tmp_path / TORCH_HOME)
     with ProcessPoolExecutor(1, mp_context=fork_server()) as process:
         for block in (one for one in BLOCKS if one.page == page):
             if file := FILE.fullmatch(block.tag):
@@ -293,6 +299,7 @@ def run_block(block: Block, folder: Path) -> str | None:
         The command that failed, or None.
     """
     os.chdir(folder)
+    os.environ["TORCH_HOME"] = str(folder / TORCH_HOME)
     sys.path[:0] = [""] * ("" not in sys.path)
     with open("log", "w") as log:
         os.dup2(log.fileno(), 1)

@@ -153,7 +153,7 @@ def test_a_partly_frozen_model_keeps_the_promise_and_resumes(
                 "run": {"dir": str(run), "seed": 7},
                 "model": {"name": "models_for_tests:Normed"},
                 "train": {
-                    "max_steps": 20, "global_batch_size": 30, "lr": 0.1, "weight_decay": 1e-3, "ema_decay": 0.9,
+                    "max_steps": 20, "global_batch_size": 30, "lr": 0.1, "weight_decay": 1e-3,
                     "precision": "fp64", "lr_scale": {"[01].*": 0, "5.*": 0.1}, "decay_biases": False,
                 },
                 "eval": {"every_steps": 5},  # an evaluation changes the modes of layers

@@ -139,15 +139,20 @@ def test_a_file_without_a_head_is_taken(tmp_path: Path) -> None:
 
 
 class _Files(http.server.BaseHTTPRequestHandler):
-    """Serves a file under any name; `cut` sends half of it."""
+    """Serves a file under any name; `cut` sends half of it. As a proxy it refuses all, and counts."""
 
     content = b""
+    refused = 0
 
     def do_GET(self) -> None:
         self.send_response(404 if "missing" in self.path else 200)
         self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
         self.wfile.write(self.content[: len(self.content) // (2 if "cut" in self.path else 1)])
+
+    def do_CONNECT(self) -> None:
+        type(self).refused += 1
+        self.send_error(503)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -159,6 +164,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     buffer = io.BytesIO()
     torch.save({"weight": torch.ones(3)}, buffer)
     monkeypatch.setattr(_Files, "content", buffer.getvalue())
+    monkeypatch.setattr(_Files, "refused", 0)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Files) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -180,14 +186,14 @@ def test_only_a_whole_file_with_the_digest_of_its_name_gets_into_the_cache(serve
     assert downloads.fetch("subject", f"{NO_NETWORK}/{path.name}") == path
 
 
-def train_without_network(config: dict[str, Any], home: str) -> None:
-    with mock.patch.dict(os.environ, TORCH_HOME=home, https_proxy=NO_NETWORK, no_proxy=""):
+def train_without_network(config: dict[str, Any], home: str, proxy: str) -> None:
+    with mock.patch.dict(os.environ, TORCH_HOME=home, https_proxy=proxy, no_proxy=""):
         distrain.train(config)
 
 
 @pytest.mark.ranks
-def test_processes_end_together_where_weights_cannot_be_fetched(
-    group: Callable[[int], Group], tmp_path: Path, cache: Path
+def test_one_process_fetches_weights_and_all_end_if_it_cannot(
+    group: Callable[[int], Group], tmp_path: Path, cache: Path, server: str
 ) -> None:
     data = make(tmp_path / "data", 40, 20, image_size=64, lanes=2)
     config = {
@@ -197,7 +203,8 @@ def test_processes_end_together_where_weights_cannot_be_fetched(
         "train": {"global_batch_size": 4},
     }
     with pytest.raises(GroupError) as caught:
-        group(2).call("function", train_without_network, config, str(tmp_path / "cache"))
+        group(2).call("function", train_without_network, config, str(tmp_path / "cache"), server)
+    assert _Files.refused == 1
     assert caught.value.kinds == ["ConfigError"] * 2
     first, second = caught.value.messages
     assert first == second
@@ -225,6 +232,8 @@ def test_models_and_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, content in (("refs/main", b"0" * 40), (f"snapshots/{'0' * 40}/model.safetensors", b"")):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^model.init=timm:c3_in1k: timm cannot load /"):
+        pretrained.read("timm:c3_in1k", "timm:resnet10t", SHAPE)
     save_file(state, folder / f"snapshots/{'0' * 40}/model.safetensors")
     for channels in (3, 1):
         shape = (channels, 32, 32)

@@ -39,8 +39,8 @@ CIFAR10 = {
     "configs/tutorial.yaml": 0.24,  # 31.2 %
 }
 """The same on 6,000 images of CIFAR-10, where they are."""
-OF_A_PAGE = "configs/imagenet.yaml"
-"""A large network on an index: tests/test_docs.py trains it for some steps, as docs/data.md prints."""
+OF_PAGES = {"configs/imagenet.yaml", "configs/finetune.yaml"}
+"""Large networks: tests/test_docs.py trains them for some steps, as docs/data.md and docs/fine-tuning.md print."""
 LONG = "configs/imagenet-resnet50.yaml"
 """A large network on an index, with all augmentation: some steps of it with a small one are trained here."""
 LARGE = {"configs/folder.yaml", "configs/cifar10-resnet9.yaml", "configs/speedrun.yaml"}
@@ -74,7 +74,7 @@ def test_no_configuration_is_missing_here() -> None:
     files = {*REPO.glob("configs/*.yaml"), *REPO.glob("k8s/**/config.yaml")}
     example = K8S / "overlays/mine/config.yaml"
     assert example.read_text() == (K8S / "base/config.yaml").read_text()
-    tried = {*SYNTHETIC, *LARGE, DEMO, OF_A_PAGE, LONG, "configs/folder-small.yaml"}
+    tried = {*SYNTHETIC, *LARGE, *OF_PAGES, LONG, DEMO, "configs/folder-small.yaml"}
     assert {str(file.relative_to(REPO)) for file in files - {example}} == tried
 
 

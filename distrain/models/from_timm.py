@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distrain import plugins
 from distrain.errors import ConfigError
 from distrain.models import downloads
 from distrain.models.weight_files import WeightFile
@@ -31,7 +33,8 @@ def build(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.
     """
     timm, model = _import(f"model.name={name}"), _model(name)
     options = _options(timm.models.get_pretrained_cfg(model), image_shape)
-    built: nn.Module = timm.create_model(model, num_classes=num_classes, **options)
+    with plugins.user_code(f"model.name={name}"):
+        built: nn.Module = timm.create_model(model, num_classes=num_classes, **options)
     return built
 
 
@@ -59,7 +62,7 @@ def read(name: str, model: str, image_shape: tuple[int, int, int]) -> WeightFile
     """
     timm, path, weights = _import(_subject(name)), fetch(name, model), _weights(name, model)
     source = {"file": str(path), "custom_load": weights.custom_load and not weights.hf_hub_id}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), plugins.user_code(f"{_subject(name)}: timm cannot load {path}"):
         loaded = timm.create_model(
             f"{weights.architecture}.{weights.tag}",
             pretrained=True,
@@ -129,7 +132,7 @@ def _options(weights: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     return {"in_chans": channels, **({"img_size": (height, width)} if for_one_size else {})}
 
 
-def _fetch_from_hub(subject: str, repository: str, names: list[str] | tuple[str, ...]) -> Path:
+def _fetch_from_hub(subject: str, repository: str, names: Sequence[str]) -> Path:
     """Return the first of these files that is in the cache, or that the repository has."""
     import huggingface_hub as hub
 
