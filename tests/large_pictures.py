@@ -1,4 +1,4 @@
-"""Drawn pictures of many classes in tar files: `python large_pictures.py FOLDER` writes 1,000 classes of 500×375 pixels.
+"""Drawn pictures of many classes in tar files: `python large_pictures.py FOLDER` writes 1,000 classes, 500×375 pixels.
 
 A class is a shape, its colour and that of the background, so that it is seen after any crop that shows both. Position,
 size and brightness of a picture are random.
