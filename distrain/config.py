@@ -381,8 +381,8 @@ class Augment(Section):
     )
     also: Annotated[UserCode | None, BeforeValidator(_one_of())] = _key(
         None,
-        "a function of your own, called after the others and before mixup with (images, random_bits): uint8 images"
-        " [n, H, W, C] and 128 random bits of each image, int64 [n, 2]; it returns images of the same shape",
+        "a function of your own, called after the others and before mixup and CutMix with (images, random_bits): uint8"
+        " images [n, H, W, C] and 128 random bits of each image, int64 [n, 2]; it returns images of the same shape",
         identity=True,
     )
 

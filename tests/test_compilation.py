@@ -13,6 +13,7 @@ import torch
 from cuda_graphs import simulated
 from datasets import make
 from group import Group
+from indexes import build
 from safetensors.torch import load_file
 
 import distrain
@@ -124,6 +125,18 @@ def test_what_is_compiled_for_one_size_is_not_dynamic(data: Path, tmp_path: Path
     assert 0 < result.compile_seconds < result.seconds
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["compile_seconds"] == result.compile_seconds
+
+
+def test_all_sizes_of_images_are_compiled_before_the_first_step(tmp_path: Path) -> None:
+    dataset = build(tmp_path, {"train": [60], "test": [12]}, lanes=4, shards=4)
+    growing: Sections = {
+        "data": {"image_size": 64, "start_size": 32, "growth": [0, 0.7]},
+        "train": {"compile": "default", "global_batch_size": 8},
+    }
+    with simulated() as recorder:
+        distrain.train(configuration(dataset.root, tmp_path / "run", growing))
+    assert recorder.graphs == ["compile forward 8"] * 2
+    assert recorder.events_of_training == ["forward", "backward"] * STEPS
 
 
 @pytest.mark.ranks

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,12 +26,14 @@ from simulated_gpu import SimulatedGpu
 from torch.utils.data import DataLoader, IterableDataset
 
 import distrain
+from distrain.config import Augment
 from distrain.data.manifest import Dataset
 from distrain.data.stream import TrainingBatches
+from distrain.data.trivial_augment import trivial_augment
 from distrain.distributed.numerics import numerics_restored
 from distrain.environment import World
 from distrain.errors import ConfigError, DataError, UnreadableImagesError, UserError
-from distrain.training import inputs
+from distrain.training import augment, inputs
 
 BATCH, SEED, V = 40, 5, 3
 PIXELS = {"image_size": 16, "crop_scale": [0.3, 1.0]}
@@ -308,6 +311,9 @@ def test_random_bits_decide_what_augment_does() -> None:
     cut = distrain.augment(images, bits, cutout=2, fill=[9, 8, 7])
     assert cut[0, 0, 0].tolist() == [9, 8, 7]
     assert cut[0, 2, 2].tolist() == images[0, 2, 2].tolist()
+    erased = distrain.augment(images, bits, erasing=1.0, fill=[9, 8, 7])
+    assert torch.equal(erased, augment.augment(images, bits, Augment(erasing=1.0), torch.tensor([9, 8, 7]).byte()))
+    assert not torch.equal(erased, images)
     with pytest.raises(ConfigError, match="crop_padding=4"):
         distrain.augment(images, bits, crop_padding=4)
     normal = distrain.normalize(images, [0.5, 0.25, 0.0], [0.5, 1.0, 2.0])
@@ -317,6 +323,19 @@ def test_random_bits_decide_what_augment_does() -> None:
         [0.5, 1.0, 2.0]
     ).view(3, 1, 1)
     torch.testing.assert_close(normal, expected)
+
+
+def test_random_operations_of_an_index_are_those_of_the_trainer(index: Dataset) -> None:
+    pixels = []
+    for with_operations in (False, True):
+        with distrain.batches(
+            index.root, global_batch_size=32, steps=range(5, 6), image_size=16, trivial_augment=with_operations
+        ) as batches:
+            (batch,) = batches
+            pixels.append(batch.images.clone())
+    for image, random_bits in zip(pixels[0], batch.random_bits.numpy().view(np.uint64), strict=True):
+        trivial_augment(image, random_bits)
+    assert torch.equal(*pixels)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +350,7 @@ def test_random_bits_decide_what_augment_does() -> None:
         (False, {"global_batch_size": 0}, "train.global_batch_size"),
         (False, {"global_batch_size": 2000}, "larger than the 984 samples"),
         (False, {"crop_scale": (0.1, 1)}, "augment.crop_scale"),
+        (False, {"trivial_augment": True}, "augment.trivial_augment"),
         (False, {"image_size": 8}, "data.image_size=8"),
         (False, {"decoded": False}, "decoded=False"),
         (False, {"steps": 5}, "steps=5: should be range"),

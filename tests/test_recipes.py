@@ -43,7 +43,8 @@ OF_PAGES = {"configs/imagenet.yaml", "configs/finetune.yaml"}
 """Large networks: tests/test_docs.py trains them for some steps, as docs/data.md and docs/fine-tuning.md print."""
 LONG = "configs/imagenet-resnet50.yaml"
 """A large network on an index, with all augmentation: some steps of it with a small one are trained here."""
-LARGE = {"configs/folder.yaml", "configs/cifar10-resnet9.yaml", "configs/speedrun.yaml"}
+SPEEDRUN = "configs/speedrun.yaml"
+LARGE = {"configs/folder.yaml", "configs/cifar10-resnet9.yaml", SPEEDRUN}
 Groups = Callable[[int], Group]
 
 
@@ -111,6 +112,16 @@ def test_the_recipe_for_imagenet_trains_1000_classes_to_its_end(tmp_path: Path) 
     assert (result.steps, result.total) == (40, 1000)
     losses = distrain.open_run(tmp_path / "run").series("train/loss")[1]
     assert losses[-1] < losses[0]
+
+
+def test_some_steps_of_the_speedrun_learn(images: Dataset, tmp_path: Path) -> None:
+    keys = {
+        "data": {"dir": images.root},
+        "run": {"dir": tmp_path / "run", "device": "cpu"},
+        "train": {"epochs": None, "max_steps": 10, "global_batch_size": 100, "compile": "off"},
+        "log": {"report": False},
+    }
+    assert distrain.train(config.load(REPO / SPEEDRUN, keys)).accuracy >= 0.2
 
 
 @pytest.mark.ranks

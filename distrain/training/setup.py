@@ -352,21 +352,29 @@ def build_model(config: Config, dataset: Dataset, dtype: torch.dtype, batch_size
     """
     classes, shape = len(dataset.manifest.classes), dataset.image_shape
     module = models.from_config(config.model, classes, shape, config.run.seed, dtype, batch_sizes)
-    of_evaluation, smaller = inputs.evaluation_shape(config, dataset), inputs.training_shapes(config, dataset)[1:]
-    for key, other, cure in (
-        (f"eval.crop={config.eval.crop}", of_evaluation, "set eval.crop to null or to that size"),
-        *((f"data.start_size={config.data.start_size}", each, "set data.start_size=null") for each in smaller),
-    ):
-        if other == shape:
-            continue
-        height, width, channels = other
-        try:
-            images = torch.zeros(2, channels, height, width, dtype=dtype)
-            models.check_output(config.model.name, module, images, classes)
-        except ConfigError as error:
-            needed = f"if it needs images of {shape[0]}×{shape[1]}"
-            raise ConfigError(f"{error}; {key}: {needed}, {cure}") from error
+    of_evaluation = inputs.evaluation_shape(config, dataset)
+    if of_evaluation != shape:
+        cure = f"eval.crop={config.eval.crop}: if it needs images of {{}}, set eval.crop to null or to that size"
+        _try_shape(config, module, dataset, of_evaluation, cure)
+    for smaller in inputs.training_shapes(config, dataset)[1:]:
+        cure = f"data.start_size={config.data.start_size}: if it needs images of {{}}, set data.start_size=null"
+        _try_shape(config, module, dataset, smaller, cure)
     return module
+
+
+def _try_shape(config: Config, module: nn.Module, dataset: Dataset, shape: Sequence[int], cure: str) -> None:
+    """Try a model on black images [H, W, C] of another shape than the run's; the cure has {} for the run's size.
+
+    Raises:
+        ConfigError: it does not give one logit for each class.
+    """
+    (height, width, channels), dtype = shape, next(module.parameters()).dtype
+    images = torch.zeros(2, channels, height, width, dtype=dtype)
+    try:
+        models.check_output(config.model.name, module, images, len(dataset.manifest.classes))
+    except ConfigError as error:
+        size = "×".join(map(str, dataset.image_shape[:2]))
+        raise ConfigError(f"{error}; {cure.format(size)}") from error
 
 
 def _prepare(

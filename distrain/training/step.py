@@ -26,14 +26,14 @@ class _LocalBatch:
         labels: int64 [n].
         partners: index of the sample that each is mixed with: int64 [n]; None: they are not mixed.
         weight: of a sample's own label, if they are mixed.
-        is_blended: whether images still have to be mixed, with the same weight (mixup); with CutMix they are.
+        needs_blending: whether images still have to be mixed, with the same weight (mixup); with CutMix they are mixed.
     """
 
     images: Tensor
     labels: Tensor
     partners: Tensor | None
     weight: float
-    is_blended: bool
+    needs_blending: bool
 
 
 class TrainingStep:
@@ -125,7 +125,7 @@ class TrainingStep:
     def _inputs(self, local: _LocalBatch, part: slice) -> Tensor:
         normalize = self._job.model.normalize
         inputs = normalize(local.images[part])
-        if local.partners is None or not local.is_blended:
+        if local.partners is None or not local.needs_blending:
             return inputs
         # In place: the memory layout is the same in all steps, and so is the code that is compiled for it.
         return inputs.lerp_(normalize(local.images[local.partners[part]]), 1 - local.weight)

@@ -147,7 +147,8 @@ def _format_setup(job: Job, setup: dict[str, Any]) -> list[str]:
     config, virtual = job.config, job.config.train.virtual_ranks is not None
     data, model, processes, memory_use = (setup[name] for name in ("data", "model", "processes", "memory"))
     splits = ", ".join(f"{name} {samples:,}" for name, samples in data["splits"].items())
-    shape = "×".join(map(str, data["image_shape"]))
+    start, shape = config.data.start_size, "×".join(map(str, data["image_shape"]))
+    shape = shape if start is None else f"from {start}×{start} pixels to {shape}"
     cached = {None: "", "ram": "; train stays in RAM", "device": "; train stays in GPU memory"}[memory_use["cache"]]
     named = f" ({processes['device_name']})" if processes["device_name"] else ""
     on_nodes = f" on {processes['nodes']} nodes" if processes["nodes"] > 1 else ""

@@ -155,7 +155,14 @@ def configuration(small: Dataset, tmp_path: Path) -> Callable[..., Sections]:
         tree: Sections = {
             "data": {"dir": str(small.root), "audit": True},
             "run": {"dir": str(tmp_path / name), "seed": 7},
-            "augment": {"flip": True, "crop_padding": 2, "cutout": 4, "mixup": 0.2},
+            "augment": {
+                "flip": True,
+                "crop_padding": 2,
+                "cutout": 4,
+                "erasing": 0.25,
+                "mixup": 0.2,
+                "cutmix": 1.0,
+            },
             "train": {"max_steps": 40, "global_batch_size": 48, "lr": 0.01, "deterministic": True},
             "checkpoint": {"every_steps": 20, "keep": 0},
             "eval": {"every_steps": 0},

@@ -38,7 +38,7 @@ def test_it_learns(
     # The recipe of configs/synthetic.yaml, which reaches 92.1 % on a CPU.
     changes = {
         "data": {"dir": str(images.root)},
-        "augment": {"flip": False, "crop_padding": 0, "cutout": 0, "mixup": 0},
+        "augment": {"flip": False, "crop_padding": 0, "cutout": 0, "erasing": 0, "mixup": 0, "cutmix": 0},
         "train": {"max_steps": None, "epochs": 6, "global_batch_size": 64, "lr": 0.05, "schedule": "one_cycle",
                   "precision": precision, "deterministic": False},
     }  # fmt: skip
