@@ -33,8 +33,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "fp16": {"model": {"name": "net"}, "train": {"clip_norm": 1.0, "optimizer": "adamw"}},
 }
 BUDGET = {  # of each case, in their order; 4 micro-batches with `options`, 2 virtual ranks of 2 with `virtual`
-    "augment": (0, 50, 50, 100, 0),
-    "normalize": (3, 3, 24, 24, 3),
+    "augment": (0, 18, 18, 36, 0),
+    "normalize": (2, 2, 16, 16, 2),
     "forward": (11, 40, 160, 160, 11),
     "loss": (2, 2, 96, 96, 2),
     "backward": (21, 40, 295, 270, 25),
