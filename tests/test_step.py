@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from meta_device import META, HostWait, Launches, batches_on_meta, job_on_meta
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks.meta_device import META, HostWaitError, Launches, batches_on_meta, job_on_meta
 from distrain.data.manifest import Dataset
 from distrain.training import optim
 from distrain.training.optim import WeightAverage
@@ -116,7 +116,7 @@ def test_what_makes_the_host_wait_is_refused(action: Callable[[], object]) -> No
     ],
 )
 def test_the_cpu_can_stand_for_the_device(action: Callable[[], object]) -> None:
-    with pytest.raises(HostWait), Launches("cpu"):
+    with pytest.raises(HostWaitError), Launches("cpu"):
         action()
 
 
