@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     default="configs/cifar10.yaml",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Configuration that the part accuracy trains.",
+    help="Configuration that the parts accuracy and launches train.",
 )
 @click.option(
     "--target",
@@ -92,6 +92,7 @@ def bench(models: str, **options: Any) -> None:
     evaluation   images/s; compared with a bare loop over data in memory
     startup      seconds to the first step, of a new run and of a resumed run
     memory       memory for reading, by size of data and shards; time per image; time to plan a step
+    launches     operations and host time of a step of --recipe, without a GPU
     virtual_ranks  slow: milliseconds of a step with virtual ranks; compared with one without
     accuracy     slow: time until --recipe reaches the plain script's accuracy, or --target
 

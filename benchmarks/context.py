@@ -40,7 +40,7 @@ class Context:
     """The device: cpu or cuda."""
     models: tuple[str, ...]
     recipe: Path
-    """Configuration that the part accuracy trains."""
+    """Configuration that the parts accuracy and launches train."""
     precision: str = "fp32"
     """Precision of the timed runs: `train.precision`."""
     target: float | None = None

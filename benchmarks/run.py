@@ -107,7 +107,7 @@ def check(options: Options) -> None:
         raise ConfigError("--device cuda: torch sees no GPU; use --device cpu, or check the driver")
     for name in options.models:
         models.build(name, "relu", 10, (3, 32, 32))
-    if "accuracy" in options.parts:
+    if {"accuracy", "launches"} & set(options.parts):
         config.load(options.recipe)
     if options.data is not None:
         _check_dataset(manifest.read(options.data))

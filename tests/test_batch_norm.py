@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from group import Group
-from meta_device import Launches
 from models_for_tests import TwoNames
 from torch import Tensor, nn
 
+from benchmarks.meta_device import Launches
 from distrain.models import world_size_dependent
 from distrain.models.batch_norm import local_batch_norm, sync_batch_norm
 

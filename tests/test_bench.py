@@ -18,6 +18,7 @@ from benchmarks import (
     accuracy,
     decoding,
     evaluation,
+    launches,
     loader,
     loaders,
     memory,
@@ -276,6 +277,12 @@ def test_scaling(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
         "batch 128 × 2 / batch 128 × 1",
         "batch 128 × 2 / batch 128, 2 runs at once",
     }
+
+
+def test_launches_of_a_recipe(context: Context) -> None:
+    values = medians(launches.measure(context))
+    assert values["augment"] < 10  # the recipe only flips
+    assert values["all operations"] == sum(values.values()) - values["all operations"] - values["host"]
 
 
 @pytest.mark.ranks

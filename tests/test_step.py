@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from meta_device import META, HostWait, Launches, batches_on_meta, job_on_meta
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks.meta_device import META, HostWaitError, Launches, batches_on_meta, job_on_meta
 from distrain.data.manifest import Dataset
 from distrain.training import optim
 from distrain.training.optim import WeightAverage
@@ -33,8 +33,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "fp16": {"model": {"name": "net"}, "train": {"clip_norm": 1.0, "optimizer": "adamw"}},
 }
 BUDGET = {  # of each case, in their order; 4 micro-batches with `options`, 2 virtual ranks of 2 with `virtual`
-    "augment": (0, 50, 50, 220, 0),
-    "normalize": (3, 3, 24, 12, 3),
+    "augment": (0, 18, 18, 156, 0),
+    "normalize": (2, 2, 16, 16, 2),
     "forward": (11, 40, 160, 160, 11),
     "loss": (2, 2, 96, 96, 2),
     "backward": (21, 40, 295, 270, 25),
@@ -62,8 +62,8 @@ def launches(dataset: Dataset, folder: Path, sections: dict[str, dict[str, Any]]
             with Launches() as count:
                 result = step(number, batches, with_norm=number == 2)
             assert result.sums.device == META
-            # With mixup, no correct predictions are counted.
-            assert result.sums.shape == (len(batches), 1 if job.config.augment.mixup else 2)
+            # With mixed labels, no correct predictions are counted.
+            assert result.sums.shape == (len(batches), 1 if job.config.augment.mixes_labels else 2)
     return count.parts
 
 
@@ -119,7 +119,7 @@ def test_what_makes_the_host_wait_is_refused(action: Callable[[], object]) -> No
     ],
 )
 def test_the_cpu_can_stand_for_the_device(action: Callable[[], object]) -> None:
-    with pytest.raises(HostWait), Launches("cpu"):
+    with pytest.raises(HostWaitError), Launches("cpu"):
         action()
 
 

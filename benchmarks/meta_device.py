@@ -12,11 +12,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from types import FrameType
 from typing import Any
+from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 import torch.utils._pytree as pytree
 from accelerate import PartialState
@@ -56,7 +57,7 @@ _NO_LAUNCH = (
 """Operations without a kernel, beside views."""
 
 
-class HostWait(AssertionError):
+class HostWaitError(AssertionError):
     """An operation makes the host wait for the device."""
 
 
@@ -70,7 +71,7 @@ class Launches(TorchDispatchMode):
         collectives: numbers of collectives, by name.
 
     Raises:
-        HostWait: an operation makes the host wait for the device.
+        HostWaitError: an operation makes the host wait for the device.
     """
 
     def __init__(self, device: str = "meta") -> None:
@@ -88,7 +89,7 @@ class Launches(TorchDispatchMode):
         kwargs, name = kwargs or {}, op.overloadpacket.__name__
         problem = _wait(name, args, kwargs, self._device)
         if problem is not None:
-            raise HostWait(f"{op}: {problem}")
+            raise HostWaitError(f"{op}: {problem}")
         no_kernel = self._device == "meta" and name.startswith(("_fused_sgd", "_fused_adam"))
         result = None if no_kernel else op(*args, **kwargs)
         launches = not op.is_view and name not in _NO_LAUNCH and _is_on((args, kwargs, result), self._device)
@@ -99,7 +100,7 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def _wait(name: str, args: Any, kwargs: Any, device: str) -> str | None:
+def _wait(name: str, args: Any, kwargs: Any, device: str) -> str | None:  # noqa: PLR0911 - one for each reason
     """Return why an operation makes the host wait for a device, as text; or None."""
     if not _is_on((args, kwargs), device):
         return None
@@ -135,7 +136,7 @@ def _is_on(values: Any, device: str) -> bool:
 
 def _part() -> str:
     """Return the part of the step that runs now."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         part = _PARTS.get((code.co_filename.rpartition("/")[2], code.co_name))
@@ -156,6 +157,15 @@ class _SetUp(TorchDispatchMode):
 
 
 @contextlib.contextmanager
+def fused_optimizers_skipped() -> Iterator[None]:
+    """Run the block without the fused kernels of optimizers, which do not exist for `meta`; `Launches` skips them."""
+    with ExitStack() as patches:
+        for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
+            patches.enter_context(mock.patch.object(torch, name))
+        yield
+
+
+@contextlib.contextmanager
 def job_on_meta(tree: dict[str, Any], fp16: bool = False) -> Iterator[Job]:
     """Set up a run on `meta`, with the choices of a GPU: fused optimizers, operations on lists, channels last.
 
@@ -165,13 +175,14 @@ def job_on_meta(tree: dict[str, Any], fp16: bool = False) -> Iterator[Job]:
     """
     config, environment = from_tree(tree), Environment()
     with (
-        pytest.MonkeyPatch.context() as patch,
+        ExitStack() as patches,
         closing(setup.start_watchdog(config, environment)) as watchdog,
         setup.start_runtime(config, environment, watchdog) as runtime,
     ):
         for module, name in (("torch.optim.optimizer", "fused"), ("torch.utils._foreach_utils", "foreach")):
             supported = f"_get_{name}_kernels_supported_devices"
-            patch.setattr(importlib.import_module(module), supported, lambda: ["cuda", "meta"])
+            owner = importlib.import_module(module)
+            patches.enter_context(mock.patch.object(owner, supported, return_value=["cuda", "meta"]))
         for state in (PartialState(), AcceleratorState()):
             state.device = META
         accelerator = runtime._accelerator
@@ -190,7 +201,7 @@ def batches_on_meta(job: Job) -> list[Batch]:
     size, rest = divmod(job.order.global_batch_size, number)
     assert rest == 0 == job.order.lanes % number
     batch = Batch(
-        torch.empty(size, *job.dataset.manifest.image_shape, dtype=torch.uint8, device=META),
+        torch.empty(size, *job.dataset.image_shape, dtype=torch.uint8, device=META),
         torch.empty(size, dtype=torch.int64, device=META),
         np.zeros(size, np.int64),
         np.zeros(size, np.int64),
