@@ -114,14 +114,16 @@ def test_the_recipe_for_imagenet_trains_1000_classes_to_its_end(tmp_path: Path) 
     assert losses[-1] < losses[0]
 
 
-def test_some_steps_of_the_speedrun_learn(images: Dataset, tmp_path: Path) -> None:
+def test_the_speedrun_learns_on_small_images(tmp_path: Path) -> None:
+    """It is made for 32×32 pixels, of which a CPU would need minutes."""
+    data = make(tmp_path / "data", 1600, 200, image_size=16, lanes=8)
     keys = {
-        "data": {"dir": images.root},
+        "data": {"dir": data.root},
         "run": {"dir": tmp_path / "run", "device": "cpu"},
-        "train": {"epochs": None, "max_steps": 10, "global_batch_size": 100, "compile": "off"},
+        "train": {"epochs": 2, "global_batch_size": 100, "compile": "off"},
         "log": {"report": False},
     }
-    assert distrain.train(config.load(REPO / SPEEDRUN, keys)).accuracy >= 0.2
+    assert distrain.train(config.load(REPO / SPEEDRUN, keys)).accuracy >= 0.4
 
 
 @pytest.mark.ranks
