@@ -181,9 +181,8 @@ def test_only_a_whole_file_with_the_digest_of_its_name_gets_into_the_cache(
 ) -> None:
     digest = hashlib.sha256(_Files.content).hexdigest()[:8]
     for name in (f"missing-{digest}.pth", f"cut-{digest}.pth", f"silent-{digest}.pth", "whole-00000000.pth"):
-        message = rf"^subject: .*cannot be fetched: .*\(curl -O .*copy it to .*/{name}"
-        with monkeypatch.context() as changed, pytest.raises(ConfigError, match=message):
-            changed.setattr(downloads, "_SILENCE_SECONDS", 0.2 if "silent" in name else 60)
+        monkeypatch.setattr(downloads, "_SILENCE_SECONDS", 0.2 if "silent" in name else 60)
+        with pytest.raises(ConfigError, match=rf"^subject: .*cannot be fetched: .*\(curl -O .*copy it to .*/{name}"):
             downloads.fetch("subject", f"{server}/{name}")
         assert list(cache.glob("*")) == []
     path = downloads.fetch("subject", f"{server}/whole-{digest}.pth")
