@@ -139,7 +139,7 @@ def test_a_file_without_a_head_is_taken(tmp_path: Path) -> None:
 
 
 class _Files(http.server.BaseHTTPRequestHandler):
-    """Serves a file under any name; `cut` sends half of it. As a proxy it refuses all, and counts."""
+    """Serves a file under any name: half of it as `cut` and, without an end, as `silent`. As a proxy it refuses all."""
 
     content = b""
     refused = 0
@@ -148,7 +148,10 @@ class _Files(http.server.BaseHTTPRequestHandler):
         self.send_response(404 if "missing" in self.path else 200)
         self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
-        self.wfile.write(self.content[: len(self.content) // (2 if "cut" in self.path else 1)])
+        half = "cut" in self.path or "silent" in self.path
+        self.wfile.write(self.content[: len(self.content) // (2 if half else 1)])
+        if "silent" in self.path:
+            self.rfile.read(1)  # until the client has left
 
     def do_CONNECT(self) -> None:
         type(self).refused += 1
@@ -173,9 +176,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join()
 
 
-def test_only_a_whole_file_with_the_digest_of_its_name_gets_into_the_cache(server: str, cache: Path) -> None:
+def test_only_a_whole_file_with_the_digest_of_its_name_gets_into_the_cache(
+    server: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     digest = hashlib.sha256(_Files.content).hexdigest()[:8]
-    for name in (f"missing-{digest}.pth", f"cut-{digest}.pth", "whole-00000000.pth"):
+    for name in (f"missing-{digest}.pth", f"cut-{digest}.pth", f"silent-{digest}.pth", "whole-00000000.pth"):
+        monkeypatch.setattr(downloads, "_SILENCE_SECONDS", 0.2 if "silent" in name else 60)
         with pytest.raises(ConfigError, match=rf"^subject: .*cannot be fetched: .*\(curl -O .*copy it to .*/{name}"):
             downloads.fetch("subject", f"{server}/{name}")
         assert list(cache.glob("*")) == []

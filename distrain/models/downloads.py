@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -11,6 +14,9 @@ import torch
 
 from distrain.errors import ConfigError
 from distrain.text import printable
+
+_SILENCE_SECONDS = 60.0
+"""Time without an answer or data from the server after which an attempt fails; torch.hub alone would wait for ever."""
 
 
 def fetch(subject: str, url: str) -> Path:
@@ -31,13 +37,25 @@ def fetch(subject: str, url: str) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), _digest_in(path), progress=False)
+        with _time_out(_SILENCE_SECONDS):
+            torch.hub.download_url_to_file(url, str(path), _digest_in(path), progress=False)
     except Exception as error:  # of several kinds: network, server, disk, digest
         raise ConfigError(
             f"{subject}: {url} cannot be fetched: {printable(error)}; fetch it on a machine with a network (curl -O"
             f" {url}), and copy it to {path}"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def _time_out(seconds: float) -> Iterator[None]:
+    """Within the block, new connections of Python fail after so long without data."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def remarks(path: Path) -> list[str]:
