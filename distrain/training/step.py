@@ -79,8 +79,7 @@ class TrainingStep:
 
     def _augment(self, step: int, rank: World, batch: Batch) -> _LocalBatch:
         job, order, settings = self._job, self._job.order, self._job.config.augment
-        also = job.functions.augmentation
-        images = augment.augment(batch.images, batch.random_bits, settings, job.model.mean_color, also)
+        images = job.augment(batch.images, batch.random_bits)
         if not settings.mixup:
             return _LocalBatch(images, batch.labels, None, 1.0)
         partners = augment.mixup_partners(len(images), len(order.owned_lanes(rank)), images.device)
@@ -108,7 +107,7 @@ class TrainingStep:
         return losses or [torch.zeros((), dtype=torch.float64, device=job.runtime.device)]
 
     def _inputs(self, local: _LocalBatch, part: slice) -> Tensor:
-        normalize = self._job.model.normalize
+        normalize = self._job.normalize
         inputs = normalize(local.images[part])
         if local.partners is None:
             return inputs

@@ -38,6 +38,8 @@ def warm_up(job: Job) -> float:
             with compilation.suspended():  # what is observed changes the model, and so what is compiled
                 _run_micro_batches(job, _inputs(job, sizes[0]), buffers)
             model.distributed.observe()
+        if compilation.is_on:
+            _augment_each_size(job)
         for number, size in enumerate(sizes, 1):
             if compilation.is_on:
                 which = f", {number} of {len(sizes)} sizes" if len(sizes) > 1 else ""
@@ -51,10 +53,22 @@ def warm_up(job: Job) -> float:
     return time.monotonic() - started
 
 
+def _augment_each_size(job: Job) -> None:
+    """Augment black local batches of all sizes of the run: no step compiles anything."""
+    device, settings = job.runtime.device, job.config.augment
+    if not settings.crop_padding and not settings.cutout:
+        return
+    startup.waits_for("compiling the augmentation")
+    for size in job.order.micro_batch_sizes(job.virtual_ranks[0].size, 1):
+        images = torch.zeros(size, *job.dataset.image_shape, dtype=torch.uint8, device=device)
+        job.augment(images, torch.zeros(size, 2, dtype=torch.int64, device=device))
+        job.runtime.watchdog.heartbeat()
+
+
 def _inputs(job: Job, size: int) -> Tensor:
     """Return a normalised black micro-batch, in the memory layout of a training step: [size, C, H, W]."""
     shape = job.dataset.image_shape
-    inputs = job.model.normalize(torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device))
+    inputs = job.normalize(torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device))
     return inputs.lerp(inputs, 0.5) if job.config.augment.mixup else inputs
 
 
