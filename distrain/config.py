@@ -521,8 +521,8 @@ class Train(Section):
     )
     compile: Annotated[Literal["off", "default", "reduce-overhead"], BeforeValidator(_off)] = _key(
         "off",
-        "mode of torch.compile for the passes of training; reduce-overhead uses CUDA graphs; needs a C++ compiler;"
-        " fastest if all micro-batches have one size",
+        "mode of torch.compile for the passes of training; reduce-overhead uses CUDA graphs for them; shifts, cutout"
+        " and normalisation are compiled too; needs a C++ compiler; fastest if all micro-batches have one size",
     )
 
     @model_validator(mode="before")

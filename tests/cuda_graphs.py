@@ -53,6 +53,8 @@ class Recorder:
 
     def compile(self, model: Any, mode: str, dynamic: bool, torch_compile: Callable[..., Any]) -> Any:
         """Replace torch.compile."""
+        if not isinstance(getattr(model, "__self__", None), torch.nn.Module):
+            return model  # augmentation: it has no CUDA graph
         self._overwrites = mode == "reduce-overhead"
         compiled = torch_compile(model, backend=self._backend, dynamic=dynamic)
 

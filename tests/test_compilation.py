@@ -15,10 +15,14 @@ from datasets import make
 from group import Group
 from indexes import build
 from safetensors.torch import load_file
+from torch._inductor import metrics
 
 import distrain
+from distrain.config import Augment
 from distrain.data.manifest import Dataset
+from distrain.distributed.compilation import Compilation
 from distrain.errors import ConfigError
+from distrain.training import augment
 
 Groups = Callable[[int], Group]
 Sections = dict[str, dict[str, Any]]
@@ -154,6 +158,19 @@ def test_what_is_compiled_does_not_depend_on_where_an_attempt_begins(
         assert compiled == ["compile forward dynamic 2", "compile forward 1", "compile forward 0"]
 
 
+def test_augmentation_is_one_kernel_for_all_sizes() -> None:
+    settings, fill = Augment(flip=True, crop_padding=2, cutout=3), torch.tensor([1, 2, 3], dtype=torch.uint8)
+    compiled = Compilation("default", (4, 3)).function(augment.shift_and_cut, batches=2)
+    torch.compiler.reset()
+    metrics.reset()
+    for size in (4, 3, 9):
+        images = torch.randint(256, (size, 8, 8, 3), dtype=torch.uint8)
+        bits = torch.randint(-(2**63), 2**63 - 1, (size, 2))
+        expected = augment.augment(images, bits, settings, fill)
+        assert torch.equal(augment.augment(images, bits, settings, fill, compiled=compiled), expected)
+        assert metrics.generated_kernel_count == 1
+
+
 def test_a_model_that_counts_its_passes_is_refused_with_cuda_graphs_too(data: Path, tmp_path: Path) -> None:
     sections: Sections = {"model": {"name": "models_for_tests:CountingTensor"}, "train": {"virtual_ranks": 2}}
     with simulated(), pytest.raises(ConfigError, match="gives other logits when a pass is repeated"):
@@ -165,7 +182,8 @@ def test_a_compiled_model_trains_the_same_and_resumes_to_the_same_bits(
     data: Path, group: Groups, tmp_path: Path
 ) -> None:
     """Local batches have 3 or 4 images; after three steps there are 4 where there were 3 at first."""
-    sections: Sections = {"train": {"global_batch_size": 7}}
+    augmented = {"flip": True, "crop_padding": 2, "cutout": 3}
+    sections: Sections = {"train": {"global_batch_size": 7}, "augment": augmented}
     compiled: Sections = {"train": {"compile": "default"}}
     group(2).train(configuration(data, tmp_path / "plain", sections))
     group(2).train(configuration(data, tmp_path / "whole", sections, compiled))

@@ -1,4 +1,4 @@
-"""Compilation of the passes of training (`train.compile`).
+"""Compilation of the passes of training, and of the augmentation before them (`train.compile`).
 
 What is compiled decides the last bits, so it must depend on the configuration and the data set alone, and not on the
 sizes of batches that happened to come first. So the warm-up compiles for all sizes of the run, in a fixed order.
@@ -8,7 +8,7 @@ Evaluations are not compiled: they would need graphs of their own, and an averag
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,31 @@ class Compilation:
         """Prepare the forward pass of a micro-batch: [n, C, H, W]."""
         if self.has_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        if self.is_on and self.is_dynamic and len(inputs) > 1:  # torch always compiles 0 and 1 separately
-            torch._dynamo.maybe_mark_dynamic(inputs, 0)
+        self._mark_size(inputs)
+
+    def function(self, function: Callable[..., Tensor], batches: int) -> Callable[..., Tensor]:
+        """Return a function of tensors, compiled as the model is, but without CUDA graphs: its result stays.
+
+        Args:
+            function: without gradients.
+            batches: number of its first arguments whose first dimension is the size of a batch.
+        """
+        if not self.is_on:
+            return function
+        compiled = torch.compile(function, mode="default", dynamic=False)
+
+        def call(*arguments: Any) -> Tensor:
+            for batch in arguments[:batches]:
+                self._mark_size(batch)
+            result: Tensor = compiled(*arguments)
+            return result
+
+        return call
+
+    def _mark_size(self, batch: Tensor) -> None:
+        """Let torch compile for batches of any size, if the run has several."""
+        if self.is_on and self.is_dynamic and len(batch) > 1:  # torch always compiles 0 and 1 separately
+            torch._dynamo.maybe_mark_dynamic(batch, 0)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:

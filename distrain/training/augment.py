@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,12 @@ def needs_random_bits(settings: Augment) -> bool:
 
 
 def augment(
-    images: Tensor, random_bits: Tensor, settings: Augment, fill: Tensor, also: Augmentation | None = None
+    images: Tensor,
+    random_bits: Tensor,
+    settings: Augment,
+    fill: Tensor,
+    also: Augmentation | None = None,
+    compiled: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Flip, shift, cut out and erase each image as its random bits determine; `step` mixes the results.
 
@@ -70,6 +76,7 @@ def augment(
         settings: what to apply.
         fill: uint8 [C], colour of the square of cutout, and of the rectangle of random erasing.
         also: the user's function, called last.
+        compiled: `shift_and_cut`, compiled.
 
     Returns:
         uint8 [N, H, W, C].
@@ -81,7 +88,7 @@ def augment(
     if padding or cutout:
         _, height, width, channels = images.shape
         tables = _tables(height, width, channels, flip, padding, cutout, images.device)
-        images = _shift_and_cut(images, random_bits, fill, tables)
+        images = (compiled or shift_and_cut)(images, random_bits, fill, tables)
     if settings.erasing:
         images = erase(images, random_bits, settings.erasing, fill)
     return images if also is None else also(images, random_bits)
@@ -142,7 +149,7 @@ def _squares(size: int, side: int, device: torch.device) -> Tensor:
     return ((offset >= 0) & (offset < side)).to(torch.uint8) * 255
 
 
-def _shift_and_cut(images: Tensor, random_bits: Tensor, fill: Tensor, tables: _Tables) -> Tensor:
+def shift_and_cut(images: Tensor, random_bits: Tensor, fill: Tensor, tables: _Tables) -> Tensor:
     """Do what the tables are for: uint8 [N, H, W, C]."""
     samples, height, width, channels = images.shape
     rows = images.reshape(samples, height, width * channels)

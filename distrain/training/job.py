@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from distrain.distributed.numerics import layer_seed
 from distrain.distributed.runtime import Runtime
 from distrain.environment import World
 from distrain.runs import checkpoint
-from distrain.training import optim, optimizer_state
+from distrain.training import augment, optim, optimizer_state
 from distrain.training.augment import Normalizer
 from distrain.training.flops import Flops
 from distrain.training.optim import WeightAverage
@@ -125,6 +126,21 @@ class Job:
     preprocessing: Preprocessing | None
     started: float
     compile_seconds: float = 0.0
+
+    @functools.cached_property
+    def normalize(self) -> Callable[[Tensor], Tensor]:
+        """The function from uint8 images to the model's input, compiled as the model is."""
+        return self.compilation.function(self.model.normalize.__call__, batches=1)
+
+    @functools.cached_property
+    def shift_and_cut(self) -> Callable[..., Tensor]:
+        """The function `augment.shift_and_cut`, compiled as the model is."""
+        return self.compilation.function(augment.shift_and_cut, batches=2)
+
+    def augment(self, images: Tensor, random_bits: Tensor) -> Tensor:
+        """Augment the images of a local batch: see `distrain.training.augment.augment`."""
+        settings, also = self.config.augment, self.functions.augmentation
+        return augment.augment(images, random_bits, settings, self.model.mean_color, also, self.shift_and_cut)
 
     @property
     def has_batch_norm(self) -> bool:

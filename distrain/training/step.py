@@ -87,8 +87,7 @@ class TrainingStep:
 
     def _augment(self, step: int, rank: World, batch: Batch) -> _LocalBatch:
         job, order, settings = self._job, self._job.order, self._job.config.augment
-        also = job.functions.augmentation
-        images = augment.augment(batch.images, batch.random_bits, settings, job.model.mean_color, also)
+        images = job.augment(batch.images, batch.random_bits)
         how = mixing.draw(settings, order.seed, step, *images.shape[1:3])
         if how is None:
             return _LocalBatch(images, batch.labels, None, 1.0, False)
@@ -123,7 +122,7 @@ class TrainingStep:
         return sums
 
     def _inputs(self, local: _LocalBatch, part: slice) -> Tensor:
-        normalize = self._job.model.normalize
+        normalize = self._job.normalize
         inputs = normalize(local.images[part])
         if local.partners is None or not local.needs_blending:
             return inputs

@@ -41,6 +41,8 @@ def warm_up(job: Job) -> float:
             with compilation.suspended():  # what is observed changes the model, and so what is compiled
                 _run_micro_batches(job, _inputs(job, *sizes[0]), buffers)
             model.distributed.observe()
+        if compilation.is_on:
+            _augment_each_size(job, shapes)
         for number, (size, shape) in enumerate(sizes if compilation.is_on else sizes[:1], 1):
             if compilation.is_on:
                 which = f", {number} of {len(sizes)} sizes" if len(sizes) > 1 else ""
@@ -54,9 +56,22 @@ def warm_up(job: Job) -> float:
     return time.monotonic() - started
 
 
+def _augment_each_size(job: Job, shapes: Sequence[Sequence[int]]) -> None:
+    """Augment black local batches of all sizes of the run: no step compiles anything."""
+    device, settings = job.runtime.device, job.config.augment
+    if not settings.crop_padding and not settings.cutout:
+        return
+    startup.waits_for("compiling the augmentation")
+    for shape in shapes:
+        for size in job.order.micro_batch_sizes(job.virtual_ranks[0].size, 1):
+            images = torch.zeros(size, *shape, dtype=torch.uint8, device=device)
+            job.augment(images, torch.zeros(size, 2, dtype=torch.int64, device=device))
+            job.runtime.watchdog.heartbeat()
+
+
 def _inputs(job: Job, size: int, shape: Sequence[int]) -> Tensor:
     """Return a normalised black micro-batch, in the memory layout of a training step: [size, C, H, W]."""
-    return job.model.normalize(torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device))
+    return job.normalize(torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device))
 
 
 def _run_micro_batches(job: Job, inputs: Tensor, buffers: dict[str, Tensor]) -> None:
