@@ -115,7 +115,7 @@ def test_the_recipe_for_imagenet_trains_1000_classes_to_its_end(tmp_path: Path) 
 
 
 def test_the_speedrun_learns_on_small_images(tmp_path: Path) -> None:
-    """It is made for 32×32 pixels, of which a CPU would need minutes."""
+    """Images of 32×32 pixels, which it is made for, would take minutes on a CPU."""
     data = make(tmp_path / "data", 1600, 200, image_size=16, lanes=8)
     keys = {
         "data": {"dir": data.root},

@@ -25,7 +25,8 @@ from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
 from distrain.training import evaluation, inputs
 from distrain.training.evaluation import Scores
-from distrain.training.setup import build_model, start_runtime, start_watchdog
+from distrain.training.model_setup import build_model
+from distrain.training.setup import start_runtime, start_watchdog
 
 log = logging.getLogger("distrain")
 

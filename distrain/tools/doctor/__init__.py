@@ -44,12 +44,8 @@ from distrain.tools.doctor import computing
 from distrain.tools.doctor.finding import Finding, Level
 from distrain.training import initial_weights, inputs, optim, optimizer_state, parameter_groups
 from distrain.training.checkpointing import os_error_of
-from distrain.training.setup import (
-    build_model,
-    normalization,
-    start_runtime,
-    start_watchdog,
-)
+from distrain.training.model_setup import build_model, normalization
+from distrain.training.setup import start_runtime, start_watchdog
 from distrain.worker_status import StatusWriter, WorkerStatus, read_status
 
 _PROBE_BYTES = 16 * 2**20
