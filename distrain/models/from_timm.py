@@ -149,7 +149,7 @@ def _fetch_from_hub(subject: str, repository: str, names: Sequence[str]) -> Path
                 continue
             raise ConfigError(
                 f"{subject}: {name} of {repository} cannot be fetched from the Hugging Face Hub:"
-                f" {printable(error)}; fetch it on a machine with a network (hf download {repository} {name}), and"
-                f" copy its folder of the cache to {hub.constants.HF_HUB_CACHE}"
+                f" {printable(error).rstrip('.')}; fetch it on a machine with a network (hf download {repository}"
+                f" {name}), and copy its folder of the cache to {hub.constants.HF_HUB_CACHE}"
             ) from error
     raise AssertionError("no names")
