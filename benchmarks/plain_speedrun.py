@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distrain
 from distrain import config
 from distrain.data import manifest
 from distrain.data.stream import EvaluationBatches
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("keys", nargs="*", help="section.key=value, in place of the recipe's")
     options = parser.parse_args()
     settings = config.load(_RECIPE, options.keys)
+    distrain.keep_freed_memory()  # as the trainer does
     generator = torch.Generator().manual_seed(options.seed)
     torch.manual_seed(options.seed)
     train, test = (Images(options.data, split, options.device) for split in ("train", "test"))
