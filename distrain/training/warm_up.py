@@ -61,14 +61,17 @@ def _augment_each_size(job: Job) -> None:
     startup.waits_for("compiling the augmentation")
     for size in job.order.micro_batch_sizes(job.virtual_ranks[0].size, 1):
         images = torch.zeros(size, *job.dataset.image_shape, dtype=torch.uint8, device=device)
-        job.augment(images, torch.zeros(size, 2, dtype=torch.int64, device=device))
+        with job.runtime.collectives.fail_alone(), _explain_impossible():
+            job.augment(images, torch.zeros(size, 2, dtype=torch.int64, device=device))
         job.runtime.watchdog.heartbeat()
 
 
 def _inputs(job: Job, size: int) -> Tensor:
     """Return a normalised black micro-batch, in the memory layout of a training step: [size, C, H, W]."""
     shape = job.dataset.image_shape
-    inputs = job.normalize(torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device))
+    images = torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device)
+    with job.runtime.collectives.fail_alone(), _explain_impossible():  # it may be compiled
+        inputs = job.normalize(images)
     return inputs.lerp(inputs, 0.5) if job.config.augment.mixup else inputs
 
 
