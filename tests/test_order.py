@@ -215,7 +215,7 @@ def test_the_order_never_changes_between_versions() -> None:
     assert order.shard_samples(3, 2, 6).tolist() == SHARD_SAMPLES
     assert augmentation_bits(42, np.array([7]), np.arange(2)).tolist() == RANDOM_BITS
     bits = np.zeros((16, 2), np.uint64)
-    alternate_flips(bits, 42, np.arange(16), epoch=3)
+    alternate_flips(bits, 42, np.arange(16), np.array([3]))
     assert bits[:, 0].tolist() == FLIPS
     assert not bits[:, 1].any()
 

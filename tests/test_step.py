@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.meta_device import META, HostWaitError, Launches, batches_on_meta, job_on_meta
 from distrain.data.manifest import Dataset
@@ -75,6 +76,44 @@ def test_no_step_waits_for_the_device_and_few_operations_are_launched(small: Dat
     assert {part for count in counts for part in count} <= BUDGET.keys()
     over = [part for part in BUDGET if any(map(int.__gt__, (count[part] for count in counts), BUDGET[part]))]
     assert not over, f"more than the budget in {over}:\n{table}"
+
+
+class Calls(Launches):
+    """Records each operation, with the shapes of its tensors and the values of its other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[Any]]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = [
+            (each.shape, each.stride(), each.dtype) if isinstance(each, Tensor) else each
+            for each in tree_leaves((args, kwargs or {}))
+            if isinstance(each, Tensor | float | int | torch.dtype | torch.device)
+        ]
+        self.calls.append((op.overloadpacket.__name__, arguments))
+        return super().__torch_dispatch__(op, types, args, kwargs)
+
+
+def test_only_rates_and_weights_differ_between_the_operations_of_two_steps(small: Dataset, tmp_path: Path) -> None:
+    """A CUDA graph of a whole step would have to read the numbers that differ from the device."""
+    tree = {
+        "data": {"dir": str(small.root), "cache": "off"},
+        "run": {"dir": str(tmp_path), "device": "cpu"},
+        **CASES["options"],
+        "train": {"max_steps": 9, "global_batch_size": 48, **OPTIONS, "micro_batch_size": None},
+    }
+    with job_on_meta(tree) as job:
+        step, batches = TrainingStep(job, Profile(META)), batches_on_meta(job)
+        recorded = [Calls() for _ in range(3)]
+        for number, calls in enumerate(recorded):
+            with calls:
+                step(number, batches)
+    one, other = (each.calls for each in recorded[1:])
+    assert [name for name, _ in one] == [name for name, _ in other]
+    differ = Counter(name for (name, arguments), (_, others) in zip(one, other, strict=True) if arguments != others)
+    # Learning rate; EMA; mixup of images, and of losses in both passes.
+    assert differ == {"_fused_sgd_": 1, "_foreach_lerp_": 1, "lerp": 1, "mul": 4}
 
 
 def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -95,17 +95,11 @@ class Order:
         steps, positions = np.divmod(in_epoch.reshape(-1), self.global_batch_size)
         return steps + epoch * self.steps_per_epoch, positions
 
-    def random_bits(self, number: int, world: World, ids: Ints) -> RandomBits:
-        """Random bits for the augmentation of the samples of a rank in a round: uint64 [n, 2].
-
-        Args:
-            number: of the round, over all epochs.
-            world: the rank.
-            ids: of the samples, in the order of `positions`: int64 [n].
-        """
-        random_bits = augmentation_bits(self.seed, *self.positions(number, world))
+    def random_bits(self, steps: Ints, positions: Ints, ids: Ints) -> RandomBits:
+        """Random bits for the augmentation of samples, by their steps, positions and ids: uint64 [n, 2]."""
+        random_bits = augmentation_bits(self.seed, steps, positions)
         if self.alternating_flip:
-            alternate_flips(random_bits, self.seed, ids, number // self.rounds_per_epoch)
+            alternate_flips(random_bits, self.seed, ids, steps // self.steps_per_epoch)
         return random_bits
 
     def owned_lanes(self, world: World) -> range:
@@ -192,7 +186,7 @@ def augmentation_bits(seed: int, steps: Ints, positions: Ints) -> RandomBits:
     return mix_bits(states)
 
 
-def alternate_flips(random_bits: RandomBits, seed: int, ids: Ints, epoch: int) -> None:
+def alternate_flips(random_bits: RandomBits, seed: int, ids: Ints, epochs: Ints) -> None:
     """Replace the bits that mirror samples: those mirrored in an epoch are not in the next one, and the reverse.
 
     A coin for each sample, from the seed and its id alone, decides whether it is mirrored in even or in odd epochs:
@@ -202,9 +196,9 @@ def alternate_flips(random_bits: RandomBits, seed: int, ids: Ints, epoch: int) -
         random_bits: uint64 [n, 2]; bit 0 of the first integer mirrors (`distrain.training.augment`).
         seed: of the run.
         ids: of the samples: int64 [n].
-        epoch: of the samples.
+        epochs: of the samples: int64 [n] or [1].
     """
-    coins = mix_bits(ids.astype(np.uint64) + _philox(seed, _FLIP).random_raw(1)) ^ np.uint64(epoch % 2)
+    coins = mix_bits(ids.astype(np.uint64) + _philox(seed, _FLIP).random_raw(1)) ^ epochs.astype(np.uint64)
     random_bits[:, 0] ^= (random_bits[:, 0] ^ coins) & np.uint64(1)
 
 

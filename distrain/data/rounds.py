@@ -226,10 +226,10 @@ class RoundReader:
 
     def _draw(self, number: int, world: World, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
         """Return the positions in their global batches, and the random bits, of a virtual rank's samples in a round."""
-        _, positions = self.order.positions(number, world)
+        steps, positions = self.order.positions(number, world)
         if not self.with_random_bits:
             return positions, torch.empty((0, 2), dtype=torch.int64)
-        return positions, torch.from_numpy(self.order.random_bits(number, world, ids).view(np.int64))
+        return positions, torch.from_numpy(self.order.random_bits(steps, positions, ids).view(np.int64))
 
     def _parts(self, number: int, world: World) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         """Yield (column, shard, indices of its samples in training order) for each lane of a virtual rank."""

@@ -65,13 +65,16 @@ def _augment_each_size(job: Job, shapes: Sequence[Sequence[int]]) -> None:
     for shape in shapes:
         for size in job.order.micro_batch_sizes(job.virtual_ranks[0].size, 1):
             images = torch.zeros(size, *shape, dtype=torch.uint8, device=device)
-            job.augment(images, torch.zeros(size, 2, dtype=torch.int64, device=device))
+            with job.runtime.collectives.fail_alone(), _explain_impossible():
+                job.augment(images, torch.zeros(size, 2, dtype=torch.int64, device=device))
             job.runtime.watchdog.heartbeat()
 
 
 def _inputs(job: Job, size: int, shape: Sequence[int]) -> Tensor:
     """Return a normalised black micro-batch, in the memory layout of a training step: [size, C, H, W]."""
-    return job.normalize(torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device))
+    images = torch.zeros(size, *shape, dtype=torch.uint8, device=job.runtime.device)
+    with job.runtime.collectives.fail_alone(), _explain_impossible():  # it may be compiled
+        return job.normalize(images)
 
 
 def _run_micro_batches(job: Job, inputs: Tensor, buffers: dict[str, Tensor]) -> None:
