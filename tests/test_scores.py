@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from datasets import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meta_device import META, Launches
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 
 import distrain
+from benchmarks.meta_device import META, Launches
 from distrain import machine
 from distrain.data.manifest import Dataset
 from distrain.distributed.collectives import Collectives
