@@ -19,7 +19,7 @@ import torchvision
 from datasets import make
 from group import Group, GroupError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import distrain
 from distrain import models
@@ -250,6 +250,7 @@ def test_models_and_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert note == "fc is re-initialised: 1000 classes in the file, 3 in the data set"
         assert torch.equal(model.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
         models.check_output("timm:resnet10t", model, torch.zeros(2, *shape), 3)
+    assert models.world_size_dependent(nn.Sequential(timm.layers.DropPath(0.1))) == ["DropPath"]
 
 
 def test_batch_norm_of_timm_keeps_its_activation_over_several_processes() -> None:

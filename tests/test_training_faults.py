@@ -501,8 +501,14 @@ def test_batch_norm_of_single_values_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_batch_norm_of_many_pixels_takes_batches_of_one(easy: Dataset, tmp_path: Path) -> None:
-    settings = {"model": {"name": "models_for_tests:NormedPixels"}, "train": {"global_batch_size": 1, "max_steps": 2}}
+@pytest.mark.parametrize(("name", "frozen"), [("NormedPixels", {}), ("BatchNormAndDropout", {"[12].*": 0})])
+def test_batch_norm_of_many_pixels_or_with_fixed_statistics_takes_batches_of_one(
+    easy: Dataset, tmp_path: Path, name: str, frozen: dict[str, float]
+) -> None:
+    settings = {
+        "model": {"name": f"models_for_tests:{name}"},
+        "train": {"global_batch_size": 1, "max_steps": 2, "lr_scale": frozen},
+    }
     assert distrain.train(tree(easy, tmp_path / "run", **settings)).steps == 2
 
 

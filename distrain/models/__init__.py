@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,23 @@ def from_config(
     """
     height, width, channels = image_shape
     torch.manual_seed(seed)  # weights are drawn on the CPU, so every device starts from the same
-    model = build(settings.name, settings.activation, num_classes, (channels, height, width)).to(dtype)
+    model = build(settings.name, settings.activation, num_classes, (channels, height, width)).to(dtype).train()
     for samples in batch_sizes:
         check_output(settings.name, model, torch.zeros(samples, channels, height, width, dtype=dtype), num_classes)
     return model
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, a model is in evaluation mode; then each layer has its own mode again: one may be frozen."""
+    modes = {layer: layer.training for layer in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(modes[model])  # a class may do more in its own `train`
+        for layer, mode in modes.items():
+            layer.training = mode
 
 
 def check_output(name: str, model: nn.Module, images: Tensor, num_classes: int) -> None:
@@ -100,10 +114,12 @@ def check_output(name: str, model: nn.Module, images: Tensor, num_classes: int) 
     Raises:
         ConfigError: it raises, or its output has another shape.
     """
-    training = model.training
-    with plugins.user_code(f"model.name={name}: fails on images {list(images.shape)}"), torch.no_grad():
-        logits = model.eval()(images)
-    model.train(training)
+    with (
+        plugins.user_code(f"model.name={name}: fails on images {list(images.shape)}"),
+        evaluation_mode(model),
+        torch.no_grad(),
+    ):
+        logits = model(images)
     if not isinstance(logits, Tensor) or logits.shape != (len(images), num_classes):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
@@ -114,12 +130,10 @@ def check_output(name: str, model: nn.Module, images: Tensor, num_classes: int) 
 def norms_of_one_value(model: nn.Module, image: Tensor) -> list[tuple[str, nn.Module]]:
     """Return names and layers of the BatchNorm of a model that get one value of each channel from a single image.
 
-    For such a layer, the variance over a batch of one image does not exist. Layers that the model keeps in evaluation
-    mode are not named. Buffers do not change.
+    For such a layer, the variance over a batch of one image does not exist. Layers in evaluation mode are not named.
+    Buffers do not change.
     """
-    training = model.training
-    named = {name: layer for name, layer in model.train().named_modules() if isinstance(layer, _BatchNorm)}
-    named = {name: layer for name, layer in named.items() if layer.training}
+    named = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm) and layer.training}
     with_one_value: set[nn.Module] = set()
 
     def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -127,11 +141,10 @@ def norms_of_one_value(model: nn.Module, image: Tensor) -> list[tuple[str, nn.Mo
             with_one_value.add(layer)
 
     hooks = [layer.register_forward_pre_hook(note) for layer in named.values()]
-    with torch.no_grad():
-        model.eval()(image)
+    with evaluation_mode(model), torch.no_grad():
+        model(image)
     for hook in hooks:
         hook.remove()
-    model.train(training)
     return [(name, layer) for name, layer in named.items() if layer in with_one_value]
 
 
@@ -343,6 +356,10 @@ def world_size_dependent(model: nn.Module, accumulates: bool = False) -> list[st
     return sorted({type(layer).__name__ for layer in model.modules() if _depends_on_local_batch(layer, accumulates)})
 
 
+_RANDOM_LAYERS = ("StochasticDepth", "DropPath", "DropBlock2d", "PatchDropout")
+"""Classes of torchvision and timm that draw random numbers; by name, as these need not be imported."""
+
+
 def _depends_on_local_batch(layer: nn.Module, accumulates: bool) -> bool:
     if isinstance(layer, _BatchNorm):
         return layer.training and (accumulates or not can_be_synchronised(layer))
@@ -352,5 +369,5 @@ def _depends_on_local_batch(layer: nn.Module, accumulates: bool) -> bool:
     return (
         isinstance(layer, nn.RReLU)
         or (isinstance(dropout, float) and dropout > 0)
-        or type(layer).__name__ == "StochasticDepth"  # of torchvision, which need not be imported
+        or type(layer).__name__ in _RANDOM_LAYERS
     )

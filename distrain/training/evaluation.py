@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distrain import startup
+from distrain import models, startup
 from distrain.data.decoding import Bad, Preprocessing
 from distrain.data.manifest import Dataset
 from distrain.data.stream import EvaluationBatches
@@ -222,17 +222,13 @@ def evaluate(
         if collect is not None:
             collect(images, ids.to(runtime.device), truth, logits)
 
-    training = {layer: layer.training for layer in model.modules()}
-    model.eval()
     with (
+        models.evaluation_mode(model),
         runtime.watchdog.phase("evaluate"),
         closing(EvaluationBatches(dataset, split, runtime.world, batch_size, preprocessing)) as batches,
         closing(Bar(split, unit="batches", leave=False, show=runtime.is_main)) as bar,
     ):
         _for_each(batches, score, runtime, bar)
-    model.train(training[model])
-    for layer, mode in training.items():  # a frozen BatchNorm stays in evaluation mode
-        layer.training = mode
     local = dict(zip(batches.numbers, torch.stack(losses).tolist() if losses else (), strict=True))
     first, *others = runtime.collectives.from_all((counter.counted(), local, batches.bad))
     counts = first[0].plus([each for each, *_ in others])

@@ -71,8 +71,8 @@ def build(
     accumulation_steps = -(-most // (config.train.micro_batch_size or most))
     smallest = (0,) if fewest < accumulation_steps else ()
     module = runtime.collectives.all_or_none(lambda: build_model(config, dataset, runtime.dtype, (2, 1, *smallest)))
-    _check_batch_norm(config, module, dataset, order, number, accumulation_steps)
     _freeze(config, module, len(dataset.manifest.classes), runtime)
+    _check_batch_norm(config, module, dataset, order, number, accumulation_steps)
     # Before layers are replaced by those with collectives.
     run_flops = _count_flops(config, module, dataset, image_sizes, runtime)
     dependent: list[str] = []

@@ -323,7 +323,7 @@ def _try_model(config: Config) -> nn.Module:
     virtual = config.train.virtual_ranks is not None
     buffers, images = Buffers(module) if virtual else None, torch.zeros(2, channels, height, width)
     with plugins.user_code(f"model.name={config.model.name}: fails in training"):
-        module.train()(images).sum().backward()
+        module(images).sum().backward()
     models.check_gradients(config.model.name, module)
     if buffers is not None:
         buffers.observe(1)
