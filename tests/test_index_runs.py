@@ -26,17 +26,20 @@ from group import Group, GroupError
 from PIL import Image
 from runs import as_record, ids_by_step
 from test_promise import distance, same_bits, train_and_kill, weights
+from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 import distrain
 from distrain import cli, models
+from distrain.config import Config
 from distrain.data import images, index, manifest
 from distrain.data.manifest import Dataset
 from distrain.data.pillow import ImageWarning
 from distrain.tools.export import export
 from distrain.tools.hash_runs import check_equal, hash_runs
 from distrain.tools.predict import predict
+from distrain.training import from_images, inputs
 
 pytestmark = pytest.mark.ranks
 Groups = Callable[[int], Group]
@@ -671,6 +674,16 @@ def test_keys_that_do_not_fit_an_index_are_refused(
 ) -> None:
     assert message in refusal(group(2), configuration(few / "data", tmp_path / "run", changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_images_for_initial_weights_do_not_depend_on_the_section_eval(few: Path, tmp_path: Path) -> None:
+    def images(**keys: int) -> Tensor:
+        tree = configuration(few / "data", tmp_path / "run", {"data": {"image_size": 32}, "eval": keys})
+        config = Config.load(tree)
+        dataset = inputs.read_data(config)
+        return from_images._first_images(config, dataset, inputs.preprocessing(config, dataset, 1))
+
+    assert torch.equal(images(), images(crop=48, resize=64))
 
 
 def test_keys_of_an_index_are_refused_with_blocks(small: Dataset, group: Groups, tmp_path: Path) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from distrain import plugins, startup
-from distrain.config import Config
+from distrain.config import Config, Eval
 from distrain.data.decoding import Preprocessing
 from distrain.data.manifest import Dataset
 from distrain.data.stream import EvaluationBatches
 from distrain.distributed.runtime import Runtime
 from distrain.environment import World
+from distrain.training import inputs
 from distrain.training.augment import normalize
 
 _METHOD = "initialize_from_images"
-_IMAGES, _BYTES = 1000, 2**26
-"""Maximum number of the images, and of their bytes as uint8."""
+_IMAGES, _BYTES = 1000, 2**23
+"""Maximum number of the images, and of their bytes as uint8: `whitened` needs 64 times as much for their patches."""
 
 
 def initialize(
@@ -55,7 +57,7 @@ def initialize(
         if not runtime.is_main:
             return
         startup.waits_for(f"initialising model {config.model.name} from training images")
-        images = normalize(_first_images(dataset, preprocessing), mean, std)
+        images = normalize(_first_images(config, dataset, preprocessing), mean, std)
         with plugins.user_code(f"model.name={config.model.name}: {_METHOD} fails on images {list(images.shape)}"):
             method(images)
 
@@ -63,8 +65,11 @@ def initialize(
     return True
 
 
-def _first_images(dataset: Dataset, preprocessing: Preprocessing | None) -> Tensor:
-    """Return the first images of the train split, as they would be evaluated: uint8 [n, H, W, C]."""
+def _first_images(config: Config, dataset: Dataset, preprocessing: Preprocessing | None) -> Tensor:
+    """Return the first images of the train split, as they are evaluated by default: uint8 [n, H, W, C]."""
+    if preprocessing is not None:  # what the section eval says is not in the identity, and must not decide weights
+        by_default = inputs.evaluation(config.model_copy(update={"eval": Eval()}), dataset)
+        preprocessing = replace(preprocessing, evaluation=by_default)
     number = max(2, min(_IMAGES, _BYTES // dataset.sample_bytes))
     parts: list[Tensor] = []
     with closing(EvaluationBatches(dataset, "train", World(0, 1), number, preprocessing)) as batches:
