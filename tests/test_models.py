@@ -164,8 +164,11 @@ def test_muon_steps_along_orthogonal_matrices_and_leaves_other_parameters_to_sgd
     assert 0.6 < float((u.T @ step.flatten(1) @ vh.T).diag().min()) < 1.3  # the same singular vectors
     gradient = bias.grad + 0.1 * before[1]
     assert torch.allclose(bias.detach(), before[1] - 0.5 * 1.9 * gradient)
-    Muon([{"params": [matrix], "orthogonal": True}], lr=1e-9, momentum=0.9, normalize=True).step()
+    zeros = nn.Parameter(torch.zeros(4, 6))
+    zeros.grad = torch.ones(4, 6)
+    Muon([{"params": [matrix, zeros], "orthogonal": True}], lr=1e-9, momentum=0.9, normalize=True).step()
     assert float(matrix.detach().norm()) == pytest.approx(2.0)  # (4 rows)^½
+    assert 0 < float(zeros.detach().norm()) < 2e-9
 
 
 def test_a_similar_name_is_suggested() -> None:

@@ -93,6 +93,7 @@ def _orthogonal_step(parameters: list[Tensor], momenta: list[Tensor], group: dic
     if group["normalize"]:
         norms = torch._foreach_norm(parameters)
         torch._foreach_div_(norms, [len(each) ** 0.5 for each in parameters])
+        torch._foreach_clamp_min_(norms, _EPSILON)  # a matrix may begin as zeros
         torch._foreach_div_(parameters, norms)
     elif group["weight_decay"]:
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
