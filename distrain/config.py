@@ -180,6 +180,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _changed(section: Section, *names: str) -> list[str]:
+    """Return which of these keys do not have their defaults."""
+    return [name for name in names if getattr(section, name) != type(section).model_fields[name].default]
+
+
 class Run(Section):
     """Folder, seed and device of the run."""
 
@@ -304,6 +309,8 @@ class Data(Section):
             problems.append("start_size must be a multiple of 32, and smaller than image_size")
         if not 0 <= self.growth[0] <= self.growth[1] <= 1:
             problems.append("growth must be two numbers from 0 to 1, the smaller one first")
+        elif self.start_size is None and _changed(self, "growth"):
+            problems.append("growth has an effect with start_size alone; give that too, or remove growth")
         if problems:
             raise ValueError("\n  data: ".join(problems))
         return self
@@ -398,6 +405,8 @@ class Augment(Section):
             problems.append("crop_scale must be two numbers above 0, at most 1, the smaller one first")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             problems.append("crop_ratio must be two numbers above 0, the smaller one first")
+        elif self.crop_scale is None and _changed(self, "crop_ratio"):
+            problems.append("crop_ratio has an effect with crop_scale alone; give that too, or remove crop_ratio")
         if problems:
             raise ValueError("\n  augment: ".join(problems))
         return self
@@ -464,8 +473,8 @@ class Train(Section):
     )
     muon_normalize: bool = _key(
         False,
-        "with muon, scale each matrix of m rows to a norm of m^0.5 before each step; for weights that are all followed"
-        " by a normalisation layer, so that their scale does not matter",
+        "with muon, scale each matrix of m rows to a norm of m^0.5 before each step, in place of weight decay; for"
+        " weights that are all followed by a normalisation layer, so that their scale does not matter",
         identity=True,
     )
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] = _key(
@@ -539,6 +548,9 @@ class Train(Section):
             problems.append("give epochs or max_steps, not both; train.epochs=null removes the value of the file")
         if self.nesterov and (self.optimizer in ("adam", "adamw") or self.momentum == 0):
             problems.append("nesterov needs optimizer sgd or muon, or one of your own, and a momentum above 0")
+        of_muon = _changed(self, "muon_iterations", "muon_normalize")
+        if of_muon and self.optimizer != "muon":
+            problems.append(f"{', '.join(of_muon)}: for optimizer muon alone; remove them, or set their defaults")
         if self.optimizer_args and not is_user_code(self.optimizer):
             problems.append(
                 f"optimizer_args are for an optimizer package.module:name; {self.optimizer} has the keys lr, momentum …"

@@ -113,6 +113,12 @@ def test_a_missing_file_is_reported() -> None:
     [
         (["train.epochs=2", "train.max_steps=9"], "give epochs or max_steps, not both"),
         (["train.nesterov=true", "train.optimizer=adam"], "nesterov needs optimizer sgd"),
+        (
+            ["train.muon_iterations=3", "train.muon_normalize=true"],
+            "muon_iterations, muon_normalize: for optimizer muon",
+        ),
+        (["data.growth=[0.5, 0.6]"], "growth has an effect with start_size alone"),
+        (["augment.crop_ratio=[1, 1]"], "crop_ratio has an effect with crop_scale alone"),
         (["train.betas=[0.9, 1.0]"], "betas must be in 0"),
         (["train.epochs=2.5"], "valid integer"),
         (["train.epochs=true"], "valid integer"),
