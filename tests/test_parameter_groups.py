@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from group import Group
+from group import Group, GroupError
 from models_for_tests import Normed
 from safetensors.torch import load_file
 from torch import nn
 
+import distrain
 from distrain import models
 from distrain.config import Config, Train, from_tree, identity
 from distrain.data.manifest import Dataset
@@ -172,3 +174,17 @@ def test_a_partly_frozen_model_keeps_the_promise_and_resumes(
     shutil.rmtree(tmp_path / "2/checkpoints/step-00000020")
     resumed = train(2)
     assert all(torch.equal(value, resumed[name]) for name, value in two.items())
+
+
+def train_in_another_order(config: dict[str, Any]) -> None:
+    keys = ["head", "*"] if os.environ["RANK"] == "0" else ["*", "head"]
+    distrain.train({**config, "train": {"lr_scale": dict.fromkeys(keys, 2.0)}})
+
+
+@pytest.mark.ranks
+def test_another_order_of_the_factors_is_another_configuration(
+    small: Dataset, group: Callable[[int], Group], tmp_path: Path
+) -> None:
+    config = {"data": {"dir": str(small.root)}, "run": {"dir": str(tmp_path / "run")}, "model": {"name": "small"}}
+    with pytest.raises(GroupError, match=r"rank 1 has another configuration than rank 0: train.lr_scale \("):
+        group(2).call("function", train_in_another_order, config)

@@ -93,6 +93,7 @@ _MAY_DIFFER = ("run.dir", "data.dir", "data.tars", "data.cache_dir", "data.cache
 def _check_same_configuration(collectives: Collectives, config: Config) -> None:
     """Compare the configurations of all processes: a file edited on one node would change its weights, or hang."""
     flat = {f"{section}.{key}": value for section, part in public(config).items() for key, value in part.items()}
+    flat |= identity(config)  # where the order of a mapping matters, it is compared too
     everyone = collectives.from_all({key: value for key, value in flat.items() if key not in _MAY_DIFFER})
     first = everyone[0]
     for rank, other in enumerate(everyone):
