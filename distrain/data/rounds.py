@@ -140,7 +140,9 @@ class RoundReader:
         """Read the shards that the cache does not contain into it."""
         if cache.fill_before_steps:
             for shard in itertools.chain.from_iterable(map(self._shards_of_round, self.rounds)):
-                if self.closed.is_set() or cache.is_complete:
+                if self.closed.is_set():
+                    return
+                if cache.is_complete:
                     break
                 self._put(cache, shard)
         for number in self.rounds:

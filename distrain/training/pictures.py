@@ -126,11 +126,10 @@ def save_augmented(job: Job, batch: Batch) -> None:
     pictures, fill = images[:_PICTURES], job.model.mean_color.cpu()
     variants = []
     for step in range(_VARIANTS):
-        drawn = augmentation_bits(seed, np.array([step]), batch.positions)
-        if job.order.alternating_flip:
-            alternate_flips(
-                drawn, seed, batch.ids, np.array([step])
-            )  # each picture is mirrored in every second variant
+        steps = np.array([step])
+        drawn = augmentation_bits(seed, steps, batch.positions)
+        if job.order.alternating_flip:  # each picture is mirrored in every second variant
+            alternate_flips(drawn, seed, batch.ids, steps)
         local_bits = torch.from_numpy(drawn.view(np.int64))
         augmented = augment(pictures.clone(), local_bits[:_PICTURES], settings, fill, also)  # `also` may change them
         how = mixing.draw(settings, seed, step, *images.shape[1:3])
