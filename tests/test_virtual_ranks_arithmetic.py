@@ -6,6 +6,7 @@ import copy
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from distrain.config import from_tree
 from distrain.distributed.collectives import Collectives
 from distrain.distributed.compilation import Compilation
 from distrain.distributed.gradient_tree import Node, TreeSum, subtrees
 from distrain.distributed.virtual_ranks import Division, VirtualRanks, complete, outgoing
 from distrain.distributed.watchdog import Watchdog
 from distrain.environment import Environment, World
+from distrain.training import setup
 
 
 def spans(virtual_ranks: int, size: int) -> list[range]:
@@ -147,3 +150,22 @@ def test_the_scaler_of_fp16_works_on_the_complete_gradient(tmp_path: Path) -> No
     watchdog.close()
     assert scaler.get_scale() == 2.0**9
     assert int(model[1].num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize(
+    ("train", "warnings"),
+    [
+        ({}, []),
+        ({"optimizer": "muon"}, ["the weights of unlike ones drift apart: rank 1 has GPU B, on rank 0 A"]),
+        ({"virtual_ranks": 2}, ["depend on which process computes what: rank 1 has GPU B, on rank 0 A"]),
+    ],
+)
+def test_unlike_processes_are_named_where_they_decide_what_is_trained(
+    train: dict[str, Any], warnings: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = [{"GPU": "A"}, {"GPU": "B"}]  # two machines, as one process sees them
+    collectives = SimpleNamespace(from_all=lambda _: facts)
+    runtime: Any = SimpleNamespace(collectives=collectives, what_decides_bits=facts[0], is_main=True)
+    setup._compare_numerics(from_tree({"train": train}), runtime)
+    assert len(caplog.messages) == len(warnings)
+    assert all(text in message for text, message in zip(warnings, caplog.messages, strict=True))

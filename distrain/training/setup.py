@@ -104,12 +104,16 @@ def _check_same_configuration(collectives: Collectives, config: Config) -> None:
 
 
 def _compare_numerics(config: Config, runtime: Runtime) -> None:
-    """Warn where processes compute with other software or hardware, if the bits should not depend on their number."""
-    if config.train.virtual_ranks is None:
+    """Warn where processes compute with other software or hardware, if that decides what is trained."""
+    if config.train.virtual_ranks is not None:
+        effect = "the last bits of the weights depend on which process computes what"
+    elif config.train.optimizer == "muon":  # the others compute element by element: the same bits everywhere
+        effect = "train.optimizer=muon: each process multiplies matrices, so the weights of unlike ones drift apart"
+    else:
         return
     unlike = unlike_ranks(runtime.collectives.from_all(runtime.what_decides_bits))
     for rank, names in list(unlike.items())[:1] if runtime.is_main else ():
-        log.warning("the last bits of the weights depend on which process computes what: rank %s has %s", rank, names)
+        log.warning("%s: rank %s has %s", effect, rank, names)
 
 
 def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -> Job:
