@@ -118,7 +118,7 @@ def test_the_speedrun_learns_on_small_images(tmp_path: Path) -> None:
     """Images of 32×32 pixels, which it is made for, would take minutes on a CPU."""
     data = make(tmp_path / "data", 1600, 200, image_size=16, lanes=8)
     keys = {
-        "data": {"dir": data.root},
+        "data": {"dir": data.root, "cache": "ram"},
         "run": {"dir": tmp_path / "run", "device": "cpu"},
         "train": {"epochs": 2, "global_batch_size": 100, "compile": "off"},
         "log": {"report": False},

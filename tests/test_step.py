@@ -113,7 +113,7 @@ def test_only_rates_and_weights_differ_between_the_operations_of_two_steps(small
     assert [name for name, _ in one] == [name for name, _ in other]
     differ = Counter(name for (name, arguments), (_, others) in zip(one, other, strict=True) if arguments != others)
     # Learning rate; EMA; mixup of images, and of losses in both passes.
-    assert differ == {"_fused_sgd_": 1, "_foreach_lerp_": 1, "lerp": 1, "mul": 4}
+    assert differ == {"_fused_sgd_": 1, "_foreach_lerp_": 1, "lerp_": 1, "mul": 4}
 
 
 def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
