@@ -103,7 +103,7 @@ class TrainingResult(Result):
     dropped_per_epoch: int
     seconds: float
     compile_seconds: float
-    train_seconds: float = 0.0
+    train_seconds: float
     images_per_second: float
     tflops_per_second: float | None = None
     mfu: float | None = None

@@ -213,7 +213,7 @@ class Result(_Scores):
     dropped_per_epoch: Count
     seconds: Amount
     compile_seconds: Amount
-    train_seconds: Amount = 0
+    train_seconds: Amount
     images_per_second: Amount
     tflops_per_second: Amount | None = None
     mfu: Amount | None = None
