@@ -240,7 +240,8 @@ class Data(Section):
     )
     growth: Range = _key(
         [0.7, 0.85],
-        "with data.start_size: fractions of the run's steps at which images begin to grow, and have their full size",
+        "with data.start_size: fractions of the run's steps between which images grow, at equal distances; from the"
+        " second one on they have their full size",
         identity=True,
     )
     decode_threads: Whole | None = _key(

@@ -71,6 +71,14 @@ class Normed(nn.Sequential):
         )
 
 
+class FixedNorm(Normed):
+    """Keeps its first BatchNorm in evaluation mode; its `train` returns nothing, as people often write it."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self[1].eval()
+
+
 class Mixed(nn.Sequential):
     """Has layers whose result could depend on which process computes what: BatchNorm, dropout, other buffers."""
 

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distrain import models
-from distrain.config import Augment, Train
+from distrain.config import Augment, Model, Train
 from distrain.errors import ConfigError
 from distrain.models.net import ACTIVATIONS
 from distrain.models.whitened import Whitened
-from distrain.training import optim, optimizer_state
+from distrain.training import flops, optim, optimizer_state
 from distrain.training.augment import augment, normalize
 from distrain.training.muon import Muon
 
@@ -169,6 +169,15 @@ def test_muon_steps_along_orthogonal_matrices_and_leaves_other_parameters_to_sgd
     Muon([{"params": [matrix, zeros], "orthogonal": True}], lr=1e-9, momentum=0.9, normalize=True).step()
     assert float(matrix.detach().norm()) == pytest.approx(2.0)  # (4 rows)^½
     assert 0 < float(zeros.detach().norm()) < 2e-9
+
+
+def test_a_model_may_keep_layers_in_evaluation_mode_by_a_train_of_its_own() -> None:
+    fixed = models.from_config(Model(name="models_for_tests:FixedNorm"), 4, (16, 16, 3), 0)
+    assert [name for name, layer in fixed.named_modules() if not layer.training] == ["1"]
+    assert [name for name, _ in models.norms_of_one_value(fixed, torch.zeros(1, 3, 16, 16))] == ["6"]
+    assert [name for name, layer in fixed.named_modules() if not layer.training] == ["1"]
+    fixed[6].momentum = 0.1  # type: ignore[index, union-attr]  # without it, a pass reads a counter: nothing is counted
+    assert flops.of_model(fixed, (16, 16, 3)) is not None
 
 
 def test_a_similar_name_is_suggested() -> None:

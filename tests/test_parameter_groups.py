@@ -92,6 +92,7 @@ def test_what_is_frozen_has_fixed_statistics_and_is_in_no_group() -> None:
     [
         ({"head": 1, "0.wieght": 0.1}, "0.wieght matches no parameter of the model; did you mean 0.weight"),
         ({"layer4.*": 0.1}, r"layer4\.\* matches no parameter of the model; .* 0.weight, 0.bias"),
+        ({"head": 2, "*": 0.1}, "head has no effect: later keys match all of its parameters"),
         ({"*": 0}, "all parameters are frozen"),
         ({"backbone": 0, "head": 0}, "all parameters are frozen"),
     ],
@@ -99,6 +100,18 @@ def test_what_is_frozen_has_fixed_statistics_and_is_in_no_group() -> None:
 def test_keys_that_cannot_be_meant_are_refused(scale: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^train.lr_scale: .*{message}"):
         parameter_groups.check(network(), scale, 4)
+
+
+def test_what_the_model_has_frozen_itself_is_described_as_frozen_and_gets_no_factor() -> None:
+    module = network()
+    module[0].requires_grad_(False)
+    assert parameter_groups.describe(module, {"head": 2}) == [
+        "frozen: 0.weight, 0.bias",
+        "learning rate × 1: 1.weight, 1.bias, 5.weight, and 3 more",
+        "learning rate × 2: 8.weight, 8.bias",
+    ]
+    with pytest.raises(ConfigError, match=r"0\.\* has no effect: .* the model has frozen them itself"):
+        parameter_groups.check(module, {"0.*": 0.5}, 4)
 
 
 def test_a_last_layer_that_is_not_the_head_is_named() -> None:

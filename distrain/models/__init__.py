@@ -89,7 +89,8 @@ def from_config(
     """
     height, width, channels = image_shape
     torch.manual_seed(seed)  # weights are drawn on the CPU, so every device starts from the same
-    model = build(settings.name, settings.activation, num_classes, (channels, height, width)).to(dtype).train()
+    model = build(settings.name, settings.activation, num_classes, (channels, height, width)).to(dtype)
+    model.train()  # nothing of its result is used: a class that has its own may forget to return itself
     for samples in batch_sizes:
         check_output(settings.name, model, torch.zeros(samples, channels, height, width, dtype=dtype), num_classes)
     return model

@@ -97,7 +97,8 @@ def of_model(module: nn.Module, image_shape: Sequence[int]) -> int | None:
     formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
     counter, others = FlopCounterMode(display=False, custom_mapping=formulas), _OtherOperations()
     try:
-        without_values = copy.deepcopy(module).to("meta").train()
+        without_values = copy.deepcopy(module).to("meta")
+        without_values.train()
         dtype = next(without_values.parameters()).dtype
         images = torch.empty(_IMAGES, channels, height, width, dtype=dtype, device="meta")
         with torch.random.fork_rng(devices=[]), counter, others:

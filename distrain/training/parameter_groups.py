@@ -27,7 +27,12 @@ def factor(name: str, scale: Mapping[str, float], head: str) -> float:
         scale: `train.lr_scale`.
         head: name of the layer that computes the logits.
     """
-    return [1.0, *(value for key, value in scale.items() if _matches(key, name, head))][-1]
+    key = _deciding_key(name, scale, head)
+    return 1.0 if key is None else scale[key]
+
+
+def _deciding_key(name: str, scale: Mapping[str, float], head: str) -> str | None:
+    return next((key for key in reversed(list(scale)) if _matches(key, name, head)), None)
 
 
 def _matches(key: str, name: str, head: str) -> bool:
@@ -37,7 +42,7 @@ def _matches(key: str, name: str, head: str) -> bool:
 
 
 def check(module: nn.Module, scale: Mapping[str, float], num_classes: int) -> None:
-    """Check that each key of `train.lr_scale` matches parameters, and that some of them are trained.
+    """Check that each key of `train.lr_scale` has an effect, and that some parameters are trained.
 
     Raises:
         ConfigError: this is not so; or `head` or `backbone` is given, and the last layer does not compute the logits.
@@ -57,6 +62,12 @@ def check(module: nn.Module, scale: Mapping[str, float], num_classes: int) -> No
             raise ConfigError(
                 f"train.lr_scale: {printable(key)} matches no parameter of the model; {examples}"
                 f" {', '.join(close or shortened(list(parameters), 5))}"
+            )
+        trained = (name for name, value in parameters.items() if value.requires_grad)
+        if not any(_deciding_key(name, scale, head) == key for name in trained):
+            raise ConfigError(
+                f"train.lr_scale: {printable(key)} has no effect: later keys match all of its parameters, or the model"
+                " has frozen them itself; put it last, or remove it"
             )
     if not any(value.requires_grad and factor(name, scale, head) for name, value in parameters.items()):
         raise ConfigError("train.lr_scale: all parameters are frozen; give some of them a factor above 0, such as head")
@@ -82,11 +93,12 @@ def freeze(module: nn.Module, scale: Mapping[str, float]) -> None:
 
 
 def describe(module: nn.Module, scale: Mapping[str, float]) -> list[str]:
-    """Return one line for each factor of the learning rate, with the parameters that have it."""
+    """Return one line for each factor of the learning rate, with the parameters that have it; call `freeze` before."""
     head = models.head_of(module)
     by_factor: dict[float, list[str]] = {}
-    for name, _ in module.named_parameters():
-        by_factor.setdefault(factor(name, scale, head), []).append(name)
+    for name, parameter in module.named_parameters():
+        value = factor(name, scale, head) if parameter.requires_grad else 0.0
+        by_factor.setdefault(value, []).append(name)
     return [
         f"{f'learning rate × {value:g}' if value else 'frozen'}: {', '.join(shortened(names, 3))}"
         for value, names in sorted(by_factor.items())
