@@ -80,6 +80,7 @@ def build(train: Train, module: nn.Module) -> torch.optim.Optimizer:
         momentum: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov}
         groups = parameter_groups.groups(module, train)
         if train.optimizer == "muon":
+            _check_has_matrices(groups)
             optimizer = Muon(
                 groups, **shared, **momentum, iterations=train.muon_iterations, normalize=train.muon_normalize
             )
@@ -91,6 +92,15 @@ def build(train: Train, module: nn.Module) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group[_INITIAL_LR] = float(group["lr"])
     return optimizer
+
+
+def _check_has_matrices(groups: list[dict[str, Any]]) -> None:
+    """Check that Muon is used for some weights: without any, it is SGD."""
+    if not any(group.get("orthogonal") for group in groups):
+        raise ConfigError(
+            "train.optimizer=muon: it is for weights of two or more dimensions outside the last layer, and none of"
+            " these is trained; set train.optimizer=sgd"
+        )
 
 
 def _build_user_optimizer(train: Train, module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
