@@ -812,7 +812,8 @@ def identity(config: Config) -> dict[str, Any]:
         for section, name, _, _, is_identity in every_key()
         if is_identity
     }
-    values["train.lr_scale"] = [list(item) for item in config.train.lr_scale.items()]  # their order matters
+    factors = (f"{name}: {factor!r}" for name, factor in config.train.lr_scale.items())
+    values["train.lr_scale"] = f"{{{', '.join(factors)}}}"  # text: the order of the keys matters
     return values
 
 

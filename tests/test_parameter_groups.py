@@ -131,6 +131,7 @@ def test_factors_are_read_from_the_command_line_and_their_order_is_part_of_the_i
         Config.load(None, [f"train.lr_scale={{{keys}}}"]) for keys in ("'*': 1, head: 1e-1", "head: 1e-1, '*': 1")
     )
     assert one.train.lr_scale == other.train.lr_scale == {"*": 1.0, "head": 0.1}
+    assert identity(one)["train.lr_scale"] == "{*: 1.0, head: 0.1}"
     assert identity(one) != identity(other)
     assert from_tree(one.model_dump()) == one
 
