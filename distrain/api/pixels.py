@@ -77,8 +77,8 @@ def augment(
         )
     if flip not in (True, False):
         raise ConfigError(
-            f"flip={flip!r}: should be True or False; with distrain.batches(…, alternating_flip=True), True mirrors each"
-            " image in every second epoch"
+            f"flip={flip!r}: should be True or False; with distrain.batches(…, alternating_flip=True), True mirrors"
+            " each image in every second epoch"
         )
     smallest = min(images.shape[1:3])
     if not 0 <= crop_padding < smallest or not 0 <= cutout <= smallest:
