@@ -546,8 +546,6 @@ class Train(Section):
             problems.append("give epochs or max_steps, not both; train.epochs=null removes the value of the file")
         if self.nesterov and (self.optimizer in ("adam", "adamw") or self.momentum == 0):
             problems.append("nesterov needs optimizer sgd or muon, or one of your own, and a momentum above 0")
-        if self.muon_normalize and self.optimizer != "muon":
-            problems.append("muon_normalize needs optimizer muon")
         if self.optimizer_args and not is_user_code(self.optimizer):
             problems.append(
                 f"optimizer_args are for an optimizer package.module:name; {self.optimizer} has the keys lr, momentum …"

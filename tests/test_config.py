@@ -113,7 +113,6 @@ def test_a_missing_file_is_reported() -> None:
     [
         (["train.epochs=2", "train.max_steps=9"], "give epochs or max_steps, not both"),
         (["train.nesterov=true", "train.optimizer=adam"], "nesterov needs optimizer sgd"),
-        (["train.muon_normalize=true"], "muon_normalize needs optimizer muon"),
         (["train.betas=[0.9, 1.0]"], "betas must be in 0"),
         (["train.epochs=2.5"], "valid integer"),
         (["train.epochs=true"], "valid integer"),
