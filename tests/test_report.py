@@ -187,6 +187,8 @@ def test_the_table_by_epoch_has_means_of_training_and_the_last_evaluation(runs: 
         ["epoch", "step", "train loss", "val accuracy", "learning rate", "time"],
         [["1", "8", "3.5000", "50.0 %", "0.2", "0:09"], ["2", "9", "1.0000", "–", "0.3", "1:10"]],
     )
+    diverged = epochs.table(replace(record, lines=[{"step": 8, "train/loss": 1.5e20}]))
+    assert diverged.rows == [["1", "8", "1.5e+20", "–"]]
     many = epochs.table(replace(record, lines=[{"step": step, "val/loss": 1.0} for step in range(8, 8001, 8)]))
     assert (many.title[:30], len(many.rows), many.rows[-1][0]) == ("The last 300 of 1,000 epochs; ", 300, "1,000")
 
@@ -430,7 +432,9 @@ def test_a_run_that_is_training_can_be_reported(runs: list[Path], tmp_path: Path
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:6]) + lines[6][:20])  # a line that is being written
     assert cli.main(["report", str(run)]) == 0
-    assert "This run is not done" in (run / "report" / "index.html").read_text()
+    assert "This run is not done: step " in (run / "report" / "index.html").read_text()
+    change(run / "attempts" / "000002.json", code=78, reason="the loss is nan")
+    assert re.search("not done: step .* of 60; exited with code 78: the loss is nan</p>", html(run, tmp_path / "page"))
     (run / "metrics.jsonl").write_text("")
     shutil.rmtree(run / "pictures")
     assert cli.main(["report", str(run)]) == 0

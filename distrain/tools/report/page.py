@@ -21,6 +21,7 @@ from distrain.progress import Bar
 from distrain.runs import results
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED, RunRecord, read_pictures
 from distrain.text import clock, percent, plural
+from distrain.tools import status
 from distrain.tools.report import charts, checks, epochs, origin
 from distrain.tools.report.charts import Matrix
 from distrain.tools.report.checks import Check
@@ -279,9 +280,7 @@ def _warnings(record: RunRecord) -> list[str]:
     """Return what a reader must know before the figures."""
     if record.result is not None:
         return list(record.result.get("warnings", []))
-    code = record.exit_record.get("code")
-    end = "" if code is None else f" It exited with code {code}: {record.exit_record['reason']}"
-    return [f"This run is {_progress(record)}.{end}"]
+    return [f"This run is {_progress(record)}; {status.state_of(record)[1]}"]
 
 
 def _progress(record: RunRecord) -> str:
