@@ -289,3 +289,5 @@ def test_timm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_a_name_of_weights_and_what_a_path() -> None:
     names = ["torchvision:DEFAULT", "timm:a1_in1k", "runs/first", "./timm:a1_in1k", "other:thing", "torchvision"]
     assert [pretrained.is_name(name) for name in names] == [True, True, False, False, False, False]
+    with pytest.raises(ConfigError, match=r"^model.init=torchvison:DEFAULT: .* a name such as torchvision:DEFAULT$"):
+        models.initialise(torch.nn.Linear(1, 1), Path("torchvison:DEFAULT"), THREE)
