@@ -147,6 +147,13 @@ def _arguments(value: Any) -> Any:
     return {name: _plain(each) for name, each in value.items()}
 
 
+def _factors(value: Any) -> Any:
+    """Refuse what is no mapping of names to values; without a space after it, YAML reads a colon as part of a name."""
+    if not isinstance(value, Mapping) or None in value.values():
+        raise ValueError("should be a mapping of names to factors, such as {backbone: 0.1, head: 1}; {} for none")
+    return value
+
+
 def _plain(value: Any) -> Any:
     """Convert text to the number, true, false or null that it is, also in lists; refuse other values."""
     if isinstance(value, list | tuple):
@@ -168,7 +175,7 @@ Whole = Annotated[int, BeforeValidator(_limited)]
 UserCode = Annotated[str, WithJsonSchema({"type": "string", "format": "package.module:name"})]
 """The name of a class or function of the user."""
 Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
-Factors = dict[str, NonNegativeFloat]
+Factors = Annotated[dict[str, NonNegativeFloat], BeforeValidator(_factors)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[PositiveFloat], Field(min_length=1)]
@@ -816,7 +823,8 @@ def identity(config: Config) -> dict[str, Any]:
         for section, name, _, _, is_identity in every_key()
         if is_identity
     }
-    values["train.lr_scale"] = [list(item) for item in config.train.lr_scale.items()]  # their order matters
+    factors = (f"{name}: {factor!r}" for name, factor in config.train.lr_scale.items())
+    values["train.lr_scale"] = f"{{{', '.join(factors)}}}"  # text: the order of the keys matters
     return values
 
 

@@ -34,6 +34,7 @@ def test_an_axis_is_logarithmic_if_one_value_dwarfs_the_others(values: list[floa
         ([0.0, 0.0], False, ["-1", "-0.5", "0", "0.5", "1"]),
         ([0.1, 0.1, 0.1, 3.0], True, ["0.1", "0.2", "0.5", "1", "2"]),
         ([1.0, 1.0, 1.0, 1e6], True, ["1", "100", "10 k", "1 M"]),
+        ([1.0, 1.0, 1.0, 1e20], True, ["1", "10 k", "100 M", "1e12", "1e16", "1e20"]),
     ],
 )
 def test_ticks_are_round_numbers_inside_the_axis(values: list[float], may_be_log: bool, texts: list[str]) -> None:

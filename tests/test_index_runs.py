@@ -667,6 +667,10 @@ def test_tar_files_that_were_moved_are_named_and_found_by_data_tars(
         ({"eval": {"resize": 8}}, "eval.resize=8: is smaller than the crop of 16×16; raise it"),
         ({"model": {"name": "small"}, "eval": {"crop": 8}}, "eval.crop=8: if it needs images of 16×16, set eval.crop"),
         ({"data": {"image_size": 64, "start_size": 32}}, "if it needs images of 64×64, set data.start_size=null"),
+        (
+            {"data": {"image_size": 64, "start_size": 32}, "augment": {"cutout": 40}},
+            "augment.cutout=40: at most 32 for images of data.start_size=32",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_an_index_are_refused(

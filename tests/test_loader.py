@@ -392,6 +392,10 @@ IMAGES, BITS = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 2, dty
         (lambda: distrain.normalize(IMAGES, [0.5] * 3, [0.5]), r"std: .* each of the 3 channels .* got \[1\]"),
         (lambda: distrain.augment(IMAGES.float(), BITS), "images: should be uint8"),
         (lambda: distrain.augment(IMAGES, BITS, erasing=2), "erasing=2: should be a probability, from 0 to 1"),
+        (
+            lambda: distrain.augment(IMAGES, BITS, flip="alternating"),  # type: ignore[arg-type]
+            "flip='alternating': should be True or False; .*alternating_flip=True",
+        ),
         (lambda: distrain.augment(IMAGES, BITS[:1]), r"random_bits: should be int64 \[2, 2\].* got int64 \[1, 2\]"),
         (lambda: distrain.loss_scale(2, 64), "world_size=64: should be 1 to global_batch_size, which is 2"),
         (lambda: distrain.loss_scale(0, 1), "global_batch_size, which is 0"),

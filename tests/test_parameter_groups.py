@@ -93,6 +93,7 @@ def test_what_is_frozen_has_fixed_statistics_and_is_in_no_group() -> None:
         ({"head": 1, "0.wieght": 0.1}, "0.wieght matches no parameter of the model; did you mean 0.weight"),
         ({"layer4.*": 0.1}, r"layer4\.\* matches no parameter of the model; .* 0.weight, 0.bias"),
         ({"head": 2, "*": 0.1}, "head has no effect: later keys match all of its parameters"),
+        ({"5": 0.1}, r"5 matches no parameter of the model; did you mean 5\.\*$"),
         ({"*": 0}, "all parameters are frozen"),
         ({"backbone": 0, "head": 0}, "all parameters are frozen"),
     ],
@@ -126,11 +127,26 @@ def test_values_that_are_no_factors_are_refused(value: str) -> None:
         Config.load(None, [f"train.lr_scale={value}"])
 
 
+@pytest.mark.parametrize("value", ["0.1", "null", "[head]", "{head:0.1}", "{head: null}"])
+def test_what_is_no_mapping_of_factors_is_answered_with_one(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr_scale: should be a mapping .*such as \{backbone: 0\.1"):
+        Config.load(None, [f"train.lr_scale={value}"])
+
+
+def test_muon_without_weights_that_it_is_for_is_refused() -> None:
+    module = network()
+    optim.build(Train(optimizer="muon"), module)
+    parameter_groups.freeze(module, {"backbone": 0})
+    with pytest.raises(ConfigError, match="^train.optimizer=muon: .*outside the last layer.* set train.optimizer=sgd$"):
+        optim.build(Train(optimizer="muon", lr_scale={"backbone": 0}), module)
+
+
 def test_factors_are_read_from_the_command_line_and_their_order_is_part_of_the_identity() -> None:
     one, other = (
         Config.load(None, [f"train.lr_scale={{{keys}}}"]) for keys in ("'*': 1, head: 1e-1", "head: 1e-1, '*': 1")
     )
     assert one.train.lr_scale == other.train.lr_scale == {"*": 1.0, "head": 0.1}
+    assert identity(one)["train.lr_scale"] == "{*: 1.0, head: 0.1}"
     assert identity(one) != identity(other)
     assert from_tree(one.model_dump()) == one
 

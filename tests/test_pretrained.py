@@ -81,6 +81,20 @@ def test_weights_of_torchvision_are_read_from_its_cache(cache: Path) -> None:
     assert torch.equal(other.classifier[3].weight, state["classifier.3.weight"])
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 the beginning alone"])
+def test_a_damaged_file_in_the_cache_is_not_the_published_one(content: bytes, cache: Path) -> None:
+    path = lay_into(cache, torchvision.models.ResNet18_Weights.DEFAULT, {})
+    path.write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=f"^model.init=torchvision:DEFAULT: {path} is not the published file: .*delete"
+    ):
+        pretrained.read("torchvision:DEFAULT", "resnet18", SHAPE)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=f"^model.init={path}: is not a regular file"):
+        pretrained.read("torchvision:DEFAULT", "resnet18", SHAPE)
+
+
 @pytest.mark.parametrize(
     ("name", "model", "shape", "message"),
     [
@@ -276,3 +290,5 @@ def test_timm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_a_name_of_weights_and_what_a_path() -> None:
     names = ["torchvision:DEFAULT", "timm:a1_in1k", "runs/first", "./timm:a1_in1k", "other:thing", "torchvision"]
     assert [pretrained.is_name(name) for name in names] == [True, True, False, False, False, False]
+    with pytest.raises(ConfigError, match=r"^model.init=torchvison:DEFAULT: .* a name such as torchvision:DEFAULT$"):
+        models.initialise(torch.nn.Linear(1, 1), Path("torchvison:DEFAULT"), THREE)

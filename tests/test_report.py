@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import yaml
 from PIL import Image
 
 import distrain
 from distrain import cli
+from distrain.config import Augment
 from distrain.runs import folder, results
 from distrain.text import percent
 from distrain.tools.report import charts, epochs, page
@@ -115,6 +117,7 @@ def test_the_page_begins_with_the_origin_of_the_run(runs: list[Path], tmp_path: 
     )  # fmt: skip
     change(run / "result.json", accuracy_interval=[0.123, 0.456])
     text = html(run, tmp_path / "page")
+    assert '<th scope="col">git commit</th>' in text
     accuracy = percent(json.loads((run / "result.json").read_text())["accuracy"])
     assert about(text) == {
         "date": "2026-03-01 22:00:00 to 2026-03-02 01:02:03 UTC",
@@ -129,6 +132,9 @@ def test_the_page_begins_with_the_origin_of_the_run(runs: list[Path], tmp_path: 
     assert text.index("<dl") < text.index("<h2>")
     assert "aaaaaaaaaaaa</td>" in text  # the other attempt, in the table of attempts
     assert "bbbbbbbbbbbb+</td>" in text
+    for attempt in (first, second):
+        change(attempt, git_commit=None, git_changes=None)
+    assert "git commit" not in html(run, tmp_path / "page")
 
 
 def test_scores_are_shown_where_they_are_known(runs: list[Path], tmp_path: Path) -> None:
@@ -181,8 +187,22 @@ def test_the_table_by_epoch_has_means_of_training_and_the_last_evaluation(runs: 
         ["epoch", "step", "train loss", "val accuracy", "learning rate", "time"],
         [["1", "8", "3.5000", "50.0 %", "0.2", "0:09"], ["2", "9", "1.0000", "–", "0.3", "1:10"]],
     )
+    diverged = epochs.table(replace(record, lines=[{"step": 8, "train/loss": 1.5e20}]))
+    assert diverged.rows == [["1", "8", "1.5e+20", "–"]]
     many = epochs.table(replace(record, lines=[{"step": step, "val/loss": 1.0} for step in range(8, 8001, 8)]))
     assert (many.title[:30], len(many.rows), many.rows[-1][0]) == ("The last 300 of 1,000 epochs; ", 300, "1,000")
+
+
+def set_augmentation(run: Path, **values: Any) -> None:
+    text = (run / "config.yaml").read_text()
+    tree = {**yaml.safe_load(text), "augment": Augment(**values).model_dump()}
+    (run / "config.yaml").write_text(text.splitlines(keepends=True)[0] + yaml.safe_dump(tree))
+
+
+def test_the_original_image_is_not_one_that_decoding_augmented(runs: list[Path], tmp_path: Path) -> None:
+    run = copied(runs[0], tmp_path / "run")
+    set_augmentation(run, trivial_augment=True)
+    assert "Left: the image as it was decoded, with trivial_augment. Right:" in html(run, tmp_path / "page")
 
 
 def test_images_that_are_not_augmented_are_shown_once(runs: list[Path], tmp_path: Path) -> None:
@@ -191,9 +211,14 @@ def test_images_that_are_not_augmented_are_shown_once(runs: list[Path], tmp_path
     assert "Left: the original image." in html(run, tmp_path / "page")
     same = {"images": images, "variants": np.repeat(images[:, None], 6, 1)}
     safetensors.numpy.save_file(same, run / folder.AUGMENTED)
+    assert "As in the first training step. Settings: flip on, crop_padding 2." in html(run, tmp_path / "page")
+    set_augmentation(run, crop_scale=[0.25, 1.0], trivial_augment=True)
+    settings = "crop_scale [0.25, 1.0], crop_ratio [0.75, 1.3333333333333333], trivial_augment on"
+    assert f"As in the first training step. Settings: {settings}." in html(run, tmp_path / "page")
+    set_augmentation(run)
     text = html(run, tmp_path / "page")
     assert "No augmentation: images are used unchanged." in text
-    assert "Left: the original image." not in text
+    assert "Left: " not in text
     gap = max(1, images.shape[1] // 16)
     encoded = re.search('class="augmented" src="data:image/png;base64,([^"]+)"', text)
     with Image.open(io.BytesIO(base64.b64decode(encoded[1]))) as picture:
@@ -407,7 +432,9 @@ def test_a_run_that_is_training_can_be_reported(runs: list[Path], tmp_path: Path
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:6]) + lines[6][:20])  # a line that is being written
     assert cli.main(["report", str(run)]) == 0
-    assert "This run is not done" in (run / "report" / "index.html").read_text()
+    assert "This run is not done: step " in (run / "report" / "index.html").read_text()
+    change(run / "attempts" / "000002.json", code=78, reason="the loss is nan")
+    assert re.search("not done: step .* of 60; exited with code 78: the loss is nan</p>", html(run, tmp_path / "page"))
     (run / "metrics.jsonl").write_text("")
     shutil.rmtree(run / "pictures")
     assert cli.main(["report", str(run)]) == 0

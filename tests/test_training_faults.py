@@ -569,6 +569,13 @@ def test_advice_about_few_steps(train: dict[str, Any], images: int, fewest: int,
     assert optim.advice(settings, images, fewest) == advice
 
 
+def test_few_steps_are_enough_for_pretrained_weights() -> None:
+    train = config.load(Path(__file__).parent.parent / "configs/finetune.yaml").train
+    for classes in (2, 3, 4):  # 100 photos of each, without a tenth for test and for val
+        assert optim.advice(train, 81 * classes, 1, pretrained=True) is None
+    assert optim.advice(train, 65, 1, pretrained=True) == "train.global_batch_size=8 train.lr=0.005 train.epochs=25"
+
+
 def test_recipes_for_few_and_many_images_are_valid_and_say_for_how_many() -> None:
     folder = Path(__file__).parent.parent / "configs"
     for name, images in (("folder-small.yaml", 100), ("folder-small.yaml", 5000), ("folder.yaml", 5000)):

@@ -75,6 +75,11 @@ def augment(
             f"random_bits: should be int64 [{len(images)}, 2], those of the same batch as the images; "
             f"got {_described(random_bits)}"
         )
+    if flip not in (True, False):
+        raise ConfigError(
+            f"flip={flip!r}: should be True or False; with distrain.batches(…, alternating_flip=True), True mirrors"
+            " each image in every second epoch"
+        )
     smallest = min(images.shape[1:3])
     if not 0 <= crop_padding < smallest or not 0 <= cutout <= smallest:
         raise ConfigError(f"crop_padding={crop_padding}, cutout={cutout}: too large for images of {smallest} pixels")

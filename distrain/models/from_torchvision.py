@@ -68,8 +68,13 @@ def read(name: str, model: str, image_shape: tuple[int, int, int]) -> WeightFile
             f"{_subject(name)}: these weights are for images of 3 channels and at least {_SMALL} pixels, not"
             f" {height}×{width}×{channels}, for which model.name={model} has another first layer; prepare larger images"
         )
-    path = fetch(name, model)
-    file, preprocessing = weight_files.read(path), weights.transforms()
+    path, preprocessing = fetch(name, model), weights.transforms()
+    try:
+        file = weight_files.read(path)
+    except ConfigError as error:
+        for remark in downloads.remarks(path):
+            raise ConfigError(f"{_subject(name)}: {remark}") from error
+        raise
     tensors = {_DENSENET.sub(r"\1\2", key): value for key, value in file.weights.items()}
     mean, std = list(preprocessing.mean), list(preprocessing.std)
     if model in _WITH_AUXILIARY_HEADS:

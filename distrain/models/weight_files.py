@@ -69,6 +69,9 @@ def read(path: Path) -> WeightFile:
             return _read_safetensors(path)
         if beginning.startswith((b"PK", b"\x80")) or beginning[257:262] == b"ustar":
             return _read_pickle(path)
+    except FileNotFoundError as error:
+        expected = "give a file, the folder of a run, or a name such as torchvision:DEFAULT"
+        raise ConfigError(f"model.init={path}: cannot be read: {error.strerror}; {expected}") from error
     except OSError as error:
         raise ConfigError(f"model.init={path}: cannot be read: {error.strerror}") from error
     except MemoryError:

@@ -23,8 +23,8 @@ from distrain.text import shortened
 from distrain.training import parameter_groups
 from distrain.training.muon import Muon
 
-_FEW_STEPS_PER_EPOCH, _FEW_STEPS = 10, 500
-"""Steps of an epoch, and of a run, below which most models learn little."""
+_FEW_STEPS_PER_EPOCH, _FEW_STEPS, _FEW_STEPS_PRETRAINED = 10, 500, 100
+"""Steps of an epoch, and of a run, below which most models learn little; and of a run with `model.init`."""
 
 
 _INITIAL_LR = "initial_lr"
@@ -80,6 +80,7 @@ def build(train: Train, module: nn.Module) -> torch.optim.Optimizer:
         momentum: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov}
         groups = parameter_groups.groups(module, train)
         if train.optimizer == "muon":
+            _check_has_matrices(groups)
             optimizer = Muon(
                 groups, **shared, **momentum, iterations=train.muon_iterations, normalize=train.muon_normalize
             )
@@ -91,6 +92,15 @@ def build(train: Train, module: nn.Module) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group[_INITIAL_LR] = float(group["lr"])
     return optimizer
+
+
+def _check_has_matrices(groups: list[dict[str, Any]]) -> None:
+    """Check that Muon is used for some weights: without any, it is SGD."""
+    if not any(group.get("orthogonal") for group in groups):
+        raise ConfigError(
+            "train.optimizer=muon: it is for weights of two or more dimensions outside the last layer, and none of"
+            " these is trained; set train.optimizer=sgd"
+        )
 
 
 def _build_user_optimizer(train: Train, module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -191,17 +201,19 @@ def learning_rate(step: int, total_steps: int, schedule: str, peak: float, warmu
     return peak * (remaining if schedule == "one_cycle" else 0.5 * (1 - math.cos(math.pi * remaining)))
 
 
-def advice(train: Train, images: int, fewest: int) -> str | None:
+def advice(train: Train, images: int, fewest: int, pretrained: bool = False) -> str | None:
     """Return better values for a run that would make only a few steps, as arguments to type; else None.
 
     Args:
         train: section `train` of the configuration.
         images: number of images that an epoch uses.
         fewest: smallest global batch that is possible.
+        pretrained: whether the run begins with weights that were trained before.
     """
+    few_steps = _FEW_STEPS_PRETRAINED if pretrained else _FEW_STEPS
     batch, steps_per_epoch = train.global_batch_size, images // train.global_batch_size
     steps = train.max_steps or (train.epochs or 0) * steps_per_epoch
-    if steps_per_epoch >= _FEW_STEPS_PER_EPOCH or steps >= _FEW_STEPS:
+    if steps_per_epoch >= _FEW_STEPS_PER_EPOCH or steps >= few_steps:
         return None
     power = 2 ** max(3, (images // _FEW_STEPS_PER_EPOCH).bit_length() - 1)
     smaller = max(fewest, min(batch, power))
@@ -211,9 +223,9 @@ def advice(train: Train, images: int, fewest: int) -> str | None:
         if train.optimizer == "sgd":  # its updates are proportional to the learning rate
             values.append(f"train.lr={train.lr * smaller / batch:.2g}")
     if train.max_steps is not None:
-        values.append(f"train.max_steps={2 * _FEW_STEPS}")
+        values.append(f"train.max_steps={2 * few_steps}")
     else:
-        values.append(f"train.epochs={-(-2 * _FEW_STEPS // max(images // smaller, 1))}")
+        values.append(f"train.epochs={-(-2 * few_steps // max(images // smaller, 1))}")
     return " ".join(values)
 
 

@@ -56,8 +56,10 @@ def check(module: nn.Module, scale: Mapping[str, float], num_classes: int) -> No
                 " logits; give patterns of the names of parameters"
             )
         if not any(_matches(key, name, head) for name in parameters):
-            layers = {name.rpartition(".")[0] for name in parameters}
-            close = difflib.get_close_matches(key, [HEAD, BACKBONE, *parameters, *layers], n=3, cutoff=0.5)
+            layers = {f"{name.rpartition('.')[0]}.*" for name in parameters if "." in name}
+            close = difflib.get_close_matches(key, [HEAD, BACKBONE, *parameters, *sorted(layers)], n=3, cutoff=0.5)
+            if any(name.startswith(f"{key}.") for name in parameters):  # a layer
+                close = [f"{key}.*"]
             examples = "did you mean" if close else "they have names such as"
             raise ConfigError(
                 f"train.lr_scale: {printable(key)} matches no parameter of the model; {examples}"

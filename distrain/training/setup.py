@@ -169,10 +169,11 @@ def _identity_of_bits(config: Config, runtime: Runtime) -> dict[str, Any]:
 
 def _check_augmentation(config: Config, dataset: Dataset) -> None:
     settings, smallest = config.augment, min(inputs.training_shapes(config, dataset)[-1][:2])
+    of_which = "these images" if config.data.start_size is None else f"images of data.start_size={smallest}"
     if settings.crop_padding >= smallest:
-        raise ConfigError(f"augment.crop_padding={settings.crop_padding}: at most {smallest - 1} for these images")
+        raise ConfigError(f"augment.crop_padding={settings.crop_padding}: at most {smallest - 1} for {of_which}")
     if settings.cutout > smallest:
-        raise ConfigError(f"augment.cutout={settings.cutout}: at most {smallest} for these images")
+        raise ConfigError(f"augment.cutout={settings.cutout}: at most {smallest} for {of_which}")
     lanes, batch = dataset.split("train").lanes, config.train.global_batch_size
     if settings.mixes_labels and batch < 2 * lanes:
         raise ConfigError(

@@ -116,8 +116,9 @@ def _evaluation(job: Job) -> dict[str, Any] | None:
 def _log_warnings(job: Job, setup: dict[str, Any]) -> None:
     if "dir" not in job.config.data.model_fields_set:
         log.warning("data.dir was not set: this trains on the default, %s", setup["data"]["dir"])
-    order = job.order
-    better = optim.advice(job.config.train, order.num_shards * order.samples_per_shard, _smallest_batch(job))
+    order, pretrained = job.order, job.config.model.init is not None
+    images = order.num_shards * order.samples_per_shard
+    better = optim.advice(job.config.train, images, _smallest_batch(job), pretrained)
     if better is not None:
         steps = f"{plural(order.steps_per_epoch, 'step')} an epoch, {job.total_steps:,} in all"
         log.warning("%s: a model learns little in so few; try %s", steps, better)
@@ -241,7 +242,7 @@ def log_result(job: Job, result: dict[str, Any]) -> None:
         log.info("         %s", line)
     log.info("scores   accuracy %s, %s", percent(result["accuracy"]), results.scores_line(result))
     if result["train_accuracy"] is not None:
-        log.info("         in training, on augmented images, %s", percent(result["train_accuracy"]))
+        log.info("         accuracy in training %s, on the images as trained", percent(result["train_accuracy"]))
     by_class = results.lowest_first(results.classes_of(result))
     lowest = [(row.name, row.accuracy) for row in by_class if row.accuracy is not None][:_WORST_CLASSES]
     log.info("lowest   %s", ", ".join(f"{printable(name)} {percent(accuracy)}" for name, accuracy in lowest))

@@ -67,7 +67,9 @@ def axis_of(
 
 
 def number(value: float) -> str:
-    """Format a value beside an axis: `0.05`, `2,000`, `12 k`, `3.5 M`."""
+    """Format a value beside an axis: `0.05`, `2,000`, `12 k`, `3.5 M`, `1e12`."""
+    if abs(value) >= 1e9:
+        return f"{value:.3g}".replace("e+", "e")
     if abs(value) >= 1e6:
         return f"{value / 1e6:.4g} M"
     if abs(value) >= 1e4:

@@ -11,12 +11,17 @@ from distrain.runs.folder import RunRecord
 from distrain.text import clock, percent, plural
 from distrain.tools.report import charts
 
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"  # of a run that diverges
+
+
 _COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
-    ("train loss", "train/loss", lambda value: f"{value:.4f}"),
+    ("train loss", "train/loss", _loss),
     ("train accuracy", "train/accuracy", percent),
-    ("val loss", "val/loss", lambda value: f"{value:.4f}"),
+    ("val loss", "val/loss", _loss),
     ("val accuracy", "val/accuracy", percent),
-    ("test loss", "test/loss", lambda value: f"{value:.4f}"),
+    ("test loss", "test/loss", _loss),
     ("test accuracy", "test/accuracy", percent),
     ("learning rate", "train/lr", lambda value: f"{value:.3g}"),
     ("gradient norm", "train/grad_norm", lambda value: f"{value:.3g}"),

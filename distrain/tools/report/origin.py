@@ -76,7 +76,8 @@ def attempts(record: RunRecord) -> Table:
         ]
         for attempt in record.attempts
     ]
-    return Table("Attempts", head, rows)
+    shown = [at for at, name in enumerate(head) if name != "git commit" or any(row[at] for row in rows)]
+    return Table("Attempts", [head[at] for at in shown], [[row[at] for at in shown] for row in rows])
 
 
 def _time(text: str | None) -> str:

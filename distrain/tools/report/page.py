@@ -21,6 +21,7 @@ from distrain.progress import Bar
 from distrain.runs import results
 from distrain.runs.folder import AUGMENTED, MISCLASSIFIED, RunRecord, read_pictures
 from distrain.text import clock, percent, plural
+from distrain.tools import status
 from distrain.tools.report import charts, checks, epochs, origin
 from distrain.tools.report.charts import Matrix
 from distrain.tools.report.checks import Check
@@ -50,10 +51,18 @@ class ClassRow(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Training images and augmented variants of them, as one image; without variants if nothing is augmented."""
+    """Training images and augmented variants of them, as one image.
+
+    Attributes:
+        url: the image.
+        has_variants: false if the variants are all like the images.
+        source: what the images are before these variants: decoding may have augmented them.
+        settings: the keys of augmentation that are set; empty without any.
+    """
 
     url: str
     has_variants: bool
+    source: str
     settings: str
 
 
@@ -271,9 +280,7 @@ def _warnings(record: RunRecord) -> list[str]:
     """Return what a reader must know before the figures."""
     if record.result is not None:
         return list(record.result.get("warnings", []))
-    code = record.exit_record.get("code")
-    end = "" if code is None else f" It exited with code {code}: {record.exit_record['reason']}"
-    return [f"This run is {_progress(record)}.{end}"]
+    return [f"This run is {_progress(record)}; {status.state_of(record)[1]}"]
 
 
 def _progress(record: RunRecord) -> str:
@@ -340,10 +347,12 @@ def _augmented(record: RunRecord) -> Pictures | None:
     if not arrays or not len(arrays["images"]):  # the main process's local batch of the first step may be empty
         return None
     images, variants = arrays["images"], arrays["variants"]
-    if (variants == images[:, None]).all():
-        return Pictures(_data_url("image/png", _sheet(images[None])), False, "")
-    rows = np.concatenate([images[:, None], variants], axis=1)
-    return Pictures(_data_url("image/png", _sheet(rows)), True, _augmentation(record))
+    has_variants = not (variants == images[:, None]).all()
+    rows = np.concatenate([images[:, None], variants], axis=1) if has_variants else images[None]
+    augment = record.config.augment
+    decoded = [name for name in ("crop_scale", "trivial_augment") if getattr(augment, name)]
+    source = f"the image as it was decoded, with {' and '.join(decoded)}" if decoded else "the original image"
+    return Pictures(_data_url("image/png", _sheet(rows)), has_variants, source, _augmentation(augment))
 
 
 def _sheet(rows: NDArray[Any]) -> bytes:
@@ -359,8 +368,8 @@ def _sheet(rows: NDArray[Any]) -> bytes:
     return _png(sheet, alpha, max_size=4096)
 
 
-def _augmentation(record: RunRecord) -> str:
-    settings = record.config.augment.model_dump()
+def _augmentation(augment: config.Augment) -> str:
+    settings = augment.model_dump(exclude=None if augment.crop_scale else {"crop_ratio"})
     return ", ".join(f"{name} {'on' if value is True else value}" for name, value in settings.items() if value)
 
 
