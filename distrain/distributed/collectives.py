@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -97,14 +97,15 @@ class Collectives:
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Give all processes the buffers of rank 0: a layer may have changed its own differently on each."""
-        with self.collective():
-            for buffer in module.buffers() if self._world.size > 1 else ():
-                dist.broadcast(buffer, src=0)
+        self._broadcast(module.buffers())
 
     def broadcast_weights(self, module: nn.Module) -> None:
         """Give all processes the parameters and buffers of rank 0."""
+        self._broadcast((*module.parameters(), *module.buffers()))
+
+    def _broadcast(self, tensors: Iterable[Tensor]) -> None:
         with self.collective():
-            for tensor in (*module.parameters(), *module.buffers()) if self._world.size > 1 else ():
+            for tensor in tensors if self._world.size > 1 else ():
                 dist.broadcast(tensor.detach(), src=0)
 
     def from_main(self, value: Any) -> Any:

@@ -28,8 +28,6 @@ def initialize(
     module: nn.Module,
     dataset: Dataset,
     preprocessing: Preprocessing | None,
-    mean: Tensor,
-    std: Tensor,
     runtime: Runtime,
 ) -> bool:
     """Call a model's `initialize_from_images` on rank 0, if it has one and its weights are not loaded.
@@ -39,8 +37,6 @@ def initialize(
         module: the model, on the CPU.
         dataset: its first training images are used, which do not depend on the number of processes.
         preprocessing: how the images of an index are decoded.
-        mean: [C], of the model's dtype, on the CPU.
-        std: [C].
         runtime: this process among its peers.
 
     Returns:
@@ -57,6 +53,7 @@ def initialize(
         if not runtime.is_main:
             return
         startup.waits_for(f"initialising model {config.model.name} from training images")
+        mean, std = inputs.normalization_tensors(config, dataset, runtime.dtype)
         images = normalize(_first_images(config, dataset, preprocessing), mean, std)
         with plugins.user_code(f"model.name={config.model.name}: {_METHOD} fails on images {list(images.shape)}"):
             method(images)

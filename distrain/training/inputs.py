@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from distrain import address, machine, startup
 from distrain.config import Config
@@ -332,3 +333,24 @@ def check_bad(bad: Mapping[str, str], allowed: int) -> None:
             "\n  ".join([header, *shortened(lines, _MAX_NAMED)])
             + f"\nreplace them in the tar files and index these again, or allow them: data.skip_bad={len(bad)}"
         )
+
+
+def normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel, with which images are normalised."""
+    channels = dataset.image_shape[2]
+    values = []
+    for key, configured, measured in (
+        ("mean", config.data.mean, dataset.manifest.mean),
+        ("std", config.data.std, dataset.manifest.std),
+    ):
+        value = configured if configured is not None else measured
+        if len(value) != channels:
+            raise ConfigError(f"data.{key}: {len(value)} values for images of {channels} channels")
+        values.append(value)
+    return values[0], values[1]
+
+
+def normalization_tensors(config: Config, dataset: Dataset, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the same as tensors on the CPU: [C] each."""
+    mean, std = normalization(config, dataset)
+    return torch.tensor(mean, dtype=dtype), torch.tensor(std, dtype=dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distrain import models, startup
 from distrain.config import Config, is_user_code
@@ -79,16 +79,15 @@ def build(
     if config.train.virtual_ranks is None:
         dependent = models.world_size_dependent(module, accumulates=config.train.micro_batch_size is not None)
     weights = _initialise(config, module, dataset, runtime)
-    mean, std = (torch.tensor(each, dtype=runtime.dtype) for each in normalization(config, dataset))
-    module = _distribute(config, module, dataset, preprocessing, mean, std, runtime)
+    module = _distribute(config, module, dataset, preprocessing, runtime)
     ema = _make_ema(config, module, runtime)
     sizes = order.micro_batch_sizes(number, accumulation_steps)
     if config.train.virtual_ranks is not None:
         sizes = tuple(size for size in sizes if size)  # empty ones are not run
     compilation = Compilation(config.train.compile, sizes, len(inputs.training_shapes(config, dataset)))
     distributed, optimizer = _prepare(config, module, runtime, compilation)
-    mean, std, width = mean.to(runtime.device), std.to(runtime.device), dataset.image_shape[1]
-    model = TrainedModel(module, distributed, optimizer, ema, mean, std, width)
+    mean, std = (each.to(runtime.device) for each in inputs.normalization_tensors(config, dataset, runtime.dtype))
+    model = TrainedModel(module, distributed, optimizer, ema, mean, std, dataset.image_shape[1])
     return BuiltModel(model, weights, dependent, accumulation_steps, compilation, run_flops)
 
 
@@ -97,12 +96,10 @@ def _distribute(
     module: nn.Module,
     dataset: Dataset,
     preprocessing: Preprocessing | None,
-    mean: Tensor,
-    std: Tensor,
     runtime: Runtime,
 ) -> nn.Module:
     """Move the model to the devices of all processes, with its initial weights, and with their kind of BatchNorm."""
-    on_main = from_images.initialize(config, module, dataset, preprocessing, mean, std, runtime)
+    on_main = from_images.initialize(config, module, dataset, preprocessing, runtime)
     module = local_batch_norm(module) if config.train.virtual_ranks else runtime.sync_batch_norm(module)
     runtime.move_to_device(module)
     if on_main:
@@ -143,21 +140,6 @@ def _try_shape(config: Config, module: nn.Module, dataset: Dataset, shape: Seque
     except ConfigError as error:
         size = "×".join(map(str, dataset.image_shape[:2]))
         raise ConfigError(f"{error}; {cure.format(size)}") from error
-
-
-def normalization(config: Config, dataset: Dataset) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each channel, with which images are normalised."""
-    channels = dataset.image_shape[2]
-    values = []
-    for key, configured, measured in (
-        ("mean", config.data.mean, dataset.manifest.mean),
-        ("std", config.data.std, dataset.manifest.std),
-    ):
-        value = configured if configured is not None else measured
-        if len(value) != channels:
-            raise ConfigError(f"data.{key}: {len(value)} values for images of {channels} channels")
-        values.append(value)
-    return values[0], values[1]
 
 
 def _check_batch_norm(
@@ -207,7 +189,7 @@ def _initialise(config: Config, module: nn.Module, dataset: Dataset, runtime: Ru
         startup.waits_for(f"fetching the weights {init}")
         first = runtime.environment.local_rank == 0  # of this node; the others wait until its cache has them
         collectives.all_or_none(lambda: pretrained.fetch(init, config.model.name) if first else None)
-    mean, std = normalization(config, dataset)
+    mean, std = inputs.normalization(config, dataset)
     messages = collectives.all_or_none(
         lambda: initial_weights.load(config.model, module, dataset.manifest.classes, dataset.image_shape, mean, std)
     )

@@ -127,7 +127,7 @@ def _build(config: Config, dataset: Dataset, runtime: Runtime, started: float) -
     image_sizes = inputs.image_sizes(config, total_steps)
     preprocessing = inputs.preprocessing(config, dataset, processes, runtime.device, image_sizes)
     built = model_setup.build(config, dataset, order, image_sizes, preprocessing, runtime)
-    mean, std = model_setup.normalization(config, dataset)
+    mean, std = inputs.normalization(config, dataset)
     return Job(
         config=config,
         dataset=dataset,

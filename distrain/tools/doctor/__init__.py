@@ -44,7 +44,7 @@ from distrain.tools.doctor import computing
 from distrain.tools.doctor.finding import Finding, Level
 from distrain.training import initial_weights, inputs, optim, optimizer_state, parameter_groups
 from distrain.training.checkpointing import os_error_of
-from distrain.training.model_setup import build_model, normalization
+from distrain.training.model_setup import build_model
 from distrain.training.setup import start_runtime, start_watchdog
 from distrain.worker_status import StatusWriter, WorkerStatus, read_status
 
@@ -318,7 +318,7 @@ def _try_model(config: Config) -> nn.Module:
     module = build_model(config, dataset, torch.float32)
     parameter_groups.check(module, config.train.lr_scale, len(dataset.manifest.classes))
     parameter_groups.freeze(module, config.train.lr_scale)
-    mean, std = normalization(config, dataset)
+    mean, std = inputs.normalization(config, dataset)
     initial_weights.load(config.model, module, dataset.manifest.classes, dataset.image_shape, mean, std)
     virtual = config.train.virtual_ranks is not None
     buffers, images = Buffers(module) if virtual else None, torch.zeros(2, channels, height, width)
