@@ -34,6 +34,10 @@ def main() -> int:
             with contextlib.suppress(ConfigError):  # cli reports it
                 signals.end_with_launcher(Environment.read(os.environ))
         signals.install()  # guard: early-handlers
+        if command in IN_A_GROUP:
+            from distrain.launcher import standby
+
+            standby.wait_for_work()  # before the variables of its group are read
         # When a process is gone, torch's store prints pages of C++ frames; our own message is one line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     else:

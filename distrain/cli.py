@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distrain import __version__, config, console, failure_report, machine, signals, startup
-from distrain.environment import IN_A_GROUP, Environment
+from distrain.environment import IN_A_GROUP, Environment, integer
 from distrain.errors import EXIT_AGAIN, EXIT_INTERRUPTED, EXIT_NEVER_AGAIN, EXIT_OK, ConfigError, ShardError
 from distrain.text import percent, plural, printable
 
 if TYPE_CHECKING:
     from distrain.api.preparation import AnySource
+    from distrain.launcher.cluster import Topology
+    from distrain.launcher.launch import Job, Restarts
 
 log = logging.getLogger("distrain")
 
@@ -237,6 +239,17 @@ def _load_run(run: Path, overrides: Sequence[str]) -> config.Config:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for one log file per rank; rank 0 writes here.  [default: all ranks write here]",
 )
+@click.option(
+    "--restarts",
+    type=click.IntRange(0),
+    help="Start the processes again, at most so many times, when one was lost; also DISTRAIN_RESTARTS."
+    "  [default: launch.restarts]",
+)
+@click.option(
+    "--min-nodes",
+    type=click.IntRange(1),
+    help="Continue with so many nodes when others are lost; also DISTRAIN_MIN_NODES.  [default: all]",
+)
 @click.option("--oversubscribe", is_flag=True, help="Allow more than 4 processes for each CPU core.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
 def launch(
@@ -247,6 +260,8 @@ def launch(
     port: int | None,
     grace: float | None,
     log_dir: Path | None,
+    restarts: int | None,
+    min_nodes: int | None,
     oversubscribe: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -259,6 +274,9 @@ def launch(
     RANK, or of a Kubernetes Indexed Job (with --nodes); otherwise the job runs on this machine alone. Options go before
     variables. SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are forwarded: the run saves a checkpoint and exits
     with 75. RUN/exit.json has the exit code, with the reason.
+
+    With --restarts, a process that is killed, crashes by a signal, hangs or loses its link ends this attempt only: all
+    processes are started again, and resume from the newest checkpoint. A fault of the program ends the job.
     """
     from distrain.launcher import cluster
     from distrain.launcher import launch as launching
@@ -273,12 +291,32 @@ def launch(
     launching.check_number(processes, resolved.run.device, gpus, cores, oversubscribe)
     log.info("%s", launching.describe(topology, processes))
     seconds = grace if grace is not None else resolved.launch.grace_seconds
-    verdict = launching.launch(command, resolved, topology, processes, seconds, log_dir)
+    job = launching.Job(command, resolved, processes, seconds, log_dir)
+    verdict = launching.launch(job, topology, _restarts(job, topology, restarts, min_nodes))
     if verdict.code == EXIT_AGAIN and command[0] == "doctor":
         verdict = replace(verdict, code=EXIT_NEVER_AGAIN)
     if verdict.code:
         console.show_error(format_verdict(verdict))
     return verdict.code
+
+
+def _restarts(job: Job, topology: Topology, number: int | None, least_nodes: int | None) -> Restarts:
+    """Return how a job is started again: as given, or by its environment variables, or by its configuration.
+
+    Raises:
+        ConfigError: this is not possible.
+    """
+    from distrain.launcher.launch import Restarts
+
+    settings = job.config.launch
+    number = integer(os.environ, "DISTRAIN_RESTARTS", 0) if number is None else number
+    least_nodes = integer(os.environ, "DISTRAIN_MIN_NODES", 1) if least_nodes is None else least_nodes
+    number = (settings.restarts if number is None else number) if job.trains else 0
+    if least_nodes is not None and least_nodes > topology.nodes:
+        raise ConfigError(f"launch: --min-nodes {least_nodes}: the job has {plural(topology.nodes, 'node')}")
+    if least_nodes is not None and not number and job.trains:
+        raise ConfigError("launch: --min-nodes takes effect at a restart: give --restarts too")
+    return Restarts(number, least_nodes, settings.rejoin_seconds, settings.standby)
 
 
 def _of_launched(command: tuple[str, ...]) -> config.Config:

@@ -623,7 +623,7 @@ class Timeouts(Section):
 
 
 class Launch(Section):
-    """The end of a run under `distrain launch`."""
+    """The end of an attempt, and restarts, under `distrain launch`."""
 
     grace_seconds: Whole = _key(120, "longest wait for the processes to save and exit after a stop request", ge=1)
     max_attempts_without_progress: Whole = _key(
@@ -631,6 +631,22 @@ class Launch(Section):
         "after this many attempts in a row without a newer checkpoint, exit with 1 instead of 75, so that the run"
         " is not started again",
         ge=1,
+    )
+    restarts: Whole = _key(
+        0,
+        "start the processes again, at most so many times, when one was killed, crashed by a signal, hung or lost its"
+        " link; they resume from the newest checkpoint (--restarts)",
+        ge=0,
+    )
+    rejoin_seconds: Whole = _key(
+        60,
+        "before a restart, longest wait for the launchers of other nodes; nodes that are missing then are lost",
+        ge=1,
+    )
+    standby: bool = _key(
+        True,
+        "with restarts: while a run trains, a second set of processes waits with torch imported, so that a restart"
+        " takes less time; each takes some hundred MB of memory",
     )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PHASES = ("start", "first step", "train", "evaluate", "save", "end")
+STARTING = ("start", "first step")
+"""Phases before a process has trained a step."""
 _STATUS = struct.Struct("<qqqd")
 
 

@@ -11,6 +11,7 @@ set -euo pipefail
 : "${NODE:=0}"         # number of this machine, from 0
 : "${HOST:=}"          # name of the first machine, for the rendezvous
 : "${PORT:=29500}"     # a free port of the first machine, open to the others
+: "${RESTARTS:=0}"     # start the processes again, so often, after any failure
 : "${GRACE:=120}"      # seconds to save and exit after a signal
 
 if [ -z "$PROCESSES" ]; then
@@ -23,4 +24,4 @@ if [ "$NODES" != 1 ]; then
 fi
 # As variables: only torchrun 2.12 and later has these options.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU
-exec torchrun "${rendezvous[@]}" --nproc-per-node "$PROCESSES" -m distrain train "$@"
+exec torchrun "${rendezvous[@]}" --nproc-per-node "$PROCESSES" --max-restarts "$RESTARTS" -m distrain train "$@"

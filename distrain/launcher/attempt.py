@@ -14,7 +14,9 @@ import functools
 import logging
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distrain.config import Config
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK
@@ -63,23 +65,15 @@ class AttemptRecord:
         return Verdict(EXIT_FAULT, f"{_without_progress(self._idle)}, each killed without a report")
 
     def crash_elsewhere(self, nodes: int, verdict: Verdict) -> Verdict:
-        """Replace the verdict `a peer was lost` by what another node recorded: only its launcher saw the process end.
-
-        A fault of the program on any node comes first, then a process that was killed.
-        """
+        """Replace the verdict `a peer was lost` by what the launcher of another node recorded of its processes."""
         deadline = time.monotonic() + _NODES_SECONDS
         while True:
             records = [exit_record.read_node(_node_file(self._run, node)) for node in range(1, nodes)]
             new = [record for record in records if record and record not in self._nodes_before]
-            faults = [record for record in new if record["code"] not in (EXIT_OK, EXIT_AGAIN)]
-            killed = [record for record in new if record["killed"]]  # guard: killed-elsewhere
             complete = len(new) == nodes - 1 or time.monotonic() > deadline
-            causes = faults or (killed if complete and not _was_killed(verdict) else [])
-            if causes:
-                first = min(causes, key=lambda record: record["time"])
-                return Verdict(int(first["code"]), f"{first['host']}: {first['reason']}")
-            if complete:
-                return verdict
+            cause = cause_elsewhere(new, verdict, complete)
+            if cause is not None or complete:
+                return cause or verdict
             time.sleep(0.2)
 
     def can_resume(self) -> bool:
@@ -125,6 +119,25 @@ class AttemptRecord:
             log.warning("%s: cannot be written: %s", self._run / EXIT, error.strerror)
 
 
+def cause_elsewhere(ends: Sequence[Mapping[str, Any]], verdict: Verdict, complete: bool) -> Verdict | None:
+    """Return what ended the attempt on another node; only the launcher there saw how its processes ended.
+
+    A fault of the program on any node comes first, then a process that was killed.
+
+    Args:
+        ends: of other nodes: `code`, `reason`, `killed`, `host`, `time`.
+        verdict: of this node.
+        complete: whether all nodes are among them that are waited for.
+    """
+    faults = [end for end in ends if end["code"] not in (EXIT_OK, EXIT_AGAIN)]
+    killed = [end for end in ends if end["killed"]]  # guard: killed-elsewhere
+    causes = faults or (killed if complete and not was_killed(verdict) else [])
+    if not causes:
+        return None
+    first = min(causes, key=lambda end: float(end["time"]))
+    return Verdict(int(first["code"]), f"{first['host']}: {first['reason']}")
+
+
 class NodeRecord:
     """RUN/nodes/00001.json, written by the launcher of another node than the first one when its attempt ends.
 
@@ -156,7 +169,7 @@ class NodeRecord:
         content = {
             "code": verdict.code,
             "reason": verdict.reason,
-            "killed": _was_killed(verdict),
+            "killed": was_killed(verdict),
             "host": socket.gethostname(),
             "time": time.time(),
             "job": self._job,
@@ -170,8 +183,8 @@ class NodeRecord:
         return verdict
 
 
-def _was_killed(verdict: Verdict) -> bool:
-    """Whether the process that failed first was ended by a signal."""
+def was_killed(verdict: Verdict) -> bool:
+    """Return whether the process that failed first was ended by a signal."""
     return verdict.first is not None and verdict.first.code < 0
 
 

@@ -17,16 +17,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distrain import machine, signals
 from distrain.config import Config
 from distrain.environment import host_port
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK, AgainError, ConfigError, PeerLostError
-from distrain.launcher.attempt import AttemptRecord, NodeRecord, is_done
+from distrain.launcher.agreement import Agreement, Decision, Post
+from distrain.launcher.attempt import AttemptRecord, NodeRecord, cause_elsewhere, is_done, was_killed
 from distrain.launcher.cluster import LOCAL, Topology
-from distrain.launcher.verdict import Verdict, decide
-from distrain.launcher.workers import StopRequests, Workers
+from distrain.launcher.standby import Standby
+from distrain.launcher.verdict import Verdict, decide, format_restart, may_restart
+from distrain.launcher.workers import PROGRAM, StopRequests, Workers, common_variables
 from distrain.text import plural
 
 PROCESSES_PER_CORE = 4
@@ -35,72 +38,203 @@ PROCESSES_PER_CORE = 4
 log = logging.getLogger("distrain")
 
 
-def launch(
-    arguments: Sequence[str],
-    config: Config,
-    topology: Topology,
-    processes: int,
-    grace: float,
-    logs: Path | None,
-) -> Verdict:
+@dataclass(frozen=True)
+class Restarts:
+    """Settings of restarts, after an attempt that ended by a loss.
+
+    Attributes:
+        number: at most so many times.
+        least_nodes: number of nodes that suffice for another attempt; None: all of them.
+        rejoin_seconds: longest wait for a node that is lost.
+        standby: whether processes wait with their imports done.
+    """
+
+    number: int = 0
+    least_nodes: int | None = None
+    rejoin_seconds: float = 60
+    standby: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of distrain, as the launcher of this node runs it.
+
+    Attributes:
+        arguments: the command of distrain and its arguments.
+        config: the run's configuration.
+        processes: number of processes of each node.
+        grace: seconds from a stop request until workers that are still saving are killed.
+        logs: folder for the output of ranks other than 0, a file each; None: the launcher's own output.
+    """
+
+    arguments: Sequence[str]
+    config: Config
+    processes: int
+    grace: float
+    logs: Path | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it writes in the run's folder."""
+        return self.arguments[0] == "train"
+
+    @property
+    def command(self) -> list[str]:
+        """The program that each process runs, and its arguments."""
+        return [sys.executable, str(PROGRAM), *self.arguments]
+
+
+def launch(job: Job, topology: Topology, restarts: Restarts) -> Verdict:
     """Run a command of distrain in the processes of this node, to the end.
 
     Args:
-        arguments: the command and its arguments.
-        config: the run's configuration.
+        job: what to run.
         topology: this node among the others.
-        processes: number of processes to start here.
-        grace: seconds from a stop request until workers that are still saving are killed.
-        logs: folder for the output of ranks other than 0, a file each; None: the launcher's own output.
+        restarts: whether the processes are started again.
 
     Raises:
         ConfigError: the topology cannot be used.
     """
-    trains = arguments[0] == "train"
-    if topology.nodes > 1 and trains and is_done(config):
+    if topology.nodes > 1 and job.trains and is_done(job.config):
         # A pod that was lost at the very end is restarted, and the others never come back.
-        log.info("%s: the run is done", config.run.dir)
+        log.info("%s: the run is done", job.config.run.dir)
         return Verdict(EXIT_OK, "the run is done")
-    record = AttemptRecord(config, topology.job) if trains and topology.node == 0 else None
-    other = NodeRecord(config, topology.node, topology.job) if trains and topology.node else None
-    for each in (record, other):
-        if each is not None and each.exhausted is not None:
-            return each.close(each.exhausted)
-    verdict = _run_workers(arguments, config, topology, processes, grace, logs, record)
-    if other is not None and not verdict.is_busy:
-        return other.close(verdict)
-    if record is None or verdict.is_busy:
-        return verdict
-    if verdict.code == EXIT_AGAIN and verdict.first is not None and topology.nodes > 1:
-        verdict = record.crash_elsewhere(topology.nodes, verdict)  # guard: crash-elsewhere
-    return record.close(verdict)
-
-
-def _run_workers(
-    arguments: Sequence[str],
-    config: Config,
-    topology: Topology,
-    processes: int,
-    grace: float,
-    logs: Path | None,
-    record: AttemptRecord | None,
-) -> Verdict:
     stops = StopRequests()
-    with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder, signals.handled_by(stops.record):
+    with signals.handled_by(stops.record), contextlib.ExitStack() as stack:
         earlier = signals.requested()  # while this module was imported
         if earlier:
             stops.record(signal.Signals[earlier])
+        standby = agreement = None
+        if restarts.number and restarts.standby:
+            standby = Standby(job.command, common_variables(), job.processes)
+            stack.callback(standby.close)
         try:
-            if topology.nodes > 1:
-                _wait_for_name(topology.host, config.timeouts.start_seconds, stops)
-            with _store_socket(topology) as store:
-                workers = Workers(arguments, topology, processes, store, Path(folder), logs, stops)
-                exits = workers.wait(stops, grace)
-            return decide(exits, stops.first, record is None or record.can_resume())
+            if restarts.number and topology.nodes > 1:
+                if standby is not None:
+                    standby.start()  # they import torch while this process does
+                agreement = _agreement(job, topology, restarts, stops)
+            return _attempts(job, topology, restarts.number, stops, standby, agreement)
         except AgainError as error:
             return Verdict(EXIT_AGAIN, str(error))
         except OSError as error:
             return Verdict(EXIT_FAULT, f"processes could not be started: {error}")
+
+
+def _attempts(
+    job: Job,
+    topology: Topology,
+    restarts: int,
+    stops: StopRequests,
+    standby: Standby | None,
+    agreement: Agreement | None,
+) -> Verdict:
+    """Run attempts until one ends otherwise than by a loss, another node ends the job, or no restart is left."""
+    part, last, verdict = topology, None, Verdict(EXIT_OK, "")
+    for left in range(restarts, -1, -1):
+        with _store_socket(topology if agreement is None else replace(topology, port=0)) as store:
+            if agreement is not None:
+                port = store.getsockname()[1] if store is not None else 0
+                decision = agreement.meet(_post(topology.node, verdict, is_ready=True), port)
+                if not decision.nodes:
+                    reason = "; ".join(filter(None, (verdict.reason, decision.reason)))
+                    ended = replace(verdict, code=EXIT_AGAIN, reason=reason)
+                    return last.close_elsewhere(agreement.posts, ended) if last is not None else ended
+                part = _part_of(topology, decision)
+            last = _Attempt(job, part)
+            verdict = last.run(store, stops, standby, restarts_left=left)
+        if not left or stops.first is not None or not may_restart(verdict):
+            break
+        log.warning("%s", format_restart(verdict, left))
+    if agreement is not None:
+        agreement.meet(_post(topology.node, verdict, is_ready=False))
+    return verdict
+
+
+class _Attempt:
+    """One attempt: processes are started, run, and end.
+
+    Args:
+        job: what to run.
+        topology: this node among those that take part.
+    """
+
+    def __init__(self, job: Job, topology: Topology) -> None:
+        self._job, self._topology = job, topology
+        self._record: AttemptRecord | NodeRecord | None = None
+        if job.trains and topology.node:
+            self._record = NodeRecord(job.config, topology.node, topology.job)
+        elif job.trains:
+            self._record = AttemptRecord(job.config, topology.job)
+
+    def run(
+        self, store: socket.socket | None, stops: StopRequests, standby: Standby | None, restarts_left: int
+    ) -> Verdict:
+        """Run the processes of this node to their end, and record it; return what it means.
+
+        Args:
+            store: socket on which rank 0 will serve the store; None on other nodes than the first.
+            stops: stop requests.
+            standby: processes that can become workers.
+            restarts_left: how often the processes may be started again.
+        """
+        record, nodes = self._record, self._topology.nodes
+        if record is not None and record.exhausted is not None:
+            return record.close(record.exhausted)
+        verdict = self._run_workers(store, stops, standby)
+        if record is None or verdict.is_busy:
+            return verdict
+        if restarts_left and stops.first is None and may_restart(verdict):
+            return record.close(replace(verdict, code=EXIT_AGAIN))
+        if isinstance(record, AttemptRecord) and verdict.code == EXIT_AGAIN and verdict.first is not None and nodes > 1:
+            verdict = record.crash_elsewhere(nodes, verdict)  # guard: crash-elsewhere
+        return record.close(verdict)
+
+    def close_elsewhere(self, posts: Sequence[Post], verdict: Verdict) -> Verdict:
+        """Record that the job ends with this attempt, for a reason that other launchers have posted."""
+        if self._record is None:
+            return verdict
+        ends = [asdict(post) for post in posts if post.node != self._topology.node]
+        return self._record.close(cause_elsewhere(ends, verdict, complete=True) or verdict)
+
+    def _run_workers(self, store: socket.socket | None, stops: StopRequests, standby: Standby | None) -> Verdict:
+        job, topology = self._job, self._topology
+        can_resume = self._record.can_resume if isinstance(self._record, AttemptRecord) else lambda: True
+        with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder:
+            try:
+                if topology.nodes > 1:
+                    _wait_for_name(topology.host, job.config.timeouts.start_seconds, stops)
+                workers = Workers(job.command, topology, job.processes, store, Path(folder), job.logs, stops, standby)
+                exits = workers.wait(stops, job.grace)
+                return decide(exits, stops.first, can_resume())
+            except AgainError as error:
+                return Verdict(EXIT_AGAIN, str(error))
+            except OSError as error:
+                return Verdict(EXIT_FAULT, f"processes could not be started: {error}")
+
+
+def _agreement(job: Job, topology: Topology, restarts: Restarts, stops: StopRequests) -> Agreement:
+    _wait_for_name(topology.host, job.config.timeouts.start_seconds, stops)
+    with _store_socket(topology) as listening:
+        return Agreement(
+            topology,
+            restarts.least_nodes or topology.nodes,
+            job.config.timeouts.start_seconds,
+            restarts.rejoin_seconds,
+            lambda: f"stopped by {stops.first} between two attempts" if stops.first is not None else None,
+            listening.dup() if listening is not None else None,
+        )
+
+
+def _post(node: int, verdict: Verdict, is_ready: bool) -> Post:
+    return Post(node, is_ready, verdict.code, verdict.reason, was_killed(verdict))
+
+
+def _part_of(topology: Topology, decision: Decision) -> Topology:
+    """Return this node among those that take part in an attempt; their indices have no gaps."""
+    nodes = decision.nodes
+    if len(nodes) < topology.nodes:
+        log.warning("continuing with %s of %d: %s", plural(len(nodes), "node"), topology.nodes, nodes)
+    return replace(topology, nodes=len(nodes), node=nodes.index(topology.node), port=decision.port)
 
 
 def default_processes(device: str) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK
 from distrain.failure_report import Failure
 from distrain.signals import STOP
+from distrain.text import plural
 from distrain.worker_status import WorkerStatus
 
 _FROM_OUTSIDE = {signal.SIGKILL, *STOP}  # guard: crash-is-a-fault
@@ -69,6 +70,16 @@ class Verdict:
         return self.first is not None and self.first.kind == "busy"
 
 
+def may_restart(verdict: Verdict) -> bool:
+    """Return whether another attempt in the same allocation can help.
+
+    It can where a process was killed or crashed by a signal, hung, or lost its GPU, a peer or a server; not where a
+    stop was requested, the folder belongs to another job, or the program or the configuration has a fault.
+    """
+    first = verdict.first
+    return first is not None and not verdict.is_busy and (verdict.code == EXIT_AGAIN or first.code < 0)
+
+
 def decide(exits: Sequence[WorkerExit], stop_signal: str | None, can_resume: bool) -> Verdict:
     """Decide the exit code of a node from how its workers ended.
 
@@ -114,6 +125,11 @@ def _reason(end: WorkerExit) -> str:
         return f"rank {end.rank} was ended by {signal.Signals(-end.code).name}{memory} {where}"
     before = ", before its command was done" if end.code == EXIT_OK else ""
     return f"rank {end.rank} ended with {end.code} {where}{before}"
+
+
+def format_restart(verdict: Verdict, left: int) -> str:
+    """Format that the processes are started again, as one of `left` restarts, for people: one line."""
+    return f"{verdict.reason}; starting again from the newest checkpoint ({plural(left - 1, 'more restart')} allowed)"
 
 
 def format_verdict(verdict: Verdict) -> str:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
@@ -18,14 +18,16 @@ from distrain.environment import COMMAND, LAUNCHER, STATUS_FOLDER, STORE_SOCKET
 from distrain.errors import Stopped
 from distrain.failure_report import is_unfinished, mark_unfinished, read_failure
 from distrain.launcher.cluster import Topology
+from distrain.launcher.standby import Standby
 from distrain.launcher.verdict import WorkerExit
 from distrain.runs import origin
-from distrain.worker_status import WorkerStatus, read_status
+from distrain.worker_status import STARTING, WorkerStatus, read_status
 
 PROGRAM = Path(__file__).parent.parent / "__main__.py"
 """The file that each worker runs: with `-m distrain` Python would look for modules in the current folder first."""
 EXIT_SECONDS = 5.0
 """Time for workers that are not saving to exit after another one failed."""
+_OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 _HANG_SECONDS = 30.0
 """Time after a worker's own time-out until the launcher aborts it."""
 _POLL_SECONDS = 0.05
@@ -55,70 +57,47 @@ class Workers:
     """The worker processes of this node, started when this is created.
 
     Args:
-        arguments: the command of distrain that each process runs, and its arguments.
+        command: what each process runs: the program and its arguments.
         topology: this node among the others.
         processes: number of processes to start.
         store: socket on which rank 0 will serve the store; None on other nodes.
         folder: where workers report status and failures.
         logs: folder for the output of ranks other than 0; None: it goes where the launcher's goes.
         stops: stop requests; one that arrives before all processes are started ends them at once.
+        standby: processes that can become workers; more of them are started when the workers train.
 
     Raises:
         Stopped: a stop was requested before all were started.
+        OSError: a process cannot be started.
     """
 
     def __init__(
         self,
-        arguments: Sequence[str],
+        command: Sequence[str],
         topology: Topology,
         processes: int,
         store: socket.socket | None,
         folder: Path,
         logs: Path | None,
         stops: StopRequests,
+        standby: Standby | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._standby = folder, standby
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._heartbeats: dict[int, tuple[int, float]] = {}
         self._killed: set[int] = set()
         self._aborted: set[int] = set()
-        size, first_rank = topology.nodes * processes, topology.node * processes
         port = store.getsockname()[1] if store is not None and not topology.port else topology.port
-        group: dict[str, object] = {
-            "WORLD_SIZE": size,
-            "LOCAL_WORLD_SIZE": processes,
-            "GROUP_RANK": topology.node,
-            "MASTER_ADDR": topology.host,
-            "MASTER_PORT": port,
-        }
-        common: dict[str, object] = {
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            "PYTHONFAULTHANDLER": "1",
-            LAUNCHER: os.getpid(),
-            COMMAND: origin.command(sys.argv),
-            STATUS_FOLDER: folder,
-        }
-        inherited = {name: value for name, value in os.environ.items() if name not in (*group, "RANK", "LOCAL_RANK")}
         for local_rank in range(processes):
             if stops.first is not None:
                 self._end_unfinished(stops.first)
-            rank = first_rank + local_rank
-            # A single process gets no group: accelerate would start a distributed run for it.
-            variables = {**group, "RANK": rank, "LOCAL_RANK": local_rank} if size > 1 else {}
-            descriptors: tuple[int, ...] = ()
-            if store is not None and rank == 0 and size > 1:
-                descriptors = (store.fileno(),)
-                variables[STORE_SOCKET] = store.fileno()
+            rank = topology.node * processes + local_rank
+            variables = {**_group(topology, processes, local_rank, port), STATUS_FOLDER: str(folder)}
+            served = store if rank == 0 and topology.nodes * processes > 1 else None
             mark_unfinished(folder, rank)
             with _output(logs, rank) as output:
-                self._running[rank] = subprocess.Popen(
-                    [sys.executable, str(PROGRAM), *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT if output is not None else None,
-                    env={**inherited, **{name: str(value) for name, value in {**common, **variables}.items()}},
-                    pass_fds=descriptors,
-                )
+                waiting = standby.become_worker(variables, served, output) if standby is not None else None
+                self._running[rank] = waiting or _start(command, variables, served, output)
 
     def _end_unfinished(self, signal_name: str) -> NoReturn:
         """End a group that is not complete: none of its processes has anything to save."""
@@ -150,6 +129,8 @@ class Workers:
                 hung = any(end.kind == "hang" for end in exits)
                 self._end_others(now - failed_at, grace, hung)
             self._abort_hung(now)  # guard: abort-hung-worker
+            if failed_at is None and stopped_at is None:
+                self._prepare_restart()
             time.sleep(_POLL_SECONDS)
         return exits
 
@@ -189,6 +170,13 @@ class Workers:
                 self._send([rank], signal.SIGABRT)
                 self._heartbeats[rank] = (status.heartbeats, now)
 
+    def _prepare_restart(self) -> None:
+        """Start the missing standby processes once the workers train: before, they would compete for the CPU."""
+        if self._standby is None or any(self._status(rank).phase in STARTING for rank in self._running):
+            return
+        with contextlib.suppress(OSError):  # without them, a restart takes longer
+            self._standby.start()
+
     def _abort(self, ranks: Iterable[int]) -> None:
         """Send SIGABRT to these workers, once to each.
 
@@ -212,6 +200,42 @@ class Workers:
 
     def _status(self, rank: int) -> WorkerStatus:
         return read_status(self._folder, rank)
+
+
+def common_variables() -> dict[str, str]:
+    """Return the environment of all workers of this launcher, apart from their places in the group."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_A_GROUP}
+    return {
+        "OMP_NUM_THREADS": "1",
+        **inherited,
+        "PYTHONFAULTHANDLER": "1",
+        LAUNCHER: str(os.getpid()),
+        COMMAND: origin.command(sys.argv),
+    }
+
+
+def _group(topology: Topology, processes: int, local_rank: int, port: int) -> dict[str, str]:
+    """Return the variables of a process in its group; a single one gets none, or accelerate would start a group."""
+    size = topology.nodes * processes
+    if size == 1:
+        return {}
+    values = (topology.node * processes + local_rank, local_rank, size, processes, topology.node, topology.host, port)
+    return {name: str(value) for name, value in zip(_OF_A_GROUP, values, strict=True)}
+
+
+def _start(
+    command: Sequence[str], variables: Mapping[str, str], store: socket.socket | None, output: IO[bytes] | None
+) -> subprocess.Popen[bytes]:
+    if store is not None:
+        variables = {**variables, STORE_SOCKET: str(store.fileno())}
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT if output is not None else None,
+        env={**common_variables(), **variables},
+        pass_fds=() if store is None else (store.fileno(),),
+    )
 
 
 @contextlib.contextmanager

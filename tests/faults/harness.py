@@ -127,8 +127,9 @@ class Job:
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process(self.launcher.pid).children():
                 with contextlib.suppress(psutil.Error, KeyError):
-                    if process.status() != psutil.STATUS_ZOMBIE:
-                        by_rank[int(process.environ().get("RANK", "0"))] = process
+                    rank = rank_of(process)
+                    if process.status() != psutil.STATUS_ZOMBIE and rank is not None:
+                        by_rank[rank] = process
         return [by_rank[rank] for rank in sorted(by_rank)]
 
     def status(self, rank: int = 0) -> WorkerStatus:
@@ -202,6 +203,15 @@ class Job:
         if failure[0] is not None:
             print(self.output[-6000:])
         self.close()
+
+
+def rank_of(process: psutil.Process) -> int | None:
+    """Return the rank of a worker; None of a standby process. One that was a standby process has mapped its status."""
+    environ = process.environ()
+    if "DISTRAIN_STANDBY_SOCKET" not in environ:
+        return int(environ.get("RANK", "0"))
+    files = (Path(each.path) for each in process.memory_maps())
+    return next((int(file.stem) for file in files if file.suffix == ".status"), None)
 
 
 def clean_environ() -> dict[str, str]:

@@ -1,17 +1,36 @@
-"""`torchrun --max-restarts`: its store is kept, and the processes that it starts again find each other all the same."""
+"""Restarts in place: `distrain launch --restarts`, and `torchrun --max-restarts`, whose store is kept."""
 
 from __future__ import annotations
 
+import random
+import signal
 import socket
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import arguments, clean_environ, small_run, trained
+import torch
+from datasets import make
+from harness import (
+    Job,
+    TrainedRun,
+    arguments,
+    clean_environ,
+    exit_file,
+    ip,
+    newest_step,
+    small_run,
+    trained,
+    until,
+)
+from runs import metrics_but_times
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.faults
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -60,3 +79,179 @@ def test_agents_that_count_their_restarts_separately(rendezvous: str, data: Path
     ends = torchrun(small_run(data, tmp_path / "run"), "forward-kill:1:30", 1, *nodes)
     assert [code for code, _ in ends] == [0, 0], "\n".join(output for _, output in ends)
     assert trained(tmp_path / "run").metrics
+
+
+@pytest.mark.short
+def test_processes_are_started_again(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+    expected: TrainedRun = undisturbed()
+    with Job(small_run(data, tmp_path / "run"), tmp_path, 2, ["--restarts", "2"]) as job:
+        job.wait_for("train", 23)
+        job.signal("rank1", number=signal.SIGSEGV)
+        until(lambda: "1 more restart allowed" in job.output, "the second attempt")
+        job.wait_for("train", 33)
+        job.signal("rank0", number=signal.SIGKILL)
+        assert job.wait() == 0, job.output
+    assert "rank 1 was ended by SIGSEGV" in job.output
+    assert "rank 0 was ended by SIGKILL" in job.output
+    assert "starting again from the newest checkpoint (0 more restarts allowed)" in job.output
+    assert len(attempts(job)) == 3
+    trained(job.run).same_as(expected)
+
+
+def attempts(job: Job) -> list[Path]:
+    return sorted((job.run / "attempts").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "number", "reason"),
+    [
+        ("raise:1:30", 1, 1, "a fault of the model"),
+        ("crash:1:5", 1, 3, "3 attempts in a row without progress"),
+        ("crash:1:15", 1, 3, "rank 1 was ended by SIGSEGV"),  # two restarts are used up
+    ],
+)
+def test_a_job_that_ends_all_the_same(
+    fault: str, code: int, number: int, reason: str, data: Path, tmp_path: Path
+) -> None:
+    with Job(small_run(data, tmp_path / "run"), tmp_path, 2, ["--restarts", "2"], {"FAULT": fault}) as job:
+        assert job.wait() == code, job.output
+    assert len(attempts(job)) == number, job.output
+    assert reason in exit_file(job.run)["reason"]
+
+
+def test_a_stop_ends_the_job(data: Path, tmp_path: Path) -> None:
+    with Job(small_run(data, tmp_path / "run"), tmp_path, 2, ["--restarts", "2"], {"FAULT": "slow:1:1"}) as job:
+        job.wait_for("train", 13)
+        job.signal("launcher", number=signal.SIGTERM)
+        assert job.wait() == 75, job.output
+    assert len(attempts(job)) == 1
+
+
+def test_a_process_that_is_stopped_by_a_signal(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+    expected: TrainedRun = undisturbed(3)
+    tree = small_run(data, tmp_path / "run", timeouts={"step_seconds": 5})
+    with Job(tree, tmp_path, 3, ["--restarts", "2"]) as job:
+        job.wait_for("train", 23)
+        job.signal("rank1", number=signal.SIGSTOP)
+        assert job.wait() == 0, job.output
+    assert "no progress for 5 s in phase train" in job.output
+    trained(job.run).same_as(expected)
+
+
+Start = Callable[..., list[Job]]
+
+
+@pytest.fixture
+def start(data: Path, tmp_path: Path) -> Iterator[Start]:
+    """`start(names, *options, **environ)`: a launcher with two restarts in each network name space."""
+    started: list[Job] = []
+
+    def begin(names: list[str], *options: str, **environ: str) -> list[Job]:
+        seconds = {"start_seconds": 60, "step_seconds": 5}
+        tree = small_run(data, tmp_path / "run", timeouts=seconds, launch={"rejoin_seconds": 20})
+        together = ["--restarts", "2", "--nodes", str(len(names)), "--host", "10.99.7.10", "--port", "29500", *options]
+        for number, name in enumerate(names):
+            prefix = ["ip", "netns", "exec", name]
+            started.append(Job(tree, tmp_path, 1, [*together, "--node", str(number)], environ, prefix))
+        return started
+
+    yield begin
+    for job in started:
+        job.close()
+
+
+def test_a_process_of_another_node_is_killed(nodes: Any, start: Start, undisturbed: Any) -> None:
+    expected = undisturbed(2)
+    jobs = start(nodes[0], FAULT="slow:0:20")
+    jobs[1].wait_for("train", 33, rank=1)
+    jobs[1].signal("rank0", number=signal.SIGKILL)  # the only one there
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+    assert "starting again" in jobs[0].output
+    trained(jobs[0].run).same_as(expected)
+
+
+def test_a_fault_on_another_node_ends_both(nodes: Any, start: Start) -> None:
+    jobs = start(nodes[0], FAULT="raise:1:30")
+    assert jobs[1].wait() == 1, jobs[1].output
+    assert jobs[0].wait() == 1, jobs[0].output
+    assert "a fault of the model" in exit_file(jobs[0].run)["reason"]
+
+
+def test_a_link_that_is_cut_and_healed(nodes: Any, start: Start, undisturbed: Any) -> None:
+    names, link = nodes
+    expected = undisturbed(2)
+    jobs = start(names, FAULT="slow:0:20")
+    jobs[0].wait_for("train", 33)
+    ip("link", "set", link, "down")
+    until(lambda: all("starting again" in job.output for job in jobs), "both attempts end", 60)
+    ip("link", "set", link, "up")
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+    trained(jobs[0].run).same_as(expected)
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_node_that_is_lost(least: int, nodes: Any, start: Start, undisturbed: Any) -> None:
+    names, link = nodes
+    jobs = start(names, "--min-nodes", str(least), FAULT="slow:0:20")
+    jobs[0].wait_for("train", 33)
+    ip("link", "set", link, "down")
+    jobs[1].close()
+    assert jobs[0].wait() == (0 if least == 1 else 75), jobs[0].output
+    if least == 1:
+        assert "continuing with 1 node of 2" in jobs[0].output
+        assert trained(jobs[0].run).ids == undisturbed(2).ids
+    else:
+        assert "node 1 is missing" in jobs[0].output
+
+
+KILLS, STOPS = 100, 20
+
+
+@pytest.mark.timeout(3000)
+def test_a_hundred_kills_and_twenty_stops_of_one_job(tmp_path: Path) -> None:
+    """One process after another is killed or stopped by a signal, in one job of three processes."""
+    step_seconds = 5
+    make(tmp_path / "data", 403, 100, image_size=8, shards=12, lanes=6)
+    changes: dict[str, Any] = {
+        "train": {"max_steps": 24_000}, "checkpoint": {"every_steps": 50, "keep": 2}, "eval": {"every_steps": 4_000},
+        "data": {"audit": "false", "cache": "ram"}, "log": {"every_steps": 1_000},
+        "timeouts": {"step_seconds": step_seconds},
+    }  # fmt: skip
+    with Job(small_run(tmp_path / "data", tmp_path / "whole", **changes), tmp_path, 3) as job:
+        began = time.monotonic()
+        assert job.wait(900) == 0, job.output
+        undisturbed_seconds = time.monotonic() - began
+    draw, events = random.Random(0), [signal.SIGKILL] * KILLS + [signal.SIGSTOP] * STOPS
+    draw.shuffle(events)
+    gaps: dict[int, list[float]] = {signal.SIGKILL: [], signal.SIGSTOP: []}
+    options = ["--restarts", str(len(events))]
+    with Job(small_run(tmp_path / "data", tmp_path / "disturbed", **changes), tmp_path, 3, options) as job:
+        began = time.monotonic()
+        for number, event in enumerate(events):
+            saved = newest_step(job.run)
+            until(lambda before=saved: newest_step(job.run) > before, f"progress before event {number}")
+            job.wait_for("train")
+            job.signal(f"rank{draw.randrange(3)}", number=event)
+            at = time.monotonic()
+            until(lambda done=number: job.output.count("starting again") > done, f"the end of attempt {number + 1}")
+            job.wait_for("train")
+            gaps[event].append(time.monotonic() - at)
+        assert job.wait(900) == 0, job.output
+        seconds = time.monotonic() - began
+    assert len(attempts(job)) == len(events) + 1
+    trained_alike(tmp_path / "whole", job.run)
+    lost = sum(map(sum, gaps.values()))
+    print(
+        f"\n{KILLS} SIGKILLs, {STOPS} SIGSTOPs: the same bits as undisturbed. Undisturbed {undisturbed_seconds:.0f} s,"
+        f" disturbed {seconds:.0f} s, of which gaps {lost:.0f} s. Gap after SIGKILL: median"
+        f" {statistics.median(gaps[signal.SIGKILL]):.2f} s, longest {max(gaps[signal.SIGKILL]):.2f} s; after SIGSTOP,"
+        f" with a time-out of {step_seconds} s: median {statistics.median(gaps[signal.SIGSTOP]):.2f} s."
+    )
+
+
+def trained_alike(one: Path, other: Path) -> None:
+    """Check that the last checkpoints and the metrics have the same bits."""
+    weights = [load_file(max((run / "checkpoints").glob("step-*")) / "model.safetensors") for run in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert metrics_but_times(one) == metrics_but_times(other)

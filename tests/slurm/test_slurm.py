@@ -99,7 +99,8 @@ def submitted(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFac
     jobs = {}
     for name, (fault, sections, _, _) in FATAL.items():
         folder = tmp_path_factory.mktemp("fatal")
-        jobs[name] = Submitted(cluster, folder, write_config(data, folder, **sections), FAULT=fault, **ONE_EACH)
+        once = {**ONE_EACH, "RESTARTS": "0"}  # a requeue, or none, at the first crash
+        jobs[name] = Submitted(cluster, folder, write_config(data, folder, **sections), FAULT=fault, **once)
     folder = tmp_path_factory.mktemp("array")
     files = [write_config(data, folder, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
     jobs["array"] = Submitted(cluster, folder, *files, options=("--array=0-1", "--nodes=1"), **ONE_EACH)

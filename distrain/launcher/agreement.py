@@ -1,0 +1,299 @@
+"""The launchers of all nodes agree on each attempt: which nodes take part, and where their processes meet.
+
+They post to a TCPStore of torch.distributed, which the launcher of the first node serves at the job's address as long
+as it runs: the store of the processes ends with rank 0. Launchers meet in rounds, one before each attempt. In a round
+each posts whether it is ready; the first node decides, and posts the decision. A launcher that was started again, or
+whose link was cut, joins the round that is open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from distrain.environment import host_port
+from distrain.errors import EXIT_AGAIN, EXIT_OK, PeerLostError
+from distrain.launcher.cluster import LOCAL, Topology
+from distrain.text import plural
+
+_ANSWER_SECONDS = 5.0
+"""Longest wait for one answer of the store: torch's own calls wait for a lost link for many minutes."""
+_POLL_SECONDS = 0.1
+_READ_SECONDS = 5.0
+"""Longest wait of the first node, at the end of the job, until the others have read why it ends."""
+
+T = TypeVar("T")
+
+log = logging.getLogger("distrain")
+
+
+@dataclass(frozen=True)
+class Post:
+    """The message of a launcher in a round.
+
+    Attributes:
+        node: index of its node.
+        is_ready: whether it is ready for another attempt; else it ends.
+        code: exit code of its last attempt; 0 before the first one.
+        reason: why its last attempt ended, for people.
+        killed: whether the process that failed first was ended by a signal.
+        host: name of its host.
+        time: seconds since the epoch.
+        name: a name that no other post has.
+    """
+
+    node: int
+    is_ready: bool = True
+    code: int = EXIT_OK
+    reason: str = ""
+    killed: bool = False
+    host: str = field(default_factory=socket.gethostname)
+    time: float = field(default_factory=time.time)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The end of a round.
+
+    Attributes:
+        posts: the posts of the nodes that take part in the attempt, by node; empty: the job ends.
+        port: of the first node, where the processes of the attempt meet.
+        reason: why the job ends.
+    """
+
+    posts: tuple[Post, ...] = ()
+    port: int = 0
+    reason: str = ""
+
+    @property
+    def nodes(self) -> list[int]:
+        """The nodes that take part, in order."""
+        return [post.node for post in self.posts]
+
+
+def decide(posts: Iterable[Post], expected: Iterable[int], least: int, is_late: bool) -> Decision | None:
+    """Decide a round; None while it is open. The port is added by the caller.
+
+    Args:
+        posts: all posts of the round, in order; of each node the last one counts.
+        expected: the nodes of the attempt before, or of the job.
+        least: number of nodes that suffice.
+        is_late: whether nodes that have not posted are given up.
+    """
+    newest = {post.node: post for post in posts}
+    for post in newest.values():
+        if not post.is_ready:
+            return Decision(reason=post.reason)
+    missing = sorted(set(expected) - set(newest))
+    if missing and not is_late:
+        return None
+    if len(newest) < least:
+        nodes = ", ".join(str(node) for node in missing)
+        return Decision(reason=f"node {nodes} is missing; at least {plural(least, 'node')} must take part")
+    return Decision(tuple(newest[node] for node in sorted(newest)))
+
+
+class Agreement:
+    """This launcher among those of the other nodes.
+
+    Args:
+        topology: this node among the others, as the job was started.
+        least: number of nodes that suffice for an attempt after the first one.
+        start_seconds: longest wait for all nodes before the first attempt.
+        rejoin_seconds: longest wait for nodes that are lost, after it.
+        stopped: returns why this launcher should not wait any longer, or None.
+        listening: on the first node, a socket at the job's address.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        least: int,
+        start_seconds: float,
+        rejoin_seconds: float,
+        stopped: Callable[[], str | None],
+        listening: socket.socket | None,
+    ) -> None:
+        self._topology, self._least = topology, least
+        self._seconds, self._rejoin_seconds, self._stopped = start_seconds, rejoin_seconds, stopped
+        self._expected: Sequence[int] = range(topology.nodes)
+        self._store: Any = None
+        self._server: Any = _serve(listening) if listening is not None else None
+        self._round = 0
+        self.posts: list[Post] = []
+        """Posts of the last round, on the first node."""
+
+    def meet(self, post: Post, port: int = 0) -> Decision:
+        """Take part in the next round, or in the one that is open.
+
+        Args:
+            post: what this launcher says.
+            port: on the first node, the port at which the processes of the next attempt will meet.
+
+        Returns:
+            The decision; its list of nodes has this one, or is empty.
+
+        Raises:
+            PeerLostError: the first node does not answer.
+        """
+        try:
+            return self._decide(post, port) if self._server is not None else self._follow(post)
+        finally:
+            self._seconds = self._rejoin_seconds
+
+    def _decide(self, post: Post, port: int) -> Decision:
+        """Decide a round, on the first node."""
+        deadline, store = time.monotonic() + self._seconds, self._server
+        while True:
+            stop = self._stopped()
+            if stop is not None and post.is_ready:
+                post = Post(post.node, False, EXIT_AGAIN, stop)
+            self.posts = [*_read_posts(store, self._round), post]
+            decision = decide(self.posts, self._expected, self._least, time.monotonic() > deadline)
+            if decision is not None:
+                break
+            time.sleep(_POLL_SECONDS)
+        content = {**asdict(decision), "port": port}
+        store.set(f"decision/{self._round}", json.dumps(content))
+        self._round += 1
+        store.set("round", str(self._round))
+        self._expected = decision.nodes
+        if not decision.posts:
+            self._wait_for_readers(len({each.node for each in self.posts[:-1] if each.is_ready}))
+        return Decision(decision.posts, port, decision.reason)
+
+    def _wait_for_readers(self, number: int) -> None:
+        """Wait until the others have read that the job ends: the store ends with this process."""
+        deadline = time.monotonic() + _READ_SECONDS
+        while self._server.add("read", 0) < number and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
+    def _follow(self, post: Post) -> Decision:
+        """Take part in a round that the first node decides."""
+        if not post.is_ready:
+            with contextlib.suppress(PeerLostError):  # the job may have ended
+                self._ask(lambda store: _write_post(store, int(store.get("round")), post))
+            return Decision(reason=post.reason)
+        deadline, said = time.monotonic() + self._seconds, False
+        posted_in: int | None = None
+        while True:
+            stop = self._stopped()
+            if stop is not None:
+                return self._follow(Post(post.node, False, EXIT_AGAIN, stop))
+            try:
+                number = int(self._ask(lambda store: store.get("round")))
+                decision = self._decision(posted_in) if posted_in is not None else None
+                if decision is not None and (not decision.posts or post.name in [each.name for each in decision.posts]):
+                    return decision
+                if decision is not None or posted_in is None:  # a round that was decided without this node
+                    posted_in = number
+                    self._post(number, post)
+                deadline = time.monotonic() + self._seconds  # the first node answers
+            except PeerLostError:
+                if time.monotonic() > deadline:
+                    raise
+                posted_in = None  # the post may be lost
+                if not said:
+                    said = True
+                    log.info("waiting for the launcher of the first node, at %s", self._address)
+            time.sleep(_POLL_SECONDS)
+
+    def _decision(self, number: int) -> Decision | None:
+        key = f"decision/{number}"
+
+        def read(store: Any) -> Decision | None:
+            if not store.check([key]):
+                return None
+            content = json.loads(store.get(key))
+            posts = tuple(Post(**each) for each in content.pop("posts"))
+            if not posts:
+                store.add("read", 1)
+            return Decision(posts, **content)
+
+        return self._ask(read)
+
+    def _post(self, number: int, post: Post) -> None:
+        self._ask(lambda store: _write_post(store, number, post))
+
+    @property
+    def _address(self) -> str:
+        return host_port(self._topology.host, self._topology.port)
+
+    def _ask(self, action: Callable[[Any], T]) -> T:
+        """Ask the store of the first node; connect first, also after the link was lost.
+
+        Raises:
+            PeerLostError: no answer in time.
+        """
+        answers: list[T] = []
+        errors: list[Exception] = []
+        client = self._store
+
+        def work() -> None:
+            try:
+                store = client or _connect(self._topology)
+                answers.append(action(store))
+                self._store = store
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, name="distrain-agreement", daemon=True)
+        thread.start()
+        thread.join(_ANSWER_SECONDS if client is not None else 2 * _ANSWER_SECONDS)
+        if answers:
+            return answers[0]
+        self._store = None  # a call may still wait in it
+        cause = str(errors[0]).partition("\n")[0][:200] if errors else f"no answer within {_ANSWER_SECONDS:g} s"
+        raise PeerLostError(f"the launcher of the first node, at {self._address}, does not answer: {cause}")
+
+
+def _store_type() -> Any:
+    """Import the store's class when it is needed: a launcher of one node answers quickly, and takes little memory."""
+    before = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read now; else each lost connection is a page of C++ frames
+    try:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    finally:
+        if before is None:
+            del os.environ["TORCH_CPP_LOG_LEVEL"]
+        else:
+            os.environ["TORCH_CPP_LOG_LEVEL"] = before
+    return TCPStore
+
+
+def _serve(listening: socket.socket) -> Any:
+    store = _store_type()(
+        LOCAL,
+        listening.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=_ANSWER_SECONDS),
+        master_listen_fd=listening.detach(),
+    )
+    store.set("round", "0")
+    return store
+
+
+def _connect(topology: Topology) -> Any:
+    return _store_type()(topology.host, topology.port, is_master=False, timeout=timedelta(seconds=_ANSWER_SECONDS))
+
+
+def _write_post(store: Any, number: int, post: Post) -> None:
+    index = store.add(f"posts/{number}", 1)
+    store.set(f"post/{number}/{index}", json.dumps(asdict(post)))
+
+
+def _read_posts(store: Any, number: int) -> list[Post]:
+    keys = [f"post/{number}/{index}" for index in range(1, store.add(f"posts/{number}", 0) + 1)]
+    return [Post(**json.loads(store.get(key))) for key in keys if store.check([key])]
