@@ -25,6 +25,7 @@ from benchmarks import (
     other_loop,
     photos,
     reader,
+    restarts,
     scaling,
     startup,
     training,
@@ -303,6 +304,13 @@ def test_startup(context: Context) -> None:
     values = medians(startup.measure(context))
     assert values["distrain train, fresh"] > values["import torch, accelerate"] / 2
     assert 0 < values["distrain train, resumed"] < 300
+
+
+@pytest.mark.ranks
+@pytest.mark.faults
+def test_restarts(context: Context) -> None:
+    values = medians(restarts.measure(context))
+    assert all(0 < seconds < 300 for seconds in values.values())
 
 
 @pytest.mark.ranks
