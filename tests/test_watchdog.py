@@ -123,8 +123,12 @@ def test_a_process_killed_on_another_node_ends_the_others(start: Any, roles: lis
 
 
 def test_a_save_is_completed_and_the_end_belongs_to_each_process_alone() -> None:
-    assert [phase for phase in PHASES if may_end(phase, waits=False)] == ["start", "first step", "train", "evaluate"]
-    assert [phase for phase in PHASES if may_end(phase, waits=True)] == [*PHASES[:-1]]
+    def may(waits: bool, saves: bool) -> list[str]:
+        return [phase for phase in PHASES if may_end(phase, waits, saves)]
+
+    assert may(waits=False, saves=False) == ["start", "first step", "train", "evaluate"]
+    assert may(waits=True, saves=False) == [*PHASES[:-1]]
+    assert may(waits=True, saves=True) == may(waits=False, saves=True) == []
 
 
 class _Backend:
