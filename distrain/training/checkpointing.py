@@ -296,7 +296,7 @@ class Checkpointer:
             self._job.runtime.watchdog.heartbeat()  # which bounds the save itself
         try:
             error = os_error_of(save.result)
-        except Exception:
+        except BaseException:  # the lease must be released all the same
             log.exception("step %s: no checkpoint could be saved", f"{save.step:,}")
         else:
             if error is not None:
