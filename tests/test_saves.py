@@ -77,19 +77,20 @@ def test_steps_during_a_save_do_not_change_what_is_saved(
     distrain.train(tree(data, tmp_path / "whole", **changes))
     begun, answers = hold_folder(monkeypatch, PARTIAL)
     at_step(monkeypatch, 17, lambda: begun.wait(60) and answers.set())  # seven steps while nothing is written yet
-    distrain.train(tree(data, tmp_path / "held", **changes))
+    distrain.train(tree(data, tmp_path / "delayed", **changes))
     for step in (10, 20):
-        whole, held = tensors(tmp_path / "whole", step), tensors(tmp_path / "held", step)
-        assert whole.keys() == held.keys()
-        assert all(torch.equal(whole[name], held[name]) for name in whole)
+        whole, delayed = tensors(tmp_path / "whole", step), tensors(tmp_path / "delayed", step)
+        assert whole.keys() == delayed.keys()
+        assert all(torch.equal(whole[name], delayed[name]) for name in whole)
     states = [
-        json.loads((tmp_path / run / "checkpoints/step-00000010/state.json").read_text()) for run in ("whole", "held")
+        json.loads((tmp_path / run / "checkpoints/step-00000010/state.json").read_text())
+        for run in ("whole", "delayed")
     ]
     for state in states:
         for name in ("seconds", "compile_seconds", "losses"):
             del state[name]
     assert states[0] == states[1]
-    trained(tmp_path / "held").same_as(trained(tmp_path / "whole"))
+    trained(tmp_path / "delayed").same_as(trained(tmp_path / "whole"))
 
 
 def test_a_checkpoint_that_failed_while_training_continued_is_not_the_best(
@@ -213,12 +214,12 @@ POINTS = {
 """Points of the second save: the name of an audit event of Python, and which of them."""
 
 
-def _train_until(tree: dict[str, Any], event: str, number: int) -> None:
-    """Train, and end this process by SIGKILL before the thread's n-th use of the disk of this kind."""
+def train_until(tree: dict[str, Any], event: str, number: int) -> None:
+    """Train, and end this process by SIGKILL before the n-th audit event whose name begins so, of the thread."""
     seen: list[str] = []
 
     def count(name: str, _: object) -> None:
-        if name == event and threading.current_thread().name == "distrain-save":
+        if name.startswith(event) and threading.current_thread().name == "distrain-save":
             seen.append(name)
             if len(seen) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -240,7 +241,7 @@ def test_a_run_killed_during_a_save_ends_with_the_same_bits(
     point: str, data: Path, tmp_path: Path, whole: TrainedRun
 ) -> None:
     run = tmp_path / "run"
-    process = fork_server().Process(target=_train_until, args=(tree(data, run, **KILLED), *POINTS[point]))
+    process = fork_server().Process(target=train_until, args=(tree(data, run, **KILLED), *POINTS[point]))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -266,10 +267,10 @@ def test_copies_do_not_change_with_the_tensors_and_their_memory_is_reused() -> N
     assert torch.equal(one["weight"], torch.ones(3))
     assert not one["weight"].requires_grad
     assert torch.equal(other["weight"], torch.tensor(True))
-    places = {name: tensor.data_ptr() for name, tensor in one.items()}
-    assert len(set(places.values())) == 3
+    addresses = {name: tensor.data_ptr() for name, tensor in one.items()}
+    assert len(set(addresses.values())) == 3
     (again,) = buffers.copy([{"image": image, "weight": weight, "tied": torch.zeros(4)}])
-    assert (again["image"].data_ptr(), again["weight"].data_ptr()) == (places["image"], places["weight"])
+    assert (again["image"].data_ptr(), again["weight"].data_ptr()) == (addresses["image"], addresses["weight"])
     assert torch.equal(again["tied"], torch.zeros(4))
     assert torch.equal(again["image"], image)
 

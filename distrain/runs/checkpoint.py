@@ -104,7 +104,7 @@ def save(
         digests = {name: _write_hashed(work / name, pieces) for name, pieces in content.items()}
         write(work / _DIGESTS, records.to_json({"files": digests}).strip().encode())
         sync(work)
-        check()
+        check()  # guard: checked-before-commit
         work.rename(target)
     except OSError:
         shutil.rmtree(work, ignore_errors=True)

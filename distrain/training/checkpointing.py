@@ -155,7 +155,7 @@ class Checkpointer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Complete the pending checkpoint, release the lease, and record in this attempt's file how it ended."""
-        self._complete_alone()
+        self._complete_alone()  # guard: completes-pending-save
         if self._lease is not None:
             failure = self._job.runtime.failure_of(error) if error is not None else None
             self._lease.release(*((failure.code, failure.message) if failure is not None else (EXIT_OK, "done")))
@@ -292,8 +292,8 @@ class Checkpointer:
         save, self._save = self._save, None
         if save is None:
             return
-        while not save.wait(1.0):  # guard: completes-pending-save
-            self._job.runtime.watchdog.heartbeat()  # which bounds the save itself
+        while not save.wait(1.0):
+            self._job.runtime.watchdog.heartbeat()  # it bounds the save itself
         try:
             error = os_error_of(save.result)
         except BaseException:  # the lease must be released all the same
