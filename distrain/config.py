@@ -599,7 +599,10 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    """Checkpoints: when they are saved, and which are kept."""
+    """Checkpoints: when they are saved, and which are kept.
+
+    Training continues while one is written, from a copy of weights and optimizer in the memory of the first host.
+    """
 
     every_steps: Whole = _key(1000, "steps between checkpoints; 0: do not save by steps", ge=0)
     every_minutes: float = _key(10.0, "minutes between checkpoints; 0: do not save by time", ge=0)
@@ -619,7 +622,7 @@ class Timeouts(Section):
     )
     step_seconds: Whole = _key(600, "for a step, including the wait for its data", ge=1)
     eval_seconds: Whole = _key(600, "for a batch of an evaluation, including the wait for its data", ge=1)
-    save_seconds: Whole = _key(1800, "for a checkpoint", ge=1)
+    save_seconds: Whole = _key(1800, "for a checkpoint, also one that is written while training continues", ge=1)
 
 
 class Launch(Section):
