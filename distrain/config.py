@@ -599,10 +599,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    """Checkpoints: when they are saved, and which are kept.
-
-    Training continues while one is written, from a copy of weights and optimizer in the memory of the first host.
-    """
+    """Checkpoints: when they are saved, and which are kept. The first host needs memory for a copy of what is saved."""
 
     every_steps: Whole = _key(1000, "steps between checkpoints; 0: do not save by steps", ge=0)
     every_minutes: float = _key(10.0, "minutes between checkpoints; 0: do not save by time", ge=0)
