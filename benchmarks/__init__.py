@@ -7,7 +7,7 @@ one after another and writes their tables. distrain does not import this package
 """
 
 DEFAULT_PARTS = ("reading", "loader", "decoding", "tutorial", "training", "scaling", "evaluation", "startup", "memory")
-PARTS = (*DEFAULT_PARTS, "launches", "restarts", "virtual_ranks", "accuracy")
+PARTS = (*DEFAULT_PARTS, "launches", "restarts", "saves", "virtual_ranks", "accuracy")
 """All parts, in the order in which they run.
 
 Parts that train in this process change how it allocates memory, so reading is measured first.

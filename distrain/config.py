@@ -599,7 +599,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    """Checkpoints: when they are saved, and which are kept."""
+    """Checkpoints: when they are saved, and which are kept. The first host needs memory for a copy of what is saved."""
 
     every_steps: Whole = _key(1000, "steps between checkpoints; 0: do not save by steps", ge=0)
     every_minutes: float = _key(10.0, "minutes between checkpoints; 0: do not save by time", ge=0)
@@ -619,7 +619,7 @@ class Timeouts(Section):
     )
     step_seconds: Whole = _key(600, "for a step, including the wait for its data", ge=1)
     eval_seconds: Whole = _key(600, "for a batch of an evaluation, including the wait for its data", ge=1)
-    save_seconds: Whole = _key(1800, "for a checkpoint", ge=1)
+    save_seconds: Whole = _key(1800, "for a checkpoint, also one that is written while training continues", ge=1)
 
 
 class Launch(Section):

@@ -62,6 +62,9 @@ class CrashedError(UserError):
 class DivergedError(UserError):
     """The loss is NaN or infinite. The same run would diverge again, so commands exit with 78."""
 
+    step = 0
+    """The step that failed, counted from 0."""
+
 
 class AgainError(RuntimeError):
     """The same command, run again, resumes where this one ended; commands exit with 75."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,10 +75,10 @@ def sync(path: Path) -> bool:
     return True
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file and sync it to disk."""
+def write(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write a file, from its content or the pieces of it, and sync it to disk."""
     with open(os.open(path, _PARTIAL_FLAGS, 0o666), "wb") as file:
-        file.write(content)
+        file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 PHASES = ("start", "first step", "train", "evaluate", "save", "end")
 STARTING = ("start", "first step")
 """Phases before a process has trained a step."""
-_STATUS = struct.Struct("<qqqd")
+_STATUS = struct.Struct("<qqqd?")
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class WorkerStatus:
         step: optimizer steps done.
         heartbeats: how often progress was made.
         limit: longest time in seconds that may pass without a heartbeat; 0: no limit.
+        is_saving: whether a thread writes a checkpoint, or did so and the main thread does not know its outcome yet.
     """
 
     phase: str = "start"
     step: int = 0
     heartbeats: int = 0
     limit: float = 0.0
+    is_saving: bool = False
 
 
 class StatusWriter:
@@ -49,16 +51,17 @@ class StatusWriter:
     def write(self, status: WorkerStatus) -> None:
         """Replace the published status."""
         if self._map is not None:
-            _STATUS.pack_into(self._map, 0, PHASES.index(status.phase), status.step, status.heartbeats, status.limit)
+            values = (status.step, status.heartbeats, status.limit, status.is_saving)
+            _STATUS.pack_into(self._map, 0, PHASES.index(status.phase), *values)
 
 
 def read_status(folder: Path, rank: int) -> WorkerStatus:
     """Read the status of a process, dead or alive; the initial one if it has published none."""
     try:
-        phase, step, heartbeats, limit = _STATUS.unpack(_status_file(folder, rank).read_bytes())
+        phase, *values = _STATUS.unpack(_status_file(folder, rank).read_bytes())
     except (OSError, struct.error):
         return WorkerStatus()
-    return WorkerStatus(PHASES[phase], step, heartbeats, limit)
+    return WorkerStatus(PHASES[phase], *values)
 
 
 def _status_file(folder: Path, rank: int) -> Path:

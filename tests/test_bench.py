@@ -26,6 +26,7 @@ from benchmarks import (
     photos,
     reader,
     restarts,
+    saved_run,
     scaling,
     startup,
     training,
@@ -337,3 +338,9 @@ def test_accuracy(context: Context) -> None:
     table = accuracy.measure(replace(context, recipe=recipe, target=0.5))
     assert [row.unit for row in table.rows] == ["%", "s", "s"]
     assert table.ratios == []
+
+
+def test_the_costs_of_saves_are_the_time_beyond_that_of_other_steps() -> None:
+    seconds = [5.0, 1.0, 1.0, 3.0, 1.5, 1.0, 2.0, 1.0, 1.0]  # the first step is slow; saves after 3 and 6
+    times = [sum(seconds[:step]) for step in range(len(seconds) + 1)]
+    assert saved_run.costs(times, 3) == {"step": 1.0, "stalls": [2.0, 1.0], "costs": [2.5, 1.0]}

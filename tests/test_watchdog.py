@@ -22,6 +22,7 @@ from distrain.distributed.peer_store import PeerStore
 from distrain.distributed.peers import Peers, communicator_error
 from distrain.distributed.watchdog import Watchdog, may_end
 from distrain.environment import Environment, World
+from distrain.training.background_save import BackgroundSave
 from distrain.worker_status import PHASES
 
 SECONDS = 60
@@ -42,14 +43,18 @@ def _process(pipe: Connection, rank: int, size: int, nodes: int, role: str, port
         with runtime.start(runtime.Options("cpu", "fp32", 1, False, SECONDS), environment, watchdog) as rt:
             if role == "done":
                 rt.leave_peers(is_loss=False)
+            thread_may_end = threading.Event()
+            if role == "write":
+                watchdog.saving(BackgroundSave(7, thread_may_end.wait))
             with watchdog.phase("save" if role == "save" else "train"):
                 pipe.send("ready")
                 pipe.recv()  # a read that does not return, as a wait for the GPU
                 if role == "fail":
                     raise ZeroDivisionError("a fault of this rank")
                 Path(folder, role).touch()
-            if role == "save":
-                pipe.recv()
+            thread_may_end.set()
+            if role in ("save", "write"):
+                pipe.recv()  # of the thread, the end is seen here
     finally:
         os._exit(1 if role == "fail" else 0)
 
@@ -86,7 +91,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Any, Any]]]:
     "roles",
     [
         pytest.param(["fail", "block", "save", "done"], id="rank0"),
-        pytest.param(["block", "fail", "done", "save"], id="rank1"),
+        pytest.param(["block", "fail", "done", "write"], id="rank1"),
     ],
 )
 def test_a_failure_ends_the_others_wherever_they_wait(start: Any, roles: list[str], tmp_path: Path) -> None:
@@ -96,12 +101,13 @@ def test_a_failure_ends_the_others_wherever_they_wait(start: Any, roles: list[st
     processes["block"].join(SECONDS)
     assert time.monotonic() - began < 3.5  # 3 s, and the end of the process itself
     assert processes["block"].exitcode == 1
-    others = [processes["save"].sentinel, processes["done"].sentinel]
+    saves = roles[-1] if roles[-1] == "write" else "save"  # a thread writes, or the main thread itself
+    others = [processes[saves].sentinel, processes["done"].sentinel]
     assert not wait(others, 1.5)  # one tick later than the others at most
-    pipes["save"].send("saved")
-    processes["save"].join(SECONDS)
-    assert processes["save"].exitcode == 1
-    assert (tmp_path / "save").exists()
+    pipes[saves].send("saved")
+    processes[saves].join(SECONDS)
+    assert processes[saves].exitcode == 1
+    assert (tmp_path / saves).exists()
     pipes["done"].send("done")
     processes["done"].join(SECONDS)
     assert processes["done"].exitcode == 0
@@ -123,8 +129,12 @@ def test_a_process_killed_on_another_node_ends_the_others(start: Any, roles: lis
 
 
 def test_a_save_is_completed_and_the_end_belongs_to_each_process_alone() -> None:
-    assert [phase for phase in PHASES if may_end(phase, waits=False)] == ["start", "first step", "train", "evaluate"]
-    assert [phase for phase in PHASES if may_end(phase, waits=True)] == [*PHASES[:-1]]
+    def may(waits: bool, saves: bool) -> list[str]:
+        return [phase for phase in PHASES if may_end(phase, waits, saves)]
+
+    assert may(waits=False, saves=False) == ["start", "first step", "train", "evaluate"]
+    assert may(waits=True, saves=False) == [*PHASES[:-1]]
+    assert may(waits=True, saves=True) == may(waits=False, saves=True) == []
 
 
 class _Backend:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import math
 import os
 import socket
 import sys
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from distrain.distributed.peers import PeerFailure, Peers
 from distrain.environment import Environment
@@ -32,6 +33,18 @@ _CHECK_SECONDS = 5.0
 """Wait for the reports of other stuck processes, for stacks to be written, and for threads to end."""
 
 log = logging.getLogger("distrain")
+
+
+class Save(Protocol):
+    """A checkpoint that a thread writes."""
+
+    @property
+    def step(self) -> int:
+        """Steps done when it began."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread is still at work."""
 
 
 class Watchdog:
@@ -48,6 +61,7 @@ class Watchdog:
         self._peers: Peers | None = None
         self._phase, self._step, self._heartbeats, self._collectives = "start", 0, 0, 0
         self._waiting_for: str | None = None
+        self._save: Save | None = None
         self._writer = StatusWriter(environment.status_folder, environment.world.rank)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="distrain-watchdog", daemon=True)
@@ -57,7 +71,8 @@ class Watchdog:
     @property
     def status(self) -> WorkerStatus:
         """Phase, step, heartbeats and time limit at this moment."""
-        return WorkerStatus(self._phase, self._step, self._heartbeats, self._limits.get(self._phase, 0.0))
+        limit = self._limits.get(self._phase, 0.0)
+        return WorkerStatus(self._phase, self._step, self._heartbeats, limit, self._save is not None)
 
     def connect(self, peers: Peers) -> None:
         """End this process when one of them has failed; report to them if this one is stuck."""
@@ -90,6 +105,11 @@ class Watchdog:
         """Name what this process waits for while it takes part in collectives; None: nothing."""
         self._waiting_for = what
 
+    def saving(self, save: Save | None) -> None:
+        """Know the checkpoint that a thread writes: it has its own time limit, and is completed; None: it is done."""
+        self._save = save
+        self.heartbeat()
+
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:
         """Mark a collective: inside the block this process waits for the others, outside it is busy itself."""
@@ -108,11 +128,15 @@ class Watchdog:
     def _work(self) -> None:
         # Ticks are counted, not seconds: a job that was suspended as a whole, and continues, is not stuck.
         last, ticks, ticks_of_failure = -1, 0, 0
+        last_save, ticks_of_save = None, 0
         while not self._closed.wait(_TICK_SECONDS):
             heartbeats, limit = self._heartbeats, self._limits.get(self._phase, 0.0)
             ticks = ticks + 1 if heartbeats == last else 0
             last = heartbeats
             idle = ticks * _TICK_SECONDS
+            save = self._running_save
+            ticks_of_save = ticks_of_save + 1 if save is not None and save is last_save else 0
+            last_save = save
             known = self._failure_of_peer()
             ticks_of_failure = ticks_of_failure + 1 if known is not None else 0
             if known is not None and ticks_of_failure * _TICK_SECONDS > known.patience:
@@ -121,11 +145,18 @@ class Watchdog:
                 self._report_stuck()
             if limit and idle >= limit:
                 self._expire(limit)  # guard: watchdog-expires
+            if save is not None and ticks_of_save * _TICK_SECONDS >= self._limits.get("save", math.inf):
+                self._expire_save(save)  # guard: save-expires
 
     def _failure_of_peer(self) -> PeerFailure | None:
         """Return the failure of a peer, with which this process may be ended wherever its main thread is."""
-        waits = self._collectives % 2 == 1
-        return self._peers.failure() if self._peers is not None and may_end(self._phase, waits) else None
+        may = may_end(self._phase, self._collectives % 2 == 1, self._running_save is not None)
+        return self._peers.failure() if self._peers is not None and may else None
+
+    @property
+    def _running_save(self) -> Save | None:
+        save = self._save
+        return save if save is not None and save.is_running else None
 
     def _exit_with_peer(self, failure: Failure) -> NoReturn:
         if self._peers is not None:
@@ -148,6 +179,15 @@ class Watchdog:
         self._dump_stacks()
         message = f"no progress for {limit:g} s in phase {status.phase}, step {status.step:,}: {self._straggler()}"
         self._exit(failure_here(self._environment, "hang", EXIT_AGAIN, message))
+
+    def _expire_save(self, save: Save) -> NoReturn:
+        """End this process and the others: its main thread may make progress, but saves nothing any more."""
+        self._dump_stacks()
+        message = (
+            f"the checkpoint of step {save.step:,} is not written after {self._limits['save']:g} s: the disk of"
+            " run.dir does not answer, or is slow; if it is slow, raise timeouts.save_seconds"
+        )
+        self._exit_with_peer(failure_here(self._environment, "hang", EXIT_AGAIN, message))
 
     def _exit(self, why: Failure) -> NoReturn:
         """End this process, whatever its main thread waits for."""
@@ -188,7 +228,7 @@ class Watchdog:
         return straggler(self._peers.store.stuck_reports(), size)
 
 
-def may_end(phase: str, waits: bool) -> bool:
+def may_end(phase: str, waits: bool, saves: bool) -> bool:
     """Return whether a process may be ended because a peer has failed, wherever its main thread is.
 
     A save is completed first, unless it waits for the others itself; at the end nothing depends on them any more.
@@ -196,8 +236,9 @@ def may_end(phase: str, waits: bool) -> bool:
     Args:
         phase: one of `PHASES`.
         waits: whether the main thread is in a collective.
+        saves: whether a thread writes a checkpoint, which waits for no other process.
     """
-    return phase != "end" and (phase != "save" or waits)  # guard: completes-save
+    return phase != "end" and (phase != "save" or waits) and not saves  # guard: completes-save
 
 
 def straggler(reports: Mapping[int, Mapping[str, Any]], size: int) -> str:

@@ -155,7 +155,8 @@ class Workers:
         if hung and seconds > EXIT_SECONDS / 2:
             self._abort(self._running)
         for rank in list(self._running):
-            saves = self._status(rank).phase in ("save", "end") and not hung
+            status = self._status(rank)
+            saves = (status.is_saving or status.phase in ("save", "end")) and not hung
             if seconds > (max(grace, EXIT_SECONDS) if saves else EXIT_SECONDS):
                 self._kill([rank])
 

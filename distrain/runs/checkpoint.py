@@ -5,7 +5,7 @@
 To commit one: write a temporary folder, fsync its files, the digests last, fsync the folder, rename it, fsync the
 parent; only then delete old ones. `step-N` was saved after N steps; a folder of this name that holds another step was
 renamed or copied by somebody, and is neither used nor touched. Only `save` and `load` import torch, because the
-launcher verifies checkpoints without it.
+launcher verifies checkpoints without it. `save` and `prune` may run in a thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ import xxhash
 from distrain import files
 from distrain.errors import AgainError, DataError
 from distrain.files import sync, write
-from distrain.runs import records
+from distrain.runs import records, tensor_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +74,7 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Any,
     metadata: dict[str, str] | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write a checkpoint, so that it is complete on disk or not there at all; return its path.
 
@@ -81,36 +82,48 @@ def save(
         folder: RUN/checkpoints.
         step: number of steps trained.
         model: the model's state dict.
-        optimizer: the optimizer's tensors (`optim.state_tensors`).
+        optimizer: the optimizer's tensors (`optimizer_state.state_tensors`).
         state: whatever else the run needs, as JSON; `step` is added.
         metadata: of the file with the model's weights, so that a copy of this file has it too.
+        check: called when all is written, before it counts; it raises if this job may not commit it.
 
     Raises:
         OSError: no space, no permission …; the part that was written is removed.
     """
-    import safetensors.torch
-
     target = path_of(folder, step)
     work = folder / f"{_PARTIAL}{target.name}"
     content = {
-        MODEL: safetensors.torch.save(_without_shared_memory(model), metadata),
-        _OPTIMIZER: safetensors.torch.save(_without_shared_memory(optimizer)),
-        _STATE: records.to_json({**state, "step": step}).encode(),
+        MODEL: tensor_file.pieces(model, metadata),
+        _OPTIMIZER: tensor_file.pieces(optimizer),
+        _STATE: [records.to_json({**state, "step": step}).encode()],
     }
-    digests = {"files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in content.items()}}
     try:
         shutil.rmtree(work, ignore_errors=True)
         folder.mkdir(exist_ok=True)  # not its parents: a run's folder that was removed stays so
         work.mkdir()
-        for name, data in {**content, _DIGESTS: records.to_json(digests).strip().encode()}.items():
-            write(work / name, data)
+        digests = {name: _write_hashed(work / name, pieces) for name, pieces in content.items()}
+        write(work / _DIGESTS, records.to_json({"files": digests}).strip().encode())
         sync(work)
+        check()  # guard: checked-before-commit
         work.rename(target)
     except OSError:
         shutil.rmtree(work, ignore_errors=True)
         raise
     sync(folder)
     return target
+
+
+def _write_hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write a file and sync it to disk; return the digest of what it should hold."""
+    digest = xxhash.xxh3_128()
+
+    def hashed() -> Iterable[bytes | memoryview]:
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+
+    write(path, hashed())
+    return digest.hexdigest()
 
 
 def sweep(folder: Path) -> None:
@@ -286,8 +299,3 @@ _DIGEST_MESSAGES = {
     "model.init": "model.init: other initial weights now",
 }
 """Messages for the fields whose values are digests, which say nothing to people."""
-
-
-def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses tensors that share memory, such as tied weights: each one is copied.
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -1,7 +1,13 @@
-"""The run's folder: taken by one job, resumed from, saved to. Rank 0 writes; all processes know the result."""
+"""The run's folder: taken by one job, resumed from, saved to. Rank 0 writes; all processes know the result.
+
+A save stops the training only while rank 0 copies weights and optimizer. A thread of rank 0 writes the copy; there is
+one such save at a time. Collectives, and decisions for all processes, stay in the main threads: `complete` tells all of
+them how the save ended.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -10,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from torch import Tensor
 
 from distrain import files, models, signals
 from distrain.distributed.numerics import differences
@@ -23,6 +31,7 @@ from distrain.runs.folder import METRICS, RESULT
 from distrain.runs.lease import Lease
 from distrain.runs.logs import Logs
 from distrain.training import optimizer_state
+from distrain.training.background_save import BackgroundSave, HostBuffers
 from distrain.training.job import IMAGE_DECODER, TRAINED_WEIGHTS, Job
 
 log = logging.getLogger("distrain")
@@ -36,6 +45,10 @@ class Checkpointer:
         self._lease: Lease | None = None
         self._lines = 0
         self._saved_at = time.monotonic()
+        self._buffers = HostBuffers()
+        self._save: BackgroundSave | None = None
+        self.pending_step: int | None = None
+        """Step whose checkpoint is being written, or whose outcome is not known to all yet; None without one."""
         self.saved_step: int | None = None
         """Step of the newest checkpoint that is known to be whole."""
         self.error: str | None = None
@@ -71,32 +84,47 @@ class Checkpointer:
         due = minutes and step and time.monotonic() - self._saved_at >= 60 * minutes
         return bool(self._job.runtime.is_main and due)
 
-    def save(self, step: int, state: dict[str, Any], best_step: int | None, logs: Logs, why: str) -> bool:
-        """Commit a checkpoint after `step` steps; the logs that it counts on are on disk before, on every process.
+    def save(self, step: int, state: dict[str, Any], best_step: int | None, logs: Logs, why: str) -> None:
+        """Begin to save a checkpoint after `step` steps; no other one may be pending.
 
-        A save that fails (no space, no permission) is logged and changes nothing: training continues, and the next save
-        is tried. `error` then says why on all processes.
-
-        Returns:
-            Whether it was tried: False if this step is saved already.
+        The logs that it counts on are on disk before, on every process. A thread of rank 0 writes the checkpoint, as it
+        is now, while training continues; `complete` waits for it. If it cannot begin (no space, no memory), this is
+        logged and changes nothing: the next save is tried. `error` then says why on all processes.
         """
-        if self.saved_step == step:
-            return False
-        collectives = self._job.runtime.collectives
+        assert self.pending_step is None
+        collectives, is_main = self._job.runtime.collectives, self._job.runtime.is_main
         with self._job.runtime.watchdog.phase("save"):
             self.check_lease()
             collectives.agree()  # not before rank 0 has seen that the folder is still this job's
             error = os_error_of(logs.sync)
-            if not any(collectives.agree(error is not None).flags) and self._job.runtime.is_main:
-                error = os_error_of(lambda: self._write(step, state, best_step, why))  # guard: failed-save
+            if not any(collectives.agree(error is not None).flags) and is_main:
+                error = os_error_of(lambda: self._begin(step, state, best_step, why))
             errors = [each for each in collectives.from_all(error) if each]
-        self.error = errors[0] if errors else None
-        if not errors:
-            self.saved_step = step
-        elif self._job.runtime.is_main:
-            log.warning("step %s: no checkpoint could be saved: %s; training continues", f"{step:,}", errors[0])
         self.start_clock()
-        return True
+        if errors:
+            self._note_outcome(step, errors[0])
+        else:
+            self.pending_step = step
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the pending checkpoint is written, or has failed: `complete` would not wait. False on other ranks."""
+        return self._save is not None and not self._save.is_running
+
+    def complete(self) -> bool:
+        """Wait for the pending checkpoint, and agree on its outcome; a collective.
+
+        Returns:
+            Whether the checkpoint is whole. If not, `error` says why on all processes.
+        """
+        assert self.pending_step is not None
+        step, self.pending_step = self.pending_step, None
+        save, self._save = self._save, None
+        with self._job.runtime.watchdog.phase("save"):
+            error = os_error_of(save.result) if save is not None else None  # guard: failed-save
+            self._job.runtime.watchdog.saving(None)
+            self._note_outcome(step, self._job.runtime.collectives.from_main(error))
+        return self.error is None
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write RUN/result.json; `error` says why if it fails."""
@@ -126,7 +154,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Release the lease, and record in this attempt's file how it ended."""
+        """Complete the pending checkpoint, release the lease, and record in this attempt's file how it ended."""
+        self._complete_alone()  # guard: completes-pending-save
         if self._lease is not None:
             failure = self._job.runtime.failure_of(error) if error is not None else None
             self._lease.release(*((failure.code, failure.message) if failure is not None else (EXIT_OK, "done")))
@@ -209,11 +238,15 @@ class Checkpointer:
         models.load(self._job.model.eval_model, saved.model, self._job.config.model.name, path)
         return saved
 
-    def _write(self, step: int, state: dict[str, Any], best_step: int | None, why: str) -> None:
-        self.check_lease()  # once more: syncing may have taken long
-        job, model, settings = self._job, self._job.model, self._job.config.checkpoint
+    def _begin(self, step: int, state: dict[str, Any], best_step: int | None, why: str) -> None:
+        """Copy what a checkpoint holds, and start the thread that writes it.
+
+        Raises:
+            OSError: there is no memory for the copy.
+        """
+        job = self._job
         state = {
-            **state,
+            **copy.deepcopy(state),
             "why": why,
             "identity": job.identity,
             "scaler": job.runtime.scaler_state,
@@ -222,13 +255,52 @@ class Checkpointer:
             "cpu_threads": job.config.run.cpu_threads,
             "bits": job.what_decides_bits,
         }
-        weights, tensors = model.checkpoint_tensors()
-        metadata = {CLASSES: json.dumps(job.dataset.manifest.classes)}
-        checkpoint.save(job.checkpoints, step, weights, tensors, state, metadata)
+        weights, tensors = self._buffers.copy(job.model.checkpoint_tensors())
+        self._save = BackgroundSave(step, lambda: self._write(step, weights, tensors, state, best_step))
+        job.runtime.watchdog.saving(self._save)
+
+    def _write(
+        self, step: int, weights: dict[str, Tensor], tensors: dict[str, Tensor], state: dict[str, Any], best: int | None
+    ) -> None:
+        """Write a checkpoint, and delete old ones; in the thread, so without collectives."""
+        folder, settings = self._job.checkpoints, self._job.config.checkpoint
+        metadata = {CLASSES: json.dumps(self._job.dataset.manifest.classes)}
+        checkpoint.save(folder, step, weights, tensors, state, metadata, self._check_lease_of_thread)
         try:
-            checkpoint.prune(job.checkpoints, settings.keep, settings.keep_every, best_step)
+            checkpoint.prune(folder, settings.keep, settings.keep_every, best)
         except OSError as error:  # the new checkpoint is committed: an old one that remains is worth a warning only
             log.warning("%s: an old checkpoint cannot be deleted: %s", error.filename, error.strerror)
+
+    def _check_lease_of_thread(self) -> None:
+        """End this process if the run's folder is no longer this job's: writing may have taken long."""
+        try:
+            if self._lease is not None:
+                self._lease.check()
+        except (BusyError, FolderLostError) as error:
+            self._exit_with_lost_lease(error)
+
+    def _note_outcome(self, step: int, error: str | None) -> None:
+        """Note, on all processes, how a save ended."""
+        self.error = error
+        if error is None:
+            self.saved_step = step
+        elif self._job.runtime.is_main:
+            log.warning("step %s: no checkpoint could be saved: %s; training continues", f"{step:,}", error)
+
+    def _complete_alone(self) -> None:
+        """Wait for the pending checkpoint when an error ends this process: its steps would be lost with it."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        while not save.wait(1.0):
+            self._job.runtime.watchdog.heartbeat()  # it bounds the save itself
+        try:
+            error = os_error_of(save.result)
+        except BaseException:  # the lease must be released all the same
+            log.exception("step %s: no checkpoint could be saved", f"{save.step:,}")
+        else:
+            if error is not None:
+                log.warning("step %s: no checkpoint could be saved: %s", f"{save.step:,}", error)
 
 
 def os_error_of(action: Callable[[], object]) -> str | None:

@@ -216,11 +216,15 @@ def check_weights(job: Job, step: int) -> None:
 
 
 def diverged(job: Job, step: int, what: str) -> DivergedError:
-    """Return the error for a step (counted from 0) that failed, with the last good checkpoint."""
+    """Return the error for a step (counted from 0) that failed; the trainer adds the last good checkpoint."""
+    error = DivergedError(f"{what} at step {step + 1:,}, at learning rate {job.learning_rate(step):.3g}")
+    error.step = step
+    return error
+
+
+def with_cure(job: Job, error: DivergedError) -> DivergedError:
+    """Return the error with the last good checkpoint that is on disk, and what to do."""
     # The checkpoint of `step` steps done holds the weights that this step failed with.
-    good = [done for done in checkpoint.steps(job.checkpoints) if done < max(step, 1)]
+    good = [done for done in checkpoint.steps(job.checkpoints) if done < max(error.step, 1)]
     path = checkpoint.path_of(job.checkpoints, good[0]) if good else "none"
-    return DivergedError(
-        f"{what} at step {step + 1:,}, at learning rate {job.learning_rate(step):.3g};"
-        f" last good checkpoint: {path}. Lower train.lr, or set train.clip_norm"
-    )
+    return DivergedError(f"{error}; last good checkpoint: {path}. Lower train.lr, or set train.clip_norm")

@@ -18,7 +18,7 @@ _MAX_STEPS = 256
 
 
 class StopPoll:
-    """Agrees, every few steps, on whether to stop and whether a checkpoint is due by the clock.
+    """Agrees, every few steps, on whether to stop and on what rank 0 says about checkpoints.
 
     Args:
         collectives: of this process.
@@ -38,8 +38,16 @@ class StopPoll:
         """Make the next agreement at this step, whatever was planned."""
         self._next = step
 
-    def poll(self, step: int, save_due: bool) -> bool:
-        """Make an agreement; return whether a checkpoint is due on rank 0.
+    def poll(self, step: int, save_due: bool, is_written: bool) -> tuple[bool, bool]:
+        """Make an agreement.
+
+        Args:
+            step: steps done.
+            save_due: on rank 0: whether a checkpoint is due by the clock.
+            is_written: on rank 0: whether the pending checkpoint is written, or has failed.
+
+        Returns:
+            What rank 0 gave as `save_due` and `is_written`.
 
         Raises:
             StopAgreed: on all processes, if one was asked to stop.
@@ -48,11 +56,11 @@ class StopPoll:
         affordable = int(POLL_SECONDS * steps / max(seconds, 1e-6))
         # At most twice the last interval: a first step, or a few quick ones, say little about the next ones.
         interval = max(1, min(affordable, 2 * (self._next - self._last_step), _MAX_STEPS))
-        agreed = self._collectives.agree(save_due, main=interval)
+        agreed = self._collectives.agree(save_due, is_written, main=interval)
         if agreed.stop:
             raise StopAgreed
         self._last_step, self._last_time, self._next = step, time.monotonic(), step + agreed.main
-        return agreed.flags[0] > 0
+        return agreed.flags[0] > 0, agreed.flags[1] > 0
 
 
 def wait_for_data(runtime: Runtime, batches: TrainingBatches | DecodedBatches, step: int) -> None:

@@ -19,7 +19,7 @@ from distrain.data.encoded import EncodedCache
 from distrain.data.rounds import Batch
 from distrain.data.stream import TrainingBatches
 from distrain.distributed.collectives import StopAgreed
-from distrain.errors import DataError, SaveError, Stopped, UnreadableImagesError
+from distrain.errors import DataError, DivergedError, SaveError, Stopped, UnreadableImagesError
 from distrain.models.mirror_average import as_evaluated
 from distrain.runs import checkpoint, trackers
 from distrain.runs.folder import TRACE
@@ -30,7 +30,7 @@ from distrain.training.digests import TrainedIds
 from distrain.training.evaluation import Scores
 from distrain.training.feed import Feed
 from distrain.training.job import Job
-from distrain.training.meters import LossMeter, check_weights, diverged, peak_memory_of_all
+from distrain.training.meters import LossMeter, check_weights, diverged, peak_memory_of_all, with_cure
 from distrain.training.profiling import Profile
 from distrain.training.reporting import open_logs
 from distrain.training.step import TrainingStep
@@ -62,6 +62,8 @@ class Trainer:
         self.step: int = state.get("step", 0)
         self.evaluated_step: int = state.get("evaluated_step", 0)
         self.best: dict[str, Any] | None = state.get("best")
+        self._saved_best = self.best
+        """The best step so far as the newest whole checkpoint has it."""
         self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
         self._peak: dict[str, Any] | None = state.get("peak")
         self._collapsed: bool = state.get("collapsed", False)
@@ -123,6 +125,9 @@ class Trainer:
                 result = self.finish()
             except StopAgreed as stop:
                 self._stop(stop)
+            except DivergedError as divergence:
+                self._complete_save()  # it may be the last good checkpoint
+                raise with_cure(self.job, divergence) from None
             except UnreadableImagesError:
                 raise  # the steps since the last checkpoint were trained with substitutes
             except DataError:
@@ -170,6 +175,7 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Score the test split, with the best checkpoint on val or else the last one; write and return the result."""
+        self._complete_save()
         job, step = self.job, self.best["step"] if self.best else self.step
         if step != self.step:
             self.checkpointer.load_best(step)
@@ -216,7 +222,7 @@ class Trainer:
         """
         step = self.step
         evaluate, save, write_line = self._due(step)
-        by_clock = self.stops.is_due(step) and self.stops.poll(step, self.checkpointer.is_due(step))
+        by_clock = self.stops.is_due(step) and self._poll()
         if not (write_line or by_clock):
             if self.losses.is_full:
                 self._free_memory()
@@ -227,14 +233,23 @@ class Trainer:
             self._log(with_digests=evaluate or save)
         if evaluate or save or by_clock:
             check_weights(self.job, step)
-        best_before = self.best
         if evaluate and self.evaluated_step < step and self._evaluate():  # guard: evaluation-due
             save = True
         if save or by_clock or self.stopped_early:
             self._save("last" if step == self.job.total_steps else "interval")
-            if self.checkpointer.saved_step != step:
-                self.best = best_before  # without a checkpoint it could not be loaded at the end
         self.losses.restart_clock()
+
+    def _poll(self) -> bool:
+        """Agree with the others on stopping; return whether a checkpoint is due by the clock.
+
+        Raises:
+            StopAgreed: on all processes, if one was asked to stop.
+        """
+        checkpointer = self.checkpointer
+        is_due, is_written = self.stops.poll(self.step, checkpointer.is_due(self.step), checkpointer.is_written)
+        if is_written:
+            self._complete_save()
+        return is_due
 
     def _due(self, step: int) -> _Due:
         """Return what is due after `step` steps."""
@@ -297,6 +312,7 @@ class Trainer:
         self._check_accuracy(split, scores)
         if split != "val":
             return False
+        self._complete_save()  # if the checkpoint of the best one so far fails, this one is compared with that before
         if self.best is not None and scores.accuracy <= self.best["accuracy"]:
             self._evaluations_since_best += 1
             return False
@@ -346,17 +362,34 @@ class Trainer:
         self.logs.record(self.step, {**scores.as_line(split), "seconds": self.seconds})
 
     def _save(self, why: str) -> None:
+        """Begin to save this step, unless that was done; an earlier save is completed first."""
+        self._complete_save()
+        if self.checkpointer.saved_step == self.step:
+            return
         best_step = self.best["step"] if self.best else None
-        if self.checkpointer.save(self.step, self.state_dict(), best_step, self.logs, why):
-            self.stops.poll_at(self.step)  # a save takes long: a stop may have been requested
+        self.checkpointer.save(self.step, self.state_dict(), best_step, self.logs, why)
+        if self.checkpointer.pending_step is None:
+            self.best = self._saved_best
+        self.stops.poll_at(self.step)  # this took long: a stop may have been requested
+
+    def _complete_save(self) -> None:
+        """Wait for the pending checkpoint, if there is one, and agree on its outcome."""
+        if self.checkpointer.pending_step is None:
+            return
+        if self.checkpointer.complete():
+            self._saved_best = self.best
+        else:
+            self.best = self._saved_best  # without a checkpoint it could not be loaded at the end
 
     def _save_before_exit(self, why: str) -> None:
-        """Save the steps since the last checkpoint, if their weights are good."""
+        """Save the steps since the last checkpoint, if their weights are good; wait until it is done."""
+        self._complete_save()
         if self.step and self.checkpointer.saved_step != self.step and not self.checkpointer.finished:
             self._check_images()
             self.losses.read(self.step)
             check_weights(self.job, self.step)
             self._save(why)
+            self._complete_save()
 
     def _stop(self, stop: StopAgreed) -> NoReturn:
         """Save, and stop on all processes.

@@ -68,7 +68,7 @@ FETCH, RANGES, LOSSES, RENDEZVOUS = (
     "tests/test_losses.py",
     "tests/test_rendezvous.py",
 )
-FILES, WATCHDOG = "tests/test_run_files.py", "tests/test_watchdog.py"
+FILES, WATCHDOG, SAVES = "tests/test_run_files.py", "tests/test_watchdog.py", "tests/test_saves.py"
 
 FAULTS = [
     Fault("signal while torch is imported", "start", "75, nothing had to be saved",
@@ -118,8 +118,18 @@ FAULTS = [
     Fault("leftovers of a save that was killed", "start", "removed", "each attempt removes them first",
           "sweep-partial-saves", DROP, f"{DISKS}::test_leftovers_of_an_interrupted_save_are_removed"),
     Fault("no space during a save", "save", "a warning; training continues, the next save is tried; same bits",
-          "a failed save does not end the run", "failed-save", replace("self._write(step, state, best_step, why)"),
+          "a failed save does not end the run", "failed-save", replace("error = save.result() if save is not None else None"),
           f"{DISKS}::test_no_space_for_a_while"),
+    Fault("a process fails while rank 0 writes a checkpoint", "train",
+          "the checkpoint is completed first; then the job ends as it would without one",
+          "rank 0 waits for its thread before it gives the folder up", "completes-pending-save", DROP,
+          f"{SAVES}::test_an_error_waits_for_the_pending_checkpoint"),
+    Fault("a disk that does not answer while a checkpoint is written", "train", "75 after the time-out, the checkpoint is named",
+          "the thread that writes has a time-out of its own", "save-expires", DROP,
+          f"{SAVES}::test_a_checkpoint_that_is_not_written_in_time_ends_the_process"),
+    Fault("the run is taken over while a checkpoint is written", "train", "75, and the checkpoint is not committed",
+          "the thread looks at the lease before it renames the folder", "checked-before-commit", DROP,
+          f"{SAVES}::test_a_job_that_lost_its_folder_does_not_commit_the_pending_checkpoint"),
     Fault("no space for the metrics", "train", "one warning; the lines are written later; same lines",
           "lines that cannot be written stay in memory", "lines-stay-in-memory",
           replace("self._pending.clear()\nraise"), f"{DISKS}::test_lines_without_space_are_written_later"),
@@ -127,7 +137,7 @@ FAULTS = [
           "a run whose last save failed has failed", "save-error-at-end", NEVER, f"{DISKS}::test_no_space_to_the_end"),
     Fault("checkpoint folder that cannot be written", "save",
           "a warning; 1 at the end; only the steps since the last checkpoint are lost",
-          "a failed save does not end the run", "failed-save", replace("self._write(step, state, best_step, why)"),
+          "a failed save does not end the run", "failed-save", replace("error = save.result() if save is not None else None"),
           f"{DISKS}::test_a_checkpoint_folder_that_cannot_be_written"),
     Fault("no space for the log, or its reader has exited", "all", "training continues; same bits",
           "output that cannot be written is dropped", "tolerant-output", DROP,

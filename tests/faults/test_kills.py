@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 from datasets import make
-from harness import Job, TrainedRun, exit_file, newest_step, small_run, trained
+from group import fork_server
+from harness import Job, TrainedRun, exit_file, newest_step, small_run, trained, until
+from test_saves import KILLED, train_until, tree
 
+import distrain
 from distrain.tools.hash_runs import check_equal, hash_runs
 
 pytestmark = pytest.mark.faults
 TARGETS = ("rank1", "workers", "launcher", "everything", "rank0")
-EVENTS = ("train", "save", "evaluate", "first step")
+EVENTS = ("train", "save", "write", "evaluate", "first step")
 KILLS = 100
 
 
@@ -44,6 +47,28 @@ def test_a_killed_launcher_takes_its_workers_with_it(data: Path, tmp_path: Path,
         job.signal("launcher", number=signal.SIGKILL)
         job.all_gone(5)
     finish(job.run).same_as(expected)
+
+
+@pytest.mark.timeout(1800)
+def test_a_kill_before_every_use_of_the_disk_by_the_thread_that_saves(data: Path, tmp_path: Path) -> None:
+    """Kill the run before each audit event of the thread: folders, files, renames and removals, of all its saves."""
+    distrain.train(tree(data, tmp_path / "whole", **KILLED))
+    expected, kills = trained(tmp_path / "whole"), 0
+    while True:
+        run = tree(data, tmp_path / "run", **KILLED)
+        process = fork_server().Process(target=train_until, args=(run, "", kills + 1))
+        process.start()
+        process.join(120)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        distrain.train(run)
+        trained(tmp_path / "run").same_as(expected)
+        assert not list((tmp_path / "run/checkpoints").glob(".partial-*"))
+        shutil.rmtree(tmp_path / "run")
+    assert kills > 60
+    print(f"\n{kills} kills")
 
 
 @pytest.mark.timeout(3600)
@@ -120,7 +145,9 @@ def kill_once(
             job.wait_for("first step", before)
         else:
             job.wait_for("train", before + draw.randint(1, 8))
-            if event != "train":
+            if event == "write":  # by the thread, while the main thread is in another phase
+                until(lambda: job.status().is_saving, "a checkpoint is written")
+            elif event != "train":
                 job.wait_for(event)
         hit = job.status()
         job.signal(target, number=signal.SIGKILL)
@@ -130,4 +157,4 @@ def kill_once(
             job.all_gone(10)
         else:
             assert job.wait(60) == 75, job.output
-    return hit.phase, str(hit.step)
+    return "write" if hit.is_saving else hit.phase, str(hit.step)
