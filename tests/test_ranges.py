@@ -222,13 +222,13 @@ def test_a_range_is_fetched_once_and_then_read_from_the_cache(
 
 def test_s3_is_sent_one_request_for_a_range(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root, calls = remote(s3), []
-    call = root._fs._call_s3
+    call = root.file_system._call_s3
 
     async def record(method: str, *args: Any, **kwargs: Any) -> Any:
         calls.append((method, kwargs.get("Range")))
         return await call(method, *args, **kwargs)
 
-    monkeypatch.setattr(root._fs, "_call_s3", record)
+    monkeypatch.setattr(root.file_system, "_call_s3", record)
     assert is_right(root)
     assert calls == [("get_object", f"bytes={START}-{STOP - 1}")]
 
