@@ -208,7 +208,8 @@ class Run(Section):
 
     dir: LocalPath = _key(
         "runs/default",
-        "folder of the run, for checkpoints, metrics and the result; all processes must see the same folder",
+        "folder of the run, for checkpoints, metrics and the result; all processes must see the same folder, unless"
+        " run.mirror is set",
         min_length=1,
     )
     seed: Seed = _key(

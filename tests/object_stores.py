@@ -17,7 +17,11 @@ ENVIRON = {
 """Environment of the server's clients; botocore tries once, so that the project's own retries are tested."""
 
 Fault = Callable[[str, str, int], str | None]
-"""Called with method, path and number of a request; returns `503`, `507`, `cut`, `hold`, `ignore-condition` or None."""
+"""Called with method, path and number of a request; returns what goes wrong, or None.
+
+`503` and `507` are answers; `cut` is half of one; `ignore-condition` drops If-None-Match. `hold` waits for `released`
+before the request is forwarded, `hold-body` before its body is read.
+"""
 
 
 class FaultyStore(ThreadingHTTPServer):
@@ -43,9 +47,16 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def _handle(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.requests.append(f"{self.command} {self.path}")
         fault = self.server.fault(self.command, self.path, len(self.server.requests))
+        if fault == "hold-body":
+            self.server.is_waiting.set()
+            self.server.released.wait(60)
+        size = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(size)
+        if len(body) < size:  # the client has ended
+            self.close_connection = True
+            return None
         if fault in ("503", "507"):
             text = b"<Error><Code>InsufficientStorage</Code><Message>the bucket is full</Message></Error>"
             return self._answer(int(fault), {}, text if fault == "507" else b"")
@@ -90,6 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
 def faulty_store() -> Iterator[FaultyStore]:
     """Start moto's server and the proxy; both have an empty bucket named `bucket`."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel("WARNING")
@@ -104,8 +116,10 @@ def faulty_store() -> Iterator[FaultyStore]:
         client.create_bucket(Bucket="bucket")
         with FaultyStore(host, port) as proxy:
             threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
+            s3fs.S3FileSystem.clear_instance_cache()  # of another test's server
             yield proxy
             proxy.released.set()
             proxy.shutdown()
     finally:
+        s3fs.S3FileSystem.clear_instance_cache()
         moto.stop()

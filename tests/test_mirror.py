@@ -40,12 +40,8 @@ def proxy() -> Iterator[FaultyStore]:
     with faulty_store() as store, pytest.MonkeyPatch.context() as patch:
         for name, value in store.environ.items():
             patch.setenv(name, value)
-        import s3fs
-
-        s3fs.S3FileSystem.clear_instance_cache()  # of another test's server
         patch.setattr(fetch, "_FIRST_WAIT_SECONDS", 0.02)
         yield store
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
