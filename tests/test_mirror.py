@@ -163,7 +163,7 @@ def test_an_object_is_there_as_a_whole_or_not_at_all(location: str, monkeypatch:
     assert store.names("a") == ["b"]
 
 
-def test_503s_and_cut_answers_are_retried(server: FaultyStore) -> None:
+def test_503s_and_cut_answers_are_retried(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_at("s3://bucket/retries")
     faults = ["503", "503", None, "cut", None, "503", None]
     server.fault = lambda method, path, number: faults[number % 7]
@@ -172,6 +172,11 @@ def test_503s_and_cut_answers_are_retried(server: FaultyStore) -> None:
     assert store.consume("b", lambda file: file.read()) == b"content" * 100
     assert store.names("") == ["a", "b"]
     assert len(server.requests) > 8
+    monkeypatch.setattr(object_store, "_PART_BYTES", 5 * 2**20)
+    large, first = [os.urandom(2**20) for _ in range(6)], len(server.requests)
+    server.fault = lambda method, path, number: {2: "503", 5: "cut", 8: "503"}.get(number - first)
+    put(store, "b", *large)
+    assert store.consume("b", lambda file: file.read()) == b"".join(large)
 
 
 def test_a_store_that_ignores_conditions_is_refused(data: Path, tmp_path: Path, server: FaultyStore) -> None:
@@ -281,6 +286,11 @@ def test_an_unreadable_checkpoint_is_skipped(
     assert same_run(run, undisturbed)
     with tarfile.open(archives[-1]) as tar:  # it was written again
         assert [Path(name).name for name in tar.getnames()] == list(checkpoint.FILES)
+    for size in (5000, 100):  # of the weights, then of the state
+        for path in (tmp_path / "mirror/checkpoints").iterdir():
+            path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(DataError, match=f"{where}: has no readable checkpoint to resume from"):
+            distrain.train(tree(data, tmp_path / "new", where))
 
 
 # Two jobs

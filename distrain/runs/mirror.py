@@ -64,13 +64,15 @@ class Mirror:
 
         Raises:
             ConfigError: it belongs to another run.
-            DataError: the store cannot be used.
+            DataError: the store cannot be used, or has checkpoints of which none can be read.
         """
         with self._explained():
             steps = sorted(filter(None, map(_step_of, self._store.names(checkpoint.FOLDER))), reverse=True)
             read = {step: self._read_state(step) for step in steps[:_STATES_READ]}
         self._states = {step: state for step, state in read.items() if state is not None}
         newest = max(self._states, default=None)
+        if steps and newest is None:  # guard: no-silent-restart-of-mirror
+            raise self._unreadable()
         lines = checkpoint.differences(self._states[newest]["identity"], identity) if newest is not None else []
         if lines:
             raise ConfigError(
@@ -107,7 +109,9 @@ class Mirror:
         with self._explained():
             created = self._store.create(name, content) or self._store.read(name) == content
             self._attempt = attempt
-            self.check_writer() if created else self._raise_busy(attempt)
+            if not created:
+                self._raise_busy(attempt)
+            self.check_writer()
             check_conditional_writes(self._store, name, content)
             self._store.abort_uploads(checkpoint.FOLDER)
 
@@ -121,13 +125,14 @@ class Mirror:
             on_progress: called now and then.
 
         Raises:
-            DataError: the store cannot be used.
+            DataError: the store cannot be used, or neither it nor RUN has a readable checkpoint.
             OSError: the run's folder cannot be written.
         """
         checkpoints = self._run / checkpoint.FOLDER
         here = checkpoint.newest_verified(checkpoints) or 0
+        mirrored = sorted(self._states, reverse=True)
         with self._explained():
-            for step in [step for step in sorted(self._states, reverse=True) if step > here]:
+            for step in [step for step in mirrored if step > here]:
                 work = self._download(step, on_progress)
                 if work is None:
                     continue
@@ -140,7 +145,12 @@ class Mirror:
                         _commit(best_work, checkpoint.path_of(checkpoints, best))
                 _commit(work, checkpoint.path_of(checkpoints, step))  # last: now there is something to resume
                 return True
+        if not here and mirrored:
+            raise self._unreadable()
         return False
+
+    def _unreadable(self) -> DataError:
+        return DataError(f"{self}: has no readable checkpoint to resume from; choose another run.mirror")
 
     def _read_state(self, step: int) -> dict[str, Any] | None:
         """Return the state of a checkpoint; None, with a warning, if it is not readable."""
@@ -168,8 +178,8 @@ class Mirror:
             work.mkdir(parents=True)
             with _retried_if_damaged():
                 checkpoint_archive.extract(stream, work, on_progress)
-            problem = checkpoint.problem(work)  # guard: mirrored-digests
-            if problem is not None:
+            problem = checkpoint.problem(work)
+            if problem is not None:  # guard: mirrored-digests
                 raise TransientError(problem)
 
         try:

@@ -294,6 +294,8 @@ FAULTS = [
     Fault("a damaged checkpoint in the mirror", "start", "it is named, the run resumes from the one before, same bits",
           "digests are checked after a download", "mirrored-digests", NEVER,
           f"{MIRROR}::test_an_unreadable_checkpoint_is_skipped"),
+    Fault("a mirror without a readable checkpoint", "start", "78, no new run is begun", "it is not taken for an empty one",
+          "no-silent-restart-of-mirror", NEVER, f"{MIRROR}::test_an_unreadable_checkpoint_is_skipped"),
     Fault("a full mirror", "save, end", "a warning; 1 if the last checkpoint is not there",
           "the end waits for the mirror", "mirror-error-at-end", DROP,
           f"{MIRROR}::test_a_full_bucket_ends_in_an_error_and_the_next_attempt_completes_the_copy"),
