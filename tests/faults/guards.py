@@ -294,7 +294,7 @@ FAULTS = [
     Fault("a damaged checkpoint in the mirror", "start", "it is named, the run resumes from the one before, same bits",
           "digests are checked after a download", "mirrored-digests", NEVER,
           f"{MIRROR}::test_an_unreadable_checkpoint_is_skipped"),
-    Fault("a mirror without a readable checkpoint", "start", "78, no new run is begun", "it is not taken for an empty one",
+    Fault("a mirror without a readable checkpoint", "start", "78, no new run is begun", "it does not count as an empty one",
           "no-silent-restart-of-mirror", NEVER, f"{MIRROR}::test_an_unreadable_checkpoint_is_skipped"),
     Fault("a full mirror", "save, end", "a warning; 1 if the last checkpoint is not there",
           "the end waits for the mirror", "mirror-error-at-end", DROP,
