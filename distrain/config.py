@@ -121,6 +121,17 @@ def _local(value: Any) -> Any:
     return _path(value)
 
 
+def _mirror(value: Any) -> Any:
+    """Refuse what is no address of a store with conditional writes."""
+    if value is None or (isinstance(value, str) and address.scheme(value) == "s3"):
+        return value
+    path = value.removeprefix("file://") if isinstance(value, str) and address.scheme(value) == "file" else ""
+    if not path.startswith("/"):
+        raise ValueError("should be s3://bucket/prefix or file:///path; a mirror needs a store with conditional writes")
+    _path(path)
+    return value
+
+
 def _one_of(*names: str, example: str = "") -> Callable[[Any], Any]:
     """Return a function that refuses what is neither one of these names nor package.module:name; null without names."""
     expected = ", ".join([*names, "or package.module:name" if names else "package.module:name"]) + example
@@ -197,7 +208,8 @@ class Run(Section):
 
     dir: LocalPath = _key(
         "runs/default",
-        "folder of the run, for checkpoints, metrics and the result; all processes must see the same folder",
+        "folder of the run, for checkpoints, metrics and the result; all processes must see the same folder, unless"
+        " run.mirror is set",
         min_length=1,
     )
     seed: Seed = _key(
@@ -211,6 +223,11 @@ class Run(Section):
         "auto",
         "auto: resume from the newest checkpoint in run.dir, or start if there is none; must: resume, and fail if there"
         " is none; never: start, and fail if run.dir has a run",
+    )
+    mirror: Annotated[str | None, BeforeValidator(_mirror)] = _key(
+        None,
+        "address that gets a copy of each checkpoint and of the logs: s3://bucket/prefix or file:///path, for this run"
+        " alone. Where run.dir is empty or older, the run resumes from there; only rank 0 needs run.dir then",
     )
     wait_seconds: Whole = _key(60, "longest wait for another job that still writes to run.dir", ge=0)
     device: Literal["auto", "cpu", "cuda"] = _key(
@@ -847,9 +864,9 @@ def identity(config: Config) -> dict[str, Any]:
 def public(config: Config) -> dict[str, Any]:
     """Return the configuration as it may be recorded: without the secrets of an address."""
     tree = config.model_dump()
-    for key in ("dir", "tars"):
-        location = tree["data"][key]
-        tree["data"][key] = None if location is None else address.without_secrets(location)
+    for section, key in (("data", "dir"), ("data", "tars"), ("run", "mirror")):
+        location = tree[section][key]
+        tree[section][key] = None if location is None else address.without_secrets(location)
     return tree
 
 

@@ -435,7 +435,7 @@ def test_missing_credentials_are_not_cured_by_time(
     def refuse(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(dataset.root._fs, "open", refuse)  # type: ignore[union-attr]
+    monkeypatch.setattr(dataset.root.file_system, "open", refuse)  # type: ignore[union-attr]
     monkeypatch.setattr(fetch, "_FIRST_WAIT_SECONDS", 0.0)
     with pytest.raises(ShardError, match="check the address and its credentials") as caught:
         content(dataset)
@@ -472,7 +472,7 @@ def test_a_file_system_that_hangs_and_knows_no_time_out_is_given_up(
     dataset = dataclasses.replace(manifest.read(where, options()), root=root)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)  # nobody writes: opening it waits for ever
-    monkeypatch.setattr(root._fs, "open", lambda *_, **__: fifo.open("rb"))
+    monkeypatch.setattr(root.file_system, "open", lambda *_, **__: fifo.open("rb"))
     begun = time.monotonic()
     assert "no complete answer within 0.2 s (tried 2 times)" in refused(dataset)
     assert time.monotonic() - begun < 2

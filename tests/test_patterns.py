@@ -232,6 +232,6 @@ def test_the_root_and_a_name_give_the_tar_file_again(
     else:
         remote = locate(root, OPTIONS)
         assert isinstance(remote, Remote)
-        assert [unquote(remote._url(name)) for name in below] == [unquote(name) for name in names]
+        assert [unquote(remote.url(name)) for name in below] == [unquote(name) for name in names]
     folders = [name.split("/")[0] for name in below if "/" in name]
     assert len(folders) < len(below) or len(set(folders)) > 1  # no deeper folder has all of them

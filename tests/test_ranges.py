@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import REPO
+from object_stores import FaultyStore, faulty_store
 from test_fetch import (
     PASSWORD,
     TOKEN,
@@ -143,26 +144,22 @@ def without_ranges(server: RangeServer) -> RangeServer:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """Address of a folder with the tar file, in a bucket of moto's server."""
-    from moto.server import ThreadedMotoServer
-
-    moto = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    with pytest.MonkeyPatch.context() as patch:
-        moto.start()
-        host, port = moto.get_host_and_port()
-        patch.setenv("no_proxy", host)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "anything")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+def bucket() -> Iterator[FaultyStore]:
+    """A bucket of moto's server, with the tar file in a folder `tars`."""
+    with faulty_store() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environ.items():
+            patch.setenv(name, value)
         import boto3
 
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
-        client.put_object(Bucket="bucket", Key=f"tars/{TAR}", Body=CONTENT)
-        yield "s3://bucket/tars"
-        moto.stop()
+        boto3.client("s3").put_object(Bucket="bucket", Key=f"tars/{TAR}", Body=CONTENT)
+        yield store
+
+
+@pytest.fixture
+def s3(bucket: FaultyStore) -> str:
+    """Address of the folder with the tar file."""
+    bucket.fault = lambda *_: None
+    return "s3://bucket/tars"
 
 
 def remote(where: str, *args: Any, **settings: Any) -> Remote:
@@ -222,15 +219,24 @@ def test_a_range_is_fetched_once_and_then_read_from_the_cache(
 
 def test_s3_is_sent_one_request_for_a_range(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root, calls = remote(s3), []
-    call = root._fs._call_s3
+    call = root.file_system._call_s3
 
     async def record(method: str, *args: Any, **kwargs: Any) -> Any:
         calls.append((method, kwargs.get("Range")))
         return await call(method, *args, **kwargs)
 
-    monkeypatch.setattr(root._fs, "_call_s3", record)
+    monkeypatch.setattr(root.file_system, "_call_s3", record)
     assert is_right(root)
     assert calls == [("get_object", f"bytes={START}-{STOP - 1}")]
+
+
+def test_503s_and_cut_answers_of_s3_are_retried(s3: str, bucket: FaultyStore) -> None:
+    root, faults = remote(s3, retries=3), ["503", "cut", None]
+    bucket.fault = lambda method, path, number: faults[number % 3]
+    for start in range(0, 9000, 1000):
+        assert is_right(root, start, start + 1000)
+    bucket.fault = lambda *_: "503"
+    assert problem(remote(s3, retries=1)).unreachable
 
 
 def test_a_damaged_range_in_the_cache_is_fetched_again(server: RangeServer, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from distrain import signals
 from distrain.api.result import TrainingResult, of_record
 from distrain.config import Config
 from distrain.environment import Environment
+from distrain.runs.mirror import copy_report
 from distrain.training import train as training
 
 log = logging.getLogger("distrain")
@@ -72,7 +73,9 @@ def with_report(config: Config, result: TrainingResult) -> TrainingResult:
         with _interrupted_by_stop_requests():
             from distrain.tools import report
 
-            return replace(result, report=report.write([run]))
+            page = report.write([run])
+            copy_report(config)
+            return replace(result, report=page)
     except KeyboardInterrupt:
         problem = "stopped"
     except Exception as error:

@@ -62,7 +62,7 @@ log = logging.getLogger("distrain")
 
 
 class FetchError(Exception):
-    """A file cannot be fetched.
+    """A file cannot be fetched, or not be written to an object store.
 
     Args:
         reason: what went wrong.
@@ -86,8 +86,8 @@ class FetchError(Exception):
         return error_type(f"{where}: {self.reason}; {self.cure or cure}")
 
 
-class _TransientError(FetchError):
-    """A failed attempt that is worth a retry."""
+class TransientError(FetchError):
+    """A failed attempt that is worth a retry; `Remote.retrying` repeats it."""
 
 
 class _NoRangesError(FetchError):
@@ -169,7 +169,7 @@ class Remote:
         self._address, self._public_address = location, address.without_secrets(location).rstrip("/")
         self._http, self._is_file = scheme in ("http", "https"), scheme == "file"
         self._options, self._key = options, key
-        self._fs = _file_system(scheme, options.timeout_seconds, key)
+        self.file_system = _file_system(scheme, options.timeout_seconds, key)
         cached = options.cache_bytes > 0
         self._cache = Cache(cache_folder(options.cache_dir), options.cache_bytes) if cached else None
         self._first_whole = threading.Lock()
@@ -220,7 +220,7 @@ class Remote:
 
         The other arguments and errors are those of `read`.
         """
-        url, stop = self._url(name), stop or threading.Event()
+        url, stop = self.url(name), stop or threading.Event()
 
         def get(abandoned: threading.Event) -> bytes:
             return self._get(url, max_bytes, abandoned)
@@ -257,7 +257,7 @@ class Remote:
             cached = cached or self._cache.get(file_sha256, check, stop - start, start)
             if cached is not None:
                 return cached
-        part, stop_event = _Part(self._url(name), start, stop, file_bytes, file_sha256), stop_event or threading.Event()
+        part, stop_event = _Part(self.url(name), start, stop, file_bytes, file_sha256), stop_event or threading.Event()
 
         def get(abandoned: threading.Event) -> bytes:
             return self._get_range(part, abandoned)
@@ -278,12 +278,12 @@ class Remote:
         Each MiB of it has the time-out of an attempt. Opening and reading raise `FetchError`: `retrying` can repeat an
         action that opens the file and reads it.
         """
-        return io.BufferedReader(_Stream(self, self._url(name), stop or threading.Event()), _CHUNK_BYTES)
+        return io.BufferedReader(_Stream(self, self.url(name), stop or threading.Event()), _CHUNK_BYTES)
 
     def size(self, name: str, stop: threading.Event | None = None) -> int | None:
         """Return the size of a file in bytes; None if the server does not say it."""
         try:
-            size = self._limited(lambda _: self._fs.size(self._url(name)), stop or threading.Event())
+            size = self.limited(lambda _: self.file_system.size(self.url(name)), stop or threading.Event())
         except FetchError:
             return None
         return size if isinstance(size, int) else None
@@ -300,7 +300,7 @@ class Remote:
         """
         stop = stop or threading.Event()
         retrying = tenacity.Retrying(  # guard: fetch-retries
-            retry=tenacity.retry_if_exception_type(_TransientError),
+            retry=tenacity.retry_if_exception_type(TransientError),
             stop=tenacity.stop_after_attempt(self._options.retries + 1) | tenacity.stop_when_event_set(stop),
             wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_SECONDS, max=_LONGEST_WAIT_SECONDS),
             sleep=tenacity.sleep_using_event(stop),
@@ -308,7 +308,7 @@ class Remote:
         )
         try:
             return retrying(action)
-        except _TransientError as error:
+        except TransientError as error:
             attempts = retrying.statistics["attempt_number"]
             raise FetchError(
                 f"{error.reason} (tried {plural(attempts, 'time')})", error.cure, error.cure == _NETWORK
@@ -317,15 +317,20 @@ class Remote:
     def _attempt(
         self, get: Callable[[threading.Event], bytes], max_bytes: int, check: Check, stop: threading.Event
     ) -> bytes:
-        data = self._limited(get, stop)
+        data = self.limited(get, stop)
         too_long = f"more than the expected {max_bytes} bytes"
         reason = too_long if len(data) > max_bytes else check(data)  # guard: wrong-bytes
         if reason is not None:
-            raise _TransientError(reason)
+            raise TransientError(reason)
         return data
 
-    def _limited(self, get: Callable[[threading.Event], T], stop: threading.Event) -> T:
-        """Return the result of `get`, limited in time; its errors become `FetchError`s without secrets."""
+    def limited(self, get: Callable[[threading.Event], T], stop: threading.Event) -> T:
+        """Return the result of `get`, limited in time; its errors become `FetchError`s without secrets.
+
+        Args:
+            get: called in a thread, with an event that is set when its result is no longer needed.
+            stop: ends the wait when it is set.
+        """
         try:
             return _with_timeout(get, self._options.timeout_seconds, stop)
         except (MemoryError, FetchError):
@@ -347,40 +352,40 @@ class Remote:
     def _open(self, url: str) -> Any:
         """Open a file that is read from its beginning to its end."""
         if self._is_file:
-            self._check_file(self._fs._strip_protocol(url))
+            self._check_file(self.file_system._strip_protocol(url))
         if not self._http:
-            return self._fs.open(url, "rb", block_size=_BLOCK_BYTES)
+            return self.file_system.open(url, "rb", block_size=_BLOCK_BYTES)
         import aiohttp
 
         # block_size 0 streams the file; fsspec's other reader sends more requests. With a size, it requests none.
         seconds = self._options.timeout_seconds
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
-        return self._fs.open(url, "rb", block_size=0, size=1, timeout=timeout)
+        return self.file_system.open(url, "rb", block_size=0, size=1, timeout=timeout)
 
     def _get_range(self, part: _Part, abandoned: threading.Event) -> bytes:
         if self._http:
-            data: bytes = fsspec.asyn.sync(self._fs.loop, self._get_http_range, part, abandoned)
+            data: bytes = fsspec.asyn.sync(self.file_system.loop, self._get_http_range, part, abandoned)
             return data
         if self._is_file:
-            self._check_file(self._fs._strip_protocol(part.url))
+            self._check_file(self.file_system._strip_protocol(part.url))
         # Both send one request, for this range alone.
-        if isinstance(self._fs, fsspec.asyn.AsyncFileSystem):
-            return bytes(self._fs.cat_file(part.url, start=part.start, end=part.stop))
-        with self._fs.open(part.url, "rb", size=part.file_bytes, cache_type="none") as file:
+        if isinstance(self.file_system, fsspec.asyn.AsyncFileSystem):
+            return bytes(self.file_system.cat_file(part.url, start=part.start, end=part.stop))
+        with self.file_system.open(part.url, "rb", size=part.file_bytes, cache_type="none") as file:
             file.seek(part.start)
             return bytes(file.read(part.stop - part.start))
 
     async def _get_http_range(self, part: _Part, abandoned: threading.Event) -> bytes:
-        session = await self._fs.set_session()
+        session = await self.file_system.set_session()
         headers = {"Range": f"bytes={part.start}-{part.stop - 1}", "Accept-Encoding": "identity"}
         content, most = bytearray(), part.stop - part.start + 1
-        async with session.get(self._fs.encode_url(part.url), headers=headers) as response:
+        async with session.get(self.file_system.encode_url(part.url), headers=headers) as response:
             response.raise_for_status()
             if response.status != HTTPStatus.PARTIAL_CONTENT:  # guard: partial-content
                 raise _NoRangesError
             sent = response.headers.get("Content-Range", "")
             if not sent.startswith(f"bytes {part.start}-"):
-                raise _TransientError(f"the server sent another range: {printable(sent, 50)}")
+                raise TransientError(f"the server sent another range: {printable(sent, 50)}")
             while len(content) < most and not abandoned.is_set():
                 chunk = await response.content.read(most - len(content))
                 if not chunk:
@@ -408,14 +413,14 @@ class Remote:
                 return data
             problem = cache.store(key, part.file_bytes, lambda: self._pieces(part, stop))
         if problem is not None:
-            error_type = FetchError if part.file_bytes > cache.max_bytes else _TransientError  # others may leave room
+            error_type = FetchError if part.file_bytes > cache.max_bytes else TransientError  # others may leave room
             raise error_type(
                 f"the server sends whole files only, and {cache.folder} has no room for this one: {problem}",
                 "or copy the tar files to a disk of the job",
             )
         data = cache.get(key, lambda _: None, size, part.start)
         if data is None:
-            raise _TransientError(f"deleted from {cache.folder} before it was read", "raise data.cache_gib")
+            raise TransientError(f"deleted from {cache.folder} before it was read", "raise data.cache_gib")
         reason = check(data)
         if reason is not None:
             raise FetchError(reason)
@@ -428,11 +433,11 @@ class Remote:
             while piece := file.read(_CHUNK_BYTES):
                 size += len(piece)
                 if size > part.file_bytes:
-                    raise _TransientError(f"more than the expected {part.file_bytes} bytes")
+                    raise TransientError(f"more than the expected {part.file_bytes} bytes")
                 digest.update(piece)
                 yield piece
         if digest.hexdigest() != part.file_sha256:  # guard: whole-file-digest
-            raise _TransientError("changed since it was indexed (its sha256 differs)")
+            raise TransientError("changed since it was indexed (its sha256 differs)")
 
     @staticmethod
     def _check_file(path: str) -> None:
@@ -444,7 +449,8 @@ class Remote:
                 raise FetchError(str(error.strerror)) from None
             raise
 
-    def _url(self, name: str) -> str:
+    def url(self, name: str) -> str:
+        """Return the address of a file as `file_system` needs it; it may hold secrets."""
         if not self._http:
             return f"{self._address.rstrip('/')}/{name}"
         scheme, host, path, query, _ = urlsplit(self._address)
@@ -472,17 +478,17 @@ class Remote:
                 reason += ": the file is shorter than when it was indexed"
             if status < 500 and status not in (408, 425, 429):
                 return FetchError(reason)
-            return _TransientError(reason, _NETWORK)
+            return TransientError(reason, _NETWORK)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-            return _TransientError(f"no complete answer within {self._options.timeout_seconds:g} s", _NETWORK)
+            return TransientError(f"no complete answer within {self._options.timeout_seconds:g} s", _NETWORK)
         if _NO_CREDENTIALS.intersection(type_.__name__ for type_ in type(error).__mro__):
             # Retried: machines in a cloud get credentials from a server, which may be busy.
-            return _TransientError(printable(str(error).splitlines()[0]), credentials)
+            return TransientError(printable(str(error).splitlines()[0]), credentials)
         message = (str(error) or type(error).__name__).replace(self._address, self._public_address)
         reason = printable(address.scrub(message.splitlines()[0]))
         # ValueError: a wrong address, or a certificate that does not match. A retry cannot help.
         is_final = isinstance(error, (ValueError, IsADirectoryError, NotADirectoryError))
-        return (FetchError if is_final else _TransientError)(reason, _NETWORK)
+        return (FetchError if is_final else TransientError)(reason, _NETWORK)
 
 
 class _Stream(io.RawIOBase):
@@ -492,7 +498,7 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, remote: Remote, url: str, stop: threading.Event) -> None:
         self._remote, self._stop = remote, stop
-        self._file = remote._limited(lambda _: remote._open(url), stop)
+        self._file = remote.limited(lambda _: remote._open(url), stop)
 
     def readable(self) -> bool:
         """Return True."""
@@ -502,7 +508,7 @@ class _Stream(io.RawIOBase):
         """Read up to a MiB into `buffer`; return the number of bytes, 0 at the end."""
         size = min(len(buffer), _CHUNK_BYTES)
         file, self._file = self._file, None  # an abandoned thread closes it
-        data = self._remote._limited(lambda abandoned: _read_up_to(file, size, abandoned), self._stop)
+        data = self._remote.limited(lambda abandoned: _read_up_to(file, size, abandoned), self._stop)
         self._file = file
         buffer[: len(data)] = data
         return len(data)

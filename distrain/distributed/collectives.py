@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -115,6 +115,17 @@ class Collectives:
             if self._world.size > 1:
                 dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]
+
+    def tensors_from_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return rank 0's tensors, which are on the CPU, on all processes; those of the others are ignored."""
+        kinds = self.from_main({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        if self._world.rank:
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
+        with self.collective():
+            for tensor in tensors.values() if self._world.size > 1 else ():
+                if tensor.numel():  # as bytes: gloo does not know all types
+                    dist.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=self._control)
+        return dict(tensors)
 
     def from_all(self, value: T) -> list[T]:
         """Return the values of all processes, by rank, on each of them (pickled, between processes of one job)."""

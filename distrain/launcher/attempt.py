@@ -151,7 +151,8 @@ class NodeRecord:
         # Seen at the start, when the checkpoint at the end of the attempt before is visible on all nodes.
         self._step = next(iter(checkpoint.steps(self._run / checkpoint.FOLDER)), 0)
         self._idle = 0
-        if job is not None and before.get("job") == job and self._step <= before["step"]:
+        sees_checkpoints = config.run.mirror is None  # with a mirror, they may be on the first node alone
+        if sees_checkpoints and job is not None and before.get("job") == job and self._step <= before["step"]:
             idle = int(before["attempts_without_progress"])
             self._idle = idle + 1 if before["code"] == EXIT_AGAIN else idle if idle >= self._limit else 0
 
@@ -191,6 +192,10 @@ def was_killed(verdict: Verdict) -> bool:
 def is_done(config: Config) -> bool:
     """Return whether the run ended well, with this configuration."""
     run = Path(config.run.dir)
+    if config.run.mirror is not None and not (run / EXIT).exists():  # only the first node has the run's folder
+        from distrain.runs import mirror  # imports fsspec, which takes long
+
+        return mirror.is_done(config)
     return exit_record.read(run / EXIT).get("code") == EXIT_OK and has_configuration(run, config)
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,13 @@ CURE = "nothing depends on it; delete it to be rid of this message"
 def numbers(run: Path) -> list[int]:
     """Return the numbers of all attempts, ascending."""
     try:
-        names = os.listdir(run / FOLDER)
+        return numbers_in(os.listdir(run / FOLDER))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def numbers_in(names: Iterable[str]) -> list[int]:
+    """Return the numbers of the attempts whose files have these names, ascending."""
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
@@ -55,7 +60,12 @@ def history(run: Path, problems: list[str] | None = None) -> list[dict[str, Any]
 
 def path_of(run: Path, attempt: int) -> Path:
     """Return the path of an attempt's file."""
-    return run / FOLDER / f"{attempt:06d}.json"
+    return run / name_of(attempt)
+
+
+def name_of(attempt: int) -> str:
+    """Return the path of an attempt's file below the run's folder."""
+    return f"{FOLDER}/{attempt:06d}.json"
 
 
 def create(path: Path, content: dict[str, Any]) -> bool:

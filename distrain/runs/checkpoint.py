@@ -39,6 +39,9 @@ MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
     "digests.json",
 )
 
+FILES = (_STATE, _DIGESTS, MODEL, _OPTIMIZER)
+"""The files of a checkpoint, the small ones first."""
+
 STOP = "stop"
 """Value of `why` in the state.json of a checkpoint that was saved because of a stop request."""
 
@@ -91,7 +94,7 @@ def save(
         OSError: no space, no permission …; the part that was written is removed.
     """
     target = path_of(folder, step)
-    work = folder / f"{_PARTIAL}{target.name}"
+    work = partial_path(folder, step)
     content = {
         MODEL: tensor_file.pieces(model, metadata),
         _OPTIMIZER: tensor_file.pieces(optimizer),
@@ -124,6 +127,11 @@ def _write_hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
 
     write(path, hashed())
     return digest.hexdigest()
+
+
+def partial_path(folder: Path, step: int) -> Path:
+    """Return the path of the temporary folder in which a checkpoint is written; `sweep` removes it."""
+    return folder / f"{_PARTIAL}{path_of(folder, step).name}"
 
 
 def sweep(folder: Path) -> None:
@@ -266,19 +274,29 @@ def prune(folder: Path, keep: int, every: int, best: int | None) -> None:
         every: retain the checkpoints whose step is a multiple of this; 0: none.
         best: step of the best checkpoint, which is retained.
     """
+    states = {step: read_state(path_of(folder, step)) or {} for step in steps(folder) if keep}
+    for step in superseded(states, keep, every, best):
+        shutil.rmtree(path_of(folder, step))
+
+
+def superseded(states: Mapping[int, Mapping[str, Any]], keep: int, every: int, best: int | None) -> list[int]:
+    """Return the steps of the checkpoints that `prune` deletes.
+
+    Args:
+        states: state of each checkpoint by step; empty if it is damaged, as nothing resumes from it.
+        keep: as for `prune`.
+        every: as for `prune`.
+        best: as for `prune`.
+    """
     if not keep:
-        return
-    existing = steps(folder)
-    # The state of a damaged checkpoint is empty: nothing resumes from it.
-    states = {step: read_state(path_of(folder, step)) or {} for step in existing}
+        return []
+    existing = sorted(states, reverse=True)
     retained = {best, *existing[:keep]}
     retained |= {(states[step].get("best") or {}).get("step") for step in existing[:keep]}
     retained |= set([step for step in existing if states[step].get("why") == STOP][:1])
     retained |= {step for step in existing if every and step % every == 0}
     retained |= {step for step in existing if states[step].get("step", step) != step}  # not ours to delete
-    for step in existing:
-        if step not in retained:
-            shutil.rmtree(path_of(folder, step))
+    return [step for step in existing if step not in retained]
 
 
 def differences(saved: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:

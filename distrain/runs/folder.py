@@ -112,8 +112,12 @@ def write_configuration(folder: Path, settings: Config) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    tree = config.public(settings)
-    files.replace(folder / CONFIG, f"{CONFIG_MARK}\n{yaml.safe_dump(tree, sort_keys=False)}")
+    files.replace(folder / CONFIG, configuration_text(settings))
+
+
+def configuration_text(settings: Config) -> str:
+    """Return the content of RUN/config.yaml."""
+    return f"{CONFIG_MARK}\n{yaml.safe_dump(config.public(settings), sort_keys=False)}"
 
 
 def has_configuration(folder: Path, settings: Config) -> bool:

@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from distrain import files, models, signals
+from distrain import address, files, models, signals, startup
 from distrain.distributed.numerics import differences
-from distrain.errors import EXIT_OK, BusyError, ConfigError, DataError, FolderLostError
+from distrain.errors import EXIT_OK, BusyError, ConfigError, DataError, FolderLostError, Stopped
 from distrain.failure_report import failure_of, report_failure
 from distrain.models.weight_files import CLASSES
 from distrain.runs import attempts, checkpoint, lease, logs, origin, records
@@ -30,6 +31,8 @@ from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.folder import METRICS, RESULT
 from distrain.runs.lease import Lease
 from distrain.runs.logs import Logs
+from distrain.runs.mirror import Mirror, open_mirror
+from distrain.runs.mirror_copier import Copier
 from distrain.training import optimizer_state
 from distrain.training.background_save import BackgroundSave, HostBuffers
 from distrain.training.job import IMAGE_DECODER, TRAINED_WEIGHTS, Job
@@ -44,6 +47,8 @@ class Checkpointer:
         self._job = job
         self._lease: Lease | None = None
         self._lines = 0
+        self._copier: Copier | None = None
+        self._stop_copies = threading.Event()
         self._saved_at = time.monotonic()
         self._buffers = HostBuffers()
         self._save: BackgroundSave | None = None
@@ -135,9 +140,27 @@ class Checkpointer:
     def load_best(self, step: int) -> None:
         """Load the weights of an earlier checkpoint into the eval model; nothing is saved from then on."""
         path = checkpoint.path_of(self._job.checkpoints, step)
-        best = self._job.runtime.collectives.all_or_none(lambda: checkpoint.load(path))
-        self._job.model.eval_model.load_state_dict(best.model)
+        collectives, is_main = self._job.runtime.collectives, self._job.runtime.is_main
+        best = collectives.all_or_none(lambda: checkpoint.load(path) if is_main else None)
+        weights = collectives.tensors_from_main(best.model if best is not None else {})
+        self._job.model.eval_model.load_state_dict(weights)
         self.finished = True
+
+    def finish_copies(self, seconds: float | None = None) -> str | None:
+        """Wait until the mirror of the run has all that is saved; rank 0 alone has one.
+
+        Args:
+            seconds: longest wait; None: until it is complete or has failed.
+
+        Returns:
+            Why it is not complete, or None.
+        """
+        if self._copier is None:
+            return None
+        watchdog = self._job.runtime.watchdog
+        with watchdog.phase("save"):
+            problem = self._copier.finish(watchdog.heartbeat, seconds)
+        return f"{self._job.folder} has everything, but its mirror does not: {problem}" if problem else None
 
     def check_lease(self) -> None:
         """Check, before anything is written in the run's folder, that it is still this job's.
@@ -156,6 +179,8 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Complete the pending checkpoint, release the lease, and record in this attempt's file how it ended."""
         self._complete_alone()  # guard: completes-pending-save
+        if self._copier is not None:
+            self._copier.close()
         if self._lease is not None:
             failure = self._job.runtime.failure_of(error) if error is not None else None
             self._lease.release(*((failure.code, failure.message) if failure is not None else (EXIT_OK, "done")))
@@ -163,13 +188,17 @@ class Checkpointer:
     def _take_folder(self) -> Path | None:
         """Take the folder and cut it back to the checkpoint to resume; return that checkpoint's path."""
         job, folder = self._job, self._job.folder
-        saved = _choose(job)
+        mirror = open_mirror(job.config, self._stop_copies)
+        saved = _choose(job, mirror.newest_of(job.identity) if mirror is not None else None)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             seen = checkpoint.steps(job.checkpoints)
+            if mirror is not None:
+                mirror.download_attempts()
             self._lease = lease.acquire(folder, job.config.run.wait_seconds, log.info, signals.requested)
             self._lease.renew_in_background(self._exit_with_lost_lease)
-            if checkpoint.steps(job.checkpoints) != seen:  # guard: choose-again
+            restored = mirror is not None and self._restore_from(mirror, self._lease.attempt)
+            if checkpoint.steps(job.checkpoints) != seen or restored:  # guard: choose-again
                 saved = _choose(job)  # another job was still writing here
             _log_start(job, saved)
             if saved is not None:
@@ -177,12 +206,27 @@ class Checkpointer:
             checkpoint.sweep(job.checkpoints)  # guard: sweep-partial-saves
             self._cut_back(saved)  # guard: cut-back-logs
             run_folder.write_configuration(folder, job.config)
+            if mirror is not None:
+                self._copier = Copier(mirror, job.checkpoints, self._exit_with_lost_lease, self._stop_copies)
+                self._copier.copy(*_steps_of(saved))
         except OSError as error:
             where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
             raise ConfigError(
                 f"run.dir={folder}: cannot be written: {where}{error.strerror}; choose another folder"
             ) from error
         return saved.path if saved is not None else None
+
+    def _restore_from(self, mirror: Mirror, attempt: int) -> bool:
+        """Take the mirror of the run; return whether a newer checkpoint was downloaded from it."""
+        mirror.claim(attempt)
+        startup.waits_for(f"what {mirror} has of the run")
+
+        def on_progress() -> None:
+            self._job.runtime.watchdog.heartbeat()
+            if signals.requested() is not None:
+                raise Stopped(f"stopped{signals.requested_by()} while it read {mirror}; nothing had to be saved")
+
+        return mirror.restore(on_progress)
 
     def _cut_back(self, saved: Checkpoint | None) -> None:
         """Cut the logs back to the checkpoint to resume; log what they lack."""
@@ -204,18 +248,25 @@ class Checkpointer:
         os._exit(error.exit_code)
 
     def _restore(self, path: Path) -> dict[str, Any]:
-        """Load the checkpoint on every process; if one cannot, all raise the error."""
+        """Load the checkpoint on rank 0, and give all processes its content; if one cannot use it, all raise the error.
+
+        So only rank 0 needs the run's folder.
+        """
         job, model = self._job, self._job.model
-        saved = job.runtime.collectives.all_or_none(lambda: self._load(path))
-        tensors = saved.optimizer
+        collectives, is_main = job.runtime.collectives, job.runtime.is_main
+        saved = collectives.all_or_none(lambda: checkpoint.load(path) if is_main else None)
+        state: dict[str, Any] = collectives.from_main(saved.state if saved is not None else None)
+        weights = collectives.tensors_from_main(saved.model if saved is not None else {})
+        tensors = collectives.tensors_from_main(saved.optimizer if saved is not None else {})
+        collectives.all_or_none(lambda: models.load(model.eval_model, weights, job.config.model.name, path))
         if model.ema is not None:
-            model.module.load_state_dict({name: tensors.pop(TRAINED_WEIGHTS + name) for name in saved.model})
-            model.ema.updates = saved.step
+            model.module.load_state_dict({name: tensors.pop(TRAINED_WEIGHTS + name) for name in weights})
+            model.ema.updates = state["step"]
         optimizer_state.load_state_tensors(model.optimizer, model.module, tensors)
-        job.runtime.load_scaler_state(saved.state["scaler"])
-        self.saved_step = saved.step
-        self._warn_of_other_bits(path, saved.state["bits"])
-        return saved.state
+        job.runtime.load_scaler_state(state["scaler"])
+        self.saved_step = state["step"]
+        self._warn_of_other_bits(path, state["bits"])
+        return state
 
     def _warn_of_other_bits(self, path: Path, before: dict[str, str]) -> None:
         """Warn where this attempt computes with other software or hardware than the one that saved the checkpoint."""
@@ -232,11 +283,6 @@ class Checkpointer:
                 path.name,
                 changes,
             )
-
-    def _load(self, path: Path) -> Checkpoint:
-        saved = checkpoint.load(path)
-        models.load(self._job.model.eval_model, saved.model, self._job.config.model.name, path)
-        return saved
 
     def _begin(self, step: int, state: dict[str, Any], best_step: int | None, why: str) -> None:
         """Copy what a checkpoint holds, and start the thread that writes it.
@@ -262,10 +308,12 @@ class Checkpointer:
     def _write(
         self, step: int, weights: dict[str, Tensor], tensors: dict[str, Tensor], state: dict[str, Any], best: int | None
     ) -> None:
-        """Write a checkpoint, and delete old ones; in the thread, so without collectives."""
+        """Write a checkpoint, let it be copied to the mirror, and delete old ones; in the thread: no collectives."""
         folder, settings = self._job.checkpoints, self._job.config.checkpoint
         metadata = {CLASSES: json.dumps(self._job.dataset.manifest.classes)}
         checkpoint.save(folder, step, weights, tensors, state, metadata, self._check_lease_of_thread)
+        if self._copier is not None:
+            self._copier.copy(step, best)
         try:
             checkpoint.prune(folder, settings.keep, settings.keep_every, best)
         except OSError as error:  # the new checkpoint is committed: an old one that remains is worth a warning only
@@ -319,8 +367,14 @@ def holds_run(folder: Path) -> bool:
     return logged or (folder / RESULT).exists() or bool(checkpoint.steps(folder / checkpoint.FOLDER))
 
 
-def _choose(job: Job) -> Checkpoint | None:
-    """Choose the checkpoint to resume; None to start a run."""
+def _choose(job: Job, mirrored: int | None = None) -> Checkpoint | None:
+    """Choose the checkpoint in the run's folder to resume; None to start a run.
+
+    Args:
+        job: the run.
+        mirrored: step of the newest checkpoint in the run's mirror, before that is downloaded; then the folder needs
+            none.
+    """
     mode, folder = job.config.run.resume, job.folder
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir={folder}: is a file; choose another folder")
@@ -330,8 +384,12 @@ def _choose(job: Job) -> Checkpoint | None:
             f"{foreign}: was not written by this version of distrain, and would be overwritten; choose another run.dir,"
             " or move it away"
         )
+    if mirrored is not None and mode == "never":
+        raise ConfigError(
+            f"{address.without_secrets(str(job.config.run.mirror))}: already holds a run; choose another run.mirror"
+        )
     if not holds_run(folder):
-        if mode == "must":
+        if mode == "must" and mirrored is None:
             raise DataError(f"run.resume=must: {folder} holds no run to resume")
         return None
     if mode == "never":
@@ -343,6 +401,8 @@ def _choose(job: Job) -> Checkpoint | None:
     for line in skipped:
         log.warning("skipped %s", line)
     if saved is None:
+        if mirrored is not None:
+            return None
         if skipped or mode == "must":  # guard: no-silent-restart
             raise DataError(f"{folder}: has no readable checkpoint to resume from; choose another run.dir")
         if (folder / RESULT).exists() or any(entry.get("from_step") for entry in attempts.history(folder)):
@@ -350,6 +410,11 @@ def _choose(job: Job) -> Checkpoint | None:
         return None
     _check_identity(job, saved)
     return saved
+
+
+def _steps_of(saved: Checkpoint | None) -> tuple[int | None, int | None]:
+    """Return the step of a checkpoint and that of the best one then."""
+    return (saved.step, (saved.state["best"] or {}).get("step")) if saved is not None else (None, None)
 
 
 def _check_identity(job: Job, saved: Checkpoint) -> None:

@@ -37,6 +37,9 @@ from distrain.training.step import TrainingStep
 from distrain.training.stopping import StopPoll, wait_for_data
 from distrain.training.summary import log_result
 
+_EXIT_SECONDS = 10.0
+"""Time for the processes to exit, after all is saved."""
+
 log = logging.getLogger("distrain")
 
 
@@ -133,12 +136,19 @@ class Trainer:
             except DataError:
                 # All processes are here, between two steps: the steps since the last checkpoint are not lost.
                 self._save_before_exit("data")  # guard: save-on-data-error
+                self.checkpointer.finish_copies(self._seconds_to_copy)
                 raise
         self.job.runtime.watchdog.enter("end")
         error = os_error_of(lambda: self.logs.close(trackers.scalars(result))) or self.checkpointer.error
+        error = error or self.checkpointer.finish_copies()  # guard: mirror-error-at-end
         if error is not None:  # guard: save-error-at-end
             raise SaveError(f"the end of the run could not be saved: {error}")
         return result
+
+    @property
+    def _seconds_to_copy(self) -> float:
+        """Longest wait for the mirror after a stop request: the launcher kills this process after its grace."""
+        return max(1.0, self.job.config.launch.grace_seconds - _EXIT_SECONDS)
 
     def fit(self) -> None:
         """Train the steps that are left."""
@@ -402,10 +412,11 @@ class Trainer:
             raise Stopped(f"stopped{stop.by} before the first step; nothing had to be saved")
         self._save_before_exit(checkpoint.STOP)
         self.job.runtime.watchdog.enter("end")
-        if self.checkpointer.error is not None:
-            raise SaveError(
-                f"stopped{stop.by} at step {self.step:,}, but it could not be saved: {self.checkpointer.error}"
-            )
+        error = self.checkpointer.error
+        if error is None and self.job.config.run.mirror is not None:
+            error = self.job.runtime.collectives.from_main(self.checkpointer.finish_copies(self._seconds_to_copy))
+        if error is not None:
+            raise SaveError(f"stopped{stop.by} at step {self.step:,}, but it could not be saved: {error}")
         raise Stopped(f"stopped{stop.by}: step {self.step:,} is saved; the same command resumes there")
 
     def _record_batches(self, batches: list[Batch]) -> None:

@@ -68,7 +68,8 @@ FETCH, RANGES, LOSSES, RENDEZVOUS = (
     "tests/test_losses.py",
     "tests/test_rendezvous.py",
 )
-FILES, WATCHDOG, SAVES = "tests/test_run_files.py", "tests/test_watchdog.py", "tests/test_saves.py"
+FILES, WATCHDOG = "tests/test_run_files.py", "tests/test_watchdog.py"
+SAVES, MIRROR = "tests/test_saves.py", "tests/test_mirror.py"
 
 FAULTS = [
     Fault("signal while torch is imported", "start", "75, nothing had to be saved",
@@ -292,6 +293,23 @@ FAULTS = [
     Fault("a process stopped while it fetches a whole tar file for all of its node", "data",
           "the others fetch it themselves", "they wait only while the file grows", "holder-that-hangs", NEVER,
           f"{RANGES}::test_no_wait_for_a_lock_is_endless[hangs]"),
+    Fault("a store without conditional writes", "start", "78", "the first object is created a second time",
+          "conditional-writes", NEVER, f"{MIRROR}::test_a_store_that_ignores_conditions_is_refused"),
+    Fault("a second job with the same mirror", "train", "75 for the first job, which writes nothing more",
+          "the newest attempt in the mirror is looked up", "mirror-taken-over", NEVER,
+          f"{MIRROR}::test_a_job_that_was_replaced_writes_nothing_more[s3]"),
+    Fault("a second job while a checkpoint is sent to the mirror", "train", "75; the checkpoint does not appear there",
+          "the attempts are looked up before a checkpoint becomes visible", "check-before-commit",
+          replace("self._store.put(_name_of(saved.step), pieces, size, lambda: None)"),
+          f"{MIRROR}::test_a_job_that_was_replaced_writes_nothing_more[s3]"),
+    Fault("a damaged checkpoint in the mirror", "start", "it is named, the run resumes from the one before, same bits",
+          "digests are checked after a download", "mirrored-digests", NEVER,
+          f"{MIRROR}::test_an_unreadable_checkpoint_is_skipped"),
+    Fault("a mirror without a readable checkpoint", "start", "78, no new run is begun", "it does not count as an empty one",
+          "no-silent-restart-of-mirror", NEVER, f"{MIRROR}::test_an_unreadable_checkpoint_is_skipped"),
+    Fault("a full mirror", "save, end", "a warning; 1 if the last checkpoint is not there",
+          "the end waits for the mirror", "mirror-error-at-end", DROP,
+          f"{MIRROR}::test_a_full_bucket_ends_in_an_error_and_the_next_attempt_completes_the_copy"),
 ]  # fmt: skip
 
 INTRO = """\

@@ -38,6 +38,7 @@ from distrain.environment import Environment, World
 from distrain.errors import AgainError, ConfigError, DataError, GpuError, PeerLostError, Stopped, UserError
 from distrain.models.batch_norm import Buffers
 from distrain.models.repeatable import check_repeatable
+from distrain.runs.mirror import open_mirror
 from distrain.runs.trackers import check_installed
 from distrain.text import plural
 from distrain.tools.doctor import computing
@@ -286,6 +287,8 @@ def model_and_run_folder(config: Config, environment: Environment) -> Iterator[F
     """Try the model on black images, write to the run's folder, and compare the time of a checkpoint with the grace."""
     if environment.local_rank:
         return  # only one process of a run writes checkpoints: more at a time would be slower
+    if environment.is_main:
+        yield from _mirror(config)
     size = None
     with contextlib.suppress(DataError):  # `data` has reported it
         try:
@@ -367,6 +370,17 @@ def _run_folder(config: Config) -> Generator[Finding, None, float | None]:
             "if the machine itself fails, the newest checkpoint may be lost; another file system is safer",
         )
     return speed
+
+
+def _mirror(config: Config) -> Iterator[Finding]:
+    """Check that a test object can be created in the run's mirror once, listed, read and deleted."""
+    try:
+        mirror = open_mirror(config, threading.Event())
+        if mirror is not None:
+            mirror.try_out()
+            yield Finding("mirror", "ok", f"{mirror}: conditional writes, lists, reads and deletes work")
+    except (UserError, AgainError) as error:
+        yield Finding("mirror", "bad", str(error))
 
 
 def _replace_file(probe: Path) -> None:
@@ -496,7 +510,7 @@ def _check_group(config: Config, rt: Runtime) -> list[Finding]:
         *_same_bits(rt),
         *computing.gpus(rt),
         *_all_reduce(rt),
-        *_same_folder(config, rt),
+        *(_same_folder(config, rt) if config.run.mirror is None else ()),  # with a mirror, only rank 0 needs it
     ]
     with contextlib.suppress(UserError, AgainError):  # the process that cannot read it has reported that
         dataset = rt.collectives.all_or_none(lambda: inputs.read_data(config, "train", "test"))
