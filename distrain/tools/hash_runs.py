@@ -25,6 +25,7 @@ _OF_THE_CLOCK = (
     "train/mfu",
     "profile/",
     "memory/",
+    "train/slowest_",
 )
 """Beginnings of the keys of a line that differ between equal runs."""
 _IDS = "digest of ids"

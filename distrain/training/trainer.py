@@ -144,9 +144,9 @@ class Trainer:
         self.checkpointer.start_clock()
         self.losses.restart_clock()
         with self._batches() as reader, self._tracer() as tracer:
-            feed = Feed(
-                reader, job.order, job.runtime.device, partial(wait_for_data, job.runtime, reader), self.profile
-            )
+            busy = job.model.distributed.busy
+            wait = partial(wait_for_data, job.runtime, reader, busy)
+            feed = Feed(reader, job.order, job.runtime.device, wait, self.profile, busy)
             while True:
                 self._log_evaluate_save()
                 if self.step == job.total_steps or self.stopped_early:
