@@ -74,6 +74,10 @@ class Attempt(Record):
     ended: Time | None
     code: Annotated[int, Field(ge=0, le=255)] | None = None
     reason: str = ""
+    seconds: Amount | None = None
+    """Time for which it had the folder when the file was written."""
+    startup_seconds: Amount | None = None
+    """Time for which it had existed when it took the folder."""
     from_step: Count | None = None
     world_size: Positive | None = None
     command: str | None = None
@@ -218,6 +222,9 @@ class Result(_Scores):
     seconds: Amount
     compile_seconds: Amount
     train_seconds: Amount
+    attempt_seconds: Amount | None = None
+    pause_seconds: Amount | None = None
+    goodput: Fraction | None = None
     images_per_second: Amount
     tflops_per_second: Amount | None = None
     mfu: Amount | None = None
@@ -323,6 +330,7 @@ class Line(Part):
     __pydantic_extra__: dict[str, float]
     step: Count
     seconds: Amount | None = None
+    train_seconds: Amount | None = None
     epoch: Amount | None = None
     digests: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]] | None = None
 

@@ -19,6 +19,7 @@ log = logging.getLogger("distrain")
 
 _OF_THE_CLOCK = (
     "seconds",
+    "train_seconds",
     "compile_seconds",
     "train/images_per_second",
     "train/tflops_per_second",
