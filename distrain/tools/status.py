@@ -93,7 +93,7 @@ def format_status(status: dict[str, Any]) -> str:
     if host is not None:
         of_device = f", {device:.2f} GiB of its GPU" if device is not None else ""
         rows.append(("memory", f"at most {host:.2f} GiB of a process{of_device}"))
-    if status["slowest_rank"] is not None:
+    if status["slowest_rank"] is not None and status["slowest_factor"] is not None:
         text = f"rank {status['slowest_rank']:.0f}: {status['slowest_factor']:.2f} × the median of the others"
         rows.append(("slowest", text))
     spent = status["goodput"]
@@ -114,10 +114,10 @@ def goodput_of(record: RunRecord) -> Goodput:
     """
     result = record.result
     if result is not None and result.get("attempt_seconds") is not None:
-        return Goodput(result["train_seconds"], result["attempt_seconds"], result["pause_seconds"])
+        return Goodput(result["train_seconds"], result["attempt_seconds"], result.get("pause_seconds") or 0.0)
     seconds = [_saved_seconds(record)]
     if result is not None or state_of(record)[0] == "running":
-        seconds += [(line["train_seconds"], line["seconds"]) for line in record.lines if "train_seconds" in line]
+        seconds += [(line.get("train_seconds") or 0.0, line.get("seconds") or 0.0) for line in record.lines]
     return goodput.measure(*max(seconds), record.attempts)
 
 

@@ -276,7 +276,7 @@ def _health(record: RunRecord) -> list[tuple[str, str]]:
     for kind, text in (("host", "peak host memory of a process"), ("device", "peak GPU memory of a process")):
         if memory.get(kind) is not None:
             tiles.append((f"{memory[kind]:.2f} GiB", text))
-    if "train/slowest_rank" in newest:
+    if "train/slowest_rank" in newest and "train/slowest_factor" in newest:
         slow = f"{newest['train/slowest_factor']:.2f} × as long busy as the median of the others, at the newest line"
         tiles.append((f"rank {newest['train/slowest_rank']:.0f}", f"is the slowest process: {slow}"))
     return tiles
