@@ -458,7 +458,7 @@ def show_hashes(runs: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as_json: bool, device: str) -> None:
-    """Classify image files with the model of RUN. Its data set is not needed.
+    """Classify image files with the model of RUN, a run or a bundle. Its data set is not needed.
 
     Images are decoded, resized and cropped as by `prepare`; for an index, as in evaluation. The output has one line per
     file: its name, and the --top most probable classes with their probabilities. With --json: {"file": NAME, "classes":
@@ -474,13 +474,12 @@ def predict(run: Path, images: tuple[Path, ...], which: str | None, top: int, as
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="File: NAME.pt2 (torch.export) or NAME.onnx."
-)
+@click.option("--out", type=click.Path(path_type=Path), help="File: NAME.pt2 (torch.export) or NAME.onnx.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="New folder, to share the model with others.")
 @_CHECKPOINT
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def export(run: Path, out: Path, which: str | None, force: bool) -> None:
-    """Write the model of RUN as one file, for use without distrain.
+def export(run: Path, out: Path | None, bundle: Path | None, which: str | None, force: bool) -> None:
+    """Write the model of RUN as one file, for use without distrain, or as a folder to share it (--bundle).
 
     \b
     input     images       float32 [N, C, H, W], any N: pixels / 255
@@ -493,12 +492,21 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> None:
     Images must be resized and cropped as for `predict`, but not normalised: the file does that. docs/extending.md has
     examples that run. The file is read back, and its outputs are compared with the model's. ONNX needs an extra: pip
     install 'distrain[onnx]'.
+
+    A bundle has the layout of the Hugging Face Hub: weights, preprocessing and a model card with the scores. `predict`
+    and distrain.load_model read it like a run, and `hf upload USER/NAME FOLDER .` sends it: docs/sharing.md.
     """
+    if (out is None) == (bundle is None) or (bundle is not None and force):
+        raise click.UsageError("give either --out FILE, with --force if it may be replaced, or --bundle FOLDER")
     with startup.quick_imports():
         from distrain.tools import export as exporter
 
-    facts = exporter.export(run, out, which, force)
-    console.show(f"{out}: {facts['kind']} of {facts['checkpoint']}; logits differ by {facts['difference']:.2g} at most")
+    if bundle is not None:
+        console.show(f"{bundle}: {exporter.export_bundle(run, bundle, which)}")
+    elif out is not None:
+        facts = exporter.export(run, out, which, force)
+        difference = f"logits differ by {facts['difference']:.2g} at most"
+        console.show(f"{out}: {facts['kind']} of {facts['checkpoint']}; {difference}")
 
 
 @cli.command("wandb")

@@ -182,6 +182,7 @@ def _plain(value: Any) -> Any:
 LocalPath = Annotated[str, BeforeValidator(_local)]
 PathOrAddress = Annotated[str, BeforeValidator(_path)]
 Seed = Annotated[int, BeforeValidator(_whole)]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
 Whole = Annotated[int, BeforeValidator(_limited)]
 UserCode = Annotated[str, WithJsonSchema({"type": "string", "format": "package.module:name"})]
 """The name of a class or function of the user."""
@@ -536,7 +537,7 @@ class Train(Section):
         gt=0,
         lt=1,
     )
-    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = _key(
+    precision: Precision = _key(
         "fp32",
         "tf32: fp32 with matrix products in TF32; bf16 and fp16: mixed precision; tf32 and fp16 need a GPU; fp64: to"
         " compare results exactly",

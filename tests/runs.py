@@ -24,10 +24,21 @@ def ids_by_step(run: Path) -> dict[int, list[int]]:
 
 def metrics_but_times(run: Path) -> list[dict[str, Any]]:
     """Read the lines of metrics.jsonl without values that depend on the time."""
-    timed = ("seconds", "compile_seconds", "train/images_per_second", "train/tflops_per_second", "train/mfu")
+    timed = (
+        "seconds",
+        "train_seconds",
+        "compile_seconds",
+        "train/images_per_second",
+        "train/tflops_per_second",
+        "train/mfu",
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if key not in timed and not key.startswith(("profile/", "memory/"))}
+        {
+            key: value
+            for key, value in line.items()
+            if key not in timed and not key.startswith(("profile/", "memory/", "train/slowest_"))
+        }
         for line in lines
     ]
 

@@ -26,6 +26,7 @@ from distrain.data.manifest import Dataset
 from distrain.data.order import Order
 from distrain.data.rounds import memory
 from distrain.data.stream import TrainingBatches
+from distrain.distributed.busy_clock import BusyClock
 from distrain.distributed.stopwatch import Stopwatch
 from distrain.distributed.virtual_ranks import _Clock
 from distrain.environment import World
@@ -63,7 +64,7 @@ def reader_of(
 
 
 def feed_of(gpu: SimulatedGpu, reader: TrainingBatches | DecodedBatches, order: Order, profile: Profile) -> Feed:
-    return Feed(reader, order, gpu.device, partial(wait_for_data, runtime_of(gpu), reader), profile)
+    return Feed(reader, order, gpu.device, partial(wait_for_data, runtime_of(gpu), reader, None), profile)
 
 
 def train(
@@ -229,6 +230,22 @@ def test_the_exchange_of_virtual_ranks_is_measured_on_the_gpu(gpu: SimulatedGpu)
     assert [call for _, _, call in gpu.calls].count("Event.record") == 3
     gpu.compute.synchronize()
     assert 0.6 < clock.fraction() < 0.9
+
+
+def test_busy_time_is_measured_on_the_gpu_without_that_in_which_it_waits(gpu: SimulatedGpu) -> None:
+    clock = BusyClock(gpu.device, 2)
+    for _ in range(3):  # only the second step is measured
+        with clock.step(samples=8):
+            gpu.compute.submit(lambda: time.sleep(0.02))
+            with clock.waiting():
+                gpu.compute.submit(lambda: time.sleep(0.2))
+    assert [call for _, _, call in gpu.calls].count("Event.record") == 4
+    gpu.compute.synchronize()
+    busy = clock.take()
+    assert busy is not None
+    assert 0.02 <= busy.computing < 0.15
+    assert (busy.data, busy.samples) == (0.0, 8.0)
+    assert clock.take() is None
 
 
 def test_data_is_also_the_time_in_which_the_gpu_waits_for_images_that_are_decoded(

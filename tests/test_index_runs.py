@@ -36,7 +36,7 @@ from distrain.config import Config
 from distrain.data import images, index, manifest
 from distrain.data.manifest import Dataset
 from distrain.data.pillow import ImageWarning
-from distrain.tools.export import export
+from distrain.tools.export import export, export_bundle
 from distrain.tools.hash_runs import check_equal, hash_runs
 from distrain.tools.predict import predict
 from distrain.training import from_images, inputs
@@ -458,11 +458,11 @@ def test_predictions_of_the_extracted_files_are_those_of_the_evaluation(
         files.append(tmp_path / name)
         files[-1].parent.mkdir(exist_ok=True)
         files[-1].write_bytes(content)
-    predictions = {
-        str(Path(each["file"]).relative_to(tmp_path)): int(next(iter(each["classes"])))
-        for each in predict(on_one_process, files, None, "cpu")
-    }
+    of_run = list(predict(on_one_process, files, None, "cpu"))
+    predictions = {str(Path(each["file"]).relative_to(tmp_path)): int(next(iter(each["classes"]))) for each in of_run}
     assert predictions == plain.classes
+    export_bundle(on_one_process, tmp_path / "bundle", None)
+    assert list(predict(tmp_path / "bundle", files, None, "cpu")) == of_run
 
 
 @pytest.mark.faults

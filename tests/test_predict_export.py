@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -162,6 +163,11 @@ def test_a_run_without_a_checkpoint_is_reported(command: list[str], run: Path, t
     assert "no readable checkpoint" in capsys.readouterr().err
 
 
+def export_bundle(run: Path, bundle: Path, *options: str) -> Path:
+    assert cli.main(["export", str(run), "--bundle", str(bundle), *options]) == 0
+    return bundle
+
+
 def run_file(path: Path, images: torch.Tensor) -> torch.Tensor:
     if path.suffix == ".pt2":
         return torch.export.load(path).module()(images)
@@ -192,6 +198,10 @@ def test_an_exported_file_gives_the_models_logits(suffix: str, run: Path, small:
 def test_models_with_batch_norm_and_an_average_are_exported(model: str, small: Dataset, tmp_path: Path) -> None:
     run = train(small, tmp_path / "run", f"model.name={model}", "train.ema_decay=0.9", "train.max_steps=2")
     assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 0
+    bundle, images = export_bundle(run, tmp_path / "bundle"), load(small, "test", 9)[0]
+    with torch.inference_mode():
+        assert torch.equal(distrain.load_model(bundle)(images), distrain.load_model(run)(images))
+    assert ("Its code is not in this folder" in (bundle / "README.md").read_text()) == (":" in model)
 
 
 def test_images_and_their_mirror_images_are_evaluated_together(small: Dataset, tmp_path: Path) -> None:
@@ -211,6 +221,9 @@ def test_images_and_their_mirror_images_are_evaluated_together(small: Dataset, t
     assert result["loss"] == pytest.approx(float(cross_entropy(expected, labels)), abs=1e-4)
     assert abs(float(cross_entropy(alone, labels)) - result["loss"]) > 1e-3
     assert torch.equal(loaded_model.load(run, None)(images), expected)
+    bundle = export_bundle(run, tmp_path / "bundle")
+    assert torch.equal(distrain.load_model(bundle)(images), expected)
+    assert "mirror image" in (bundle / "README.md").read_text()
     assert cli.main(["export", str(run), "--out", str(tmp_path / "model.pt2")]) == 0
     exported = run_file(tmp_path / "model.pt2", images.permute(0, 3, 1, 2).float() / 255)
     in_fp32 = (plain(run, small, images) + plain(run, small, images.flip(2))) / 2
@@ -276,3 +289,108 @@ def test_a_model_that_cannot_be_exported_is_reported(small: Dataset, tmp_path: P
     error = capsys.readouterr().err
     assert "cannot be exported" in error
     assert "Traceback" not in error
+
+
+def test_a_bundle_computes_what_its_run_computes(
+    run: Path, small: Dataset, pictures: list[Path], tmp_path: Path
+) -> None:
+    bundle = export_bundle(run, tmp_path / "made" / "bundle")
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    names = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(path.name for path in bundle.iterdir()) == names
+    one, other = distrain.load_model(run), distrain.load_model(bundle)
+    images, _ = load(small, "test", 70)
+    with torch.inference_mode():
+        assert torch.equal(other(images), one(images))
+    assert other.predict(pictures[0]) == one.predict(pictures[0])
+    assert (other.classes, other.checkpoint, other.flip) == (one.classes, one.checkpoint, one.flip)
+    again = export_bundle(run, tmp_path / "again")
+    assert [(again / name).read_bytes() for name in names[1:]] == [(bundle / name).read_bytes() for name in names[1:]]
+
+
+def test_the_card_of_a_bundle_has_the_scores_where_the_hub_looks_for_them(run: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(run, tmp_path / "my-model")
+    result, card = json.loads((run / "result.json").read_text()), (bundle / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("distrain", "image-classification")
+    ((entry,), name) = (metadata["model-index"][0]["results"], metadata["model-index"][0]["name"])
+    assert (name, entry["dataset"]["split"]) == ("my-model", "test")
+    keys = ("accuracy", "top5_accuracy", "macro_f1", "calibration_error")
+    assert [metric["value"] for metric in entry["metrics"]] == [result[key] for key in keys]
+    for text in ("optimizer steps | 6", "train.lr: 0.05", "data.growth: [0.7, 0.85]", "95 % interval", "sha256"):
+        assert text in card
+    for file in bundle.iterdir():
+        assert str(tmp_path.parent).encode() not in file.read_bytes()
+    hub = pytest.importorskip("huggingface_hub")
+    read = hub.ModelCard.load(bundle / "README.md").data  # as the Hub's own library reads it
+    assert [each.metric_value for each in read.eval_results] == [result[key] for key in keys]
+
+
+def test_a_bundle_of_a_checkpoint_that_was_not_evaluated_states_no_scores(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = shutil.copytree(run, tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "checkpoint": "step-00000003"}))
+    card = (export_bundle(run, tmp_path / "bundle", "--checkpoint", "last") / "README.md").read_text()
+    assert "was not evaluated on the test split" in card
+    assert "model-index" not in card
+
+
+def damage_weights(bundle: Path) -> None:
+    content = bytearray((bundle / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (bundle / "model.safetensors").write_bytes(content)
+
+
+def edit_config(bundle: Path, **values: Any) -> None:
+    path = bundle / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_weights, "model.safetensors: damaged, or of another model (its digest differs); copy or download"),
+        (lambda bundle: (bundle / "model.safetensors").unlink(), "model.safetensors: cannot be read: No such file"),
+        (lambda bundle: edit_config(bundle, mean=[0.5]), "mean, std: not one number for each of 3 channels"),
+        (lambda bundle: edit_config(bundle, library_name="timm"), "config.json: damaged, or written by another"),
+        (lambda bundle: edit_config(bundle, files={}), "model.safetensors: damaged, or of another model"),
+        (lambda bundle: (bundle / "config.json").write_text("{"), "config.json: damaged"),
+        (lambda bundle: (bundle / "config.json").unlink(), "holds no run"),
+    ],
+)
+def test_a_damaged_bundle_is_refused(
+    damage: Callable[[Path], None], message: str, run: Path, pictures: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    bundle = export_bundle(run, tmp_path / "bundle")
+    damage(bundle)
+    assert cli.main(["predict", str(bundle), str(pictures[0])]) == 78
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_bundle_replaces_nothing_and_is_whole_or_not_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    export_bundle(run, there)  # an empty folder
+    assert cli.main(["export", str(run), "--bundle", str(there)]) == 78
+    assert "exists already and is not an empty folder" in capsys.readouterr().err
+    for options in ([], ["--bundle", "a", "--out", "b.pt2"], ["--bundle", "a", "--force"]):
+        assert cli.main(["export", str(run), *options]) == 78
+        assert "give either --out FILE" in capsys.readouterr().err
+    assert cli.main(["predict", str(there), "x.png", "--checkpoint", "last"]) == 78
+    assert "is a bundle, which has one model; omit" in capsys.readouterr().err
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "README.md":
+            raise OSError(28, "No space left on device")
+        path.write_bytes(content)
+
+    monkeypatch.setattr("distrain.files.write", full)
+    assert cli.main(["export", str(run), "--bundle", str(tmp_path / "full")]) == 78
+    assert "full: cannot be written: No space left on device; make room" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

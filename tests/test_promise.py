@@ -16,10 +16,12 @@ from group import Group, GroupError, wait_for
 from runs import confusion_matrix, ids_by_step
 from safetensors.torch import load_file
 
+import distrain
 from distrain import models
 from distrain.config import from_tree
 from distrain.data import manifest, shards
 from distrain.data.manifest import Dataset
+from distrain.tools.status import format_status, run_status
 from distrain.training import augment, optim
 
 pytestmark = pytest.mark.ranks
@@ -245,6 +247,20 @@ def test_killed_twice_in_an_epoch_ends_with_the_same_bits(
     assert ids_by_step(killed) == ids_by_step(whole)
     metrics = [[json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] for run in (whole, killed)]
     assert metrics[0] == metrics[1]
+    check_goodput(killed)
+
+
+def check_goodput(run: Path) -> None:
+    """The times of a run that was killed fit together: those in its result, its status and its attempts."""
+    result, status = json.loads((run / "result.json").read_text()), run_status(run)
+    assert 0 < result["goodput"] == result["train_seconds"] / result["attempt_seconds"] < 1
+    assert result["train_seconds"] < result["seconds"] <= result["attempt_seconds"]
+    assert status["goodput"]["fraction"] == distrain.open_run(run).goodput == result["goodput"]
+    assert "in steps that counted, of" in format_status(status)
+    files = [json.loads(path.read_text()) for path in sorted((run / "attempts").iterdir())]
+    spent = sum(each["seconds"] + each["startup_seconds"] for each in files)
+    assert len(files) == 3
+    assert spent <= result["attempt_seconds"] + 5  # it released the folder after its result
 
 
 def test_resumed_on_other_numbers_of_processes(

@@ -27,7 +27,7 @@ import distrain
 from distrain import cli
 from distrain.config import Augment
 from distrain.runs import folder, results
-from distrain.text import percent
+from distrain.text import clock, percent
 from distrain.tools.report import charts, epochs, page
 from distrain.tools.report import checks as checking
 
@@ -142,7 +142,8 @@ def test_scores_are_shown_where_they_are_known(runs: list[Path], tmp_path: Path)
     assert record.result is not None
     scores = ("top5_accuracy", "macro_f1", "calibration_error", "train_accuracy", "memory_gib", "precision_by_class")
     result = {key: value for key, value in record.result.items() if key not in scores}
-    lines = [{k: v for k, v in line.items() if k not in ("train/grad_norm", "train/accuracy")} for line in record.lines]
+    missing = ("train/grad_norm", "train/accuracy", "memory/host_gib")
+    lines = [{k: v for k, v in line.items() if k not in missing} for line in record.lines]
     without = page.write([replace(record, result=result, lines=lines)], tmp_path / "a").read_text()
     assert not set(tiles(without)) & set(page._SCORES.values())
     for text in ("GiB</b>", 'number">precision</th>', "Gradient norm by step", "train accuracy</th>"):
@@ -150,16 +151,18 @@ def test_scores_are_shown_where_they_are_known(runs: list[Path], tmp_path: Path)
     result |= {"top5_accuracy": 0.91, "macro_f1": 0.52, "calibration_error": 0.03, "train_accuracy": None}
     result |= {"memory_gib": {"host": 1.5, "device": None}}
     result |= {"precision_by_class": dict.fromkeys(result["accuracy_by_class"], 0.25)}
-    lines = [
-        line | {"train/grad_norm": 1.5, "train/accuracy": 0.25} if "train/loss" in line else line for line in lines
-    ]
+    more = {"train/grad_norm": 1.5, "train/accuracy": 0.25, "train/slowest_rank": 3, "train/slowest_factor": 1.43}
+    lines = [line | more if "train/loss" in line else line for line in lines]
     known = page.write([replace(record, result=result, lines=lines)], tmp_path / "b").read_text()
     assert {meaning: value for meaning, value in tiles(known).items() if meaning not in tiles(without)} == {
         "top-5 accuracy on test": "91.0 %",
         "macro-F1 on test: the mean over the classes": "52.0 %",
         "expected calibration error on test": "3.0 %",
         "peak host memory of a process": "1.50 GiB",
+        "is the slowest process: 1.43 × as long busy as the median of the others, at the newest line": "rank 3",
     }
+    spent = record.result["attempt_seconds"]
+    assert tiles(known)[f"goodput: steps that counted, of {clock(spent)} of all attempts"].endswith(" %")
     for text in ('number">precision</th>', "Gradient norm by step", "train accuracy</th>", ">25.0 %</td>"):
         assert text in known
 

@@ -80,6 +80,9 @@ class TrainingResult(Result):
         compile_seconds: duration of compilation in all attempts.
         train_seconds: duration of the steps alone in all attempts: without start-up, reading before an attempt's first
             step, evaluations and checkpoints.
+        attempt_seconds: wall time of all attempts; None in the result of an older version.
+        pause_seconds: wall time between the attempts, in which no process of the run existed; None as above.
+        goodput: `train_seconds` / `attempt_seconds`; steps that were trained again after a crash count once.
         images_per_second: speed of the steps.
         tflops_per_second: 10¹² floating-point operations per second; None where they cannot be counted.
         mfu: model FLOPs utilisation, the fraction of the devices' peak; None where the peak is not known.
@@ -104,6 +107,9 @@ class TrainingResult(Result):
     seconds: float
     compile_seconds: float
     train_seconds: float
+    attempt_seconds: float | None = None
+    pause_seconds: float | None = None
+    goodput: float | None = None
     images_per_second: float
     tflops_per_second: float | None = None
     mfu: float | None = None

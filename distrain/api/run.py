@@ -19,7 +19,7 @@ from distrain.errors import DataError
 from distrain.runs import checkpoint, folder
 from distrain.runs.folder import REPORT, RunRecord
 from distrain.text import shown
-from distrain.tools.status import State, state_of
+from distrain.tools.status import State, goodput_of, state_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Run:
         evaluations: results of `evaluate`, sorted by the names of their files.
         checkpoints: its checkpoints, oldest first.
         attempts: number of times that a job took the folder.
+        goodput: part of the wall time of all attempts that was spent in steps that counted (so far); None at first.
         problems: one message for each file that is damaged and was passed over.
     """
 
@@ -71,6 +72,7 @@ class Run:
     evaluations: tuple[Result, ...] = field(repr=False)
     checkpoints: tuple[SavedCheckpoint, ...] = field(repr=False)
     attempts: int
+    goodput: float | None
     problems: tuple[str, ...]
     _lines: tuple[Mapping[str, Any], ...] = field(repr=False)
 
@@ -135,6 +137,7 @@ def open_run(run: str | os.PathLike[str]) -> Run:
         evaluations=tuple(of_record(Result, each, run=path) for each in evaluations),
         checkpoints=_checkpoints(record),
         attempts=max((attempt["attempt"] for attempt in record.attempts), default=0),
+        goodput=goodput_of(record).fraction,
         problems=tuple(problems),
         _lines=tuple(record.lines),
     )

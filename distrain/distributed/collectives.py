@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -135,6 +135,16 @@ class Collectives:
                 values = [None] * self._world.size
                 dist.all_gather_object(values, value, group=self._control)
         return values
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of all processes, by rank, on each of them; all give the same number of them."""
+        local = torch.tensor(values, dtype=torch.float64)
+        gathered = local[None].repeat(self._world.size, 1)
+        with self.collective():
+            if self._world.size > 1:
+                dist.all_gather_into_tensor(gathered, local[None], group=self._control)
+        rows: list[list[float]] = gathered.tolist()
+        return rows
 
     def unlike_rank_0(self, value: object) -> list[str]:
         """Return the ranks whose value is not that of rank 0, as text; a collective."""

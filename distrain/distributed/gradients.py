@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distrain.distributed.busy_clock import BusyClock
 from distrain.distributed.collectives import Collectives
 from distrain.distributed.compilation import AccumulatedGradients, Compilation
 from distrain.environment import World
 from distrain.errors import ConfigError
+from distrain.models import batch_norm
 
 
 def loss_scale(global_batch_size: int, world_size: int) -> float:
@@ -45,11 +47,16 @@ class DistributedModel(ABC):
         accelerator: what prepared it; it owns fp16's scaler.
         collectives: for the loss of a peer.
         compilation: how the model is compiled.
+
+    Attributes:
+        busy: measures the time in which this process is busy in a step.
     """
 
     def __init__(self, prepared: Any, accelerator: Any, collectives: Collectives, compilation: Compilation) -> None:
         self._model, self._accelerator, self._collectives = prepared, accelerator, collectives
         self._compilation = compilation
+        self.busy = BusyClock(next(prepared.parameters()).device, collectives.size)
+        batch_norm.waiting = self.busy.waiting
         self._accumulated = AccumulatedGradients(prepared.parameters()) if compilation.has_cuda_graphs else None
 
     runs_empty = True
@@ -94,6 +101,7 @@ class DistributedModel(ABC):
                 self._accelerator.backward(loss)
             else:
                 loss.backward()
+        self.busy.end_backward()
 
     @abstractmethod
     def exchange(self) -> None:
@@ -141,6 +149,7 @@ class DataParallel(DistributedModel):
         if world_size > 1:
             # Or each forward pass would be a collective; evaluation broadcasts rank 0's buffers itself.
             prepared.broadcast_buffers = False
+            self.busy.follow_gradients(prepared.parameters())
 
     @property
     def loss_scale(self) -> float:

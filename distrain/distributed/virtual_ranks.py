@@ -199,7 +199,7 @@ class VirtualRanks(DistributedModel):
     def exchange(self) -> None:
         """Add the gradients of all virtual ranks, and update the running statistics of BatchNorm."""
         self._clock.begin_exchange()
-        with self._collectives.collective():
+        with self._collectives.collective(), self.busy.waiting():
             self._tree.exchange()
         self._clock.end_exchange()
 

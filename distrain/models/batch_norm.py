@@ -10,6 +10,7 @@ Hoffer et al., "Train longer, generalize better", 2017), and the running statist
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+"""Context of the collectives of `GlobalBatchNorm`; a trained model sets it, to measure how long they wait."""
 
 
 class LocalBatchNorm(_BatchNorm):
@@ -97,7 +101,8 @@ def _local_statistics(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _gather(local: Tensor) -> Tensor:
     """Return the values of all ranks: [W, n] for [n]."""
     gathered = local.new_empty(dist.get_world_size(), len(local))
-    dist.all_gather_into_tensor(gathered, local[None])
+    with waiting():
+        dist.all_gather_into_tensor(gathered, local[None])
     return gathered
 
 
@@ -156,7 +161,8 @@ class _Normalise(torch.autograd.Function):
             # With z = (x - mean) · inverse_std and sums over all ranks:
             # weight · inverse_std · (gradient - Σ gradient / count - z · Σ (gradient · z) / count)
             sums = torch.stack([of_weight, of_bias])
-            dist.all_reduce(sums)
+            with waiting():
+                dist.all_reduce(sums)
             scale = weight * inverse_std
             of_z, constant = sums.mul_(scale).div_(-count.clamp(min=1))
             of_x = F.batch_norm(x, mean, variance, of_z, constant, training=False, eps=ctx.eps)

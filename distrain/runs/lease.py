@@ -42,6 +42,8 @@ class Lease:
 
     def __init__(self, run: Path, attempt: int, content: dict[str, Any]) -> None:
         self.attempt = attempt
+        self.started = time.monotonic()
+        """The time when it was acquired, by `time.monotonic`."""
         self._run, self._folder = run, os.open(run, os.O_RDONLY | os.O_DIRECTORY)
         self._path, self._content = attempts.path_of(run, attempt), content
         self._next = attempts.path_of(run, attempt + 1)
@@ -112,7 +114,8 @@ class Lease:
         """
         self.check_folder()
         with self._lock:
-            self._content = {**self._content, **values, "renewed": attempts.now()}
+            seconds = round(time.monotonic() - self.started, 3)
+            self._content = {**self._content, **values, "renewed": attempts.now(), "seconds": seconds}
             attempts.replace(self._path, self._content)
 
     def release(self, code: int | None = None, reason: str = "") -> None:

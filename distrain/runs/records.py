@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distrain import files
+from distrain import config, files
 from distrain.errors import AgainError, DataError
 from distrain.text import printable
 
@@ -74,6 +74,10 @@ class Attempt(Record):
     ended: Time | None
     code: Annotated[int, Field(ge=0, le=255)] | None = None
     reason: str = ""
+    seconds: Amount | None = None
+    """Time for which it had the folder when the file was written."""
+    startup_seconds: Amount | None = None
+    """Time for which it had existed when it took the folder."""
     from_step: Count | None = None
     world_size: Positive | None = None
     command: str | None = None
@@ -106,9 +110,13 @@ class NodeExit(Record):
     attempts_without_progress: Count = 0
 
 
-class _SetupEvaluation(Part):
-    crop: Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]
-    resize: Annotated[int, Field(ge=1, le=2**20)] | None
+_Side = Annotated[int, Field(ge=1, le=2**20)]
+_Shape = Annotated[list[_Side], Field(min_length=3, max_length=3)]
+
+
+class _Resizing(Part):
+    crop: Annotated[list[_Side], Field(min_length=2, max_length=2)]
+    resize: _Side | None
 
 
 class _SetupData(Part):
@@ -116,8 +124,8 @@ class _SetupData(Part):
     source: dict[str, Any]
     manifest: str
     classes: Annotated[list[str], Field(min_length=1)]
-    image_shape: Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=3, max_length=3)]
-    evaluation: _SetupEvaluation | None = None
+    image_shape: _Shape
+    evaluation: _Resizing | None = None
     splits: dict[str, Count]
     shards: Count
     lanes: Count
@@ -214,6 +222,9 @@ class Result(_Scores):
     seconds: Amount
     compile_seconds: Amount
     train_seconds: Amount
+    attempt_seconds: Amount | None = None
+    pause_seconds: Amount | None = None
+    goodput: Fraction | None = None
     images_per_second: Amount
     tflops_per_second: Amount | None = None
     mfu: Amount | None = None
@@ -263,6 +274,47 @@ class Digests(Record):
     files: dict[str, str]
 
 
+class _Decoding(Part):
+    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
+    bit_depth: Annotated[int, Field(ge=1, le=16)]
+    max_pixels: Positive
+
+
+_Channels = Annotated[list[Finite], Field(min_length=1)]
+
+
+class Description(Part):
+    """A model without its weights: all that is needed to build it, and to prepare images for it."""
+
+    model: config.Model
+    seed: Count
+    classes: Annotated[list[str], Field(min_length=1)]
+    image_shape: _Shape
+    """H, W, C of the images that the model was built for."""
+    evaluation: _Resizing
+    flip: bool
+    decoding: _Decoding
+    mean: _Channels
+    std: _Channels
+    precision: config.Precision
+    deterministic: bool
+    checkpoint: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Description:
+        if not self.image_shape[2] == len(self.mean) == len(self.std):
+            raise ValueError(f"mean, std: not one number for each of {self.image_shape[2]} channels")
+        return self
+
+
+class Bundle(Description, Record):
+    """config.json of a bundle; `files`: the sha256 digests of its other files that are not for people to edit."""
+
+    max_bytes: ClassVar[int] = 2**28
+    library_name: Literal["distrain"]
+    files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+
+
 class TrackerId(Record):
     """RUN/wandb-id, RUN/mlflow-id: the run's id there, and the folder that it belongs to: a copy is another run."""
 
@@ -278,6 +330,7 @@ class Line(Part):
     __pydantic_extra__: dict[str, float]
     step: Count
     seconds: Amount | None = None
+    train_seconds: Amount | None = None
     epoch: Amount | None = None
     digests: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]] | None = None
 

@@ -1,7 +1,8 @@
-"""`distrain export`: write a run's model as one file for use without distrain, by torch.export or as ONNX.
+"""`distrain export`: write a run's model as one file for use without distrain, or as a folder to share it with others.
 
-The exported program takes images as float32 [N, C, H, W] in 0 … 1, of any N, normalises them, and gives logits [N, K].
-Its outputs are compared with the model's before the file is put in place.
+A file is written by torch.export, or as ONNX. The exported program takes images as float32 [N, C, H, W] in 0 … 1, of
+any N, normalises them, and gives logits [N, K]. Its outputs are compared with the model's before the file is put in
+place.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from distrain import files
 from distrain.errors import ConfigError
+from distrain.models import weight_files
 from distrain.models.mirror_average import as_evaluated
+from distrain.runs import bundle
 from distrain.text import printable
-from distrain.tools import loaded_model
+from distrain.tools import loaded_model, model_card
 from distrain.tools.loaded_model import LoadedModel
 
 KINDS = {".pt2": "torch.export", ".onnx": "ONNX"}
@@ -107,6 +111,39 @@ def export(run: Path, out: Path, which: str | None, force: bool) -> dict[str, An
     finally:
         work.unlink(missing_ok=True)
     return {**metadata, "classes": loaded.classes, "kind": KINDS[out.suffix], "difference": difference}
+
+
+def export_bundle(run: Path, out: Path, which: str | None) -> str:
+    """Write a run's model as a bundle, which `load_model` reads; see `distrain.runs.bundle`.
+
+    Args:
+        run: the run's folder.
+        out: the folder to write; it must not exist, or be empty.
+        which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
+
+    Returns:
+        Name of the checkpoint.
+
+    Raises:
+        ConfigError: the folder is not empty or cannot be written, or the model cannot be built here. Nothing is there
+            then.
+        DataError: the run has no checkpoint, or its weights are damaged.
+    """
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--bundle {printable(out)}: exists already and is not an empty folder; choose another one")
+    description, saved = loaded_model.describe(run, which)
+    loaded = loaded_model.build(description, saved.model, saved.path, "cpu", "fp32")
+    height, width, channels = loaded.image_shape
+    with torch.inference_mode():
+        loaded.check_logits(loaded(torch.zeros(1, height, width, channels, dtype=torch.uint8)))
+    card = model_card.write(out.resolve().name, model_card.read_facts(run, description, saved))
+    weights = safetensors.torch.save(saved.model, {weight_files.CLASSES: json.dumps(description.classes)})
+    try:
+        bundle.write(out, bundle.contents(description, weights, card))
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error}; make room there, or choose another folder"
+        raise ConfigError(f"--bundle {printable(out)}: {reason}") from error
+    return description.checkpoint
 
 
 def _to_torch(program: Program, images: Tensor, metadata: dict[str, str]) -> bytes:

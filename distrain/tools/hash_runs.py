@@ -19,12 +19,14 @@ log = logging.getLogger("distrain")
 
 _OF_THE_CLOCK = (
     "seconds",
+    "train_seconds",
     "compile_seconds",
     "train/images_per_second",
     "train/tflops_per_second",
     "train/mfu",
     "profile/",
     "memory/",
+    "train/slowest_",
 )
 """Beginnings of the keys of a line that differ between equal runs."""
 _IDS = "digest of ids"

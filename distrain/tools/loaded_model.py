@@ -1,9 +1,12 @@
-"""A run's model with its weights, ready for inference in one process; the data set is not needed."""
+"""The model of a run or of a bundle, ready for inference in one process; the data set is not needed."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -17,11 +20,12 @@ from distrain.data.images import Decoding, UnreadableError, read_image
 from distrain.data.pillow import as_png
 from distrain.distributed import devices, gpu_errors
 from distrain.distributed.numerics import NEED_GPU, autocast, numerics_restored, set_numerics, torch_defaults
-from distrain.errors import DataError
+from distrain.errors import ConfigError, DataError
 from distrain.models.mirror_average import as_evaluated
-from distrain.runs import checkpoint, folder
+from distrain.runs import bundle, checkpoint, folder
 from distrain.runs.checkpoint import Checkpoint
 from distrain.runs.choice import choose
+from distrain.runs.records import Description
 from distrain.text import printable, shown
 from distrain.training.augment import normalize
 
@@ -199,12 +203,12 @@ def _read(image: ImageFile) -> tuple[bytes, str]:
 
 
 def load_on(device: str, key: str, run: Path, which: str | None) -> LoadedModel:
-    """Load the model of a run's checkpoint.
+    """Load the model of a run's checkpoint, or of a bundle.
 
     Args:
         device: auto, cpu or cuda.
         key: what sets `device`, as `--device `, for messages.
-        run: the run's folder.
+        run: the run's folder, or a bundle.
         which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
 
     Raises:
@@ -218,17 +222,36 @@ def load_on(device: str, key: str, run: Path, which: str | None) -> LoadedModel:
 
 @torch_defaults()
 def load(run: Path, which: str | None, device: str = "cpu", precision: str | None = None) -> LoadedModel:
-    """Load the model of a run's checkpoint.
+    """Load the model of a run's checkpoint, or of a bundle.
 
     Args:
-        run: the run's folder.
-        which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
+        run: the run's folder, or a bundle.
+        which: best, last, or a folder's name; None for a bundle, and for the checkpoint that the run's result is of.
         device: cpu or cuda.
         precision: a value of `train.precision`; None: that of the run, or fp32 where it needs a GPU and there is none.
 
     Raises:
+        DataError: the folder holds no run, the checkpoint cannot be read, or it is not of this run; or the bundle is
+            damaged.
+        ConfigError: the model cannot be built here, or `which` is given for a bundle.
+    """
+    if not bundle.is_one(run):
+        description, saved = describe(run, which)
+        return build(description, saved.model, saved.path, device, precision)
+    if which is not None:
+        raise ConfigError(f"{run}: is a bundle, which has one model; omit the name of the checkpoint")
+    return build(*bundle.read(run), run, device, precision)
+
+
+def describe(run: Path, which: str | None) -> tuple[Description, Checkpoint]:
+    """Return what is needed to build a run's model and to prepare its images, and the checkpoint with its weights.
+
+    Args:
+        run: the run's folder.
+        which: best, last, or a folder's name; None: the checkpoint that the run's result is of.
+
+    Raises:
         DataError: the folder holds no run, the checkpoint cannot be read, or it is not of this run.
-        ConfigError: the model cannot be built here.
     """
     config, data = folder.configuration(run), folder.read_setup(run)["data"]
     path, skipped = choose(run, which)
@@ -241,24 +264,59 @@ def load(run: Path, which: str | None, device: str = "cpu", precision: str | Non
             " choose another checkpoint, or bring back the one that was here"
         )
     height, width, channels = data["image_shape"]
-    classes, settings = data["classes"], config.model
-    chosen = precision or _precision_of(config.train.precision, device)
-    deterministic = config.train.deterministic or config.train.virtual_ranks is not None
+    mean, std = (_normalization(saved, key, channels) for key in ("mean", "std"))
+    description = {
+        "model": config.model,
+        "seed": config.run.seed,
+        "classes": data["classes"],
+        "image_shape": data["image_shape"],
+        "evaluation": data.get("evaluation") or {"crop": [height, width], "resize": None},
+        "flip": config.eval.flip,
+        "decoding": asdict(Decoding.of(data.get("source", {}))),
+        "mean": mean,
+        "std": std,
+        "precision": config.train.precision,
+        "deterministic": config.train.deterministic or config.train.virtual_ranks is not None,
+        "checkpoint": path.name,
+    }
+    return Description.model_validate(description), saved
+
+
+def build(
+    description: Description, weights: Mapping[str, Tensor], path: Path, device: str, precision: str | None
+) -> LoadedModel:
+    """Build a model and load its weights.
+
+    Args:
+        description: of the model and its images.
+        weights: by name.
+        path: their file or folder, for messages.
+        device: as for `load`.
+        precision: as for `load`.
+
+    Raises:
+        DataError: weights are not finite.
+        ConfigError: the model cannot be built here, or has other weights.
+    """
+    chosen = precision or _precision_of(description.precision, device)
     dtype = torch.float64 if chosen == "fp64" else torch.float32
-    model = models.from_config(settings, len(classes), (height, width, channels), config.run.seed, dtype)
-    models.load(model, saved.model, settings.name, path)
-    mean, std = (_normalization(saved, key, channels).to(device, dtype) for key in ("mean", "std"))
-    evaluation = data.get("evaluation") or {"crop": [height, width], "resize": None}
+    settings, classes, shape = description.model, description.classes, description.image_shape
+    model = models.from_config(settings, len(classes), shape, description.seed, dtype)
+    models.load(model, weights, settings.name, path)
+    height, width = description.evaluation.crop
+    mean, std = (
+        torch.tensor(each, dtype=torch.float64).to(device, dtype) for each in (description.mean, description.std)
+    )
     return LoadedModel(
         model.to(device),
         classes,
-        (*evaluation["crop"], channels),
-        Preprocessing(Decoding.of(data.get("source", {})), evaluation["resize"]),
+        (height, width, shape[2]),
+        Preprocessing(Decoding(**description.decoding.model_dump()), description.evaluation.resize),
         (mean, std),
         chosen,
-        deterministic,
-        path.name,
-        config.eval.flip,
+        description.deterministic,
+        description.checkpoint,
+        description.flip,
     ).eval()
 
 
@@ -269,8 +327,9 @@ def _precision_of(trained: str, device: str) -> str:
     return trained
 
 
-def _normalization(saved: Checkpoint, key: str, channels: int) -> Tensor:
+def _normalization(saved: Checkpoint, key: str, channels: int) -> list[float]:
     values = saved.state["identity"].get(f"data.{key}")
-    if not isinstance(values, list) or len(values) != channels or not all(isinstance(each, float) for each in values):
+    numbers = values if isinstance(values, list) else []
+    if len(numbers) != channels or not all(isinstance(each, float) and math.isfinite(each) for each in numbers):
         raise DataError(f"{saved.path}: has no {key} for images of {channels} channels; choose another checkpoint")
-    return torch.tensor(values, dtype=torch.float64)
+    return numbers

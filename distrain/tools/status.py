@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distrain.errors import EXIT_AGAIN
-from distrain.runs import attempts, checkpoint, folder, lease, results
+from distrain.runs import attempts, checkpoint, folder, goodput, lease, results
 from distrain.runs.folder import RunRecord
+from distrain.runs.goodput import Goodput
 from distrain.text import clock, percent, plural
 
 log = logging.getLogger("distrain")
@@ -53,6 +54,10 @@ def run_status(run: Path) -> dict[str, Any]:
         "images_per_second": rate,
         "tflops_per_second": newest.get("train/tflops_per_second"),
         "mfu": newest.get("train/mfu"),
+        "slowest_rank": newest.get("train/slowest_rank"),
+        "slowest_factor": newest.get("train/slowest_factor"),
+        "memory_gib": {name: newest.get(f"memory/{name}_gib") for name in ("host", "device")},
+        "goodput": _describe_goodput(goodput_of(record)),
         "seconds_left": seconds_left,
         "stopped_early": (record.result or {}).get("stopped_early"),
         "accuracy": _accuracy(record),
@@ -84,10 +89,50 @@ def format_status(status: dict[str, Any]) -> str:
         rows.append(("accuracy", text))
     saved = status["checkpoint"]
     rows.append(("saved", f"step {saved['step']:,}, {clock(saved['age'])} ago" if saved else "nothing yet"))
+    host, device = (status["memory_gib"][name] for name in ("host", "device"))
+    if host is not None:
+        of_device = f", {device:.2f} GiB of its GPU" if device is not None else ""
+        rows.append(("memory", f"at most {host:.2f} GiB of a process{of_device}"))
+    if status["slowest_rank"] is not None and status["slowest_factor"] is not None:
+        text = f"rank {status['slowest_rank']:.0f}: {status['slowest_factor']:.2f} × the median of the others"
+        rows.append(("slowest", text))
+    spent = status["goodput"]
+    if spent["fraction"] is not None:
+        pauses = f"; {clock(spent['pause_seconds'])} between them" if spent["pause_seconds"] >= 1 else ""
+        of_all = f"{clock(spent['train_seconds'])} in steps that counted, of {clock(spent['attempt_seconds'])}"
+        rows.append(("goodput", f"{percent(spent['fraction'])}: {of_all} of all attempts{pauses}"))
     attempt = status["attempt"]
     if attempt is not None:
         rows.append(("attempts", f"{status['attempts']}; {_describe_attempt(attempt)}"))
     return "\n".join([f"{status['run']}: {status['state']}", *(f"{label:9}{text}" for label, text in rows)])
+
+
+def goodput_of(record: RunRecord) -> Goodput:
+    """Return the seconds of a run: those of its result, or so far.
+
+    Steps after the newest checkpoint count while the run is running: if it is killed, they are trained again.
+    """
+    result = record.result
+    if result is not None and result.get("attempt_seconds") is not None:
+        return Goodput(result["train_seconds"], result["attempt_seconds"], result.get("pause_seconds") or 0.0)
+    seconds = [_saved_seconds(record)]
+    if result is not None or state_of(record)[0] == "running":
+        seconds += [(line.get("train_seconds") or 0.0, line.get("seconds") or 0.0) for line in record.lines]
+    return goodput.measure(*max(seconds), record.attempts)
+
+
+def _saved_seconds(record: RunRecord) -> tuple[float, float]:
+    """Return the seconds in steps, and of all attempts, up to the newest checkpoint; 0 if there is none."""
+    if not record.checkpoints:
+        return 0.0, 0.0
+    path = checkpoint.path_of(record.folder / checkpoint.FOLDER, record.checkpoints[-1])
+    state = checkpoint.read_state(path) or {"losses": {}, "seconds": 0.0}
+    in_steps = state["losses"].get("train_seconds")
+    return (float(in_steps) if isinstance(in_steps, (int, float)) else 0.0), state["seconds"]
+
+
+def _describe_goodput(spent: Goodput) -> dict[str, float | None]:
+    return {"fraction": spent.fraction, **spent._asdict()}
 
 
 def _describe_attempt(attempt: dict[str, Any]) -> str:

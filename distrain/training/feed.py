@@ -11,6 +11,7 @@ from distrain.data.decoded import DecodedBatches
 from distrain.data.order import Order
 from distrain.data.rounds import Batch
 from distrain.data.stream import TrainingBatches
+from distrain.distributed.busy_clock import BusyClock
 from distrain.training.profiling import Phase, Profile
 
 
@@ -23,6 +24,7 @@ class Feed:
         device: where the batches are used.
         wait: waits, on all processes together, for the data of a step that begins a round.
         profile: counts the time of waiting and copying.
+        busy: counts the time in which this process alone waits for its data.
     """
 
     def __init__(
@@ -32,8 +34,10 @@ class Feed:
         device: torch.device,
         wait: Callable[[int], None],
         profile: Profile | None = None,
+        busy: BusyClock | None = None,
     ) -> None:
         self._batches, self._order, self._wait, self._profile = batches, order, wait, profile
+        self._busy = busy
         self._device, self._stream = device, batches.copy_stream
         self._ahead: list[Batch] | None = None
         self._started = False
@@ -49,7 +53,10 @@ class Feed:
                 self._wait(step)
             self._started = True
         elif self._batches.decodes and self._ahead is None:
-            with self._phase("data"):  # images are decoded in a bounded time: no agreement is needed
+            with (
+                self._phase("data"),
+                self._waiting_alone(),
+            ):  # images are decoded in a bounded time: no agreement is needed
                 self._batches.ready(step, None)
         with self._phase("copy"):
             batches, self._ahead = self._ahead or self._copy(), None
@@ -70,6 +77,9 @@ class Feed:
 
     def _phase(self, name: Phase) -> contextlib.AbstractContextManager[None]:
         return self._profile.phase(name) if self._profile is not None else contextlib.nullcontext()
+
+    def _waiting_alone(self) -> contextlib.AbstractContextManager[None]:
+        return self._busy.data() if self._busy is not None else contextlib.nullcontext()
 
     def _copy(self) -> list[Batch]:
         batches = next(self._batches)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import socket
 import time
 from typing import Any, NamedTuple
 
@@ -10,13 +12,17 @@ import torch
 from torch import Tensor
 
 from distrain import machine
+from distrain.distributed.busy_clock import BusyTime
 from distrain.distributed.numerics import sum_in_order
 from distrain.distributed.runtime import Runtime
 from distrain.errors import DivergedError
 from distrain.runs import checkpoint
+from distrain.training import slow_ranks
 from distrain.training.flops import TrainingTime
 from distrain.training.job import Job
 from distrain.training.profiling import Profile
+
+log = logging.getLogger("distrain")
 
 _MAX_PENDING = 4096
 """Losses that are kept before they are read, where nothing is logged, evaluated or saved."""
@@ -91,6 +97,7 @@ class LossMeter:
         self.accuracy = TrainAccuracy(job.order.steps_per_epoch, job.order.global_batch_size)
         self._clock = time.monotonic()
         self._sum, self._steps, self._time = 0.0, 0, TrainingTime()
+        self._streak = slow_ranks.Streak()
         self.logged_step = 0
         """Steps done at the newest line about training."""
         self.train_time = TrainingTime()
@@ -167,24 +174,46 @@ class LossMeter:
         return [[sum_in_order(values) for values in zip(*of_step, strict=True)] for of_step in steps]
 
     def take_line(self, step: int, profile: Profile) -> dict[str, Any]:
-        """Return a line of metrics.jsonl about the steps since the last one; the next one begins here."""
+        """Return a line of metrics.jsonl about the steps since the last one; the next one begins here; a collective."""
         job, batch_size = self._job, self._job.order.global_batch_size
         steps, seconds = range(step - self._steps, step), self._time.seconds
         images = len(steps) * batch_size
         rates = {"images_per_second": images / max(seconds, 1e-9), **job.flops.rates(steps, batch_size, self._time)}
         fractions = profile.take(seconds, job.model.distributed.exchange_fraction())
         values = {"accuracy": self.accuracy.take_line(self._steps), "grad_norm": self._grad_norm, **rates}
+        slowest, peaks = self._compare_processes()
         line = {
             "epoch": job.epoch(step),
             "train/loss": self._sum / images,
             "train/lr": job.learning_rate(step - 1),
             **{f"train/{name}": value for name, value in values.items() if value is not None},
             **{f"profile/{name}": round(part, 5) for name, part in fractions.items()},
-            **{f"memory/{name}_gib": peak for name, peak in peak_memory(job.runtime.device).items()},
+            **slowest,
+            **{f"memory/{name}_gib": peak for name, peak in peaks.items()},
         }
         self.logged_step, self._sum, self._steps, self._time = step, 0.0, 0, TrainingTime()
         self._grad_norm = None
         return line
+
+    def _compare_processes(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the slowest process as metrics, and the highest peaks of memory; warn of a process that stays slow."""
+        runtime, busy = self._job.runtime, self._job.model.distributed.busy.take()
+        peaks = peak_memory(runtime.device)
+        rows = runtime.collectives.gather([self._time.seconds, *peaks.values(), *(busy or ())])
+        columns = list(zip(*rows, strict=True))
+        highest = {name: max(values) for name, values in zip(peaks, columns[1:], strict=False)}
+        if busy is None:  # on all processes
+            return {}, highest
+        slowest = slow_ranks.find_slowest([BusyTime(*row[1 + len(peaks) :]) for row in rows])
+        before, self._streak = self._streak, slow_ranks.next_streak(self._streak, slowest, rows[0][0])
+        if self._streak.is_long and not before.is_long:
+            device = str(runtime.device) if runtime.device.type == "cuda" else "cpu"
+            where = runtime.collectives.from_all((socket.gethostname(), device))
+            if runtime.is_main:
+                log.warning("%s", slow_ranks.warning(slowest, *where[slowest.rank]))
+        if not slowest.is_slow:
+            return {}, highest
+        return {"train/slowest_rank": slowest.rank, "train/slowest_factor": round(slowest.factor, 3)}, highest
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -58,6 +58,11 @@ class TrainingStep:
         """
         job, model = self._job, self._job.model
         optim.set_learning_rate(model.optimizer, job.learning_rate(step), job.config.train.lr)
+        with model.distributed.busy.step(sum(len(batch.labels) for batch in batches)):
+            return self._run(step, batches, with_norm)
+
+    def _run(self, step: int, batches: Sequence[Batch], with_norm: bool) -> StepResult:
+        job, model = self._job, self._job.model
         with job.runtime.collectives.fail_alone():  # functions of the user are checked in each step
             sums = [self._train(step, rank, batch) for rank, batch in zip(job.virtual_ranks, batches, strict=True)]
         model.distributed.exchange()

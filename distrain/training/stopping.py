@@ -5,10 +5,12 @@ An agreement is a collective, so it is made about every `POLL_SECONDS`, and not 
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from distrain.data.decoded import DecodedBatches
 from distrain.data.stream import TrainingBatches
+from distrain.distributed.busy_clock import BusyClock
 from distrain.distributed.collectives import POLL_SECONDS, Collectives, StopAgreed
 from distrain.distributed.runtime import Runtime
 from distrain.errors import DataError
@@ -63,8 +65,16 @@ class StopPoll:
         return agreed.flags[0] > 0, agreed.flags[1] > 0
 
 
-def wait_for_data(runtime: Runtime, batches: TrainingBatches | DecodedBatches, step: int) -> None:
+def wait_for_data(
+    runtime: Runtime, batches: TrainingBatches | DecodedBatches, busy: BusyClock | None, step: int
+) -> None:
     """Wait, between two steps and together, until every process has its data of the round that begins.
+
+    Args:
+        runtime: of this process.
+        batches: the reader.
+        busy: measures how long this process waits for its data alone.
+        step: the next one.
 
     Raises:
         StopAgreed: on all processes, if one was asked to stop.
@@ -74,7 +84,8 @@ def wait_for_data(runtime: Runtime, batches: TrainingBatches | DecodedBatches, s
         ready, error = False, None
         shards_read = batches.shards_read
         try:
-            ready = batches.ready(step, POLL_SECONDS)
+            with busy.data() if busy is not None else contextlib.nullcontext():
+                ready = batches.ready(step, POLL_SECONDS)
         except DataError as caught:
             error = caught
         runtime.watchdog.waiting_for(None if ready else "its data")  # guard: waits-for-data

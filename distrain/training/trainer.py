@@ -21,7 +21,7 @@ from distrain.data.stream import TrainingBatches
 from distrain.distributed.collectives import StopAgreed
 from distrain.errors import DataError, DivergedError, SaveError, Stopped, UnreadableImagesError
 from distrain.models.mirror_average import as_evaluated
-from distrain.runs import checkpoint, trackers
+from distrain.runs import attempts, checkpoint, goodput, trackers
 from distrain.runs.folder import TRACE
 from distrain.text import plural
 from distrain.training import augment, digests, evaluation, health, inputs, pictures, profiling
@@ -159,9 +159,9 @@ class Trainer:
         self.checkpointer.start_clock()
         self.losses.restart_clock()
         with self._batches() as reader, self._tracer() as tracer:
-            feed = Feed(
-                reader, job.order, job.runtime.device, partial(wait_for_data, job.runtime, reader), self.profile
-            )
+            busy = job.model.distributed.busy
+            wait = partial(wait_for_data, job.runtime, reader, busy)
+            feed = Feed(reader, job.order, job.runtime.device, wait, self.profile, busy)
             while True:
                 self._log_evaluate_save()
                 if self.step == job.total_steps or self.stopped_early:
@@ -192,10 +192,10 @@ class Trainer:
         collector = pictures.Collector()
         scores = self._score("test", collector.add)
         misclassified = collector.over_all(job.runtime)
-        memory = peak_memory_of_all(job.runtime)
+        memory, wall_time = peak_memory_of_all(job.runtime), job.runtime.collectives.from_main(self._wall_time())
         job.runtime.leave_peers(is_loss=False)  # a peer that fails now does not take the result away
         self._check_result(scores)
-        result = self._result(scores, step, memory)
+        result = {**self._result(scores, step, memory), **wall_time}
         self._record("test", scores)
         self.logs.progress.close()
         if job.runtime.is_main:
@@ -302,6 +302,7 @@ class Trainer:
         """Write a line about the steps since the last one, where they are evaluated or saved with digests."""
         steps_left = self.job.total_steps - self.step
         line = {**self.losses.take_line(self.step, self.profile), "seconds": self.seconds}
+        line["train_seconds"] = self.losses.train_time.seconds
         if self.job.compilation.is_on:
             line["compile_seconds"] = self.compile_seconds
         rate = line["train/images_per_second"]
@@ -435,6 +436,25 @@ class Trainer:
             action()
         except Exception as error:
             log.warning("pictures could not be written: %s: %s", type(error).__name__, error)
+
+    def _wall_time(self) -> dict[str, float | None]:
+        """Return the seconds of all attempts and between them, and the part in steps that counted, on rank 0."""
+        if not self.job.runtime.is_main:
+            return {}
+        try:
+            history = attempts.history(self.job.folder)
+        except OSError:  # the disk fails now: the scores do not depend on these files
+            return {}
+        here, seconds = time.monotonic() - self.job.started, self.seconds
+        for newest in history[-1:]:  # its file is some seconds old
+            newest["seconds"] = here - (newest.get("startup_seconds") or 0.0)
+        spent = goodput.measure(self.losses.train_time.seconds, seconds, history)
+        return {
+            "seconds": seconds,
+            "attempt_seconds": spent.attempt_seconds,
+            "pause_seconds": spent.pause_seconds,
+            "goodput": spent.fraction,
+        }
 
     def _result(self, scores: Scores, best_step: int, memory: dict[str, float | None]) -> dict[str, Any]:
         """Return the content of RUN/result.json."""

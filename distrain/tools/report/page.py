@@ -253,14 +253,32 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     if tflops is not None:
         part = "" if mfu is None else f", {percent(mfu)} of the devices' peak (MFU)"
         tiles.append((f"{tflops:.3g}", f"TFLOP/s in training{part}"))
-    memory = (result or {}).get("memory_gib") or {}
-    for kind, text in (("host", "peak host memory of a process"), ("device", "peak GPU memory of a process")):
-        if memory.get(kind) is not None:
-            tiles.append((f"{memory[kind]:.2f} GiB", text))
+    tiles += _health(record)
     tiles.append((f"{done:,}", f"of {plural(setup['steps'], 'step')}, {setup['steps_per_epoch']:,} per epoch"))
     tiles.append((f"{processes['number']} × {device}", f"{setup['model']['name']}, {_millions(setup)} parameters"))
     number = len(charts.restarts(record))
     tiles.append((f"{number:,}", "restart" if number == 1 else "restarts"))
+    return tiles
+
+
+def _health(record: RunRecord) -> list[tuple[str, str]]:
+    """Return goodput, peaks of memory and, if there is one, the slow process."""
+    tiles = []
+    newest: dict[str, Any] = next((line for line in reversed(record.lines) if "train/loss" in line), {})
+    spent = status.goodput_of(record)
+    if spent.fraction is not None:
+        pauses = f"; {clock(spent.pause_seconds)} between them" if spent.pause_seconds >= 1 else ""
+        text = f"goodput: steps that counted, of {clock(spent.attempt_seconds)} of all attempts{pauses}"
+        tiles.append((percent(spent.fraction), text))
+    memory = (record.result or {}).get("memory_gib") or {
+        name: newest.get(f"memory/{name}_gib") for name in ("host", "device")
+    }
+    for kind, text in (("host", "peak host memory of a process"), ("device", "peak GPU memory of a process")):
+        if memory.get(kind) is not None:
+            tiles.append((f"{memory[kind]:.2f} GiB", text))
+    if "train/slowest_rank" in newest and "train/slowest_factor" in newest:
+        slow = f"{newest['train/slowest_factor']:.2f} × as long busy as the median of the others, at the newest line"
+        tiles.append((f"rank {newest['train/slowest_rank']:.0f}", f"is the slowest process: {slow}"))
     return tiles
 
 
