@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from distrain.errors import DataError
-from distrain.runs import checkpoint
+from distrain.runs import checkpoint, tensor_file
 
 
 def save(folder: Path, step: int, value: float = 1.0, best: int | None = None, why: str = "interval") -> Path:
@@ -149,3 +150,21 @@ def test_differences_name_the_fields(tmp_path: Path) -> None:
     data = [{"data.manifest": "ab", "data.mean": [0.5]}, {"data.manifest": "cd", "data.mean": [0.4]}]
     assert checkpoint.differences(*data) == ["data.dir: another data set now (its manifest.json has another digest)"]
     assert checkpoint.differences({"data.mean": [0.5]}, {"data.mean": [0.4]}) != []
+
+
+def test_files_of_tensors_are_read_by_safetensors(tmp_path: Path) -> None:
+    images = torch.arange(24.0).reshape(1, 2, 3, 4)
+    tensors = {str(dtype): torch.tensor([[1, 0, 1]]).to(dtype) for dtype in safetensors.torch._TYPES.values()}
+    tensors |= {"channels last": images.to(memory_format=torch.channels_last), "tied": images, 'é"': torch.tensor(2.0)}
+    tensors |= {"empty": torch.zeros(0, 3), "transposed": images[0, 0].t()}
+    content = b"".join(tensor_file.pieces(tensors, {"classes": '["ant"]'}))
+    (tmp_path / "file").write_bytes(content)
+    loaded = safetensors.torch.load(content)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
+        assert loaded[name].tolist() == tensor.tolist()
+    with safetensors.safe_open(tmp_path / "file", "pt") as file:
+        assert file.metadata() == {"classes": '["ant"]'}
+    with pytest.raises(TypeError, match="wide: a tensor of complex128 cannot be saved"):
+        list(tensor_file.pieces({"wide": torch.zeros(1, dtype=torch.complex128)}))

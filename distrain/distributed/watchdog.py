@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
-import math
 import os
 import socket
 import sys
@@ -145,7 +144,8 @@ class Watchdog:
                 self._report_stuck()
             if limit and idle >= limit:
                 self._expire(limit)  # guard: watchdog-expires
-            if save is not None and ticks_of_save * _TICK_SECONDS >= self._limits.get("save", math.inf):
+            limit = self._limits.get("save", 0.0)
+            if save is not None and limit and ticks_of_save * _TICK_SECONDS >= limit:
                 self._expire_save(save)  # guard: save-expires
 
     def _failure_of_peer(self) -> PeerFailure | None:
