@@ -140,6 +140,7 @@ class _Bucket:
                 before_commit()
                 self._once(file.commit)
             except BaseException:
+                file.closed = True  # else its destructor would send the rest
                 with contextlib.suppress(Exception):  # parts that remain are invisible, but cost money
                     self._once(file.discard)
                 raise

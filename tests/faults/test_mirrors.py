@@ -86,11 +86,12 @@ def test_kills_in_uploads_without_the_folder(data: Path, tmp_path: Path, store: 
 @pytest.mark.short
 def test_a_second_job_ends_the_first(data: Path, tmp_path: Path, store: FaultyStore, undisturbed: Any) -> None:
     expected: TrainedRun = undisturbed()
-    slow = {"FAULT": "slow:0:25"}
-    with Job(mirrored(data, tmp_path / "first"), tmp_path, environ=slow) as first:
-        first.wait_for("train", 25)
+    store.fault = lambda method, path, _: "hold" if "step-00000030" in path and not store.is_waiting.is_set() else None
+    with Job(mirrored(data, tmp_path / "first"), tmp_path) as first:
+        until(store.is_waiting.is_set, "an upload")
         with Job(mirrored(data, tmp_path / "second"), tmp_path) as second:
             assert second.wait() == 0, second.output
+        store.released.set()
         assert first.wait() == 75, first.output
         assert f"{WHERE}: taken over by another job (attempt 2, host " in first.output
     assert "Traceback" not in first.output
