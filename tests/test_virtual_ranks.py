@@ -93,7 +93,7 @@ def all_bits(run: Path) -> dict[str, Any]:
     """Everything that a run wrote, but for what may differ: times, rates and the number of processes."""
     may_differ = {
         "world_size", "seconds", "train_seconds", "images_per_second", "tflops_per_second", "mfu", "memory_gib",
-        "profile", "version",
+        "profile", "version", "goodput", "attempt_seconds", "pause_seconds",
     }  # fmt: skip
     result = {k: v for k, v in json.loads((run / "result.json").read_text()).items() if k not in may_differ}
     weights = {
