@@ -123,7 +123,11 @@ def _local(value: Any) -> Any:
 
 def _mirror(value: Any) -> Any:
     """Refuse what is no address of a store with conditional writes."""
-    if value is None or (isinstance(value, str) and address.scheme(value) == "s3"):
+    if value is None:
+        return value
+    if isinstance(value, str) and address.scheme(value) == "s3":
+        if value[len("s3://") :].startswith("/") or value == "s3://":
+            raise ValueError("should be s3://bucket/prefix, with the name of a bucket")
         return value
     path = value.removeprefix("file://") if isinstance(value, str) and address.scheme(value) == "file" else ""
     if not path.startswith("/"):
@@ -235,6 +239,14 @@ class Run(Section):
         "auto", "auto: GPUs if there are any (an error if torch cannot use them), else the CPU"
     )
     cpu_threads: Whole = _key(1, "CPU threads per process; another number changes the rounding of sums", ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _folders(self) -> Run:
+        if self.mirror is not None and address.scheme(self.mirror) == "file":
+            mirror, run = Path(self.mirror[len("file://") :]).resolve(), Path(self.dir).resolve()
+            if mirror.is_relative_to(run):
+                raise ValueError("mirror must be outside dir: it would be lost with it")
+        return self
 
 
 class Data(Section):

@@ -193,6 +193,20 @@ def test_other_addresses_are_refused(where: str) -> None:
         config.load(None, [f"run.mirror={where}"])
 
 
+@pytest.mark.parametrize("where", ["s3://", "s3:///prefix"])
+def test_an_address_without_a_bucket_is_refused(where: str) -> None:
+    with pytest.raises(ConfigError, match="with the name of a bucket"):
+        config.load(None, [f"run.mirror={where}"])
+
+
+def test_a_mirror_in_the_folder_of_the_run_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for where in (run, run / "mirror"):
+        with pytest.raises(ConfigError, match="mirror must be outside dir"):
+            config.load(None, [f"run.dir={run}", f"run.mirror=file://{where}"])
+    config.load(None, [f"run.dir={run}", f"run.mirror=file://{tmp_path}/run-mirror"])
+
+
 # Runs
 
 
