@@ -42,6 +42,8 @@ def test_a_decision_is_an_end_or_has_the_newest_post_of_each_node(posts: list[Po
 
 def test_a_node_that_is_not_waited_for_may_take_part() -> None:
     assert decide([Post(2), Post(0)], expected=[0], least=1, is_late=False).nodes == [0, 2]  # type: ignore[union-attr]
+    left = Post(2, is_ready=False)
+    assert decide([Post(2), left, Post(0)], expected=[0], least=1, is_late=False).nodes == [0]  # type: ignore[union-attr]
 
 
 Launcher = Callable[..., Agreement]

@@ -13,7 +13,9 @@ import pytest
 from distrain import cli, config
 from distrain.distributed.watchdog import straggler
 from distrain.failure_report import Failure
+from distrain.launcher import launch
 from distrain.launcher.attempt import AttemptRecord, NodeRecord
+from distrain.launcher.cluster import LOCAL, Topology
 from distrain.launcher.verdict import Verdict, WorkerExit, decide, format_verdict
 from distrain.worker_status import WorkerStatus
 
@@ -164,6 +166,24 @@ def test_without_an_identity_of_the_job_attempts_are_counted_from_0_after_a_faul
 def test_a_fault_of_the_program_is_not_an_attempt_without_progress(node: int, tmp_path: Path) -> None:
     ends = [AGAIN, AGAIN, Verdict(1, "a crash"), AGAIN, AGAIN]
     assert [attempt(tmp_path / "run", node, "job", end).code for end in ends] == [75, 75, 1, 75, 75]
+
+
+@pytest.mark.parametrize(
+    ("has_checkpoint", "number", "reason"),
+    [(False, 3, "3 attempts in a row without progress"), (True, 1, "no checkpoint can be read")],
+)
+def test_restarts_end_without_progress_or_a_readable_checkpoint(
+    has_checkpoint: bool, number: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, started, run = (tmp_path / name for name in ("program.py", "started", "run"))
+    program.write_text(f"import os\nopen({str(started)!r}, 'a').write('.')\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setattr(launch, "PROGRAM", program)
+    if has_checkpoint:
+        (run / "checkpoints/step-00000001").mkdir(parents=True)  # damaged: it has no files
+    job = launch.Job(["train"], config.load(None, [f"run.dir={run}", "data.dir=d"]), 1, 1.0, None)
+    verdict = launch.launch(job, Topology(1, 0, LOCAL, 0, "test"), launch.Restarts(5, standby=False))
+    assert (verdict.code, started.read_text()) == (1, "." * number)
+    assert reason in verdict.reason
 
 
 def test_a_new_checkpoint_is_progress_for_all_nodes(tmp_path: Path) -> None:

@@ -91,11 +91,12 @@ def decide(posts: Iterable[Post], expected: Iterable[int], least: int, is_late: 
         least: number of nodes that suffice.
         is_late: whether nodes that have not posted are given up.
     """
-    newest = {post.node: post for post in posts}
+    expected, newest = set(expected), {post.node: post for post in posts}
     for post in newest.values():
-        if not post.is_ready:
+        if not post.is_ready and post.node in expected:
             return Decision(reason=post.reason)
-    missing = sorted(set(expected) - set(newest))
+    newest = {node: post for node, post in newest.items() if post.is_ready}  # without lost nodes that came and left
+    missing = sorted(expected - set(newest))
     if missing and not is_late:
         return None
     if len(newest) < least:
@@ -109,7 +110,7 @@ class Agreement:
 
     Args:
         topology: this node among the others, as the job was started.
-        least: number of nodes that suffice for an attempt after the first one.
+        least: number of nodes that suffice for an attempt.
         start_seconds: longest wait for all nodes before the first attempt.
         rejoin_seconds: longest wait for nodes that are lost, after it.
         stopped: returns why this launcher should not wait any longer, or None.

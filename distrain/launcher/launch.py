@@ -142,7 +142,7 @@ def _attempts(
                 part = _part_of(topology, decision)
             last = _Attempt(job, part)
             verdict = last.run(store, stops, standby, restarts_left=left)
-        if not left or stops.first is not None or not may_restart(verdict):
+        if not left or stops.first is not None or verdict.code != EXIT_AGAIN or not may_restart(verdict):
             break
         log.warning("%s", format_restart(verdict, left))
     if agreement is not None:
@@ -183,8 +183,9 @@ class _Attempt:
         verdict = self._run_workers(store, stops, standby)
         if record is None or verdict.is_busy:
             return verdict
-        if restarts_left and stops.first is None and may_restart(verdict):
-            return record.close(replace(verdict, code=EXIT_AGAIN))
+        can_resume = not isinstance(record, AttemptRecord) or record.can_resume()
+        if restarts_left and stops.first is None and may_restart(verdict) and can_resume:
+            return record.close(replace(verdict, code=EXIT_AGAIN))  # a fault after too many attempts without progress
         if isinstance(record, AttemptRecord) and verdict.code == EXIT_AGAIN and verdict.first is not None and nodes > 1:
             verdict = record.crash_elsewhere(nodes, verdict)  # guard: crash-elsewhere
         return record.close(verdict)

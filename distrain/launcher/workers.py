@@ -64,7 +64,7 @@ class Workers:
         folder: where workers report status and failures.
         logs: folder for the output of ranks other than 0; None: it goes where the launcher's goes.
         stops: stop requests; one that arrives before all processes are started ends them at once.
-        standby: processes that can become workers; more of them are started when the workers train.
+        standby: processes that can become workers; the missing ones are started once, when the workers train.
 
     Raises:
         Stopped: a stop was requested before all were started.
@@ -82,7 +82,7 @@ class Workers:
         stops: StopRequests,
         standby: Standby | None = None,
     ) -> None:
-        self._folder, self._standby = folder, standby
+        self._folder = folder
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._heartbeats: dict[int, tuple[int, float]] = {}
         self._killed: set[int] = set()
@@ -98,6 +98,8 @@ class Workers:
             with _output(logs, rank) as output:
                 waiting = standby.become_worker(variables, served, output) if standby is not None else None
                 self._running[rank] = waiting or _start(command, variables, served, output)
+        self._standby = standby
+        """None once its missing processes were started: those that end by themselves would be started for ever."""
 
     def _end_unfinished(self, signal_name: str) -> NoReturn:
         """End a group that is not complete: none of its processes has anything to save."""
@@ -177,6 +179,7 @@ class Workers:
             return
         with contextlib.suppress(OSError):  # without them, a restart takes longer
             self._standby.start()
+        self._standby = None
 
     def _abort(self, ranks: Iterable[int]) -> None:
         """Send SIGABRT to these workers, once to each.

@@ -331,7 +331,7 @@ def copy_report(config: Config) -> None:
     try:
         for path in sorted((Path(config.run.dir) / folder.REPORT).glob("*")):
             mirror.put_file(path)
-    except FetchError as error:
+    except (FetchError, OSError) as error:
         log.warning("%s: the report could not be copied: %s", mirror, error)
 
 

@@ -153,6 +153,8 @@ class Copier:
             seconds, mib = time.monotonic() - start, size / 2**20
             numbers = f"{mib:,.1f} MiB in {seconds:.1f} s, {mib / max(seconds, 1e-6):,.1f} MiB/s"
             log.info("step %s copied to %s: %s", f"{saved.step:,}", self._mirror, numbers)
+        if task.step is not None and self._mirror.lacks(task.step):  # `copy` could not open it
+            raise FetchError(f"step {task.step:,} cannot be read", "check the disk of run.dir")
         try:
             self._mirror.prune(task.best)
         except FetchError as error:  # the new checkpoint is there: an old one that remains is worth a warning only
