@@ -126,6 +126,30 @@ def _posts(first: Agreement) -> list[Post]:
     return agreement._read_posts(first._server, first._round)
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_link_that_is_cut_after_the_post(launcher: Launcher, monkeypatch: pytest.MonkeyPatch, is_over: bool) -> None:
+    """The decision that was missed counts while its attempt waits for this node; later the next round does."""
+    first, second = launcher(0), launcher(1)
+    healed, read = threading.Event(), second._decision
+
+    def cut(number: int) -> Decision | None:
+        if not healed.is_set():
+            raise PeerLostError("cut")
+        return read(number)
+
+    monkeypatch.setattr(second, "_decision", cut)
+
+    def decide_once_or_twice() -> Decision:
+        decision = first.meet(Post(0), 1111)
+        if is_over:
+            first._server.set("open", str(first._round))  # as `meet` does at once
+        healed.set()
+        return first.meet(Post(0), 2222) if is_over else decision
+
+    decisions = in_threads(decide_once_or_twice, lambda: second.meet(Post(1)))
+    assert [(each.nodes, each.port) for each in decisions] == [([0, 1], 2222 if is_over else 1111)] * 2
+
+
 def test_too_few_nodes_end_the_job(launcher: Launcher) -> None:
     first = launcher(0, seconds=0.2)
     assert first.meet(Post(0)).reason == "node 1 is missing; at least 2 nodes must take part"

@@ -105,6 +105,10 @@ def decide(posts: Iterable[Post], expected: Iterable[int], least: int, is_late: 
     return Decision(tuple(newest[node] for node in sorted(newest)))
 
 
+_OVER = Decision((Post(-1),))
+"""In place of a decision whose attempt has ended: it names no launcher."""
+
+
 class Agreement:
     """This launcher among those of the other nodes.
 
@@ -156,6 +160,7 @@ class Agreement:
     def _decide(self, post: Post, port: int) -> Decision:
         """Decide a round, on the first node."""
         deadline, store = time.monotonic() + self._seconds, self._server
+        store.set("open", str(self._round))
         while True:
             stop = self._stopped()
             if stop is not None and post.is_ready:
@@ -187,7 +192,7 @@ class Agreement:
                 self._ask(lambda store: _write_post(store, int(store.get("round")), post))
             return Decision(reason=post.reason)
         deadline, said = time.monotonic() + self._seconds, False
-        posted_in: int | None = None
+        is_posted, posted_in = False, None
         while True:
             stop = self._stopped()
             if stop is not None:
@@ -195,20 +200,26 @@ class Agreement:
             try:
                 number = int(self._ask(lambda store: store.get("round")))
                 decision = self._decision(posted_in) if posted_in is not None else None
-                if decision is not None and (not decision.posts or post.name in [each.name for each in decision.posts]):
+                if decision is not None and self._is_for(post, decision):
                     return decision
-                if decision is not None or posted_in is None:  # a round that was decided without this node
+                if decision is not None or not is_posted:  # a round that was decided without this node, or is over
                     posted_in = number
                     self._post(number, post)
+                    is_posted = True
                 deadline = time.monotonic() + self._seconds  # the first node answers
             except PeerLostError:
                 if time.monotonic() > deadline:
                     raise
-                posted_in = None  # the post may be lost
+                is_posted = False  # the post may be lost; if it is not, the decision that names it counts
                 if not said:
                     said = True
                     log.info("waiting for the launcher of the first node, at %s", self._address)
             time.sleep(_POLL_SECONDS)
+
+    @staticmethod
+    def _is_for(post: Post, decision: Decision) -> bool:
+        """Whether a launcher acts on a decision: it ends the job, or names its post."""
+        return not decision.posts or post.name in [each.name for each in decision.posts]
 
     def _decision(self, number: int) -> Decision | None:
         key = f"decision/{number}"
@@ -216,6 +227,8 @@ class Agreement:
         def read(store: Any) -> Decision | None:
             if not store.check([key]):
                 return None
+            if int(store.get("open")) > number:  # its attempt has ended: this launcher was cut off meanwhile
+                return _OVER
             content = json.loads(store.get(key))
             posts = tuple(Post(**each) for each in content.pop("posts"))
             if not posts:

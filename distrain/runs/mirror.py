@@ -275,7 +275,8 @@ class Mirror:
     def put_logs(self) -> None:
         """Copy the logs that have changed; a checkpoint counts on those copied before it."""
         for path in [path for pattern in _COPIED for path in sorted(self._run.glob(pattern))]:
-            self.put_file(path)
+            if not path.name.startswith("."):  # one that is being written, and renamed in a moment
+                self.put_file(path)
 
     def prune(self, best: int | None) -> None:
         """Delete the checkpoints that are no longer needed, by the rules of the run's folder."""
