@@ -106,7 +106,7 @@ def decide(posts: Iterable[Post], expected: Iterable[int], least: int, is_late: 
 
 
 _OVER = Decision((Post(-1),))
-"""In place of a decision whose attempt has ended: it names no launcher."""
+"""Stands for a decision whose attempt has ended: it names no launcher."""
 
 
 class Agreement:
