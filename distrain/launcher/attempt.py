@@ -68,7 +68,7 @@ class AttemptRecord:
         """Replace the verdict `a peer was lost` by what the launcher of another node recorded of its processes."""
         deadline = time.monotonic() + _NODES_SECONDS
         while True:
-            records = [exit_record.read_node(_node_file(self._run, node)) for node in range(1, nodes)]
+            records = [exit_record.read_node(path) for path in (self._run / NODES).glob("*.json")]
             new = [record for record in records if record and record not in self._nodes_before]
             complete = len(new) == nodes - 1 or time.monotonic() > deadline
             cause = cause_elsewhere(new, verdict, complete)

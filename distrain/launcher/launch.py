@@ -129,19 +129,23 @@ def _attempts(
     agreement: Agreement | None,
 ) -> Verdict:
     """Run attempts until one ends otherwise than by a loss, another node ends the job, or no restart is left."""
-    part, last, verdict = topology, None, Verdict(EXIT_OK, "")
+    part, verdict = topology, Verdict(EXIT_OK, "")
     for left in range(restarts, -1, -1):
+        attempt = _Attempt(
+            job, topology
+        )  # recorded before it waits for others: a scheduler may kill this process there
+        if attempt.exhausted is not None:
+            verdict = attempt.close(attempt.exhausted)
+            break
         with _store_socket(topology if agreement is None else replace(topology, port=0)) as store:
             if agreement is not None:
                 port = store.getsockname()[1] if store is not None else 0
                 decision = agreement.meet(_post(topology.node, verdict, is_ready=True), port)
                 if not decision.nodes:
                     reason = "; ".join(filter(None, (verdict.reason, decision.reason)))
-                    ended = replace(verdict, code=EXIT_AGAIN, reason=reason)
-                    return last.close_elsewhere(agreement.posts, ended) if last is not None else ended
+                    return attempt.close_elsewhere(agreement.posts, replace(verdict, code=EXIT_AGAIN, reason=reason))
                 part = _part_of(topology, decision)
-            last = _Attempt(job, part)
-            verdict = last.run(store, stops, standby, restarts_left=left)
+            verdict = attempt.run(part, store, stops, standby, restarts_left=left)
         if not left or stops.first is not None or verdict.code != EXIT_AGAIN or not may_restart(verdict):
             break
         log.warning("%s", format_restart(verdict, left))
@@ -151,36 +155,49 @@ def _attempts(
 
 
 class _Attempt:
-    """One attempt: processes are started, run, and end.
+    """One attempt: processes are started, run, and end. Its record says from its creation on that it runs.
 
     Args:
         job: what to run.
-        topology: this node among those that take part.
+        topology: this node among all nodes of the job.
     """
 
     def __init__(self, job: Job, topology: Topology) -> None:
-        self._job, self._topology = job, topology
+        self._job, self._node = job, topology.node
         self._record: AttemptRecord | NodeRecord | None = None
         if job.trains and topology.node:
             self._record = NodeRecord(job.config, topology.node, topology.job)
         elif job.trains:
             self._record = AttemptRecord(job.config, topology.job)
 
+    @property
+    def exhausted(self) -> Verdict | None:
+        """The verdict to give up after too many attempts without progress; None otherwise."""
+        return self._record.exhausted if self._record is not None else None
+
+    def close(self, verdict: Verdict) -> Verdict:
+        """Record the end of the attempt; return what it means."""
+        return self._record.close(verdict) if self._record is not None else verdict
+
     def run(
-        self, store: socket.socket | None, stops: StopRequests, standby: Standby | None, restarts_left: int
+        self,
+        part: Topology,
+        store: socket.socket | None,
+        stops: StopRequests,
+        standby: Standby | None,
+        restarts_left: int,
     ) -> Verdict:
         """Run the processes of this node to their end, and record it; return what it means.
 
         Args:
+            part: this node among those that take part.
             store: socket on which rank 0 will serve the store; None on other nodes than the first.
             stops: stop requests.
             standby: processes that can become workers.
             restarts_left: how often the processes may be started again.
         """
-        record, nodes = self._record, self._topology.nodes
-        if record is not None and record.exhausted is not None:
-            return record.close(record.exhausted)
-        verdict = self._run_workers(store, stops, standby)
+        record, nodes = self._record, part.nodes
+        verdict = self._run_workers(part, store, stops, standby)
         if record is None or verdict.is_busy:
             return verdict
         can_resume = not isinstance(record, AttemptRecord) or record.can_resume()
@@ -192,13 +209,13 @@ class _Attempt:
 
     def close_elsewhere(self, posts: Sequence[Post], verdict: Verdict) -> Verdict:
         """Record that the job ends with this attempt, for a reason that other launchers have posted."""
-        if self._record is None:
-            return verdict
-        ends = [asdict(post) for post in posts if post.node != self._topology.node]
-        return self._record.close(cause_elsewhere(ends, verdict, complete=True) or verdict)
+        ends = [asdict(post) for post in posts if post.node != self._node]
+        return self.close(cause_elsewhere(ends, verdict, complete=True) or verdict)
 
-    def _run_workers(self, store: socket.socket | None, stops: StopRequests, standby: Standby | None) -> Verdict:
-        job, topology = self._job, self._topology
+    def _run_workers(
+        self, topology: Topology, store: socket.socket | None, stops: StopRequests, standby: Standby | None
+    ) -> Verdict:
+        job = self._job
         can_resume = self._record.can_resume if isinstance(self._record, AttemptRecord) else lambda: True
         with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder:
             try:
