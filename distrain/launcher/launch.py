@@ -131,9 +131,8 @@ def _attempts(
     """Run attempts until one ends otherwise than by a loss, another node ends the job, or no restart is left."""
     part, verdict = topology, Verdict(EXIT_OK, "")
     for left in range(restarts, -1, -1):
-        attempt = _Attempt(
-            job, topology
-        )  # recorded before it waits for others: a scheduler may kill this process there
+        # Recorded before it waits for other nodes, where a scheduler may kill this process.
+        attempt = _Attempt(job, topology)
         if attempt.exhausted is not None:
             verdict = attempt.close(attempt.exhausted)
             break
