@@ -134,7 +134,8 @@ class Agreement:
         self._seconds, self._rejoin_seconds, self._stopped = start_seconds, rejoin_seconds, stopped
         self._expected: Sequence[int] = range(topology.nodes)
         self._store: Any = None
-        self._server: Any = _serve(listening) if listening is not None else None
+        self._listening = listening
+        self._server: Any = None
         self._round = 0
         self.posts: list[Post] = []
         """Posts of the last round, on the first node."""
@@ -152,8 +153,10 @@ class Agreement:
         Raises:
             PeerLostError: the first node does not answer.
         """
+        if self._listening is not None and self._server is None:  # not before: this imports torch
+            self._server = _serve(self._listening)
         try:
-            return self._decide(post, port) if self._server is not None else self._follow(post)
+            return self._decide(post, port) if self._listening is not None else self._follow(post)
         finally:
             self._seconds = self._rejoin_seconds
 

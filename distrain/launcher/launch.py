@@ -138,6 +138,7 @@ def _attempts(
             break
         with _store_socket(topology if agreement is None else replace(topology, port=0)) as store:
             if agreement is not None:
+                _wait_for_name(topology.host, job.config.timeouts.start_seconds, stops)
                 port = store.getsockname()[1] if store is not None else 0
                 decision = agreement.meet(_post(topology.node, verdict, is_ready=True), port)
                 if not decision.nodes:
@@ -230,7 +231,6 @@ class _Attempt:
 
 
 def _agreement(job: Job, topology: Topology, restarts: Restarts, stops: StopRequests) -> Agreement:
-    _wait_for_name(topology.host, job.config.timeouts.start_seconds, stops)
     with _store_socket(topology) as listening:
         return Agreement(
             topology,
