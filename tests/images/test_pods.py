@@ -12,7 +12,9 @@ from engine import RESTRICTED, Engine
 from harness import newest_step, trained, until
 
 pytestmark = pytest.mark.images
-SHORT = ["train.epochs=2", "checkpoint.every_steps=50", "data.audit=true", "log.report=false"]
+SHORT = [
+    "train.epochs=2", "checkpoint.every_steps=50", "data.audit=true", "log.report=false", "launch.rejoin_seconds=10"
+]  # fmt: skip
 
 
 class Pods:
