@@ -131,7 +131,9 @@ class Agreement:
         listening: socket.socket | None,
     ) -> None:
         self._topology, self._least = topology, least
-        self._seconds, self._rejoin_seconds, self._stopped = start_seconds, rejoin_seconds, stopped
+        self.seconds = start_seconds
+        """Longest wait for other nodes in the next round."""
+        self._rejoin_seconds, self._stopped = rejoin_seconds, stopped
         self._expected: Sequence[int] = range(topology.nodes)
         self._store: Any = None
         self._listening = listening
@@ -158,11 +160,11 @@ class Agreement:
         try:
             return self._decide(post, port) if self._listening is not None else self._follow(post)
         finally:
-            self._seconds = self._rejoin_seconds
+            self.seconds = self._rejoin_seconds
 
     def _decide(self, post: Post, port: int) -> Decision:
         """Decide a round, on the first node."""
-        deadline, store = time.monotonic() + self._seconds, self._server
+        deadline, store = time.monotonic() + self.seconds, self._server
         store.set("open", str(self._round))
         while True:
             stop = self._stopped()
@@ -194,7 +196,7 @@ class Agreement:
             with contextlib.suppress(PeerLostError):  # the job may have ended
                 self._ask(lambda store: _write_post(store, int(store.get("round")), post))
             return Decision(reason=post.reason)
-        deadline, said = time.monotonic() + self._seconds, False
+        deadline, said = time.monotonic() + self.seconds, False
         is_posted, posted_in = False, None
         while True:
             stop = self._stopped()
@@ -209,7 +211,7 @@ class Agreement:
                     posted_in = number
                     self._post(number, post)
                     is_posted = True
-                deadline = time.monotonic() + self._seconds  # the first node answers
+                deadline = time.monotonic() + self.seconds  # the first node answers
             except PeerLostError:
                 if time.monotonic() > deadline:
                     raise

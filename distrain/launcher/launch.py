@@ -136,16 +136,18 @@ def _attempts(
         if attempt.exhausted is not None:
             verdict = attempt.close(attempt.exhausted)
             break
-        with _store_socket(topology if agreement is None else replace(topology, port=0)) as store:
-            if agreement is not None:
-                _wait_for_name(topology.host, job.config.timeouts.start_seconds, stops)
-                port = store.getsockname()[1] if store is not None else 0
-                decision = agreement.meet(_post(topology.node, verdict, is_ready=True), port)
-                if not decision.nodes:
-                    reason = "; ".join(filter(None, (verdict.reason, decision.reason)))
-                    return attempt.close_elsewhere(agreement.posts, replace(verdict, code=EXIT_AGAIN, reason=reason))
-                part = _part_of(topology, decision)
-            verdict = attempt.run(part, store, stops, standby, restarts_left=left)
+        try:
+            with _store_socket(topology if agreement is None else replace(topology, port=0)) as store:
+                if agreement is not None:
+                    _wait_for_name(topology.host, agreement.seconds, stops)  # a lost pod's name is gone
+                    port = store.getsockname()[1] if store is not None else 0
+                    decision = agreement.meet(_post(topology.node, verdict, is_ready=True), port)
+                    if not decision.nodes:
+                        return attempt.close_elsewhere(agreement.posts, _ended(verdict, decision))
+                    part = _part_of(topology, decision)
+                verdict = attempt.run(part, store, stops, standby, restarts_left=left)
+        except AgainError as error:
+            return attempt.close(Verdict(EXIT_AGAIN, str(error)))
         if not left or stops.first is not None or verdict.code != EXIT_AGAIN or not may_restart(verdict):
             break
         log.warning("%s", format_restart(verdict, left))
@@ -240,6 +242,12 @@ def _agreement(job: Job, topology: Topology, restarts: Restarts, stops: StopRequ
             lambda: f"stopped by {stops.first} between two attempts" if stops.first is not None else None,
             listening.dup() if listening is not None else None,
         )
+
+
+def _ended(verdict: Verdict, decision: Decision) -> Verdict:
+    """Return the verdict of a node whose job another one ends."""
+    reason = "; ".join(filter(None, (verdict.reason, decision.reason)))
+    return replace(verdict, code=EXIT_AGAIN, reason=reason)
 
 
 def _post(node: int, verdict: Verdict, is_ready: bool) -> Post:
