@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -81,6 +82,22 @@ def write(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
         file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Create a file as a whole; return False if it exists already.
+
+    Of several processes exactly one succeeds: `link` is atomic, on NFS too.
+    """
+    work = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        write(work, content)
+        os.link(work, path)
+    except FileExistsError:
+        return False
+    finally:
+        work.unlink(missing_ok=True)
+    return True
 
 
 def replace(path: Path, content: str | bytes) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distrain.files import write
+from distrain import files
 from distrain.runs import records
 
 FOLDER = "attempts"
@@ -69,19 +69,8 @@ def name_of(attempt: int) -> str:
 
 
 def create(path: Path, content: dict[str, Any]) -> bool:
-    """Create a file as a whole; return False if it exists already.
-
-    Of several processes exactly one succeeds: `link` is atomic, on NFS too.
-    """
-    work = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        write(work, records.to_json(content).encode())
-        os.link(work, path)
-    except FileExistsError:
-        return False
-    finally:
-        work.unlink(missing_ok=True)
-    return True
+    """Create the file of an attempt; return False if it exists already: of several jobs exactly one succeeds."""
+    return files.create(path, records.to_json(content).encode())
 
 
 def replace(path: Path, content: dict[str, Any]) -> None:

@@ -236,14 +236,13 @@ class _Folder:
             files.sync(path.parent)
 
     def create(self, name: str, content: bytes) -> bool:
-        with self._partial(name) as (work, path):
-            files.write(work, content)
-            try:
-                os.link(work, path)
-            except FileExistsError:
-                return False
-            files.sync(path.parent)
-        return True
+        path = self._folder / name
+        with self._errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = files.create(path, content)
+            if is_new:
+                files.sync(path.parent)
+        return is_new
 
     def read(self, name: str) -> bytes | None:
         with self._errors():
