@@ -76,8 +76,8 @@ class Checkpointer:
         state = {**self._restore(path), "lines": self._lines} if path is not None else {}
         if self._lease is not None:
             from_step, world_size = state.get("step", 0), self._job.runtime.world.size
-            startup = round(max(self._lease.started - self._job.started, 0.0), 3)
-            self._lease.note(from_step=from_step, world_size=world_size, startup_seconds=startup, **origin.describe())
+            before = round(max(self._lease.started - self._job.started, 0.0), 3)
+            self._lease.note(from_step=from_step, world_size=world_size, startup_seconds=before, **origin.describe())
         return state
 
     def start_clock(self) -> None:
