@@ -13,7 +13,8 @@ from harness import newest_step, trained, until
 
 pytestmark = pytest.mark.images
 SHORT = [
-    "train.epochs=2", "checkpoint.every_steps=50", "data.audit=true", "log.report=false", "launch.rejoin_seconds=10"
+    "train.epochs=2", "checkpoint.every_steps=50", "data.audit=true", "log.report=false", "launch.rejoin_seconds=10",
+    "launch.standby=false",  # importing torch a second time would take most of the time of the test
 ]  # fmt: skip
 
 

@@ -79,6 +79,8 @@ def write_config(data: Path, folder: Path, name: str = "small", **sections: dict
 
 SLOW = {"FAULT": "unhurried:0:1"}  # 40 ms a step: the run is still training when the test acts on it
 ONE_EACH = {"CPU_PROCESSES": "1"}  # processes of a node, where more would only take longer to start
+# Without standby processes, whose imports would slow down the other jobs; one test has restarts as the script sets them.
+NO_RESTARTS = {"RESTARTS": "0"}
 # SLURM looks every 30 s, and signals up to 30 s early: an attempt has 30 to 60 s, too short for all of these steps. The
 # only checkpoints are those of a stop: an attempt that another test's crash ends is repeated, so one reaches the limit.
 LIMIT = ("--time=2", "--signal=B:USR2@60")
@@ -99,15 +101,16 @@ def submitted(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFac
     jobs = {}
     for name, (fault, sections, _, _) in FATAL.items():
         folder = tmp_path_factory.mktemp("fatal")
-        once = {**ONE_EACH, "RESTARTS": "0"}  # a requeue, or none, at the first crash
-        jobs[name] = Submitted(cluster, folder, write_config(data, folder, **sections), FAULT=fault, **once)
+        environ = {**ONE_EACH, **NO_RESTARTS}  # a requeue, or none, at the first crash
+        jobs[name] = Submitted(cluster, folder, write_config(data, folder, **sections), FAULT=fault, **environ)
     folder = tmp_path_factory.mktemp("array")
     files = [write_config(data, folder, name, run={"seed": seed}) for seed, name in enumerate(("first", "second"))]
-    jobs["array"] = Submitted(cluster, folder, *files, options=("--array=0-1", "--nodes=1"), **ONE_EACH)
+    array = ("--array=0-1", "--nodes=1")
+    jobs["array"] = Submitted(cluster, folder, *files, options=array, **ONE_EACH, **NO_RESTARTS)
     folder = tmp_path_factory.mktemp("trials")
     (folder / "lr.txt").write_text("train.lr=0.1\ntrain.lr=0.2  # the second run\n")
     jobs["trials"] = Submitted(
-        cluster, folder, write_config(data, folder), options=("--array=0-1", "--nodes=1"), TRIALS="lr.txt", **ONE_EACH
+        cluster, folder, write_config(data, folder), options=array, TRIALS="lr.txt", **ONE_EACH, **NO_RESTARTS
     )
     folder = tmp_path_factory.mktemp("limit")
     # Another test crashes a node. SLURM then kills the launcher, which has no exit.json yet in an attempt that has to
@@ -115,7 +118,9 @@ def submitted(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFac
     (folder / "runs/small").mkdir(parents=True)
     others = ":".join(job.id for job in jobs.values())  # their starts would take much of an attempt's time
     options = (*LIMIT, f"--dependency=afterany:{others}")
-    jobs["limit"] = Submitted(cluster, folder, write_config(data, folder, **LONG), options=options, **SLOW)
+    jobs["limit"] = Submitted(
+        cluster, folder, write_config(data, folder, **LONG), options=options, **SLOW, **NO_RESTARTS
+    )
     return jobs
 
 
@@ -169,7 +174,9 @@ def test_signals_requeues_and_a_crashed_node(
 
 
 def test_cancelled_jobs_save_and_are_not_requeued(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    job = Submitted(cluster, tmp_path, write_config(data, tmp_path, train={"max_steps": 2000}), **SLOW, **ONE_EACH)
+    job = Submitted(
+        cluster, tmp_path, write_config(data, tmp_path, train={"max_steps": 2000}), **SLOW, **ONE_EACH, **NO_RESTARTS
+    )
     run = job.runs / "small"
     job.wait_for(run, 20, attempt=0)
     cluster.query("scancel", job.id)
