@@ -166,5 +166,6 @@ def test_a_first_node_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPa
     with socket.create_server((LOCAL, 0)) as server:  # it accepts connections, and never answers
         port = server.getsockname()[1]
         second = Agreement(Topology(2, 1, LOCAL, port, "test"), 2, 0.1, 0.1, lambda: None, None)
-        with pytest.raises(PeerLostError, match=f"the launcher of the first node, at {LOCAL}:{port}, does not answer"):
-            second.meet(Post(1))
+        [error] = in_threads(lambda: second.meet(Post(1)))
+        assert isinstance(error, PeerLostError)
+        assert f"the launcher of the first node, at {LOCAL}:{port}, does not answer" in str(error)

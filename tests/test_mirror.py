@@ -24,7 +24,7 @@ import distrain
 from distrain import config
 from distrain.data import fetch
 from distrain.data.fetch import FetchError, FetchOptions
-from distrain.errors import BusyError, ConfigError, DataError, SaveError, Stopped
+from distrain.errors import EXIT_NEVER_AGAIN, BusyError, ConfigError, DataError, SaveError, Stopped, UserError
 from distrain.launcher.attempt import is_done
 from distrain.runs import attempts, checkpoint, lease, mirror, object_store
 from distrain.runs.checkpoint_archive import OpenCheckpoint
@@ -341,8 +341,10 @@ def test_the_newest_checkpoint_is_copied_next_even_if_it_was_deleted(
             copier.copy(step, None)
             assert server.is_waiting.wait(20)
         shutil.rmtree(run / "checkpoints")
+        problem = copier.finish(lambda: None, is_stopped=lambda: True, seconds=0.1)
+        assert problem == f"{where}: not complete 0.1 s after a stop request"
         server.released.set()
-        assert copier.finish(lambda: None, 20) is None
+        assert copier.finish(lambda: None, is_stopped=lambda: False, seconds=0) is None
     copier.close()
     assert "step 60 is not copied to s3://bucket/slow, which is slower than the saves" in caplog.text
     store = store_at(where)
@@ -353,6 +355,29 @@ def test_the_newest_checkpoint_is_copied_next_even_if_it_was_deleted(
         assert tar.extractfile("step-00000070/model.safetensors").read() == (  # type: ignore[union-attr]
             (undisturbed / "checkpoints" / source.name / "model.safetensors").read_bytes()
         )
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("s3://missing/x", "run.mirror=s3://missing/x: there is no such bucket; check the address"),
+        ("s3://with space/x", "run.mirror=s3://with space/x: the name of the bucket, or of a file, is not valid"),
+        ("s3://user:secret@bucket/x", "run.mirror: an s3:// address has no user or password; set AWS_ACCESS_KEY_ID"),
+    ],
+)
+def test_a_wrong_address_is_named_at_once(
+    where: str, message: str, data: Path, tmp_path: Path, server: FaultyStore
+) -> None:
+    with pytest.raises(UserError) as caught:
+        distrain.train(tree(data, tmp_path / "run", where))
+    assert caught.value.exit_code == EXIT_NEVER_AGAIN
+    assert str(caught.value).startswith(message)
+    assert "secret" not in str(caught.value)
+    assert len(server.requests) <= 1
+    assert not (tmp_path / "run").exists()
 
 
 # Doctor

@@ -159,6 +159,10 @@ def locate(location: str | Path, options: FetchOptions, key: str = "data.dir") -
         return Path(location)
     if scheme not in _EXTRAS:
         raise ConfigError(f"{key}: {scheme}:// is not supported, only {'://, '.join(_EXTRAS)}://")
+    if scheme == "s3" and "@" in location.split("/")[2]:
+        raise ConfigError(
+            f"{key}: an s3:// address has no user or password; set AWS_ACCESS_KEY_ID and the like instead"
+        )
     return Remote(location, scheme, options, key)
 
 
@@ -336,7 +340,7 @@ class Remote:
         except (MemoryError, FetchError):
             raise
         except Exception as error:
-            problem = self._explain(error)
+            problem = wrong_bucket(error) or self._explain(error)
         raise problem  # not inside `except`: a traceback would show the original error, with secrets of the address
 
     def _get(self, url: str, max_bytes: int, abandoned: threading.Event) -> bytes:
@@ -457,7 +461,9 @@ class Remote:
         return urlunsplit((scheme, host, f"{path.rstrip('/')}/{quote(name)}", query, ""))  # the query may be a token
 
     def _explain(self, error: Exception) -> FetchError:
-        credentials = f"check the address and its credentials (a run's config.yaml has none: give {self._key} again)"
+        credentials = "check the address and its credentials"
+        if self._http:
+            credentials += f" (a run's config.yaml has none: give {self._key} again)"
         response = getattr(error, "response", None)
         status = (
             getattr(error, "status", None) or getattr(response, "status_code", None) or getattr(error, "code", None)
@@ -489,6 +495,16 @@ class Remote:
         # ValueError: a wrong address, or a certificate that does not match. A retry cannot help.
         is_final = isinstance(error, (ValueError, IsADirectoryError, NotADirectoryError))
         return (FetchError if is_final else TransientError)(reason, _NETWORK)
+
+
+def wrong_bucket(error: Exception) -> FetchError | None:
+    """Return what an error of s3fs says about the name of a bucket; None if it is another error."""
+    behind = getattr(error.__cause__, "response", None)
+    if isinstance(behind, dict) and behind.get("Error", {}).get("Code") == "NoSuchBucket":
+        return FetchError("there is no such bucket", "check the address")
+    if type(error).__name__ == "ParamValidationError":  # of botocore, which need not be installed
+        return FetchError("the name of the bucket, or of a file, is not valid", "check the address")
+    return None
 
 
 class _Stream(io.RawIOBase):

@@ -93,13 +93,13 @@ def decide(posts: Iterable[Post], expected: Iterable[int], least: int, is_late: 
     """
     expected, newest = set(expected), {post.node: post for post in posts}
     for post in newest.values():
-        if not post.is_ready and post.node in expected:
+        if not post.is_ready and post.node in expected:  # guard: end-of-one
             return Decision(reason=post.reason)
     newest = {node: post for node, post in newest.items() if post.is_ready}  # without lost nodes that came and left
     missing = sorted(expected - set(newest))
     if missing and not is_late:
         return None
-    if len(newest) < least:
+    if len(newest) < least:  # guard: too-few-nodes
         nodes = ", ".join(str(node) for node in missing)
         return Decision(reason=f"node {nodes} is missing; at least {plural(least, 'node')} must take part")
     return Decision(tuple(newest[node] for node in sorted(newest)))
@@ -232,8 +232,8 @@ class Agreement:
         def read(store: Any) -> Decision | None:
             if not store.check([key]):
                 return None
-            if int(store.get("open")) > number:  # its attempt has ended: this launcher was cut off meanwhile
-                return _OVER
+            if int(store.get("open")) > number:  # guard: decision-that-is-over
+                return _OVER  # its attempt has ended: this launcher was cut off meanwhile
             content = json.loads(store.get(key))
             posts = tuple(Post(**each) for each in content.pop("posts"))
             if not posts:
@@ -269,7 +269,7 @@ class Agreement:
 
         thread = threading.Thread(target=work, name="distrain-agreement", daemon=True)
         thread.start()
-        thread.join(_ANSWER_SECONDS if client is not None else 2 * _ANSWER_SECONDS)
+        thread.join(_ANSWER_SECONDS if client is not None else 2 * _ANSWER_SECONDS)  # guard: answer-deadline
         if answers:
             return answers[0]
         self._store = None  # a call may still wait in it

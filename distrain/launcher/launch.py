@@ -148,7 +148,8 @@ def _attempts(
                 verdict = attempt.run(part, store, stops, standby, restarts_left=left)
         except AgainError as error:
             return attempt.close(Verdict(EXIT_AGAIN, str(error)))
-        if not left or stops.first is not None or verdict.code != EXIT_AGAIN or not may_restart(verdict):
+        again = left > 0 and stops.first is None and verdict.code == EXIT_AGAIN and may_restart(verdict)
+        if not again:  # guard: restart-after-loss
             break
         log.warning("%s", format_restart(verdict, left))
     if agreement is not None:
@@ -199,7 +200,7 @@ class _Attempt:
             restarts_left: how often the processes may be started again.
         """
         record, nodes = self._record, part.nodes
-        verdict = self._run_workers(part, store, stops, standby)
+        verdict = self._run_workers(part, store, stops, standby, restarts_left)
         if record is None or verdict.is_busy:
             return verdict
         can_resume = not isinstance(record, AttemptRecord) or record.can_resume()
@@ -215,7 +216,12 @@ class _Attempt:
         return self.close(cause_elsewhere(ends, verdict, complete=True) or verdict)
 
     def _run_workers(
-        self, topology: Topology, store: socket.socket | None, stops: StopRequests, standby: Standby | None
+        self,
+        topology: Topology,
+        store: socket.socket | None,
+        stops: StopRequests,
+        standby: Standby | None,
+        restarts_left: int,
     ) -> Verdict:
         job = self._job
         can_resume = self._record.can_resume if isinstance(self._record, AttemptRecord) else lambda: True
@@ -224,7 +230,7 @@ class _Attempt:
                 if topology.nodes > 1:
                     _wait_for_name(topology.host, job.config.timeouts.start_seconds, stops)
                 workers = Workers(job.command, topology, job.processes, store, Path(folder), job.logs, stops, standby)
-                exits = workers.wait(stops, job.grace)
+                exits = workers.wait(stops, job.grace, prepare_restart=restarts_left > 0)
                 return decide(exits, stops.first, can_resume())
             except AgainError as error:
                 return Verdict(EXIT_AGAIN, str(error))

@@ -59,7 +59,7 @@ class Standby:
         """
         while self._waiting:
             process = self._waiting.pop(0)
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # it has ended  # guard: standby-that-ended
                 process.send(variables, store, output)
                 return process.popen
             process.end()

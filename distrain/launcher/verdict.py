@@ -77,7 +77,9 @@ def may_restart(verdict: Verdict) -> bool:
     stop was requested, the folder belongs to another job, or the program or the configuration has a fault.
     """
     first = verdict.first
-    return first is not None and not verdict.is_busy and (verdict.code == EXIT_AGAIN or first.code < 0)
+    if first is None or verdict.is_busy:
+        return False
+    return verdict.code == EXIT_AGAIN or first.code < 0  # guard: loss-only
 
 
 def decide(exits: Sequence[WorkerExit], stop_signal: str | None, can_resume: bool) -> Verdict:

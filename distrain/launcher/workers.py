@@ -64,7 +64,7 @@ class Workers:
         folder: where workers report status and failures.
         logs: folder for the output of ranks other than 0; None: it goes where the launcher's goes.
         stops: stop requests; one that arrives before all processes are started ends them at once.
-        standby: processes that can become workers; the missing ones are started once, when the workers train.
+        standby: processes that can become workers.
 
     Raises:
         Stopped: a stop was requested before all were started.
@@ -108,10 +108,15 @@ class Workers:
             process.wait()
         raise Stopped(f"stopped by {signal_name} while processes were started; nothing had to be saved")
 
-    def wait(self, stops: StopRequests, grace: float) -> list[WorkerExit]:
+    def wait(self, stops: StopRequests, grace: float, prepare_restart: bool = False) -> list[WorkerExit]:
         """Wait until all workers have ended, and forward stop requests to them.
 
         Workers that do not exit after another one failed, or within `grace` seconds of a stop request, are killed.
+
+        Args:
+            stops: stop requests.
+            grace: in seconds.
+            prepare_restart: start the missing standby processes once the workers train.
         """
         exits: list[WorkerExit] = []
         stopped_at = failed_at = None
@@ -131,7 +136,7 @@ class Workers:
                 hung = any(end.kind == "hang" for end in exits)
                 self._end_others(now - failed_at, grace, hung)
             self._abort_hung(now)  # guard: abort-hung-worker
-            if failed_at is None and stopped_at is None:
+            if prepare_restart and failed_at is None and stopped_at is None:
                 self._prepare_restart()
             time.sleep(_POLL_SECONDS)
         return exits

@@ -86,24 +86,26 @@ class Copier:
                     "step %s is not copied to %s, which is slower than the saves", f"{before.step:,}", self._mirror
                 )
 
-    def finish(self, on_progress: Callable[[], None], seconds: float | None = None) -> str | None:
+    def finish(self, on_progress: Callable[[], None], is_stopped: Callable[[], bool], seconds: float) -> str | None:
         """Copy what is not copied yet, and wait for it.
 
         Args:
             on_progress: called while bytes are sent.
-            seconds: longest wait; None: until it is done or has failed.
+            is_stopped: whether a stop was requested.
+            seconds: longest wait after a stop request.
 
         Returns:
             Why the newest checkpoint or the logs could not be copied; None if they were.
         """
         if self._next is None:
             self.copy(*self._newest)
-        deadline = time.monotonic() + seconds if seconds is not None else float("inf")
-        sent = -1
+        deadline, sent = float("inf"), -1
         with self._changed:
             while self._next is not None or self._is_copying:
+                if is_stopped():
+                    deadline = min(deadline, time.monotonic() + seconds)
                 if time.monotonic() > deadline:
-                    return f"{self._mirror}: not complete after {seconds:g} s"
+                    return f"{self._mirror}: not complete {seconds:g} s after a stop request"
                 if self._bytes_sent != sent:
                     sent = self._bytes_sent
                     on_progress()

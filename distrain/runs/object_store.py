@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
 from distrain import address, files
-from distrain.data.fetch import FetchError, FetchOptions, Remote, locate
+from distrain.data.fetch import FetchError, FetchOptions, Remote, locate, wrong_bucket
 from distrain.errors import ConfigError
 
 _PART_BYTES = 2**24
@@ -163,7 +163,9 @@ class _Bucket:
         def attempt() -> bytes | None:
             try:
                 return bytes(self._fs.cat_file(self._remote.url(name)))
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if wrong_bucket(error) is not None:
+                    raise
                 return None
 
         return self._often(attempt)
@@ -179,7 +181,9 @@ class _Bucket:
         def attempt() -> list[str]:
             try:
                 paths = self._fs.ls(self._remote.url(folder), detail=False, refresh=True)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if wrong_bucket(error) is not None:
+                    raise
                 return []
             return sorted({str(path).rpartition("/")[2] for path in paths} - {""})
 

@@ -147,11 +147,12 @@ class Checkpointer:
         self._job.model.eval_model.load_state_dict(weights)
         self.finished = True
 
-    def finish_copies(self, seconds: float | None = None) -> str | None:
+    def finish_copies(self, seconds: float, is_stopped: bool = False) -> str | None:
         """Wait until the mirror of the run has all that is saved; rank 0 alone has one.
 
         Args:
-            seconds: longest wait; None: until it is complete or has failed.
+            seconds: longest wait after a stop request.
+            is_stopped: whether a stop was requested; one that comes later counts too.
 
         Returns:
             Why it is not complete, or None.
@@ -160,7 +161,9 @@ class Checkpointer:
             return None
         watchdog = self._job.runtime.watchdog
         with watchdog.phase("save"):
-            problem = self._copier.finish(watchdog.heartbeat, seconds)
+            problem = self._copier.finish(
+                watchdog.heartbeat, lambda: is_stopped or signals.requested() is not None, seconds
+            )
         return f"{self._job.folder} has everything, but its mirror does not: {problem}" if problem else None
 
     def check_lease(self) -> None:
@@ -386,9 +389,9 @@ def _choose(job: Job, mirrored: int | None = None) -> Checkpoint | None:
             " or move it away"
         )
     if mirrored is not None and mode == "never":
-        raise ConfigError(
-            f"{address.without_secrets(str(job.config.run.mirror))}: already holds a run; choose another run.mirror"
-        )
+        where = address.without_secrets(str(job.config.run.mirror))
+        cure = "choose another run.mirror" + (" and run.dir" if holds_run(folder) else "")
+        raise ConfigError(f"{where}: already holds a run; {cure}")
     if not holds_run(folder):
         if mode == "must" and mirrored is None:
             raise DataError(f"run.resume=must: {folder} holds no run to resume")

@@ -136,11 +136,11 @@ class Trainer:
             except DataError:
                 # All processes are here, between two steps: the steps since the last checkpoint are not lost.
                 self._save_before_exit("data")  # guard: save-on-data-error
-                self.checkpointer.finish_copies(self._seconds_to_copy)
+                self.checkpointer.finish_copies(self._seconds_to_copy, is_stopped=True)
                 raise
         self.job.runtime.watchdog.enter("end")
         error = os_error_of(lambda: self.logs.close(trackers.scalars(result))) or self.checkpointer.error
-        error = error or self.checkpointer.finish_copies()  # guard: mirror-error-at-end
+        error = error or self.checkpointer.finish_copies(self._seconds_to_copy)  # guard: mirror-error-at-end
         if error is not None:  # guard: save-error-at-end
             raise SaveError(f"the end of the run could not be saved: {error}")
         return result
@@ -415,7 +415,9 @@ class Trainer:
         self.job.runtime.watchdog.enter("end")
         error = self.checkpointer.error
         if error is None and self.job.config.run.mirror is not None:
-            error = self.job.runtime.collectives.from_main(self.checkpointer.finish_copies(self._seconds_to_copy))
+            error = self.job.runtime.collectives.from_main(
+                self.checkpointer.finish_copies(self._seconds_to_copy, is_stopped=True)
+            )
         if error is not None:
             raise SaveError(f"stopped{stop.by} at step {self.step:,}, but it could not be saved: {error}")
         raise Stopped(f"stopped{stop.by}: step {self.step:,} is saved; the same command resumes there")

@@ -70,6 +70,7 @@ FETCH, RANGES, LOSSES, RENDEZVOUS = (
 )
 FILES, WATCHDOG = "tests/test_run_files.py", "tests/test_watchdog.py"
 SAVES, MIRROR = "tests/test_saves.py", "tests/test_mirror.py"
+RESTARTS, AGREEMENT, STANDBY = "tests/faults/test_restarts.py", "tests/test_agreement.py", "tests/test_standby.py"
 
 FAULTS = [
     Fault("signal while torch is imported", "start", "75, nothing had to be saved",
@@ -293,6 +294,27 @@ FAULTS = [
     Fault("a process stopped while it fetches a whole tar file for all of its node", "data",
           "the others fetch it themselves", "they wait only while the file grows", "holder-that-hangs", NEVER,
           f"{RANGES}::test_no_wait_for_a_lock_is_endless[hangs]"),
+    Fault("a process killed, with `--restarts`", "train", "the job continues from the newest checkpoint; same bits",
+          "an attempt that ended by a loss is followed by another one", "restart-after-loss", ALWAYS,
+          f"{RESTARTS}::test_processes_are_started_again"),
+    Fault("an exception in one rank, with `--restarts`", "train", "1, without another attempt",
+          "only an attempt that ended by a loss is followed by another one", "loss-only", replace("return True"),
+          f"{RESTARTS}::test_a_job_that_ends_all_the_same[raise:1:30-1-1-a fault of the model]"),
+    Fault("a standby process killed", "train", "a restart starts a new process instead", "one that does not answer is skipped",
+          "standby-that-ended", replace("process.send(variables, store, output)\nreturn process.popen"),
+          f"{STANDBY}::test_a_standby_process_that_has_ended_is_replaced"),
+    Fault("an exception on another node, with `--restarts`", "train", "1 on all nodes",
+          "a launcher that ends tells the others before the next attempt", "end-of-one", NEVER,
+          f"{AGREEMENT}::test_the_end_of_one_is_the_end_of_all"),
+    Fault("a node lost, with `--restarts` and without `--min-nodes`", "restart", "75, it is named",
+          "launchers agree on who takes part in an attempt", "too-few-nodes", NEVER,
+          f"{AGREEMENT}::test_too_few_nodes_end_the_job"),
+    Fault("the link is cut while launchers agree on an attempt", "restart", "the node takes part in the next attempt",
+          "a decision whose attempt has ended does not count", "decision-that-is-over", NEVER,
+          f"{AGREEMENT}::test_a_link_that_is_cut_after_the_post[True]"),
+    Fault("the launcher of the first node hangs", "restart", "75, its address is named", "each answer has a deadline",
+          "answer-deadline", replace("thread.join()"),
+          f"{AGREEMENT}::test_a_first_node_that_does_not_answer_is_named"),
     Fault("a store without conditional writes", "start", "78", "the first object is created a second time",
           "conditional-writes", NEVER, f"{MIRROR}::test_a_store_that_ignores_conditions_is_refused"),
     Fault("a second job with the same mirror", "train", "75 for the first job, which writes nothing more",

@@ -132,6 +132,29 @@ class Job:
                         by_rank[rank] = process
         return [by_rank[rank] for rank in sorted(by_rank)]
 
+    def wait_for_standby(self, seconds: float = 0.5) -> None:
+        """Wait until all standby processes have done their imports: until none has used the CPU for a while."""
+        last, since = self._standby_seconds(), time.monotonic()
+
+        def idle() -> bool:
+            nonlocal last, since
+            assert self.launcher.poll() is None, f"it ended:\n{self.output}"
+            if len(last) < self.size or self._standby_seconds() != last:
+                last, since = self._standby_seconds(), time.monotonic()
+            return time.monotonic() - since > seconds
+
+        until(idle, "standby processes")
+
+    def _standby_seconds(self) -> dict[int, float]:
+        """Return the CPU time of each standby process, by process id."""
+        seconds = {}
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(self.launcher.pid).children():
+                with contextlib.suppress(psutil.Error, KeyError):
+                    if rank_of(process) is None:
+                        seconds[process.pid] = sum(process.cpu_times()[:2])
+        return seconds
+
     def status(self, rank: int = 0) -> WorkerStatus:
         """Return the status of a rank."""
         folder = next(self._folder.glob("distrain-launch-*"), None)

@@ -79,7 +79,7 @@ def write_config(data: Path, folder: Path, name: str = "small", **sections: dict
 
 SLOW = {"FAULT": "unhurried:0:1"}  # 40 ms a step: the run is still training when the test acts on it
 ONE_EACH = {"CPU_PROCESSES": "1"}  # processes of a node, where more would only take longer to start
-# Without standby processes, whose imports would slow down the other jobs; one test has restarts as the script sets them.
+# Without standby processes, whose imports would slow down other jobs; one test has restarts as the script sets them.
 NO_RESTARTS = {"RESTARTS": "0"}
 # SLURM looks every 30 s, and signals up to 30 s early: an attempt has 30 to 60 s, too short for all of these steps. The
 # only checkpoints are those of a stop: an attempt that another test's crash ends is repeated, so one reaches the limit.
