@@ -250,6 +250,19 @@ def test_a_run_resumes_from_its_mirror_to_the_same_bits(
         distrain.train(tree(data, tmp_path / "new", location, run={"seed": 5}))
 
 
+def test_data_and_run_in_s3(data: Path, undisturbed: Path, tmp_path: Path, server: FaultyStore) -> None:
+    store = store_at("s3://bucket/data")
+    for path in [path for path in data.rglob("*") if path.is_file()]:
+        put(store, str(path.relative_to(data)), path.read_bytes())
+    faults = ["503", None, "cut", None, None]
+    server.fault = lambda method, path, number: faults[number % 5]
+    where = {"dir": "s3://bucket/data", "cache_dir": str(tmp_path / "cache")}
+    distrain.train(tree(data, tmp_path / "run", "s3://bucket/run", data=where))
+    server.fault = lambda *_: None
+    assert any("GET /bucket/data/train/" in each for each in server.requests)
+    assert same_run(tmp_path / "run", undisturbed)
+
+
 def test_only_rank_0_needs_the_folder(data: Path, tmp_path: Path, group: Callable[[int], Group]) -> None:
     where = f"file://{tmp_path}/mirror"
     for name in ("first", "second"):

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def test_a_checkpoint_that_is_not_written_in_time_ends_the_process(
     watchdog.enter("train")
     watchdog.saving(save)
     assert watchdog.status.is_saving
-    while not ended.wait(0.01):
+    deadline = time.monotonic() + 30
+    while not ended.wait(0.01) and time.monotonic() < deadline:
         watchdog.heartbeat()  # the main thread makes progress
     answers.set()
     watchdog.close()
