@@ -45,7 +45,7 @@ test-faults: $(VENV)/installed-dev ## Run the short form of `make faults`
 	$(BIN)/pytest -m short --durations=5
 
 test-slurm: $(VENV)/installed-dev ## Test launch/*.sbatch on a real SLURM; skips without root and Debian's packages
-	$(BIN)/pytest -m slurm -rs --durations=5
+	$(BIN)/pytest -m "slurm and not faults" -rs --durations=5
 
 # The image's layers stay in podman's storage (about 6 GiB) and are used again.
 test-images: $(VENV)/installed-dev ## Build and run the image, and the pods of k8s/ as containers; skips likewise

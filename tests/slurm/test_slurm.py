@@ -173,6 +173,28 @@ def test_signals_requeues_and_a_crashed_node(
     trained(run).same_as(undisturbed(2, **length))
 
 
+@pytest.mark.faults
+def test_a_job_continues_without_a_crashed_node(
+    cluster: Cluster, data: Path, tmp_path: Path, undisturbed: Callable[..., Any]
+) -> None:
+    length: dict[str, dict[str, Any]] = {
+        "train": {"max_steps": 500, "virtual_ranks": 2}, "eval": {"every_steps": 100},
+        "checkpoint": {"every_steps": 20}, "launch": {"rejoin_seconds": 5},
+    }  # fmt: skip
+    config = write_config(data, tmp_path, **length)
+    job = Submitted(cluster, tmp_path, config, options=("--no-kill",), DISTRAIN_MIN_NODES="1", **SLOW, **ONE_EACH)
+    run = job.runs / "small"
+    job.wait_for(run, 40, attempt=0)
+    cluster.crash(1)
+    try:
+        assert job.wait(240) == "COMPLETED 0", job.output
+    finally:
+        cluster.boot(1)
+    assert job.restarts == 0
+    assert any("continuing with 1 node of 2" in text for text in job.logs().values())
+    trained(run).same_as(undisturbed(2, **length))
+
+
 def test_cancelled_jobs_save_and_are_not_requeued(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     job = Submitted(
         cluster, tmp_path, write_config(data, tmp_path, train={"max_steps": 2000}), **SLOW, **ONE_EACH, **NO_RESTARTS
