@@ -175,7 +175,7 @@ class Workers:
             if status.heartbeats != heartbeats or not status.limit:
                 self._heartbeats[rank] = (status.heartbeats, now)
             elif now - since > status.limit + _HANG_SECONDS:
-                self._send([rank], signal.SIGABRT)
+                self._send_abort(rank)
                 self._heartbeats[rank] = (status.heartbeats, now)
 
     def _prepare_restart(self) -> None:
@@ -187,14 +187,16 @@ class Workers:
         self._standby = None
 
     def _abort(self, ranks: Iterable[int]) -> None:
-        """Send SIGABRT to these workers, once to each.
-
-        Python's fault handler then writes their stacks, even while the interpreter lock is held.
-        """
+        """Abort these workers, once each."""
         for rank in list(ranks):
             if rank not in self._aborted:
                 self._aborted.add(rank)
-                self._send([rank], signal.SIGABRT)
+                self._send_abort(rank)
+
+    def _send_abort(self, rank: int) -> None:
+        """Let Python's fault handler write a worker's stacks, even while the interpreter lock is held, and end it."""
+        self._send([rank], signal.SIGABRT)
+        self._send([rank], signal.SIGCONT)  # guard: continue-to-abort
 
     def _kill(self, ranks: Iterable[int]) -> None:
         for rank in list(ranks):

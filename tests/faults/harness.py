@@ -33,12 +33,12 @@ SECONDS = 120
 """Longest wait for anything."""
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
-    """Wait until a condition holds, checked a thousand times a second; return its value."""
+def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS, pause: float = 0.001) -> Any:
+    """Wait until a condition holds, checked after each pause of so many seconds; return its value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.001)
+        time.sleep(pause)
     return value
 
 
@@ -143,7 +143,7 @@ class Job:
                 last, since = self._standby_seconds(), time.monotonic()
             return time.monotonic() - since > seconds
 
-        until(idle, "standby processes")
+        until(idle, "standby processes", pause=0.05)
 
     def _standby_seconds(self) -> dict[int, float]:
         """Return the CPU time of each standby process, by process id."""

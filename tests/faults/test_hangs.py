@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Job, exit_file, served, small_run, until
+from harness import Job, exit_file, served, small_run, trained, until
 
 pytestmark = pytest.mark.faults
 QUICK = {"start_seconds": 60, "step_seconds": 5, "eval_seconds": 5, "save_seconds": 5}
@@ -66,6 +66,16 @@ def test_a_process_that_never_releases_the_interpreter_lock(data: Path, tmp_path
         assert job.wait(75) == 1, job.output
         assert "SIGABRT" in exit_file(job.run)["reason"]
         assert "models_for_tests.py" in job.output  # its stack traces, written without the interpreter lock
+
+
+def test_the_only_process_is_stopped(data: Path, tmp_path: Path, undisturbed: Any) -> None:
+    expected = undisturbed(1)
+    with Job(small_run(data, tmp_path / "run", timeouts=QUICK), tmp_path, 1, ["--restarts", "1"]) as job:
+        job.wait_for("train", 23)
+        job.signal("rank0", number=signal.SIGSTOP)
+        assert job.wait(100) == 0, job.output
+        assert "rank 0 was ended by SIGABRT" in job.output
+    trained(job.run).same_as(expected)
 
 
 def test_a_shard_that_never_arrives(data: Path, tmp_path: Path) -> None:

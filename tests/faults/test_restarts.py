@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -205,19 +206,18 @@ def test_a_node_that_is_lost(least: int, nodes: Any, start: Start, finish: Any, 
 
 
 KILLS, STOPS = 100, 20
-STEPS, SAVED_STEPS, PACE = 24_000, 20, 0.04
-"""Steps of the job, steps between checkpoints, and seconds by which FAULT=unhurried makes each step longer."""
+STEPS, SAVED_STEPS, PACE, TIMEOUT = 24_000, 20, 0.04, 5
+"""Steps of the job, steps between checkpoints, seconds that FAULT=unhurried adds to a step, timeouts.step_seconds."""
 
 
 @pytest.mark.timeout(3600)
 def test_a_hundred_kills_and_twenty_stops_of_one_job(tmp_path: Path) -> None:
     """One process after another is killed or stopped by a signal, in one job of three processes."""
-    timeout = 5
     make(tmp_path / "data", 403, 100, image_size=8, shards=12, lanes=6)
     changes: dict[str, Any] = {
         "train": {"max_steps": STEPS}, "checkpoint": {"every_steps": SAVED_STEPS, "keep": 2},
         "data": {"audit": "false", "cache": "ram"}, "eval": {"every_steps": STEPS // 4},
-        "log": {"every_steps": STEPS // 40}, "timeouts": {"step_seconds": timeout},
+        "log": {"every_steps": STEPS // 40}, "timeouts": {"step_seconds": TIMEOUT},
     }  # fmt: skip
     with Job(small_run(tmp_path / "data", tmp_path / "whole", **changes), tmp_path, 3) as job:
         began = time.monotonic()
@@ -225,34 +225,51 @@ def test_a_hundred_kills_and_twenty_stops_of_one_job(tmp_path: Path) -> None:
         undisturbed = time.monotonic() - began + STEPS * PACE
     draw, events = random.Random(0), [signal.SIGKILL] * KILLS + [signal.SIGSTOP] * STOPS
     draw.shuffle(events)
-    gaps: dict[int, list[float]] = {signal.SIGKILL: [], signal.SIGSTOP: []}
     options, environ = ["--restarts", str(len(events))], {"FAULT": "unhurried:0:1"}
     with Job(small_run(tmp_path / "data", tmp_path / "disturbed", **changes), tmp_path, 3, options, environ) as job:
         began = time.monotonic()
-        for number, event in enumerate(events):
-            saved = newest_step(job.run)
-            until(lambda before=saved: newest_step(job.run) > before, f"progress before event {number}")
-            job.wait_for_standby()
-            job.wait_for("train")
-            job.signal(f"rank{draw.randrange(3)}", number=event)
-            at = time.monotonic()
-            until(lambda done=number: job.output.count("starting again") > done, f"the end of attempt {number + 1}")
-            job.wait_for("train")
-            gaps[event].append(time.monotonic() - at)
+        costs = [_disturb(job, event, draw.randrange(3), undisturbed / STEPS) for event in events]
         assert job.wait(1200) == 0, job.output
         seconds = time.monotonic() - began
     assert len(attempts(job)) == len(events) + 1
     trained_alike(tmp_path / "whole", job.run)
-    median = {event: statistics.median(each) for event, each in gaps.items()}
-    again = SAVED_STEPS / 2 * undisturbed / STEPS  # on average, half of the steps between two checkpoints
-    explained = undisturbed + KILLS * (median[signal.SIGKILL] + again) + STOPS * (median[signal.SIGSTOP] + again)
-    print(
-        f"\n{KILLS} SIGKILLs, {STOPS} SIGSTOPs: the same bits as undisturbed. {seconds:.0f} s; explained are"
-        f" {explained:.0f} s: undisturbed {undisturbed:.0f} s, {again:.2f} s of steps trained again after each; gaps."
-        f" Gap after SIGKILL: median {median[signal.SIGKILL]:.2f} s, longest {max(gaps[signal.SIGKILL]):.2f} s; after"
-        f" SIGSTOP, with a time-out of {timeout} s: median {median[signal.SIGSTOP]:.2f} s, longest"
-        f" {max(gaps[signal.SIGSTOP]):.2f} s."
-    )
+    again, imports = sum(cost.again for cost in costs), sum(cost.imports for cost in costs)
+    gaps = {each: [cost.gap for cost in costs if cost.event == each] for each in (signal.SIGKILL, signal.SIGSTOP)}
+    lost = sum(map(sum, gaps.values()))
+    print(f"\n{KILLS} SIGKILLs, {STOPS} SIGSTOPs: the same bits as undisturbed")
+    print(f"{seconds:.0f} s, of which {undisturbed + lost + again + imports:.0f} s are explained: undisturbed")
+    print(f"{undisturbed:.0f} s, gaps {lost:.0f} s, steps trained again {again:.0f} s, imports of standby processes,")
+    print(f"which slow down steps, {imports:.0f} s")
+    for event, each in gaps.items():
+        print(f"gap after {event.name}: median {statistics.median(each):.2f} s, longest {max(each):.2f} s")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The seconds that an event costs: until the next step, and for steps that are trained again.
+
+    `imports`: by which steps took longer while standby processes did their imports.
+    """
+
+    event: signal.Signals
+    gap: float
+    again: float
+    imports: float
+
+
+def _disturb(job: Job, event: signal.Signals, rank: int, step_seconds: float) -> Cost:
+    """Send a signal to a process of a job that has made progress; wait until it trains again."""
+    done, saved = job.output.count("starting again"), newest_step(job.run)
+    at, step = time.monotonic(), job.wait_for("train").step
+    job.wait_for_standby()
+    imports = time.monotonic() - at - (job.status().step - step) * step_seconds
+    until(lambda: newest_step(job.run) > saved, "progress", pause=0.02)
+    at, step = time.monotonic(), job.wait_for("train").step
+    job.signal(f"rank{rank}", number=event)
+    until(lambda: job.output.count("starting again") > done, "the end of the attempt", pause=0.02)
+    step -= newest_step(job.run)
+    job.wait_for("train")
+    return Cost(event, time.monotonic() - at, step * step_seconds, imports)
 
 
 def trained_alike(one: Path, other: Path) -> None:
