@@ -16,6 +16,7 @@ ENVIRON = {
 }  # fmt: skip
 """Environment of the server's clients; botocore tries once, so that the project's own retries are tested."""
 
+_HOLD_SECONDS = 120
 Fault = Callable[[str, str, int], str | None]
 """Called with method, path and number of a request; returns what goes wrong, or None.
 
@@ -51,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.fault(self.command, self.path, len(self.server.requests))
         if fault == "hold-body":
             self.server.is_waiting.set()
-            self.server.released.wait(60)
+            self.server.released.wait(_HOLD_SECONDS)
         size = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(size)
         if len(body) < size:  # the client has ended
@@ -62,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(int(fault), {}, text if fault == "507" else b"")
         if fault == "hold":
             self.server.is_waiting.set()
-            self.server.released.wait(60)
+            self.server.released.wait(_HOLD_SECONDS)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
         if fault == "ignore-condition":
             headers.pop("If-None-Match", None)

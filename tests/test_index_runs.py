@@ -23,6 +23,7 @@ import stock_shards
 import torch
 import torch.nn.functional as F
 from group import Group, GroupError
+from object_stores import faulty_store
 from PIL import Image
 from runs import as_record, ids_by_step
 from test_promise import distance, same_bits, train_and_kill, weights
@@ -299,32 +300,6 @@ def served(folder: Path, ranges: bool) -> Iterator[tuple[str, list[str | None]]]
         server.shutdown()
 
 
-S3_ENVIRON = {
-    "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1",
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def in_s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Upload a folder to a bucket of moto's server; yield its address."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in {**S3_ENVIRON, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            monkeypatch.setenv(name, value)
-        import s3fs
-
-        system = s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}", skip_instance_cache=True)
-        system.mkdir("bucket")
-        system.put(str(folder), "bucket/some/tars", recursive=True)
-        yield "s3://bucket/some/tars"
-    finally:
-        server.stop()
-
-
 def check_remote(address: str, undisturbed: Path, group: Groups, folder: Path) -> None:
     """Index tar files at an address, and train from there, with both kinds of caches."""
     assert prepare_few(folder / "data", address, "--normalization", "imagenet") == 0
@@ -355,11 +330,15 @@ def test_a_run_from_a_server_has_the_bits_of_a_local_one(
 def test_a_run_from_s3_has_the_bits_of_a_local_one(
     few: Path, undisturbed: Path, group: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with in_s3(few / "tars", monkeypatch) as address:
-        environ = {name: os.environ[name] for name in (*S3_ENVIRON, "AWS_ENDPOINT_URL")}
+    import s3fs
+
+    with faulty_store() as server:
+        for name, value in server.environ.items():
+            monkeypatch.setenv(name, value)
         for w in (1, 2):
-            group(w).call("function", set_environ, environ)
-        check_remote(address, undisturbed, group, tmp_path)
+            group(w).call("function", set_environ, server.environ)
+        s3fs.S3FileSystem(skip_instance_cache=True).put(str(few / "tars"), "bucket/some/tars", recursive=True)
+        check_remote("s3://bucket/some/tars", undisturbed, group, tmp_path)
 
 
 # Evaluation

@@ -560,6 +560,8 @@ def _file_system(scheme: str, timeout_seconds: float, key: str) -> Any:
 
         # trust_env: takes a proxy from the environment, the only way to set one.
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=timeout_seconds), "trust_env": True}
+    if scheme == "s3":  # by default, a part that takes 15 s to be sent fails
+        options["config_kwargs"] = {"connect_timeout": timeout_seconds, "read_timeout": timeout_seconds}
     try:
         return fsspec.filesystem(scheme, **options)
     except ImportError:

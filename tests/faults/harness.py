@@ -124,43 +124,49 @@ class Job:
     def workers(self) -> list[psutil.Process]:
         """Return the worker processes by rank; fewer while they start, or after some have ended."""
         by_rank = {}
-        with contextlib.suppress(psutil.Error):
-            for process in psutil.Process(self.launcher.pid).children():
-                with contextlib.suppress(psutil.Error, KeyError):
-                    rank = rank_of(process)
-                    if process.status() != psutil.STATUS_ZOMBIE and rank is not None:
-                        by_rank[rank] = process
+        for process in self._children():
+            with contextlib.suppress(psutil.Error):
+                rank = rank_of(process)
+                if rank is not None:
+                    by_rank[rank] = process
         return [by_rank[rank] for rank in sorted(by_rank)]
 
     def wait_for_standby(self, seconds: float = 0.5) -> None:
         """Wait until all standby processes have done their imports: until none has used the CPU for a while."""
-        last, since = self._standby_seconds(), time.monotonic()
+
+        def started() -> list[psutil.Process] | None:
+            assert self.launcher.poll() is None, f"it ended:\n{self.output}"
+            waiting = [process for process in self._children() if rank_of(process) is None]
+            return waiting if len(waiting) == self.size else None
+
+        processes = until(started, "standby processes start", pause=0.1)
+        last: list[float] = []
+        since = time.monotonic()
 
         def idle() -> bool:
             nonlocal last, since
-            assert self.launcher.poll() is None, f"it ended:\n{self.output}"
-            if len(last) < self.size or self._standby_seconds() != last:
-                last, since = self._standby_seconds(), time.monotonic()
+            before, last = last, [sum(process.cpu_times()[:2]) for process in processes]
+            since = since if before == last else time.monotonic()
             return time.monotonic() - since > seconds
 
-        until(idle, "standby processes", pause=0.05)
+        until(idle, "standby processes are ready", pause=0.05)
 
-    def _standby_seconds(self) -> dict[int, float]:
-        """Return the CPU time of each standby process, by process id."""
-        seconds = {}
+    def _children(self) -> list[psutil.Process]:
+        """Return the processes that the launcher has started, without those that have ended."""
+        running = []
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process(self.launcher.pid).children():
                 with contextlib.suppress(psutil.Error, KeyError):
-                    if rank_of(process) is None:
-                        seconds[process.pid] = sum(process.cpu_times()[:2])
-        return seconds
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        running.append(process)
+        return running
 
     def status(self, rank: int = 0) -> WorkerStatus:
         """Return the status of a rank."""
         folder = next(self._folder.glob("distrain-launch-*"), None)
         return read_status(folder, rank) if folder is not None else WorkerStatus(step=-1)
 
-    def wait_for(self, phase: str, step: int = 0, rank: int = 0) -> WorkerStatus:
+    def wait_for(self, phase: str, step: int = 0, rank: int = 0, pause: float = 0.001) -> WorkerStatus:
         """Wait until a rank is in a phase, at a step or later."""
 
         def reached() -> WorkerStatus | None:
@@ -168,7 +174,7 @@ class Job:
             status = self.status(rank)
             return status if status.phase == phase and status.step >= step else None
 
-        status: WorkerStatus = until(reached, f"{phase}, step {step}")
+        status: WorkerStatus = until(reached, f"{phase}, step {step}", pause=pause)
         return status
 
     def wait_until_stuck(self, seconds: float = 1.0) -> None:

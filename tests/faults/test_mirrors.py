@@ -20,6 +20,8 @@ from distrain.runs.object_store import open_store
 pytestmark = pytest.mark.faults
 WHERE = "s3://bucket/run"
 KILLS = 6
+LENGTH = {"train": {"max_steps": 300}}
+SLOW = {"FAULT": "unhurried:0:1"}  # so that checkpoints are not saved faster than they are sent
 
 
 @pytest.fixture
@@ -31,7 +33,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
 
 
 def mirrored(data: Path, run: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return small_run(data, run, run={"dir": str(run), "seed": 7, "mirror": WHERE}, **sections)
+    patient = {"fetch_timeout_seconds": 100}  # a request that the store does not answer is not repeated meanwhile
+    return small_run(data, run, run={"dir": str(run), "seed": 7, "mirror": WHERE}, data=patient, **sections)
 
 
 def whole_checkpoints(folder: Path) -> list[str]:
@@ -52,7 +55,7 @@ def same_weights_and_metrics(run: TrainedRun, expected: TrainedRun) -> None:
 
 
 def test_kills_in_uploads_without_the_folder(data: Path, tmp_path: Path, store: FaultyStore, undisturbed: Any) -> None:
-    expected: TrainedRun = undisturbed()
+    expected: TrainedRun = undisturbed(2, **LENGTH)
     uploads = 0
 
     def fault(method: str, path: str, number: int) -> str | None:
@@ -67,8 +70,9 @@ def test_kills_in_uploads_without_the_folder(data: Path, tmp_path: Path, store: 
     for kill in range(KILLS):
         store.is_waiting.clear()
         store.released.clear()
-        with Job(mirrored(data, tmp_path / f"run-{kill}"), tmp_path) as job:
-            until(store.is_waiting.is_set, "an upload")
+        with Job(mirrored(data, tmp_path / f"run-{kill}", **LENGTH), tmp_path, environ=SLOW) as job:
+            until(lambda: store.is_waiting.is_set() or job.launcher.poll() is not None, "an upload")
+            assert job.launcher.poll() is None, job.output
             job.signal("everything", number=signal.SIGKILL)
             job.all_gone(20)
         store.released.set()
@@ -77,7 +81,7 @@ def test_kills_in_uploads_without_the_folder(data: Path, tmp_path: Path, store: 
         store.fault = before
         shutil.rmtree(tmp_path / f"run-{kill}")
     store.fault = lambda method, path, number: (None, "503", None, "cut", None, None)[number % 6]
-    with Job(mirrored(data, tmp_path / "last"), tmp_path) as job:
+    with Job(mirrored(data, tmp_path / "last", **LENGTH), tmp_path) as job:
         assert job.wait() == 0, job.output
         assert "has no checkpoint as new; resuming from step" in job.output
     same_weights_and_metrics(trained(tmp_path / "last"), expected)
@@ -85,15 +89,27 @@ def test_kills_in_uploads_without_the_folder(data: Path, tmp_path: Path, store: 
 
 @pytest.mark.short
 def test_a_second_job_ends_the_first(data: Path, tmp_path: Path, store: FaultyStore, undisturbed: Any) -> None:
-    expected: TrainedRun = undisturbed()
-    store.fault = lambda method, path, _: "hold" if "step-00000030" in path and not store.is_waiting.is_set() else None
-    with Job(mirrored(data, tmp_path / "first"), tmp_path) as first:
+    expected: TrainedRun = undisturbed(2, **LENGTH)
+    store.fault = lambda method, path, _: "hold" if "/step-" in path else None
+    with Job(mirrored(data, tmp_path / "first", **LENGTH), tmp_path, environ=SLOW) as first:
         until(store.is_waiting.is_set, "an upload")
-        with Job(mirrored(data, tmp_path / "second"), tmp_path) as second:
+        with Job(mirrored(data, tmp_path / "second", **LENGTH), tmp_path) as second:
+            until(lambda: "attempts/000002.json" in str(store.requests), "the second job takes over")
+            store.released.set()
             assert second.wait() == 0, second.output
-        store.released.set()
         assert first.wait() == 75, first.output
         assert f"{WHERE}: taken over by another job (attempt 2, host " in first.output
     assert "Traceback" not in first.output
     same_weights_and_metrics(trained(tmp_path / "second"), expected)
     whole_checkpoints(tmp_path / "checked")
+
+
+def test_an_answer_may_take_as_long_as_the_time_out_says(store: FaultyStore) -> None:
+    """Without a setting of ours, the client ends a request after 15 s."""
+    store.fault = lambda *_: "hold"
+    timer = threading.Timer(17, store.released.set)
+    timer.start()
+    mirror = open_store(WHERE, FetchOptions(None, 0, 0, 60), threading.Event())
+    mirror.put("slow", lambda: [b"content"], 7, lambda: None)
+    timer.join()
+    assert mirror.read("slow") == b"content"

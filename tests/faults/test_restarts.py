@@ -268,7 +268,7 @@ def _disturb(job: Job, event: signal.Signals, rank: int, step_seconds: float) ->
     job.signal(f"rank{rank}", number=event)
     until(lambda: job.output.count("starting again") > done, "the end of the attempt", pause=0.02)
     step -= newest_step(job.run)
-    job.wait_for("train")
+    job.wait_for("train", pause=0.01)
     return Cost(event, time.monotonic() - at, step * step_seconds, imports)
 
 
