@@ -89,11 +89,11 @@ def test_kills_in_uploads_without_the_folder(data: Path, tmp_path: Path, store: 
 
 @pytest.mark.short
 def test_a_second_job_ends_the_first(data: Path, tmp_path: Path, store: FaultyStore, undisturbed: Any) -> None:
-    expected: TrainedRun = undisturbed(2, **LENGTH)
+    expected: TrainedRun = undisturbed()
     store.fault = lambda method, path, _: "hold" if "/step-" in path else None
-    with Job(mirrored(data, tmp_path / "first", **LENGTH), tmp_path, environ=SLOW) as first:
+    with Job(mirrored(data, tmp_path / "first"), tmp_path) as first:
         until(store.is_waiting.is_set, "an upload")
-        with Job(mirrored(data, tmp_path / "second", **LENGTH), tmp_path) as second:
+        with Job(mirrored(data, tmp_path / "second"), tmp_path) as second:
             until(lambda: "attempts/000002.json" in str(store.requests), "the second job takes over")
             store.released.set()
             assert second.wait() == 0, second.output
@@ -105,7 +105,7 @@ def test_a_second_job_ends_the_first(data: Path, tmp_path: Path, store: FaultySt
 
 
 def test_an_answer_may_take_as_long_as_the_time_out_says(store: FaultyStore) -> None:
-    """Without a setting of ours, the client ends a request after 15 s."""
+    """The client's own limit is 15 s."""
     store.fault = lambda *_: "hold"
     timer = threading.Timer(17, store.released.set)
     timer.start()

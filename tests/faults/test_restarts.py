@@ -246,9 +246,13 @@ def test_a_hundred_kills_and_twenty_stops_of_one_job(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """The seconds that an event costs: until the next step, and for steps that are trained again.
+    """An event, and the seconds that it costs.
 
-    `imports`: by which steps took longer while standby processes did their imports.
+    Attributes:
+        event: the signal.
+        gap: until the next step.
+        again: for steps that are trained again.
+        imports: by which steps took longer while standby processes did their imports.
     """
 
     event: signal.Signals
