@@ -46,8 +46,9 @@ def main() -> int:
     from distrain import cli
 
     code = cli.main()
-    if command in IN_A_GROUP:
-        # Skip the interpreter's shutdown: libraries wait there for services, and for processes that are gone.
+    if command in (*IN_A_GROUP, "launch"):
+        # Skip the interpreter's shutdown: libraries wait there for services, and for processes that are gone; and a
+        # second stop request would end this process with another exit code.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

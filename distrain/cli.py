@@ -275,8 +275,8 @@ def launch(
     variables. SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are forwarded: the run saves a checkpoint and exits
     with 75. RUN/exit.json has the exit code, with the reason.
 
-    With --restarts, a process that is killed, crashes by a signal, hangs or loses its link ends this attempt only: all
-    processes are started again, and resume from the newest checkpoint. A fault of the program ends the job.
+    With --restarts, a process of train that is killed, crashes by a signal, hangs or loses its link ends this attempt
+    only: all processes are started again, and resume from the newest checkpoint. A fault of the program ends the job.
     """
     from distrain.launcher import cluster
     from distrain.launcher import launch as launching
@@ -309,6 +309,8 @@ def _restarts(job: Job, topology: Topology, number: int | None, least_nodes: int
     from distrain.launcher.launch import Restarts
 
     settings = job.config.launch
+    if number and not job.trains:
+        raise ConfigError(f"launch: --restarts is for train; run {job.arguments[0]} again instead")
     number = integer(os.environ, "DISTRAIN_RESTARTS", 0) if number is None else number
     least_nodes = integer(os.environ, "DISTRAIN_MIN_NODES", 1) if least_nodes is None else least_nodes
     number = (settings.restarts if number is None else number) if job.trains else 0

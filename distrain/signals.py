@@ -67,6 +67,11 @@ def end_with_launcher(environment: Environment) -> None:
         os._exit(1)
 
 
+def forget() -> None:
+    """Forget the stop requests until now."""
+    _requested.clear()
+
+
 def requested() -> str | None:
     """Return the name of the first stop request (`SIGTERM` …), or None."""
     return _requested[0] if _requested else None

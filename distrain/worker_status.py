@@ -64,5 +64,10 @@ def read_status(folder: Path, rank: int) -> WorkerStatus:
     return WorkerStatus(PHASES[phase], *values)
 
 
+def is_published(folder: Path, rank: int) -> bool:
+    """Whether a process has published a status: it has done its imports."""
+    return _status_file(folder, rank).exists()
+
+
 def _status_file(folder: Path, rank: int) -> Path:
     return folder / f"{rank}.status"

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from distrain.errors import PeerLostError
+from distrain.errors import ConfigError, PeerLostError
 from distrain.launcher import agreement
 from distrain.launcher.agreement import Agreement, Decision, Post, decide
 from distrain.launcher.cluster import LOCAL, Topology
@@ -95,7 +96,7 @@ def test_the_end_of_one_is_the_end_of_all(launcher: Launcher) -> None:
     first, second, third = (launcher(node, 3) for node in range(3))
     fault = Post(2, is_ready=False, code=1, reason="a fault", killed=False)
     decisions = in_threads(lambda: first.meet(Post(0)), lambda: second.meet(Post(1)), lambda: third.meet(fault))
-    assert [(each.nodes, each.reason) for each in decisions] == [([], "a fault")] * 3
+    assert [(each.nodes, each.reason, each.code) for each in decisions] == [([], "a fault", 1)] * 3
     assert fault in first.posts
 
 
@@ -120,6 +121,41 @@ def test_without_a_lost_node_the_others_continue(launcher: Launcher) -> None:
     assert [each.nodes for each in decisions] == [[0, 1, 2]] * 2
     returned.join(SECONDS)
     assert not returned.is_alive()
+
+
+def test_a_launcher_that_has_ended_after_its_post_does_not_take_part(launcher: Launcher) -> None:
+    first = launcher(0, least=1, seconds=0.2)
+    assert first.meet(Post(0)).nodes == [0]
+    agreement._write_post(first._server, first._round, Post(1))
+    assert first.meet(Post(0)).nodes == [0]
+
+
+def test_a_launcher_sees_that_the_first_node_has_opened_the_next_round(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "_WATCH_SECONDS", 0.05)
+    first, second = launcher(0), launcher(1)
+    for _ in range(2):
+        in_threads(lambda: first.meet(Post(0)), lambda: second.meet(Post(1)))
+    with second.watch() as is_over, first.watch() as is_over_on_first:
+        time.sleep(0.3)
+        assert not is_over()
+        opened = threading.Thread(target=first.meet, args=[Post(0)], daemon=True)
+        opened.start()
+        deadline = time.monotonic() + SECONDS
+        while not is_over():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not is_over_on_first()
+        second.meet(Post(1))
+        opened.join(SECONDS)
+
+
+def test_a_first_node_without_restarts_is_named() -> None:
+    store = TCPStore(LOCAL, 0, is_master=True, wait_for_workers=False)
+    second = Agreement(Topology(2, 1, LOCAL, store.port, "test"), 2, SECONDS, SECONDS, lambda: None, None)
+    with pytest.raises(ConfigError, match="the first node was started without --restarts"):
+        second.meet(Post(1))
 
 
 def _posts(first: Agreement) -> list[Post]:

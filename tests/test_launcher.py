@@ -186,6 +186,22 @@ def test_restarts_end_without_progress_or_a_readable_checkpoint(
     assert reason in verdict.reason
 
 
+def test_a_folder_that_was_removed_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, started, run = (tmp_path / name for name in ("program.py", "started", "run"))
+    program.write_text(
+        f"import os\nfrom pathlib import Path\nfrom distrain.worker_status import StatusWriter, WorkerStatus\n"
+        f"open({str(started)!r}, 'a').write('.')\n"
+        "StatusWriter(Path(os.environ['DISTRAIN_STATUS_FOLDER']), 0).write(WorkerStatus('train', 5))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setattr(launch, "PROGRAM", program)
+    job = launch.Job(["train"], config.load(None, [f"run.dir={run}", "data.dir=d"]), 1, 1.0, None)
+    verdict = launch.launch(job, Topology(1, 0, LOCAL, 0, "test"), launch.Restarts(5, standby=False))
+    assert (verdict.code, started.read_text()) == (78, ".")
+    assert f"{run}: was removed while the run trained" in verdict.reason
+    assert not run.exists()
+
+
 def test_a_new_checkpoint_is_progress_for_all_nodes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in range(1, 7):

@@ -15,7 +15,7 @@ from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from distrain.distributed import interfaces, rendezvous
 from distrain.distributed.peer_store import PeerStore, here_key
-from distrain.environment import World
+from distrain.environment import LAUNCHERS, Environment, World
 from distrain.errors import ConfigError, PeerLostError
 
 SECONDS = 20
@@ -54,6 +54,16 @@ def test_a_process_of_the_next_attempt_may_come_long_before_rank_0(start: Any) -
     part = start(0, 2).result(SECONDS)
     early.result(SECONDS).set("key", "1")
     assert part.check(["key"])
+
+
+def test_the_store_of_launchers_is_not_that_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server.set(LAUNCHERS, "")
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="the first node was started with --restarts, this one without it"):
+        rendezvous._store(Environment.read(variables), SECONDS)
 
 
 def test_a_process_that_was_lost_at_the_rendezvous_can_be_replaced(start: Any) -> None:

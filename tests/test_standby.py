@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +18,13 @@ from distrain.launcher.standby import Standby
 
 PROGRAM = f"""
 import os, socket, sys
+from distrain import signals
 from distrain.launcher import standby
+signals.install()
+open(f"{{os.environ['FOLDER']}}/{{os.getpid()}}", "x").close()
 standby._IMPORTED = "json"
 standby.wait_for_work()
+assert signals.requested() is None
 with socket.socket(fileno=int(os.environ["{STORE_SOCKET}"])) as store:
     print(os.environ["COMMON"], os.environ["RANK"], store.getsockname()[1])
 """
@@ -26,10 +32,14 @@ SECONDS = 30
 
 
 @pytest.fixture
-def standby() -> Iterator[Standby]:
+def standby(tmp_path: Path) -> Iterator[Standby]:
     command = [sys.executable, "-c", PROGRAM]
-    processes = Standby(command, {**os.environ, "COMMON": "common"}, 2)
+    processes = Standby(command, {**os.environ, "COMMON": "common", "FOLDER": str(tmp_path)}, 2)
     processes.start()
+    deadline = time.monotonic() + SECONDS
+    while len(list(tmp_path.iterdir())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     yield processes
     processes.close()
 
@@ -46,6 +56,13 @@ def test_a_standby_process_becomes_a_worker(standby: Standby, tmp_path: Path) ->
     worker, port = become_worker(standby, tmp_path / "output")
     assert worker.wait(SECONDS) == 0
     assert (tmp_path / "output").read_text() == f"common 3 {port}\n"
+
+
+def test_a_stop_request_to_a_standby_process_does_not_stop_the_worker(standby: Standby, tmp_path: Path) -> None:
+    for process in standby._waiting:
+        process.popen.send_signal(signal.SIGTERM)
+    worker, _ = become_worker(standby, tmp_path / "output")
+    assert worker.wait(SECONDS) == 0
 
 
 def test_a_standby_process_that_has_ended_is_replaced(standby: Standby, tmp_path: Path) -> None:

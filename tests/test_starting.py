@@ -16,8 +16,11 @@ from distrain import cli, config, signals
 from distrain.data.fetch import FetchOptions, locate
 from distrain.data.manifest import Dataset
 from distrain.errors import ConfigError, Stopped
+from distrain.launcher import workers
+from distrain.launcher.attempt import was_killed
 from distrain.launcher.cluster import Topology
 from distrain.launcher.launch import check_number
+from distrain.launcher.verdict import decide, may_restart
 from distrain.launcher.workers import StopRequests, Workers
 
 TORCHRUN = Path(__file__).parent.parent / "launch/torchrun.sh"
@@ -27,7 +30,7 @@ def test_the_limit_of_cpu_time_is_a_stop_request() -> None:
     with signals.recorded():
         os.kill(os.getpid(), signal.SIGXCPU)
         assert signals.requested() == "SIGXCPU"
-    signals._requested.clear()
+    signals.forget()
 
 
 def test_the_kernel_s_own_signal_at_the_limit_of_cpu_time_is_recorded() -> None:
@@ -86,6 +89,22 @@ def test_launch_refuses_too_many_processes_in_one_line(capfd: pytest.CaptureFixt
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "command", "message"),
+    [
+        (["--restarts", "3"], "doctor", "--restarts is for train; run doctor again instead"),
+        (["--min-nodes", "1"], "train", "--min-nodes takes effect at a restart: give --restarts too"),
+        (["--restarts", "1", "--min-nodes", "2"], "train", "--min-nodes 2: the job has 1 node"),
+    ],
+)
+def test_restarts_without_effect_are_refused(
+    options: list[str], command: str, message: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["launch", "--nproc", "1", *options, "--", command, f"run.dir={tmp_path / 'run'}"]) == 78
+    assert f"distrain: error: launch: {message}" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stop_while_processes_are_started_ends_them_at_once(tmp_path: Path) -> None:
     stops = StopRequests()
     before = time.monotonic()
@@ -95,6 +114,7 @@ def test_a_stop_while_processes_are_started_ends_them_at_once(tmp_path: Path) ->
         with pytest.raises(Stopped, match="stopped by SIGALRM while processes were started; nothing had to be saved"):
             Workers(
                 [sys.executable, "--version"],
+                {},
                 Topology(1, 0, "127.0.0.1", 1, ""),
                 5000,
                 None,
@@ -105,6 +125,24 @@ def test_a_stop_while_processes_are_started_ends_them_at_once(tmp_path: Path) ->
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert time.monotonic() - before < 10
+
+
+def test_a_process_that_never_gets_to_its_status_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_HANG_SECONDS", 0.1)
+    command = [sys.executable, "-c", "import signal, os; os.kill(os.getpid(), signal.SIGSTOP)"]
+    stops = StopRequests()
+    group = Workers(command, dict(os.environ), Topology(1, 0, "127.0.0.1", 1, ""), 1, None, tmp_path, None, stops)
+    [end] = group.wait(stops, 1.0, start_seconds=0.2, is_over=lambda: False, restarts_left=0)
+    assert end.code == -signal.SIGABRT
+
+
+def test_processes_whose_attempt_is_over_elsewhere_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "EXIT_SECONDS", 0.2)
+    command, stops = [sys.executable, "-c", "import time; time.sleep(1000)"], StopRequests()
+    group = Workers(command, dict(os.environ), Topology(1, 0, "127.0.0.1", 1, ""), 1, None, tmp_path, None, stops)
+    exits = group.wait(stops, 1.0, start_seconds=0, is_over=lambda: True, restarts_left=1)
+    verdict = decide(exits, None, can_resume=True)
+    assert (verdict.code, may_restart(verdict), was_killed(verdict)) == (75, True, False)
 
 
 def test_torchrun_s_script_starts_one_process_without_gpus(small: Dataset, tmp_path: Path) -> None:

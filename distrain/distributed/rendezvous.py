@@ -21,7 +21,7 @@ from distrain import signals
 from distrain.distributed import devices, gpu_errors, interfaces, nccl_variables
 from distrain.distributed.peer_store import PeerStore, here_key
 from distrain.distributed.watchdog import Watchdog
-from distrain.environment import Environment, World
+from distrain.environment import LAUNCHERS, Environment, World
 from distrain.errors import ConfigError, PeerLostError, Stopped
 from distrain.failure_report import PeerFailedError
 
@@ -128,7 +128,10 @@ def _store(environment: Environment, seconds: float) -> Any:
     if world.rank:
         _wait_for_server(environment, time.monotonic() + seconds)
     if environment.store_socket is None:
-        return next(rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
+        store = next(rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
+        if world.rank and store.check([LAUNCHERS]):
+            raise ConfigError("the first node was started with --restarts, this one without it: give both the same")
+        return store
     return TCPStore(
         str(environment.master_address),
         environment.master_port or 0,

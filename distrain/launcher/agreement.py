@@ -3,7 +3,7 @@
 They post to a TCPStore of torch.distributed, which the launcher of the first node serves at the job's address as long
 as it runs: the store of the processes ends with rank 0. Launchers meet in rounds, one before each attempt. In a round
 each posts whether it is ready; the first node decides, and posts the decision. A launcher that was started again, or
-whose link was cut, joins the round that is open.
+whose link was cut, joins the round that is open. One that is ready counts only while it says so again and again.
 """
 
 from __future__ import annotations
@@ -16,19 +16,26 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
-from distrain.environment import host_port
-from distrain.errors import EXIT_AGAIN, EXIT_OK, PeerLostError
+from distrain.environment import LAUNCHERS, host_port
+from distrain.errors import EXIT_AGAIN, EXIT_OK, ConfigError, PeerLostError
 from distrain.launcher.cluster import LOCAL, Topology
 from distrain.text import plural
 
 _ANSWER_SECONDS = 5.0
 """Longest wait for one answer of the store: torch's own calls wait for a lost link for many minutes."""
 _POLL_SECONDS = 0.1
+_WATCH_SECONDS = 1.0
+"""Interval at which a launcher asks, while its processes run, whether the first node has opened the next round."""
+_FRESH_SECONDS = 3.0
+"""Age at which a post no longer counts: its launcher has ended, or is cut off."""
+_QUIET_SECONDS = 10.0
+"""Time until the first node says for whom it waits."""
 _READ_SECONDS = 5.0
 """Longest wait of the first node, at the end of the job, until the others have read why it ends."""
 
@@ -70,11 +77,13 @@ class Decision:
         posts: the posts of the nodes that take part in the attempt, by node; empty: the job ends.
         port: of the first node, where the processes of the attempt meet.
         reason: why the job ends.
+        code: exit code of the launcher that ends it.
     """
 
     posts: tuple[Post, ...] = ()
     port: int = 0
     reason: str = ""
+    code: int = EXIT_AGAIN
 
     @property
     def nodes(self) -> list[int]:
@@ -94,7 +103,7 @@ def decide(posts: Iterable[Post], expected: Iterable[int], least: int, is_late: 
     expected, newest = set(expected), {post.node: post for post in posts}
     for post in newest.values():
         if not post.is_ready and post.node in expected:  # guard: end-of-one
-            return Decision(reason=post.reason)
+            return Decision(reason=post.reason, code=post.code)
     newest = {node: post for node, post in newest.items() if post.is_ready}  # without lost nodes that came and left
     missing = sorted(expected - set(newest))
     if missing and not is_late:
@@ -135,7 +144,8 @@ class Agreement:
         """Longest wait for other nodes in the next round."""
         self._rejoin_seconds, self._stopped = rejoin_seconds, stopped
         self._expected: Sequence[int] = range(topology.nodes)
-        self._store: Any = None
+        self._client = _Client(topology)
+        self._seen: dict[str, tuple[int, float]] = {}
         self._listening = listening
         self._server: Any = None
         self._round = 0
@@ -153,7 +163,8 @@ class Agreement:
             The decision; its list of nodes has this one, or is empty.
 
         Raises:
-            PeerLostError: the first node does not answer.
+            ConfigError: the first node has no launcher that restarts.
+            PeerLostError: it does not answer.
         """
         if self._listening is not None and self._server is None:  # not before: this imports torch
             self._server = _serve(self._listening)
@@ -164,25 +175,41 @@ class Agreement:
 
     def _decide(self, post: Post, port: int) -> Decision:
         """Decide a round, on the first node."""
-        deadline, store = time.monotonic() + self.seconds, self._server
+        began, store, said = time.monotonic(), self._server, False
         store.set("open", str(self._round))
         while True:
             stop = self._stopped()
             if stop is not None and post.is_ready:
                 post = Post(post.node, False, EXIT_AGAIN, stop)
-            self.posts = [*_read_posts(store, self._round), post]
-            decision = decide(self.posts, self._expected, self._least, time.monotonic() > deadline)
+            self.posts = [*self._counting(_read_posts(store, self._round)), post]
+            seconds = time.monotonic() - began
+            decision = decide(self.posts, self._expected, self._least, seconds > self.seconds)
             if decision is not None:
                 break
+            if seconds > _QUIET_SECONDS and not said:
+                said = True
+                missing = sorted(set(self._expected) - {each.node for each in self.posts})
+                log.info("waiting for the launcher of node %s", ", ".join(map(str, missing)))
             time.sleep(_POLL_SECONDS)
-        content = {**asdict(decision), "port": port}
-        store.set(f"decision/{self._round}", json.dumps(content))
+        decision = replace(decision, port=port)
+        store.set(f"decision/{self._round}", json.dumps(asdict(decision)))
         self._round += 1
         store.set("round", str(self._round))
         self._expected = decision.nodes
         if not decision.posts:
             self._wait_for_readers(len({each.node for each in self.posts[:-1] if each.is_ready}))
-        return Decision(decision.posts, port, decision.reason)
+        return decision
+
+    def _counting(self, posts: Iterable[Post]) -> list[Post]:
+        """Return the posts without those that are ready, but whose launchers no longer say so."""
+        now, counting = time.monotonic(), []
+        for post in posts:
+            signs = self._server.add(_sign_key(post), 0)
+            before, since = self._seen.get(post.name, (signs, float("-inf")))
+            self._seen[post.name] = signs, now if signs != before else since
+            if not post.is_ready or now - self._seen[post.name][1] < _FRESH_SECONDS:  # guard: stale-post
+                counting.append(post)
+        return counting
 
     def _wait_for_readers(self, number: int) -> None:
         """Wait until the others have read that the job ends: the store ends with this process."""
@@ -194,8 +221,8 @@ class Agreement:
         """Take part in a round that the first node decides."""
         if not post.is_ready:
             with contextlib.suppress(PeerLostError):  # the job may have ended
-                self._ask(lambda store: _write_post(store, int(store.get("round")), post))
-            return Decision(reason=post.reason)
+                self._client.ask(lambda store: _write_post(store, int(store.get("round")), post))
+            return Decision(reason=post.reason, code=post.code)
         deadline, said = time.monotonic() + self.seconds, False
         is_posted, posted_in = False, None
         while True:
@@ -203,13 +230,14 @@ class Agreement:
             if stop is not None:
                 return self._follow(Post(post.node, False, EXIT_AGAIN, stop))
             try:
-                number = int(self._ask(lambda store: store.get("round")))
+                number = self._client.ask(lambda store: _show(store, post))
                 decision = self._decision(posted_in) if posted_in is not None else None
                 if decision is not None and self._is_for(post, decision):
+                    self._round = posted_in or 0
                     return decision
                 if decision is not None or not is_posted:  # a round that was decided without this node, or is over
                     posted_in = number
-                    self._post(number, post)
+                    self._client.ask(partial(_write_post, number=number, post=post))
                     is_posted = True
                 deadline = time.monotonic() + self.seconds  # the first node answers
             except PeerLostError:
@@ -240,19 +268,37 @@ class Agreement:
                 store.add("read", 1)
             return Decision(posts, **content)
 
-        return self._ask(read)
+        return self._client.ask(read)
 
-    def _post(self, number: int, post: Post) -> None:
-        self._ask(lambda store: _write_post(store, number, post))
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Callable[[], bool]]:
+        """Yield a function that returns whether the first node has opened the next round: it ended this attempt."""
+        over, ended = threading.Event(), threading.Event()
+        if self._listening is None:
+            arguments = (_Client(self._topology), self._round, over, ended)
+            threading.Thread(target=_watch, args=arguments, name="distrain-watch", daemon=True).start()
+        try:
+            yield over.is_set
+        finally:
+            ended.set()
 
     @property
     def _address(self) -> str:
         return host_port(self._topology.host, self._topology.port)
 
-    def _ask(self, action: Callable[[Any], T]) -> T:
-        """Ask the store of the first node; connect first, also after the link was lost.
+
+class _Client:
+    """A connection to the store of the first node, made again after the link was lost."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._store: Any = None
+
+    def ask(self, action: Callable[[Any], T]) -> T:
+        """Return the result of `action`, called with the store in a thread.
 
         Raises:
+            ConfigError: another store is there.
             PeerLostError: no answer in time.
         """
         answers: list[T] = []
@@ -273,8 +319,20 @@ class Agreement:
         if answers:
             return answers[0]
         self._store = None  # a call may still wait in it
+        if errors and isinstance(errors[0], ConfigError):
+            raise errors[0]
+        address = host_port(self._topology.host, self._topology.port)
         cause = str(errors[0]).partition("\n")[0][:200] if errors else f"no answer within {_ANSWER_SECONDS:g} s"
-        raise PeerLostError(f"the launcher of the first node, at {self._address}, does not answer: {cause}")
+        raise PeerLostError(f"the launcher of the first node, at {address}, does not answer: {cause}")
+
+
+def _watch(client: _Client, number: int, over: threading.Event, ended: threading.Event) -> None:
+    """Set `over` when a later round than `number` is open, until `ended` is set."""
+    while not ended.wait(_WATCH_SECONDS):
+        with contextlib.suppress(PeerLostError, ConfigError):  # the processes notice that, and this launcher then
+            if client.ask(lambda store: int(store.get("open"))) > number:
+                over.set()
+                return
 
 
 def _store_type() -> Any:
@@ -301,11 +359,33 @@ def _serve(listening: socket.socket) -> Any:
         master_listen_fd=listening.detach(),
     )
     store.set("round", "0")
+    store.set(LAUNCHERS, "")
     return store
 
 
 def _connect(topology: Topology) -> Any:
-    return _store_type()(topology.host, topology.port, is_master=False, timeout=timedelta(seconds=_ANSWER_SECONDS))
+    """Connect to the store of the first node.
+
+    Raises:
+        ConfigError: it is that of worker processes.
+    """
+    seconds = timedelta(seconds=_ANSWER_SECONDS)
+    store = _store_type()(topology.host, topology.port, is_master=False, timeout=seconds)
+    if not store.check([LAUNCHERS]):
+        time.sleep(_POLL_SECONDS)  # it may have been created in this moment
+        if not store.check([LAUNCHERS]):
+            raise ConfigError("the first node was started without --restarts, this one with it: give both the same")
+    return store
+
+
+def _sign_key(post: Post) -> str:
+    return f"sign/{post.name}"
+
+
+def _show(store: Any, post: Post) -> int:
+    """Show that the launcher of a post still waits; return the number of the round."""
+    store.add(_sign_key(post), 1)
+    return int(store.get("round"))
 
 
 def _write_post(store: Any, number: int, post: Post) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config import Config
-from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK
+from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_NEVER_AGAIN, EXIT_OK
 from distrain.launcher.verdict import Verdict
 from distrain.launcher.workers import EXIT_SECONDS
 from distrain.runs import attempts, checkpoint, exit_record, lease
@@ -38,7 +38,7 @@ class AttemptRecord:
 
     def __init__(self, config: Config, job: str | None = None) -> None:
         self._run, self._limit = Path(config.run.dir), config.launch.max_attempts_without_progress
-        self._resume, self._job = config.run.resume, job
+        self._resume, self._job, self._has_mirror = config.run.resume, job, config.run.mirror is not None
         self._checkpoints = self._run / checkpoint.FOLDER
         self._before = before = exit_record.read(self._run / EXIT)
         # Attempts are counted by leases: one that ended before it had a lease does not change their number.
@@ -75,6 +75,13 @@ class AttemptRecord:
             if cause is not None or complete:
                 return cause or verdict
             time.sleep(0.2)
+
+    def without_folder(self, verdict: Verdict) -> Verdict | None:
+        """Return the verdict if the run's folder was removed while the run trained there; None if it was not."""
+        trained = verdict.code != EXIT_OK and verdict.first is not None and verdict.first.status.step > 0
+        if not trained or self._has_mirror or self._run.is_dir():
+            return None
+        return Verdict(EXIT_NEVER_AGAIN, f"{self._run}: was removed while the run trained; bring it back")
 
     def can_resume(self) -> bool:
         """Return whether the next attempt will have a verified checkpoint, or there was none to lose."""
@@ -185,8 +192,8 @@ class NodeRecord:
 
 
 def was_killed(verdict: Verdict) -> bool:
-    """Return whether the process that failed first was ended by a signal."""
-    return verdict.first is not None and verdict.first.code < 0
+    """Return whether the process that failed first was ended by a signal, not by its launcher."""
+    return verdict.first is not None and verdict.first.code < 0 and not verdict.first.by_launcher
 
 
 def is_done(config: Config) -> bool:

@@ -16,14 +16,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distrain import machine, signals
 from distrain.config import Config
 from distrain.environment import host_port
-from distrain.errors import EXIT_AGAIN, EXIT_FAULT, EXIT_OK, AgainError, ConfigError, PeerLostError
+from distrain.errors import (
+    EXIT_AGAIN,
+    EXIT_FAULT,
+    EXIT_NEVER_AGAIN,
+    EXIT_OK,
+    AgainError,
+    ConfigError,
+    PeerLostError,
+)
 from distrain.launcher.agreement import Agreement, Decision, Post
 from distrain.launcher.attempt import AttemptRecord, NodeRecord, cause_elsewhere, is_done, was_killed
 from distrain.launcher.cluster import LOCAL, Topology
@@ -79,6 +88,11 @@ class Job:
         return self.arguments[0] == "train"
 
     @property
+    def environ(self) -> dict[str, str]:
+        """Environment variables of all processes."""
+        return common_variables(self.grace)
+
+    @property
     def command(self) -> list[str]:
         """The program that each process runs, and its arguments."""
         return [sys.executable, str(PROGRAM), *self.arguments]
@@ -106,7 +120,7 @@ def launch(job: Job, topology: Topology, restarts: Restarts) -> Verdict:
             stops.record(signal.Signals[earlier])
         standby = agreement = None
         if restarts.number and restarts.standby:
-            standby = Standby(job.command, common_variables(), job.processes)
+            standby = Standby(job.command, job.environ, job.processes)
             stack.callback(standby.close)
         try:
             if restarts.number and topology.nodes > 1:
@@ -129,7 +143,7 @@ def _attempts(
     agreement: Agreement | None,
 ) -> Verdict:
     """Run attempts until one ends otherwise than by a loss, another node ends the job, or no restart is left."""
-    part, verdict = topology, Verdict(EXIT_OK, "")
+    verdict, is_done = Verdict(EXIT_OK, ""), False
     for left in range(restarts, -1, -1):
         # Recorded before it waits for other nodes, where a scheduler may kill this process.
         attempt = _Attempt(job, topology)
@@ -138,23 +152,36 @@ def _attempts(
             break
         try:
             with _store_socket(topology if agreement is None else replace(topology, port=0)) as store:
-                if agreement is not None:
-                    _wait_for_name(topology.host, agreement.seconds, stops)  # a lost pod's name is gone
-                    port = store.getsockname()[1] if store is not None else 0
-                    decision = agreement.meet(_post(topology.node, verdict, is_ready=True), port)
-                    if not decision.nodes:
-                        return attempt.close_elsewhere(agreement.posts, _ended(verdict, decision))
-                    part = _part_of(topology, decision)
-                verdict = attempt.run(part, store, stops, standby, restarts_left=left)
+                decision = _meet(agreement, topology, verdict, store, stops) if agreement is not None else None
+                if agreement is not None and decision is not None and not decision.nodes:
+                    ended = verdict if is_done else _ended(topology.node, verdict, decision)
+                    return attempt.close_elsewhere(agreement.posts, ended)
+                part = _part_of(topology, decision) if decision is not None else topology
+                with agreement.watch() if agreement is not None else nullcontext(lambda: False) as is_over:
+                    verdict = attempt.run(part, store, stops, standby, is_over, restarts_left=left)
         except AgainError as error:
-            return attempt.close(Verdict(EXIT_AGAIN, str(error)))
+            return attempt.close(verdict if is_done else Verdict(EXIT_AGAIN, str(error)))
+        except ConfigError as error:
+            return attempt.close(Verdict(EXIT_NEVER_AGAIN, str(error)))
         again = left > 0 and stops.first is None and verdict.code == EXIT_AGAIN and may_restart(verdict)
-        if not again:  # guard: restart-after-loss
+        # Another node that is done waits for the first one, which may need it for another attempt.
+        is_done = left > 0 and agreement is not None and topology.node > 0 and verdict.code == EXIT_OK
+        if not again and not is_done:  # guard: restart-after-loss
             break
-        log.warning("%s", format_restart(verdict, left))
+        if again:
+            log.warning("%s", format_restart(verdict, left))
     if agreement is not None:
         agreement.meet(_post(topology.node, verdict, is_ready=False))
     return verdict
+
+
+def _meet(
+    agreement: Agreement, topology: Topology, verdict: Verdict, store: socket.socket | None, stops: StopRequests
+) -> Decision:
+    """Agree with the launchers of other nodes on the next attempt."""
+    _wait_for_name(topology.host, agreement.seconds, stops)  # a lost pod's name is gone
+    port = store.getsockname()[1] if store is not None else 0
+    return agreement.meet(_post(topology.node, verdict, is_ready=True), port)
 
 
 class _Attempt:
@@ -188,6 +215,7 @@ class _Attempt:
         store: socket.socket | None,
         stops: StopRequests,
         standby: Standby | None,
+        is_over: Callable[[], bool],
         restarts_left: int,
     ) -> Verdict:
         """Run the processes of this node to their end, and record it; return what it means.
@@ -197,12 +225,16 @@ class _Attempt:
             store: socket on which rank 0 will serve the store; None on other nodes than the first.
             stops: stop requests.
             standby: processes that can become workers.
+            is_over: whether the attempt has ended on another node.
             restarts_left: how often the processes may be started again.
         """
         record, nodes = self._record, part.nodes
-        verdict = self._run_workers(part, store, stops, standby, restarts_left)
+        verdict = self._run_workers(part, store, stops, standby, is_over, restarts_left)
         if record is None or verdict.is_busy:
             return verdict
+        lost = record.without_folder(verdict) if isinstance(record, AttemptRecord) else None
+        if lost is not None:
+            return record.close(lost)
         can_resume = not isinstance(record, AttemptRecord) or record.can_resume()
         if restarts_left and stops.first is None and may_restart(verdict) and can_resume:
             return record.close(replace(verdict, code=EXIT_AGAIN))  # a fault after too many attempts without progress
@@ -221,16 +253,19 @@ class _Attempt:
         store: socket.socket | None,
         stops: StopRequests,
         standby: Standby | None,
+        is_over: Callable[[], bool],
         restarts_left: int,
     ) -> Verdict:
-        job = self._job
+        job, timeouts = self._job, self._job.config.timeouts
         can_resume = self._record.can_resume if isinstance(self._record, AttemptRecord) else lambda: True
         with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder:
             try:
                 if topology.nodes > 1:
-                    _wait_for_name(topology.host, job.config.timeouts.start_seconds, stops)
-                workers = Workers(job.command, topology, job.processes, store, Path(folder), job.logs, stops, standby)
-                exits = workers.wait(stops, job.grace, prepare_restart=restarts_left > 0)
+                    _wait_for_name(topology.host, timeouts.start_seconds, stops)
+                workers = Workers(
+                    job.command, job.environ, topology, job.processes, store, Path(folder), job.logs, stops, standby
+                )
+                exits = workers.wait(stops, job.grace, timeouts.start_seconds, is_over, restarts_left)
                 return decide(exits, stops.first, can_resume())
             except AgainError as error:
                 return Verdict(EXIT_AGAIN, str(error))
@@ -250,8 +285,10 @@ def _agreement(job: Job, topology: Topology, restarts: Restarts, stops: StopRequ
         )
 
 
-def _ended(verdict: Verdict, decision: Decision) -> Verdict:
-    """Return the verdict of a node whose job another one ends."""
+def _ended(node: int, verdict: Verdict, decision: Decision) -> Verdict:
+    """Return the verdict of a node whose job another one ends; it is done where the first node says so."""
+    if node and decision.code == EXIT_OK:
+        return Verdict(EXIT_OK, "the run is done")
     reason = "; ".join(filter(None, (verdict.reason, decision.reason)))
     return replace(verdict, code=EXIT_AGAIN, reason=reason)
 

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from distrain import startup
+from distrain import signals, startup
 from distrain.environment import STORE_SOCKET
 
 SOCKET = "DISTRAIN_STANDBY_SOCKET"
@@ -114,6 +114,7 @@ def wait_for_work() -> None:
             content += chunk
     if not content:
         os._exit(0)
+    signals.forget()  # one that came before was not for this worker: its launcher forwards those that are
     message = json.loads(content)
     os.environ.update(message["variables"])
     descriptors = dict(zip(message["descriptors"], received, strict=True))

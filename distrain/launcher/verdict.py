@@ -15,6 +15,7 @@ from distrain.worker_status import WorkerStatus
 
 _FROM_OUTSIDE = {signal.SIGKILL, *STOP}  # guard: crash-is-a-fault
 """Signals that somebody sends; any other is a crash of the program itself."""
+_LOST = "it cannot be resumed: no checkpoint can be read, or run.resume=never"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def decide(exits: Sequence[WorkerExit], stop_signal: str | None, can_resume: boo
         return _stopped(stopped, stop_signal, can_resume)
     first = [*causes, *lost_peer, *exits][0]
     if not can_resume:
-        return Verdict(EXIT_FAULT, f"{_reason(first)}; no checkpoint can be read", first)
+        return Verdict(EXIT_FAULT, f"{_reason(first)}; {_LOST}", first)
     return Verdict(EXIT_AGAIN, _reason(first), first)
 
 
@@ -114,7 +115,7 @@ def _stopped(stopped: Sequence[WorkerExit], stop_signal: str | None, can_resume:
     if stopped:
         return Verdict(EXIT_AGAIN, _reason(stopped[0]))
     reason = f"stopped by {stop_signal} before anything could be saved"
-    return Verdict(EXIT_AGAIN, reason) if can_resume else Verdict(EXIT_FAULT, f"{reason}; no checkpoint can be read")
+    return Verdict(EXIT_AGAIN, reason) if can_resume else Verdict(EXIT_FAULT, f"{reason}; {_LOST}")
 
 
 def _reason(end: WorkerExit) -> str:

@@ -9,19 +9,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
-from distrain.environment import COMMAND, LAUNCHER, STATUS_FOLDER, STORE_SOCKET
+from distrain.environment import COMMAND, GRACE_SECONDS, LAUNCHER, STATUS_FOLDER, STORE_SOCKET
 from distrain.errors import Stopped
 from distrain.failure_report import is_unfinished, mark_unfinished, read_failure
 from distrain.launcher.cluster import Topology
 from distrain.launcher.standby import Standby
 from distrain.launcher.verdict import WorkerExit
 from distrain.runs import origin
-from distrain.worker_status import STARTING, WorkerStatus, read_status
+from distrain.worker_status import STARTING, WorkerStatus, is_published, read_status
 
 PROGRAM = Path(__file__).parent.parent / "__main__.py"
 """The file that each worker runs: with `-m distrain` Python would look for modules in the current folder first."""
@@ -58,6 +58,7 @@ class Workers:
 
     Args:
         command: what each process runs: the program and its arguments.
+        environ: environment variables of all workers (`common_variables`).
         topology: this node among the others.
         processes: number of processes to start.
         store: socket on which rank 0 will serve the store; None on other nodes.
@@ -74,6 +75,7 @@ class Workers:
     def __init__(
         self,
         command: Sequence[str],
+        environ: Mapping[str, str],
         topology: Topology,
         processes: int,
         store: socket.socket | None,
@@ -97,7 +99,7 @@ class Workers:
             mark_unfinished(folder, rank)
             with _output(logs, rank) as output:
                 waiting = standby.become_worker(variables, served, output) if standby is not None else None
-                self._running[rank] = waiting or _start(command, variables, served, output)
+                self._running[rank] = waiting or _start(command, {**environ, **variables}, served, output)
         self._standby = standby
         """None once its missing processes were started: those that end by themselves would be started for ever."""
 
@@ -108,7 +110,9 @@ class Workers:
             process.wait()
         raise Stopped(f"stopped by {signal_name} while processes were started; nothing had to be saved")
 
-    def wait(self, stops: StopRequests, grace: float, prepare_restart: bool = False) -> list[WorkerExit]:
+    def wait(
+        self, stops: StopRequests, grace: float, start_seconds: float, is_over: Callable[[], bool], restarts_left: int
+    ) -> list[WorkerExit]:
         """Wait until all workers have ended, and forward stop requests to them.
 
         Workers that do not exit after another one failed, or within `grace` seconds of a stop request, are killed.
@@ -116,7 +120,9 @@ class Workers:
         Args:
             stops: stop requests.
             grace: in seconds.
-            prepare_restart: start the missing standby processes once the workers train.
+            start_seconds: longest time until a worker publishes its status; 0: no limit.
+            is_over: whether the attempt has ended on another node.
+            restarts_left: if any, the missing standby processes are started once the workers train.
         """
         exits: list[WorkerExit] = []
         stopped_at = failed_at = None
@@ -128,15 +134,15 @@ class Workers:
                 stopped_at = now if stopped_at is None else stopped_at
                 self._send(self._running, number)
             exits += self._collect()
-            if failed_at is None and any(end.failed for end in exits):
+            if failed_at is None and (any(end.failed for end in exits) or is_over()):
                 failed_at = now
             if stopped_at is not None and now - stopped_at > grace:  # guard: grace
                 self._kill(self._running)
             if failed_at is not None:
                 hung = any(end.kind == "hang" for end in exits)
                 self._end_others(now - failed_at, grace, hung)
-            self._abort_hung(now)  # guard: abort-hung-worker
-            if prepare_restart and failed_at is None and stopped_at is None:
+            self._abort_hung(now, start_seconds)  # guard: abort-hung-worker
+            if restarts_left and failed_at is None and stopped_at is None:
                 self._prepare_restart()
             time.sleep(_POLL_SECONDS)
         return exits
@@ -167,14 +173,20 @@ class Workers:
             if seconds > (max(grace, EXIT_SECONDS) if saves else EXIT_SECONDS):
                 self._kill([rank])
 
-    def _abort_hung(self, now: float) -> None:
-        """Abort a worker whose own watchdog cannot run, as it never releases the interpreter lock."""
+    def _abort_hung(self, now: float, start_seconds: float) -> None:
+        """Abort a worker whose own watchdog cannot run: it is stopped, never releases the interpreter lock, or imports.
+
+        Args:
+            now: seconds that this node has waited.
+            start_seconds: longest time until a worker publishes its status.
+        """
         for rank in list(self._running):
             status = self._status(rank)
+            limit = status.limit if is_published(self._folder, rank) else start_seconds
             heartbeats, since = self._heartbeats.get(rank, (-1, now))
-            if status.heartbeats != heartbeats or not status.limit:
+            if status.heartbeats != heartbeats or not limit:
                 self._heartbeats[rank] = (status.heartbeats, now)
-            elif now - since > status.limit + _HANG_SECONDS:
+            elif now - since > limit + _HANG_SECONDS:
                 self._send_abort(rank)
                 self._heartbeats[rank] = (status.heartbeats, now)
 
@@ -213,14 +225,19 @@ class Workers:
         return read_status(self._folder, rank)
 
 
-def common_variables() -> dict[str, str]:
-    """Return the environment of all workers of this launcher, apart from their places in the group."""
+def common_variables(grace: float) -> dict[str, str]:
+    """Return the environment of all workers of this launcher, apart from their places in the group.
+
+    Args:
+        grace: seconds from a stop request until they are killed.
+    """
     inherited = {name: value for name, value in os.environ.items() if name not in _OF_A_GROUP}
     return {
         "OMP_NUM_THREADS": "1",
         **inherited,
         "PYTHONFAULTHANDLER": "1",
         LAUNCHER: str(os.getpid()),
+        GRACE_SECONDS: str(grace),
         COMMAND: origin.command(sys.argv),
     }
 
@@ -244,7 +261,7 @@ def _start(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT if output is not None else None,
-        env={**common_variables(), **variables},
+        env=variables,
         pass_fds=() if store is None else (store.fileno(),),
     )
 

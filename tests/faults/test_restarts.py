@@ -104,18 +104,18 @@ def attempts(job: Job) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "number", "reason"),
+    ("fault", "restarts", "number", "reason"),
     [
-        ("raise:1:30", 1, 1, "a fault of the model"),
-        ("crash:1:5", 1, 3, "3 attempts in a row without progress"),
-        ("crash:1:15", 1, 3, "rank 1 was ended by SIGSEGV"),  # two restarts are used up
+        ("raise:1:30", 2, 1, "a fault of the model"),
+        ("crash:1:5", 5, 3, "3 attempts in a row without progress"),
+        ("crash:1:15", 2, 3, "rank 1 was ended by SIGSEGV"),  # two restarts are used up
     ],
 )
 def test_a_job_that_ends_all_the_same(
-    fault: str, code: int, number: int, reason: str, data: Path, tmp_path: Path
+    fault: str, restarts: int, number: int, reason: str, data: Path, tmp_path: Path
 ) -> None:
-    with Job(small_run(data, tmp_path / "run"), tmp_path, 2, ["--restarts", "2"], {"FAULT": fault}) as job:
-        assert job.wait() == code, job.output
+    with Job(small_run(data, tmp_path / "run"), tmp_path, 2, ["--restarts", str(restarts)], {"FAULT": fault}) as job:
+        assert job.wait() == 1, job.output
     assert len(attempts(job)) == number, job.output
     assert reason in exit_file(job.run)["reason"]
 
@@ -168,6 +168,28 @@ def test_a_process_of_another_node_is_killed(nodes: Any, start: Start, undisturb
     jobs[1].signal("rank0", number=signal.SIGKILL)  # the only one there
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
     assert "starting again" in jobs[0].output
+    trained(jobs[0].run).same_as(expected)
+
+
+def test_rank_0_is_killed_at_the_end(nodes: Any, start: Start, undisturbed: Any) -> None:
+    expected = undisturbed(2)
+    jobs = start(nodes[0])
+    until((jobs[0].run / "result.json").exists, "the result")
+    jobs[0].signal("rank0", number=signal.SIGKILL)
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+    trained(jobs[0].run).same_as(expected)
+    assert exit_file(jobs[0].run)["code"] == 0
+
+
+def test_a_node_that_notices_a_loss_late(nodes: Any, start: Start, undisturbed: Any) -> None:
+    """The process of the other node is stopped meanwhile: it cannot see that rank 0 was killed."""
+    expected = undisturbed(2)
+    jobs = start(nodes[0], FAULT="slow:0:20")
+    jobs[0].wait_for("train", 33)
+    jobs[1].signal("rank0", number=signal.SIGSTOP)  # the only one there
+    jobs[0].signal("rank0", number=signal.SIGKILL)
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+    assert "is missing" not in jobs[0].output
     trained(jobs[0].run).same_as(expected)
 
 
