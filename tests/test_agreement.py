@@ -93,11 +93,25 @@ def test_launchers_meet_before_each_attempt(launcher: Launcher) -> None:
 
 
 def test_the_end_of_one_is_the_end_of_all(launcher: Launcher) -> None:
-    first, second, third = (launcher(node, 3) for node in range(3))
+    first, second, third = (launcher(node, 3, seconds=3) for node in range(3))
     fault = Post(2, is_ready=False, code=1, reason="a fault", killed=False)
     decisions = in_threads(lambda: first.meet(Post(0)), lambda: second.meet(Post(1)), lambda: third.meet(fault))
     assert [(each.nodes, each.reason, each.code) for each in decisions] == [([], "a fault", 1)] * 3
     assert fault in first.posts
+
+
+def test_the_first_node_waits_for_one_that_is_done_a_little_later(launcher: Launcher) -> None:
+    first, second = launcher(0), launcher(1)
+    in_threads(lambda: first.meet(Post(0)), lambda: second.meet(Post(1)))
+
+    def later() -> Decision:
+        time.sleep(0.5)
+        return second.meet(Post(1))
+
+    began = time.monotonic()
+    decisions = in_threads(lambda: first.meet(Post(0, is_ready=False, code=0, reason="done")), later)
+    assert [(each.nodes, each.code) for each in decisions] == [([], 0)] * 2
+    assert 0.5 < time.monotonic() - began < agreement._READ_SECONDS
 
 
 def test_a_launcher_that_is_started_again_takes_part_in_the_next_attempt(launcher: Launcher) -> None:
@@ -133,11 +147,11 @@ def test_a_launcher_that_has_ended_after_its_post_does_not_take_part(launcher: L
 def test_a_launcher_sees_that_the_first_node_has_opened_the_next_round(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement, "_WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(agreement, "_ASK_SECONDS", 0.05)
     first, second = launcher(0), launcher(1)
     for _ in range(2):
         in_threads(lambda: first.meet(Post(0)), lambda: second.meet(Post(1)))
-    with second.watch() as is_over, first.watch() as is_over_on_first:
+    with second.next_round() as is_over, first.next_round() as is_over_on_first:
         time.sleep(0.3)
         assert not is_over()
         opened = threading.Thread(target=first.meet, args=[Post(0)], daemon=True)

@@ -30,7 +30,7 @@ from distrain.text import plural
 _ANSWER_SECONDS = 5.0
 """Longest wait for one answer of the store: torch's own calls wait for a lost link for many minutes."""
 _POLL_SECONDS = 0.1
-_WATCH_SECONDS = 1.0
+_ASK_SECONDS = 1.0
 """Interval at which a launcher asks, while its processes run, whether the first node has opened the next round."""
 _FRESH_SECONDS = 3.0
 """Age at which a post no longer counts: its launcher has ended, or is cut off."""
@@ -195,9 +195,10 @@ class Agreement:
         store.set(f"decision/{self._round}", json.dumps(asdict(decision)))
         self._round += 1
         store.set("round", str(self._round))
-        self._expected = decision.nodes
         if not decision.posts:
-            self._wait_for_readers(len({each.node for each in self.posts[:-1] if each.is_ready}))
+            ended = {each.node for each in self.posts if not each.is_ready}
+            self._wait_for_readers(len(set(self._expected) - {post.node} - ended))
+        self._expected = decision.nodes
         return decision
 
     def _counting(self, posts: Iterable[Post]) -> list[Post]:
@@ -212,7 +213,7 @@ class Agreement:
         return counting
 
     def _wait_for_readers(self, number: int) -> None:
-        """Wait until the others have read that the job ends: the store ends with this process."""
+        """Wait until the others, which may come a little later, have read that the job ends: the store ends too."""
         deadline = time.monotonic() + _READ_SECONDS
         while self._server.add("read", 0) < number and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
@@ -271,12 +272,12 @@ class Agreement:
         return self._client.ask(read)
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[Callable[[], bool]]:
+    def next_round(self) -> Iterator[Callable[[], bool]]:
         """Yield a function that returns whether the first node has opened the next round: it ended this attempt."""
         over, ended = threading.Event(), threading.Event()
         if self._listening is None:
             arguments = (_Client(self._topology), self._round, over, ended)
-            threading.Thread(target=_watch, args=arguments, name="distrain-watch", daemon=True).start()
+            threading.Thread(target=_wait_for_round, args=arguments, name="distrain-round", daemon=True).start()
         try:
             yield over.is_set
         finally:
@@ -326,10 +327,10 @@ class _Client:
         raise PeerLostError(f"the launcher of the first node, at {address}, does not answer: {cause}")
 
 
-def _watch(client: _Client, number: int, over: threading.Event, ended: threading.Event) -> None:
+def _wait_for_round(client: _Client, number: int, over: threading.Event, ended: threading.Event) -> None:
     """Set `over` when a later round than `number` is open, until `ended` is set."""
-    while not ended.wait(_WATCH_SECONDS):
-        with contextlib.suppress(PeerLostError, ConfigError):  # the processes notice that, and this launcher then
+    while not ended.wait(_ASK_SECONDS):
+        with contextlib.suppress(PeerLostError, ConfigError):  # the processes detect that, and this launcher then
             if client.ask(lambda store: int(store.get("open"))) > number:
                 over.set()
                 return

@@ -181,7 +181,7 @@ def test_rank_0_is_killed_at_the_end(nodes: Any, start: Start, undisturbed: Any)
     assert exit_file(jobs[0].run)["code"] == 0
 
 
-def test_a_node_that_notices_a_loss_late(nodes: Any, start: Start, undisturbed: Any) -> None:
+def test_a_node_that_detects_a_loss_late(nodes: Any, start: Start, undisturbed: Any) -> None:
     """The process of the other node is stopped meanwhile: it cannot see that rank 0 was killed."""
     expected = undisturbed(2)
     jobs = start(nodes[0], FAULT="slow:0:20")
