@@ -141,6 +141,8 @@ class Trainer:
         self.job.runtime.watchdog.enter("end")
         error = os_error_of(lambda: self.logs.close(trackers.scalars(result))) or self.checkpointer.error
         error = error or self.checkpointer.finish_copies(self._seconds_to_copy)  # guard: mirror-error-at-end
+        if self.job.config.run.mirror is not None:  # all exit with the same code: rank 0 alone knows of the mirror
+            error = next(filter(None, self.job.runtime.collectives.from_all(error)), None)
         if error is not None:  # guard: save-error-at-end
             raise SaveError(f"the end of the run could not be saved: {error}")
         return result
