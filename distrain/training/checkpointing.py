@@ -193,8 +193,8 @@ class Checkpointer:
         """Take the folder and cut it back to the checkpoint to resume; return that checkpoint's path."""
         job, folder = self._job, self._job.folder
         mirror = open_mirror(job.config, self._stop_copies)
-        saved = _choose(job, mirror.newest_of(job.identity) if mirror is not None else None)
         try:
+            saved = _choose(job, mirror.newest_of(job.identity) if mirror is not None else None)
             folder.mkdir(parents=True, exist_ok=True)
             seen = checkpoint.steps(job.checkpoints)
             if mirror is not None:
