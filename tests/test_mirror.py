@@ -202,10 +202,30 @@ def test_other_addresses_are_refused(where: str) -> None:
         config.load(None, [f"run.mirror={where}"])
 
 
-@pytest.mark.parametrize("where", ["s3://", "s3:///prefix"])
-def test_an_address_without_a_bucket_is_refused(where: str) -> None:
-    with pytest.raises(ConfigError, match="with the name of a bucket"):
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("s3://", "with the name of a bucket"),
+        ("s3:///prefix", "with the name of a bucket"),
+        ("s3://bucket/x?versionId=abc", r"s3://bucket/prefix without \? and #"),
+        ("S3://bucket/x#secret", r"s3://bucket/prefix without \? and #"),
+    ],
+)
+def test_an_address_without_a_bucket_or_with_a_query_is_refused(where: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         config.load(None, [f"run.mirror={where}"])
+    assert "secret" not in str(caught.value)
+
+
+def test_schemes_may_be_capitals_and_folders_may_be_loops(tmp_path: Path, data: Path) -> None:
+    assert config.load(None, ["run.mirror=S3://Bucket/X"]).run.mirror == "s3://Bucket/X"
+    assert config.load(None, ["run.mirror=FILE:///A?b"]).run.mirror == "file:///A?b"
+    loop, good = tmp_path / "loop", tmp_path / "good"
+    loop.symlink_to(loop)
+    for run, where in ((loop, good), (good, loop)):
+        with pytest.raises(UserError, match="run.(dir|mirror)=.*: .*(symbolic links|File exists)") as caught:
+            distrain.train(tree(data, run, f"file://{where}"))
+        assert caught.value.exit_code == EXIT_NEVER_AGAIN
 
 
 def test_a_mirror_in_the_folder_of_the_run_is_refused(tmp_path: Path) -> None:
@@ -375,6 +395,16 @@ def test_a_full_disk_leaves_no_half_checkpoint(
     assert list((run / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.parametrize("status", ["301", "400"])
+def test_a_bucket_of_another_region_is_named_at_once(
+    status: str, data: Path, tmp_path: Path, server: FaultyStore
+) -> None:
+    server.fault = lambda *_: status
+    with pytest.raises(DataError, match="in another region, or on another server .*; set AWS_DEFAULT_REGION") as caught:
+        distrain.train(tree(data, tmp_path / "run", "s3://bucket/elsewhere"))
+    assert caught.value.exit_code == EXIT_NEVER_AGAIN
+
+
 def test_what_is_no_file_is_skipped_and_an_old_result_is_not_downloaded(
     data: Path, undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -416,6 +446,17 @@ def test_nothing_is_written_to_a_mirror_that_was_emptied(data: Path, undisturbed
     store = store_at(where)
     assert f"step-{STEPS:08d}.tar" in store.names("checkpoints")
     assert {"metrics.jsonl", "setup.json", "result.json"} <= set(store.names(""))
+
+
+def test_the_wait_after_a_stop_request_is_within_the_grace_of_the_launcher(
+    data: Path, tmp_path: Path, server: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.released.clear()
+    server.fault = lambda method, path, _: "hold" if "/step-" in path else None
+    monkeypatch.setenv("FAULT", "stop:0:6")
+    monkeypatch.setenv("DISTRAIN_GRACE_SECONDS", "11.5")
+    with pytest.raises(SaveError, match=r"not complete 1\.5 s after a stop request"):
+        distrain.train(tree(data, tmp_path / "run", "s3://bucket/grace"))
 
 
 def test_copies_that_are_ended_give_no_warning(

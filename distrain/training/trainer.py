@@ -150,7 +150,9 @@ class Trainer:
     @property
     def _seconds_to_copy(self) -> float:
         """Longest wait for the mirror after a stop request: the launcher kills this process after its grace."""
-        return max(1.0, self.job.config.launch.grace_seconds - _EXIT_SECONDS)
+        given = self.job.runtime.environment.grace_seconds
+        grace = given if given is not None else self.job.config.launch.grace_seconds
+        return max(1.0, grace - _EXIT_SECONDS)
 
     def fit(self) -> None:
         """Train the steps that are left."""
