@@ -115,7 +115,10 @@ def claimed(data: Path, run: Path, where: str, identity: dict[str, Any] | None =
         opened.newest_of(identity)
     (run / "attempts").mkdir(parents=True, exist_ok=True)
     opened.download_attempts()
-    opened.claim(lease.acquire(run, 0).attempt)
+    job = lease.acquire(run, 0)
+    if identity is not None:
+        job.note(identity=checkpoint.digest_of_identity(identity))
+    opened.claim(job.attempt)
     return opened
 
 
@@ -425,6 +428,18 @@ def test_what_is_no_file_is_skipped_and_an_old_result_is_not_downloaded(
         archive.write_bytes(archive.read_bytes()[:-3000])  # of the weights: the steps after 30 are trained again
     for name in ("pictures/@eaDir", "x-id"):
         assert f"skipped {where}/{name}: {name}: Is a directory" in caplog.text
+
+
+def test_a_mirror_of_another_run_without_a_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
+    where = f"file://{tmp_path}/mirror"
+    claimed(data, tmp_path / "first", where, {"seed": 1})
+    with pytest.raises(ConfigError, match=r"holds another run, without a checkpoint yet \(attempt 1, .*choose another"):
+        mirror_of(data, tmp_path / "second", where).newest_of({"seed": 2})
+    for run, seed in (("second", 1), ("first", 2)):  # a run without a checkpoint may be changed in its folder
+        assert mirror_of(data, tmp_path / run, where).newest_of({"seed": seed}) is None
+    distrain.train(tree(data, tmp_path / "first", where))
+    entry = json.loads((tmp_path / "mirror/attempts/000002.json").read_text())
+    assert entry["identity"] == checkpoint.digest_of_identity(identity_of(tmp_path / "first"))
 
 
 # Two jobs

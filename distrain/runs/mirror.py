@@ -73,6 +73,8 @@ class Mirror:
         newest = max(self._states, default=None)
         if steps and newest is None:  # guard: no-silent-restart-of-mirror
             raise self._unreadable()
+        if newest is None:
+            self._check_newest_attempt(checkpoint.digest_of_identity(identity))
         lines = checkpoint.differences(self._states[newest]["identity"], identity) if newest is not None else []
         if lines:
             raise ConfigError(
@@ -80,6 +82,26 @@ class Mirror:
             )
         self._states |= {step: {} for step in steps[_STATES_READ:]}
         return newest
+
+    def _check_newest_attempt(self, digest: str) -> None:
+        """Check that the newest job here, of which there is no checkpoint, had a run of this identity.
+
+        One in this run's folder may have had another: without a checkpoint, a run may be changed.
+
+        Raises:
+            ConfigError: it had another run.
+        """
+        with self._explained():
+            number = max(attempts.numbers_in(self._store.names(attempts.FOLDER)), default=0)
+            content = self._store.read(attempts.name_of(number)) if number else None
+        if content is None:
+            return
+        entry = records.parse(content, records.Attempt, self._run / attempts.name_of(number), _ATTEMPT_CURE)
+        here = attempts.path_of(self._run, number)
+        is_here = here.exists() and entry.token.encode() in here.read_bytes()
+        if entry.identity not in (None, digest) and not is_here:
+            who = attempts.describe(records.content_of(entry))
+            raise ConfigError(f"{self}: holds another run, without a checkpoint yet ({who}); choose another run.mirror")
 
     def download_attempts(self) -> None:
         """Add the attempts of other machines to the run's folder, which are newer than those there.

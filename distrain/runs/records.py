@@ -85,6 +85,8 @@ class Attempt(Record):
     command: str | None = None
     git_commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40,64}$")] | None = None
     git_changes: bool | None = None
+    identity: str | None = None
+    """Digest of the run's identity, where it has a mirror."""
 
 
 class Exit(Record):

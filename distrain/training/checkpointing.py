@@ -201,6 +201,8 @@ class Checkpointer:
                 mirror.download_attempts()
             self._lease = lease.acquire(folder, job.config.run.wait_seconds, log.info, signals.requested)
             self._lease.renew_in_background(self._exit_with_lost_lease)
+            if mirror is not None:
+                self._lease.note(identity=checkpoint.digest_of_identity(job.identity))
             restored = mirror is not None and self._restore_from(mirror, self._lease.attempt)
             if checkpoint.steps(job.checkpoints) != seen or restored:  # guard: choose-again
                 saved = _choose(job)  # another job was still writing here
