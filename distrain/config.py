@@ -125,15 +125,19 @@ def _mirror(value: Any) -> Any:
     """Refuse what is no address of a store with conditional writes."""
     if value is None:
         return value
-    if isinstance(value, str) and address.scheme(value) == "s3":
-        if value[len("s3://") :].startswith("/") or value == "s3://":
+    scheme = address.scheme(value) if isinstance(value, str) else None
+    rest = value[len(scheme) + len("://") :] if scheme is not None else ""
+    if scheme == "s3":
+        if rest.startswith("/") or not rest:
             raise ValueError("should be s3://bucket/prefix, with the name of a bucket")
-        return value
-    path = value.removeprefix("file://") if isinstance(value, str) and address.scheme(value) == "file" else ""
+        if "?" in rest or "#" in rest:  # s3fs would read one version of one object, whatever its name
+            raise ValueError("should be s3://bucket/prefix without ? and #")
+        return f"s3://{rest}"
+    path = rest if scheme == "file" else ""
     if not path.startswith("/"):
         raise ValueError("should be s3://bucket/prefix or file:///path; a mirror needs a store with conditional writes")
     _path(path)
-    return value
+    return f"file://{path}"
 
 
 def _one_of(*names: str, example: str = "") -> Callable[[Any], Any]:
@@ -243,8 +247,9 @@ class Run(Section):
     @model_validator(mode="after")
     def _folders(self) -> Run:
         if self.mirror is not None and address.scheme(self.mirror) == "file":
-            mirror, run = Path(self.mirror[len("file://") :]).resolve(), Path(self.dir).resolve()
-            if mirror.is_relative_to(run):
+            # Unlike Path.resolve, realpath knows links that form a loop.
+            mirror, run = os.path.realpath(self.mirror[len("file://") :]), os.path.realpath(self.dir)
+            if Path(mirror).is_relative_to(run):
                 raise ValueError("mirror must be outside dir: it would be lost with it")
         return self
 

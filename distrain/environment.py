@@ -7,6 +7,7 @@ that starts several processes with other variables (mpirun, srun, a Kubeflow job
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ COMMAND = "DISTRAIN_COMMAND"
 """Environment variable: the launcher's command, without secrets, for the record of the attempt."""
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Environment variable that torchrun sets in the processes that it starts."""
+GRACE = "DISTRAIN_GRACE_SECONDS"
+"""Environment variable: seconds after a stop request until the launcher kills its workers (`--grace`)."""
 IN_A_GROUP = ("train", "evaluate", "doctor")
 """Commands whose process may be one of a group. The others, `launch` included, ignore the variables of a group."""
 
@@ -71,6 +74,7 @@ class Environment:
         store_socket: descriptor of the open socket for the store; None where rank 0 opens one itself.
         launcher: process ID of `distrain launch`; None under other launchers.
         torchrun: whether torchrun's agent is the parent.
+        grace_seconds: seconds after a stop request until `distrain launch` kills this process; None: as configured.
         missing: variables that a group of several processes needs, and that are not set.
     """
 
@@ -84,6 +88,7 @@ class Environment:
     store_socket: int | None = None
     launcher: int | None = None
     torchrun: bool = False
+    grace_seconds: float | None = None
     missing: tuple[str, ...] = ()
 
     @classmethod
@@ -127,6 +132,7 @@ class Environment:
             store_socket=integer(variables, STORE_SOCKET, 0),
             launcher=launcher,
             torchrun=torchrun,
+            grace_seconds=_seconds(variables, GRACE),
             missing=tuple(name for name in _OF_A_GROUP if not group.get(name)) if group else (),
         )
 
@@ -175,6 +181,24 @@ def integer(
     if not low <= value <= high:
         limits = f"{low} or more" if value < low and high == _LARGEST else f"{low} to {high}"
         raise ConfigError(_wrong(name, text, f"should be {limits}{f', because {because}' if because else ''}"))
+    return value
+
+
+def _seconds(variables: Mapping[str, str], name: str) -> float | None:
+    """Return the value of an environment variable that is a time in seconds; None if it is not set or empty.
+
+    Raises:
+        ConfigError: it is no such number.
+    """
+    text = variables.get(name)
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise ConfigError(_wrong(name, text, "is not a number of seconds"))
     return value
 
 

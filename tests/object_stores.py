@@ -17,11 +17,18 @@ ENVIRON = {
 """Environment of the server's clients; botocore tries once, so that the project's own retries are tested."""
 
 _HOLD_SECONDS = 120
+_ANSWERS = {
+    "301": ("PermanentRedirect", "The bucket is in another region."),
+    "400": ("AuthorizationHeaderMalformed", "The region is wrong."),
+    "403": ("ExpiredToken", "The provided token has expired."),
+    "507": ("InsufficientStorage", "the bucket is full"),
+}
+"""Code and message of the answers; others are empty."""
 Fault = Callable[[str, str, int], str | None]
 """Called with method, path and number of a request; returns what goes wrong, or None.
 
-`503` and `507` are answers; `cut` is half of one; `ignore-condition` drops If-None-Match. `hold` waits for `released`
-before the request is forwarded, `hold-body` before its body is read.
+`301`, `503` and other numbers are answers; `cut` is half of one; `ignore-condition` drops If-None-Match. `hold` waits
+for `released` before the request is forwarded, `hold-body` before its body is read.
 """
 
 
@@ -58,9 +65,10 @@ class _Handler(BaseHTTPRequestHandler):
         if len(body) < size:  # the client has ended
             self.close_connection = True
             return None
-        if fault in ("503", "507"):
-            text = b"<Error><Code>InsufficientStorage</Code><Message>the bucket is full</Message></Error>"
-            return self._answer(int(fault), {}, text if fault == "507" else b"")
+        if fault is not None and fault.isdecimal():
+            code, message = _ANSWERS.get(fault, ("", ""))
+            text = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>" if code else ""
+            return self._answer(int(fault), {}, text.encode())
         if fault == "hold":
             self.server.is_waiting.set()
             self.server.released.wait(_HOLD_SECONDS)

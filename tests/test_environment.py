@@ -58,6 +58,8 @@ WRONG = {
     "local size": ({"LOCAL_WORLD_SIZE": "7"}, "LOCAL_WORLD_SIZE='7' should be 1 to 6, because WORLD_SIZE=6"),
     "no multiple": ({"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4: WORLD_SIZE=6 is not a multiple of it"),
     "node": ({"GROUP_RANK": "6"}, "GROUP_RANK='6' should be 0 to 5"),
+    "grace": ({"DISTRAIN_GRACE_SECONDS": "-1"}, "DISTRAIN_GRACE_SECONDS='-1' is not a number of seconds"),
+    "no grace": ({"DISTRAIN_GRACE_SECONDS": "nan"}, "DISTRAIN_GRACE_SECONDS='nan' is not a number of seconds"),
     "no port": ({"MASTER_PORT": "0"}, "MASTER_PORT='0' should be 1 to 65535"),
     "port": ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999' should be 1 to 65535"),
     "service": ({"MASTER_PORT": "tcp://10.0.0.7:80"}, "MASTER_PORT='tcp://10.0.0.7:80' is not a whole number"),

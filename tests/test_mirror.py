@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 from datasets import make
-from group import Group
+from group import Group, GroupError
 from object_stores import FaultyStore, faulty_store
 from runs import metrics_but_times
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from distrain.data import fetch
 from distrain.data.fetch import FetchError, FetchOptions
 from distrain.errors import EXIT_NEVER_AGAIN, BusyError, ConfigError, DataError, SaveError, Stopped, UserError
 from distrain.launcher.attempt import is_done
-from distrain.runs import attempts, checkpoint, lease, mirror, object_store
+from distrain.runs import attempts, checkpoint, checkpoint_archive, lease, mirror, object_store
 from distrain.runs.checkpoint_archive import OpenCheckpoint
 from distrain.runs.mirror_copier import Copier
 from distrain.runs.object_store import Store, check_conditional_writes, open_store
@@ -101,12 +102,23 @@ def mirror_of(data: Path, run: Path, where: str, **sections: dict[str, Any]) -> 
     return opened
 
 
+def identity_of(run: Path) -> dict[str, Any]:
+    state = max((run / "checkpoints").glob("step-*")) / "state.json"
+    identity: dict[str, Any] = json.loads(state.read_text())["identity"]
+    return identity
+
+
 def claimed(data: Path, run: Path, where: str, identity: dict[str, Any] | None = None) -> mirror.Mirror:
     """The mirror as the next job opens it."""
     opened = mirror_of(data, run, where)
+    if identity is not None:
+        opened.newest_of(identity)
     (run / "attempts").mkdir(parents=True, exist_ok=True)
     opened.download_attempts()
-    opened.claim(lease.acquire(run, 0).attempt)
+    job = lease.acquire(run, 0)
+    if identity is not None:
+        job.note(identity=checkpoint.digest_of_identity(identity))
+    opened.claim(job.attempt)
     return opened
 
 
@@ -193,10 +205,30 @@ def test_other_addresses_are_refused(where: str) -> None:
         config.load(None, [f"run.mirror={where}"])
 
 
-@pytest.mark.parametrize("where", ["s3://", "s3:///prefix"])
-def test_an_address_without_a_bucket_is_refused(where: str) -> None:
-    with pytest.raises(ConfigError, match="with the name of a bucket"):
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("s3://", "with the name of a bucket"),
+        ("s3:///prefix", "with the name of a bucket"),
+        ("s3://bucket/x?versionId=abc", r"s3://bucket/prefix without \? and #"),
+        ("S3://bucket/x#secret", r"s3://bucket/prefix without \? and #"),
+    ],
+)
+def test_an_address_without_a_bucket_or_with_a_query_is_refused(where: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         config.load(None, [f"run.mirror={where}"])
+    assert "secret" not in str(caught.value)
+
+
+def test_schemes_may_be_capitals_and_folders_may_be_loops(tmp_path: Path, data: Path) -> None:
+    assert config.load(None, ["run.mirror=S3://Bucket/X"]).run.mirror == "s3://Bucket/X"
+    assert config.load(None, ["run.mirror=FILE:///A?b"]).run.mirror == "file:///A?b"
+    loop, good = tmp_path / "loop", tmp_path / "good"
+    loop.symlink_to(loop)
+    for run, where in ((loop, good), (good, loop)):
+        with pytest.raises(UserError, match="run.(dir|mirror)=.*: .*(symbolic links|File exists)") as caught:
+            distrain.train(tree(data, run, f"file://{where}"))
+        assert caught.value.exit_code == EXIT_NEVER_AGAIN
 
 
 def test_a_mirror_in_the_folder_of_the_run_is_refused(tmp_path: Path) -> None:
@@ -244,6 +276,8 @@ def test_a_run_resumes_from_its_mirror_to_the_same_bits(
     assert store.read("result.json") == (elsewhere / "result.json").read_bytes()
     assert is_done(config.load(tree(data, elsewhere, location)))  # the folder has no exit.json
     assert not is_done(config.load(tree(data, elsewhere, location, train={"lr": 1})))
+    store.delete(f"checkpoints/{best}.tar")
+    assert not is_done(config.load(tree(data, elsewhere, location)))
     with pytest.raises(ConfigError, match="already holds a run; choose another run.mirror"):
         distrain.train(tree(data, tmp_path / "new", location, run={"resume": "never"}))
     with pytest.raises(ConfigError, match="holds another run, which has\n  run.seed: 0 in the checkpoint, 5 now"):
@@ -288,8 +322,20 @@ def test_a_full_bucket_ends_in_an_error_and_the_next_attempt_completes_the_copy(
     assert caplog.text.count("training continues, and the next checkpoint is copied") == 1
     assert checkpoint.newest_verified(run / "checkpoints") == STEPS
     server.fault = lambda *_: None
+    assert store_at(where).read("metrics.jsonl") is not None
+    assert store_at(where).read("result.json") is None  # with it the run would count as done
     distrain.train(settings)
     assert store_at(where).names("checkpoints")[-1] == f"step-{STEPS:08d}.tar"
+    assert store_at(where).read("result.json") == (run / "result.json").read_bytes()
+
+
+def test_all_processes_know_that_the_copy_is_not_complete(
+    data: Path, tmp_path: Path, group: Callable[[int], Group]
+) -> None:
+    (tmp_path / "mirror/result.json").mkdir(parents=True)
+    with pytest.raises(GroupError, match="mirror: result.json: Is a directory") as caught:
+        group(2).call("train", tree(data, tmp_path / "run", f"file://{tmp_path}/mirror"))
+    assert caught.value.kinds == ["SaveError", "SaveError"]
 
 
 def test_an_unreadable_checkpoint_is_skipped(
@@ -313,6 +359,9 @@ def test_an_unreadable_checkpoint_is_skipped(
     assert same_run(run, undisturbed)
     with tarfile.open(archives[-1]) as tar:  # it was written again
         assert [Path(name).name for name in tar.getnames()] == list(checkpoint.FILES)
+    shutil.copy(archives[-1], archives[-1].with_name("step-00000099.tar"))
+    assert mirror_of(data, run, where).newest_of(identity_of(run)) == STEPS
+    assert "step-00000099.tar: has the name of another step (it is of step 40)" in caplog.text
     for size in (5000, 100):  # of the weights, then of the state
         for path in (tmp_path / "mirror/checkpoints").iterdir():
             path.write_bytes(path.read_bytes()[:size])
@@ -320,7 +369,125 @@ def test_an_unreadable_checkpoint_is_skipped(
             distrain.train(tree(data, tmp_path / "new", where))
 
 
+def test_only_damage_is_skipped(
+    data: Path, undisturbed: Path, tmp_path: Path, server: FaultyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, where = tmp_path / "run", "s3://bucket/forbidden"
+    put_checkpoint(claimed(data, tmp_path / "first", where), undisturbed, STEPS)
+    opened = claimed(data, run, where, identity_of(undisturbed))
+    server.fault = lambda method, path, _: "403" if path.endswith(".tar") else None
+    for action in (lambda: opened.restore(lambda: None), lambda: opened.newest_of(identity_of(undisturbed))):
+        with pytest.raises(DataError, match=f"run.mirror={where}: Forbidden; check the address and its credentials"):
+            action()
+    assert "skipped" not in caplog.text
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(
+    data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, where = tmp_path / "run", f"file://{tmp_path}/mirror"
+    put_checkpoint(claimed(data, tmp_path / "first", where), undisturbed, STEPS)
+
+    def fill_disk(stream: Any, folder: Path, on_progress: Any) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint_archive, "extract", fill_disk)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        distrain.train(tree(data, run, where))
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("status", ["301", "400"])
+def test_a_bucket_of_another_region_is_named_at_once(
+    status: str, data: Path, tmp_path: Path, server: FaultyStore
+) -> None:
+    server.fault = lambda *_: status
+    with pytest.raises(DataError, match="in another region, or on another server .*; set AWS_DEFAULT_REGION") as caught:
+        distrain.train(tree(data, tmp_path / "run", "s3://bucket/elsewhere"))
+    assert caught.value.exit_code == EXIT_NEVER_AGAIN
+
+
+def test_what_is_no_file_is_skipped_and_an_old_result_is_not_downloaded(
+    data: Path, undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, where = tmp_path / "run", f"file://{tmp_path}/mirror"
+    shutil.copytree(undisturbed, run)
+    opened = claimed(data, run, where)
+    for step in (30, STEPS):
+        put_checkpoint(opened, run, step)
+    opened.put_logs()
+    opened.put_file(run / "result.json")
+    for name in ("pictures/@eaDir", "x-id"):
+        (tmp_path / "mirror" / name).mkdir(parents=True)
+    for number, has_result in enumerate((True, False)):
+        elsewhere = tmp_path / f"elsewhere-{number}"
+        assert claimed(data, elsewhere, where, identity_of(run)).restore(lambda: None)
+        assert (elsewhere / "result.json").exists() == has_result
+        archive = tmp_path / f"mirror/checkpoints/step-{STEPS:08d}.tar"
+        archive.write_bytes(archive.read_bytes()[:-3000])  # of the weights: the steps after 30 are trained again
+    for name in ("pictures/@eaDir", "x-id"):
+        assert f"skipped {where}/{name}: {name}: Is a directory" in caplog.text
+
+
+def test_a_mirror_of_another_run_without_a_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
+    where = f"file://{tmp_path}/mirror"
+    claimed(data, tmp_path / "first", where, {"seed": 1})
+    with pytest.raises(ConfigError, match=r"holds another run, without a checkpoint yet \(attempt 1, .*choose another"):
+        mirror_of(data, tmp_path / "second", where).newest_of({"seed": 2})
+    for run, seed in (("second", 1), ("first", 2)):  # a run without a checkpoint may be changed in its folder
+        assert mirror_of(data, tmp_path / run, where).newest_of({"seed": seed}) is None
+    distrain.train(tree(data, tmp_path / "first", where))
+    entry = json.loads((tmp_path / "mirror/attempts/000002.json").read_text())
+    assert entry["identity"] == checkpoint.digest_of_identity(identity_of(tmp_path / "first"))
+
+
 # Two jobs
+
+
+def test_nothing_is_written_to_a_mirror_that_was_emptied(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run, where = tmp_path / "run", f"file://{tmp_path}/mirror"
+    shutil.copytree(undisturbed, run)
+    opened = claimed(data, run, where)
+    put_checkpoint(opened, run, 30)
+    shutil.rmtree(tmp_path / "mirror")
+    copier = Copier(opened, run / "checkpoints", lambda _: None, threading.Event())
+    copier.copy(STEPS, None)
+    problem = copier.finish(lambda: None, is_stopped=lambda: False, seconds=0)
+    copier.close()
+    assert "emptied or replaced while this job was writing there (attempts/" in str(problem)
+    assert not (tmp_path / "mirror/checkpoints").exists()
+    distrain.train(tree(data, run, where))
+    store = store_at(where)
+    assert f"step-{STEPS:08d}.tar" in store.names("checkpoints")
+    assert {"metrics.jsonl", "setup.json", "result.json"} <= set(store.names(""))
+
+
+def test_the_wait_after_a_stop_request_is_within_the_grace_of_the_launcher(
+    data: Path, tmp_path: Path, server: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.released.clear()
+    server.fault = lambda method, path, _: "hold" if "/step-" in path else None
+    monkeypatch.setenv("FAULT", "stop:0:6")
+    monkeypatch.setenv("DISTRAIN_GRACE_SECONDS", "11.5")
+    with pytest.raises(SaveError, match=r"not complete 1\.5 s after a stop request"):
+        distrain.train(tree(data, tmp_path / "run", "s3://bucket/grace"))
+
+
+def test_copies_that_are_ended_give_no_warning(
+    data: Path, undisturbed: Path, tmp_path: Path, server: FaultyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = threading.Event()
+    opened = mirror.open_mirror(config.load(tree(data, tmp_path / "run", "s3://bucket/ended")), stop)
+    assert opened is not None
+    server.released.clear()
+    server.is_waiting.clear()
+    server.fault = lambda *_: "hold"
+    copier = Copier(opened, undisturbed / "checkpoints", lambda _: None, stop)
+    copier.copy(STEPS, None)
+    assert server.is_waiting.wait(20)
+    copier.close()
+    assert caplog.text == ""
 
 
 def test_a_job_that_was_replaced_writes_nothing_more(

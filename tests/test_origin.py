@@ -20,6 +20,8 @@ from distrain.runs import origin
         (["sweep.py", "--lr", "0.1"], "python sweep.py --lr 0.1"),
         ([""], "python ''"),
         (["distrain", "data.dir=s3://me:pass@host/data?sig=x"], "distrain data.dir=s3://host/data"),
+        (["distrain", "data.dir=https://host/a b?token=x"], "distrain 'data.dir=https://host/a b'"),
+        (["distrain", "https://me:pass@host/a b?token=x"], "distrain 'https://host/a b'"),
         (["x.py", "--api-key", "abc", "--token=abc", "b"], "python x.py --api-key hidden --token=hidden b"),
         (["x.py", "password=abc"], "python x.py password=hidden"),
         (["x.py", "a\nb\udcff\x1b[2J"], "python x.py 'a\\nb\\udcff\\x1b[2J'"),

@@ -348,6 +348,11 @@ def edit_config(bundle: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def edit_evaluation(bundle: Path, **values: Any) -> None:
+    evaluation = json.loads((bundle / "config.json").read_text())["evaluation"]
+    edit_config(bundle, evaluation={**evaluation, **values})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -355,6 +360,24 @@ def edit_config(bundle: Path, **values: Any) -> None:
         (lambda bundle: (bundle / "model.safetensors").unlink(), "model.safetensors: cannot be read: No such file"),
         (lambda bundle: edit_config(bundle, mean=[0.5]), "mean, std: not one number for each of 3 channels"),
         (lambda bundle: edit_config(bundle, library_name="timm"), "config.json: damaged, or written by another"),
+        (
+            lambda bundle: edit_evaluation(bundle, crop=[1, 1]),
+            "cannot compute an image of evaluation.crop, 1×1 pixels (",
+        ),
+        (
+            lambda bundle: edit_evaluation(bundle, crop=[2**20, 2**20]),
+            "evaluation.crop: images of more than 67,108,864",
+        ),
+        (
+            lambda bundle: edit_evaluation(bundle, resize=2**20),
+            "evaluation.resize: images of more than 67,108,864 pixels",
+        ),
+        (
+            lambda bundle: edit_config(bundle, image_shape=[2**20, 2**20, 3]),
+            "image_shape: images of more than 67,108,864",
+        ),
+        (lambda bundle: edit_config(bundle, classes=["a"] * 10), "classes: a name is empty, or there twice"),
+        (lambda bundle: edit_config(bundle, classes=[""]), "classes: a name is empty, or there twice"),
         (lambda bundle: edit_config(bundle, files={}), "model.safetensors: damaged, or of another model"),
         (lambda bundle: (bundle / "config.json").write_text("{"), "config.json: damaged"),
         (lambda bundle: (bundle / "config.json").unlink(), "holds no run"),

@@ -53,6 +53,10 @@ _STOP_POLL_SECONDS = 0.1
 _NETWORK = (
     "check the network and the server; data.fetch_retries and data.fetch_timeout_seconds set how long it is tried"
 )
+_TRY_AGAIN = (408, 425, 429)
+_TRY_AGAIN_CODES = ("RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")
+"""Codes of S3 for requests that were damaged or delayed on their way; the status is 400."""
+_WRONG_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}
 """Names of exceptions of botocore and google.auth, which need not be installed."""
 
@@ -468,8 +472,7 @@ class Remote:
         status = (
             getattr(error, "status", None) or getattr(response, "status_code", None) or getattr(error, "code", None)
         )
-        behind = getattr(error.__cause__, "response", None)  # s3fs raises an OSError for botocore's error
-        if isinstance(behind, dict) and behind.get("Error", {}).get("Code") == "InvalidRange":
+        if _s3_answer(error).code == "InvalidRange":
             status = 416
         elif isinstance(error, FileNotFoundError):
             status = 404
@@ -482,7 +485,7 @@ class Remote:
                 return FetchError(reason, credentials)
             if status == 416:
                 reason += ": the file is shorter than when it was indexed"
-            if status < 500 and status not in (408, 425, 429):
+            if status < 500 and status not in _TRY_AGAIN:
                 return FetchError(reason)
             return TransientError(reason, _NETWORK)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
@@ -493,18 +496,47 @@ class Remote:
         message = (str(error) or type(error).__name__).replace(self._address, self._public_address)
         reason = printable(address.scrub(message.splitlines()[0]))
         # ValueError: a wrong address, or a certificate that does not match. A retry cannot help.
-        is_final = isinstance(error, (ValueError, IsADirectoryError, NotADirectoryError))
-        return (FetchError if is_final else TransientError)(reason, _NETWORK)
+        is_refusal = _s3_answer(error).is_final
+        is_final = is_refusal or isinstance(error, (ValueError, IsADirectoryError, NotADirectoryError))
+        return (FetchError if is_final else TransientError)(reason, credentials if is_refusal else _NETWORK)
 
 
 def wrong_bucket(error: Exception) -> FetchError | None:
     """Return what an error of s3fs says about the name of a bucket; None if it is another error."""
-    behind = getattr(error.__cause__, "response", None)
-    if isinstance(behind, dict) and behind.get("Error", {}).get("Code") == "NoSuchBucket":
+    answer = _s3_answer(error)
+    if answer.code == "NoSuchBucket":
         return FetchError("there is no such bucket", "check the address")
+    if answer.code in _WRONG_REGION or isinstance(error, RecursionError):  # botocore follows a redirect for ever
+        return FetchError(
+            f"the bucket is in another region, or on another server ({answer.code or 'PermanentRedirect'})",
+            "set AWS_DEFAULT_REGION to its region, and AWS_ENDPOINT_URL to its server unless it is Amazon's",
+        )
     if type(error).__name__ == "ParamValidationError":  # of botocore, which need not be installed
         return FetchError("the name of the bucket, or of a file, is not valid", "check the address")
     return None
+
+
+class _S3Answer(NamedTuple):
+    """HTTP status and code of an answer of S3 that is an error; None without one."""
+
+    status: int | None = None
+    code: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the same request would get the same answer."""
+        is_refusal = self.status is not None and 300 <= self.status < 500
+        return is_refusal and self.status not in (*_TRY_AGAIN, 409) and self.code not in _TRY_AGAIN_CODES
+
+
+def _s3_answer(error: BaseException) -> _S3Answer:
+    """Return the answer of S3 behind an error: s3fs raises an OSError for botocore's."""
+    for each in (error, error.__cause__):
+        answer = getattr(each, "response", None)
+        if isinstance(answer, dict):
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return _S3Answer(status, answer.get("Error", {}).get("Code"))
+    return _S3Answer()
 
 
 class _Stream(io.RawIOBase):

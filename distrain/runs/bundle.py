@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
 _MAX_BYTES = 2**40
-_CURE = "copy or download the bundle again, or write it again by `distrain export`"
+CURE = "copy or download the bundle again, or write it again by `distrain export`"
 
 
 def is_one(path: Path) -> bool:
@@ -85,24 +85,24 @@ def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
     """
     import safetensors.torch
 
-    record = records.read(path / CONFIG, Bundle, _CURE)
+    record = records.read(path / CONFIG, Bundle, CURE)
     if record is None:
-        raise DataError(f"{path}: not a bundle (no {CONFIG}); {_CURE}")
+        raise DataError(f"{path}: not a bundle (no {CONFIG}); {CURE}")
     data = {name: _read_file(path / name) for name in (WEIGHTS, PREPROCESSOR)}
     for name, content in data.items():
         if _digest(content) != record.files.get(name):
-            raise DataError(f"{path / name}: damaged, or of another model (its digest differs); {_CURE}")
+            raise DataError(f"{path / name}: damaged, or of another model (its digest differs); {CURE}")
     try:
         return record, safetensors.torch.load(data[WEIGHTS])
     except Exception as error:  # of several kinds
-        raise DataError(f"{path / WEIGHTS}: not a safetensors file ({error}); {_CURE}") from error
+        raise DataError(f"{path / WEIGHTS}: not a safetensors file ({error}); {CURE}") from error
 
 
 def _read_file(path: Path) -> bytes:
     try:
         return files.read(path, _MAX_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}; {_CURE}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; {CURE}") from error
 
 
 def _digest(content: bytes) -> str:

@@ -11,6 +11,8 @@ launcher verifies checkpoints without it. `save` and `prune` may run in a thread
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -310,6 +312,11 @@ def differences(saved: Mapping[str, Any], requested: Mapping[str, Any]) -> list[
         _DIGEST_MESSAGES.get(key) or f"{key}: {saved.get(key)!r} in the checkpoint, {requested.get(key)!r} now"
         for key in differ
     ]
+
+
+def digest_of_identity(identity: Mapping[str, Any]) -> str:
+    """Return the sha256 digest of a run's identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 _DIGEST_MESSAGES = {

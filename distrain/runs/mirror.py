@@ -32,8 +32,8 @@ from distrain.runs.object_store import Store, check_conditional_writes, open_sto
 
 log = logging.getLogger("distrain")
 
-_COPIED = (folder.METRICS, folder.CONFIG, folder.SETUP, folder.RESULT, "*-id", "pictures/*", "attempts/*.json")
-"""Files of a run that are copied with each checkpoint, if they have changed; a report is copied at the end."""
+_COPIED = (folder.METRICS, folder.CONFIG, folder.SETUP, "*-id", "pictures/*", "attempts/*.json")
+"""Files of a run that are copied before each checkpoint, if they have changed; the result and the report come last."""
 _STATES_READ = 20
 """Number of newest checkpoints whose state is read at the start, to know which of them may be deleted later."""
 _ATTEMPT_CURE = "delete it from the mirror"
@@ -73,6 +73,8 @@ class Mirror:
         newest = max(self._states, default=None)
         if steps and newest is None:  # guard: no-silent-restart-of-mirror
             raise self._unreadable()
+        if newest is None:
+            self._check_newest_attempt(checkpoint.digest_of_identity(identity))
         lines = checkpoint.differences(self._states[newest]["identity"], identity) if newest is not None else []
         if lines:
             raise ConfigError(
@@ -80,6 +82,26 @@ class Mirror:
             )
         self._states |= {step: {} for step in steps[_STATES_READ:]}
         return newest
+
+    def _check_newest_attempt(self, digest: str) -> None:
+        """Check that the newest job here, of which there is no checkpoint, had a run of this identity.
+
+        One in this run's folder may have had another: without a checkpoint, a run may be changed.
+
+        Raises:
+            ConfigError: it had another run.
+        """
+        with self._explained():
+            number = max(attempts.numbers_in(self._store.names(attempts.FOLDER)), default=0)
+            content = self._store.read(attempts.name_of(number)) if number else None
+        if content is None:
+            return
+        entry = records.parse(content, records.Attempt, self._run / attempts.name_of(number), _ATTEMPT_CURE)
+        here = attempts.path_of(self._run, number)
+        is_here = here.exists() and entry.token.encode() in here.read_bytes()
+        if entry.identity not in (None, digest) and not is_here:
+            who = attempts.describe(records.content_of(entry))
+            raise ConfigError(f"{self}: holds another run, without a checkpoint yet ({who}); choose another run.mirror")
 
     def download_attempts(self) -> None:
         """Add the attempts of other machines to the run's folder, which are newer than those there.
@@ -131,23 +153,33 @@ class Mirror:
         checkpoints = self._run / checkpoint.FOLDER
         here = checkpoint.newest_verified(checkpoints) or 0
         mirrored = sorted(self._states, reverse=True)
-        with self._explained():
-            for step in [step for step in mirrored if step > here]:
-                work = self._download(step, on_progress)
-                if work is None:
-                    continue
-                log.info("%s: has no checkpoint as new; resuming from step %s of %s", self._run, f"{step:,}", self)
-                self._download_logs()
-                best = (self._states[step].get("best") or {}).get("step", step)
-                if best != step and checkpoint.problem(checkpoint.path_of(checkpoints, best)) is not None:
-                    best_work = self._download(best, on_progress) if best in self._states else None
-                    if best_work is not None:
-                        _commit(best_work, checkpoint.path_of(checkpoints, best))
-                _commit(work, checkpoint.path_of(checkpoints, step))  # last: now there is something to resume
-                return True
+        try:
+            with self._explained():
+                if any(self._restore(step, on_progress) for step in mirrored if step > here):
+                    return True
+        except BaseException:  # a full disk, for example: what is not complete would take more of it
+            checkpoint.sweep(checkpoints)
+            raise
         if not here and mirrored:
             raise self._unreadable()
         return False
+
+    def _restore(self, step: int, on_progress: Callable[[], None]) -> bool:
+        """Download a checkpoint, the best one then, and the logs; return False if the first is not readable."""
+        checkpoints = self._run / checkpoint.FOLDER
+        work = self._download(step, on_progress)
+        if work is None:
+            return False
+        log.info("%s: has no checkpoint as new; resuming from step %s of %s", self._run, f"{step:,}", self)
+        self._download_logs()
+        self._download_result(step)
+        best = (self._states[step].get("best") or {}).get("step", step)
+        if best != step and checkpoint.problem(checkpoint.path_of(checkpoints, best)) is not None:
+            best_work = self._download(best, on_progress) if best in self._states else None
+            if best_work is not None:
+                _commit(best_work, checkpoint.path_of(checkpoints, best))
+        _commit(work, checkpoint.path_of(checkpoints, step))  # last: now there is something to resume
+        return True
 
     def _unreadable(self) -> DataError:
         return DataError(f"{self}: has no readable checkpoint to resume from; choose another run.mirror")
@@ -162,12 +194,15 @@ class Mirror:
         name = _name_of(step)
         try:
             raw = self._store.consume(name, read)
-            return records.content_of(records.parse(raw, records.State, Path(name), "an older one is used"))
+            state = records.content_of(records.parse(raw, records.State, Path(name), "an older one is used"))
+            if state["step"] != step:
+                raise DataError(f"has the name of another step (it is of step {state['step']:,})")
         except (FetchError, DataError) as error:
-            if isinstance(error, FetchError) and error.unreachable:
+            if isinstance(error, FetchError) and error.cure is not None:  # not damaged: not allowed, or no answer
                 raise
             log.warning("skipped %s/%s: %s", self, name, error)
             return None
+        return state
 
     def _download(self, step: int, on_progress: Callable[[], None]) -> Path | None:
         """Download a checkpoint to a temporary folder; None, with a warning, if it is not readable."""
@@ -186,7 +221,7 @@ class Mirror:
             self._store.consume(_name_of(step), extract)
         except FetchError as error:
             shutil.rmtree(work, ignore_errors=True)
-            if error.unreachable:
+            if error.cure is not None:  # not damaged: not allowed, or no answer
                 raise
             log.warning("skipped %s/%s: %s", self, _name_of(step), error)
             self._states.pop(step)
@@ -200,10 +235,27 @@ class Mirror:
                 continue
             names = self._store.names(parent) if "*" in name else [name]
             for each in [each for each in names if Path(each).match(name)]:
-                content = self._store.read(f"{parent}/{each}" if parent else each)
+                content = self._read_log(f"{parent}/{each}" if parent else each)
                 if content is not None:
                     (self._run / parent).mkdir(exist_ok=True)
                     files.replace(self._run / parent / each, content)
+
+    def _download_result(self, step: int) -> None:
+        """Download the result if the run ended at this step: else its last steps are trained again."""
+        content = self._read_log(folder.RESULT)
+        result = _parse_result(content)
+        if content is not None and result is not None and result.steps == step:
+            files.replace(self._run / folder.RESULT, content)
+
+    def _read_log(self, name: str) -> bytes | None:
+        """Return the content of a file that training does not need; None if there is none; a folder is skipped."""
+        try:
+            return self._store.read(name)
+        except FetchError as error:
+            if error.cure is not None:
+                raise
+            log.warning("skipped %s/%s: %s", self, name, error)
+            return None
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -240,11 +292,18 @@ class Mirror:
 
         Raises:
             BusyError: one does.
-            FetchError: the store cannot be read.
+            FetchError: the store cannot be read, or was emptied.
         """
-        newest = max(attempts.numbers_in(self._store.names(attempts.FOLDER)), default=0)
+        numbers = attempts.numbers_in(self._store.names(attempts.FOLDER))
+        newest = max(numbers, default=0)
         if newest > self._attempt:  # guard: mirror-taken-over
             self._raise_busy(newest)
+        if self._attempt not in numbers:
+            raise FetchError(
+                "the mirror was emptied or replaced while this job was writing there"
+                f" ({attempts.name_of(self._attempt)} is missing); nothing more is written",
+                "start the same command again: it copies all again",
+            )
 
     def lacks(self, step: int) -> bool:
         """Whether a checkpoint is not in the store."""
@@ -278,6 +337,13 @@ class Mirror:
             if not path.name.startswith("."):  # one that is being written, and renamed in a moment
                 self.put_file(path)
 
+    def put_result(self) -> None:
+        """Copy the result of the run, if there is one, after the checkpoint that it names."""
+        path = self._run / folder.RESULT
+        result = _parse_result(path.read_bytes() if path.exists() else None)
+        if result is not None and _step_of(f"{result.checkpoint}.tar") in self._states:
+            self.put_file(path)
+
     def prune(self, best: int | None) -> None:
         """Delete the checkpoints that are no longer needed, by the rules of the run's folder."""
         for step in checkpoint.superseded(self._states, self._keep.keep, self._keep.keep_every, best):
@@ -285,8 +351,9 @@ class Mirror:
             self._states.pop(step)
 
     def has_result(self, config: Config) -> bool:
-        """Whether there is the result of a run with this configuration."""
-        if self._store.read(folder.RESULT) is None:
+        """Whether there is the result of a run with this configuration, and the checkpoint that it names."""
+        result = _parse_result(self._store.read(folder.RESULT))
+        if result is None or f"{result.checkpoint}.tar" not in self._store.names(checkpoint.FOLDER):
             return False
         return self._store.read(folder.CONFIG) == folder.configuration_text(config).encode()
 
@@ -343,6 +410,14 @@ def is_done(config: Config) -> bool:
         return mirror is not None and mirror.has_result(config)
     except (FetchError, ConfigError):
         return False  # the worker processes report it
+
+
+def _parse_result(content: bytes | None) -> records.Result | None:
+    """Return the content of result.json; None if there is none, or if it is damaged: then the run writes it again."""
+    try:
+        return records.parse(content, records.Result, Path(folder.RESULT), "") if content is not None else None
+    except DataError:
+        return None
 
 
 def _name_of(step: int) -> str:

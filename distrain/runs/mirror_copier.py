@@ -128,7 +128,7 @@ class Copier:
                 error = str(lost)
                 self._on_lost(lost)
             except FetchError as caught:
-                error = f"{self._mirror}: {caught.reason}; {caught.cure}"
+                error = "; ".join(filter(None, (f"{self._mirror}: {caught.reason}", caught.cure)))
             except Exception as caught:  # whatever it is, training continues and `finish` must not wait for ever
                 error = f"{self._mirror}: {type(caught).__name__}: {address.scrub(str(caught))}"
             finally:
@@ -155,8 +155,10 @@ class Copier:
             seconds, mib = time.monotonic() - start, size / 2**20
             numbers = f"{mib:,.1f} MiB in {seconds:.1f} s, {mib / max(seconds, 1e-6):,.1f} MiB/s"
             log.info("step %s copied to %s: %s", f"{saved.step:,}", self._mirror, numbers)
-        if task.step is not None and self._mirror.lacks(task.step):  # `copy` could not open it
-            raise FetchError(f"step {task.step:,} cannot be read", "check the disk of run.dir")
+        for step in (task.step, task.best):
+            if step is not None and self._mirror.lacks(step):  # `copy` could not open it
+                raise FetchError(f"step {step:,} cannot be read", "check the disk of run.dir")
+        self._mirror.put_result()  # last: with it the run counts as done
         try:
             self._mirror.prune(task.best)
         except FetchError as error:  # the new checkpoint is there: an old one that remains is worth a warning only
@@ -178,7 +180,7 @@ class Copier:
 
     def _report(self, error: str | None) -> None:
         """Keep why the last copy failed; warn of the first failure after a success."""
-        if error is not None and self._error is None:
+        if error is not None and self._error is None and not self._stop.is_set():
             log.warning("%s; training continues, and the next checkpoint is copied", error)
         elif error is None and self._error is not None:
             log.info("%s can be written again", self._mirror)

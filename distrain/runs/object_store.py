@@ -7,6 +7,7 @@ one succeeds. S3 can; of servers that speak its protocol, some ignore the condit
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import uuid
@@ -241,7 +242,7 @@ class _Folder:
 
     def create(self, name: str, content: bytes) -> bool:
         path = self._folder / name
-        with self._errors():
+        with self._errors(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             is_new = files.create(path, content)
             if is_new:
@@ -249,27 +250,27 @@ class _Folder:
         return is_new
 
     def read(self, name: str) -> bytes | None:
-        with self._errors():
+        with self._errors(name):
             try:
                 return files.read(self._folder / name, _MAX_LOG_BYTES)
             except FileNotFoundError:
                 return None
 
     def consume(self, name: str, action: Callable[[BinaryIO], T]) -> T:
-        with self._errors():
+        with self._errors(name):
             file = files.open_regular(self._folder / name)
         with file:
             return action(file)
 
     def names(self, folder: str) -> list[str]:
-        with self._errors():
+        with self._errors(folder):
             try:
                 return sorted(each for each in os.listdir(self._folder / folder) if not each.startswith("."))
             except FileNotFoundError:
                 return []
 
     def delete(self, name: str) -> None:
-        with self._errors():
+        with self._errors(name):
             (self._folder / name).unlink(missing_ok=True)
 
     def abort_uploads(self, folder: str) -> None:
@@ -282,7 +283,7 @@ class _Folder:
         """Yield a temporary path and the path of an object; what is left at the first is removed."""
         path = self._folder / name
         work = path.with_name(f".{uuid.uuid4().hex}.partial")
-        with self._errors():
+        with self._errors(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield work, path
@@ -290,8 +291,10 @@ class _Folder:
                 work.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise FetchError(error.strerror or str(error), "check this folder, its space and its permissions") from None
+            is_of_file = error.errno in (errno.ENOENT, errno.EISDIR, errno.EINVAL)  # there is no file to be read
+            cure = None if is_of_file else "check this folder, its space and its permissions"
+            raise FetchError(f"{name or self._folder}: {error.strerror or error}", cure) from None

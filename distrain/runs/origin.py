@@ -40,13 +40,22 @@ def command(arguments: Sequence[str]) -> str:
     is_value = False
     for argument in rest:
         name, equals, _ = argument.partition("=")
-        secret = address.is_secret(name)
         if is_value:
             shown.append("hidden")
         else:
-            shown.append(f"{name}=hidden" if equals and secret else address.scrub(argument))
-        is_value = secret and not equals and argument.startswith("-")
+            shown.append(_public(argument))
+        is_value = address.is_secret(name) and not equals and argument.startswith("-")
     return printable(shlex.join(shown), _MAX_LENGTH)
+
+
+def _public(argument: str) -> str:
+    """Return an argument without secrets; an address is all of it, or all of its value: it may have spaces."""
+    if address.scheme(argument) is not None:
+        return address.without_secrets(argument)
+    name, equals, value = argument.partition("=")
+    if equals and address.is_secret(name):
+        return f"{name}=hidden"
+    return address.scrub(f"{name}={address.without_secrets(value)}" if equals else argument)
 
 
 def git_commit(folder: Path) -> tuple[str, bool] | None:

@@ -25,6 +25,8 @@ VERSION = 1
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
 NOT_A_FILE = (errno.EISDIR, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 """Reasons for not reading a file that are not a disk or server that fails for a while."""
+_MAX_PIXELS = 2**26
+"""Most pixels of the images of a bundle: its numbers must not ask for more memory than a machine has."""
 _MAX_REASON = 200
 _MAX_LINE = 2**30
 
@@ -83,6 +85,8 @@ class Attempt(Record):
     command: str | None = None
     git_commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40,64}$")] | None = None
     git_changes: bool | None = None
+    identity: str | None = None
+    """Digest of the run's identity, where it has a mirror."""
 
 
 class Exit(Record):
@@ -313,6 +317,20 @@ class Bundle(Description, Record):
     max_bytes: ClassVar[int] = 2**28
     library_name: Literal["distrain"]
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+
+    @model_validator(mode="after")
+    def _is_usable(self) -> Bundle:
+        if "" in self.classes or len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes: a name is empty, or there twice")
+        sides = {
+            "image_shape": self.image_shape[:2],
+            "evaluation.crop": self.evaluation.crop,
+            "evaluation.resize": [self.evaluation.resize or 1] * 2,
+        }
+        for name, (height, width) in sides.items():
+            if height * width > _MAX_PIXELS:
+                raise ValueError(f"{name}: images of more than {_MAX_PIXELS:,} pixels")
+        return self
 
 
 class TrackerId(Record):

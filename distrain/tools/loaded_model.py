@@ -240,7 +240,29 @@ def load(run: Path, which: str | None, device: str = "cpu", precision: str | Non
         return build(description, saved.model, saved.path, device, precision)
     if which is not None:
         raise ConfigError(f"{run}: is a bundle, which has one model; omit the name of the checkpoint")
-    return build(*bundle.read(run), run, device, precision)
+    loaded = build(*bundle.read(run), run, device, precision)
+    _try_one_image(loaded, run / bundle.CONFIG)
+    return loaded
+
+
+def _try_one_image(loaded: LoadedModel, path: Path) -> None:
+    """Check that a bundle's model can compute an image of the size that its config.json names.
+
+    Raises:
+        DataError: it cannot.
+    """
+    try:
+        with torch.inference_mode():
+            loaded(torch.zeros(1, *loaded.image_shape, dtype=torch.uint8))
+    except RuntimeError as error:
+        if gpu_errors.explain(error, devices.describe(0), "predict") is not None:
+            raise
+        height, width, _ = loaded.image_shape
+        reason = printable(str(error).splitlines()[0], 200)
+        raise DataError(
+            f"{path}: its model cannot compute an image of evaluation.crop, {height}×{width} pixels ({reason});"
+            f" {bundle.CURE}"
+        ) from error
 
 
 def describe(run: Path, which: str | None) -> tuple[Description, Checkpoint]:

@@ -193,14 +193,16 @@ class Checkpointer:
         """Take the folder and cut it back to the checkpoint to resume; return that checkpoint's path."""
         job, folder = self._job, self._job.folder
         mirror = open_mirror(job.config, self._stop_copies)
-        saved = _choose(job, mirror.newest_of(job.identity) if mirror is not None else None)
         try:
+            saved = _choose(job, mirror.newest_of(job.identity) if mirror is not None else None)
             folder.mkdir(parents=True, exist_ok=True)
             seen = checkpoint.steps(job.checkpoints)
             if mirror is not None:
                 mirror.download_attempts()
             self._lease = lease.acquire(folder, job.config.run.wait_seconds, log.info, signals.requested)
             self._lease.renew_in_background(self._exit_with_lost_lease)
+            if mirror is not None:
+                self._lease.note(identity=checkpoint.digest_of_identity(job.identity))
             restored = mirror is not None and self._restore_from(mirror, self._lease.attempt)
             if checkpoint.steps(job.checkpoints) != seen or restored:  # guard: choose-again
                 saved = _choose(job)  # another job was still writing here

@@ -141,6 +141,8 @@ class Trainer:
         self.job.runtime.watchdog.enter("end")
         error = os_error_of(lambda: self.logs.close(trackers.scalars(result))) or self.checkpointer.error
         error = error or self.checkpointer.finish_copies(self._seconds_to_copy)  # guard: mirror-error-at-end
+        if self.job.config.run.mirror is not None:  # all exit with the same code: rank 0 alone knows of the mirror
+            error = next(filter(None, self.job.runtime.collectives.from_all(error)), None)
         if error is not None:  # guard: save-error-at-end
             raise SaveError(f"the end of the run could not be saved: {error}")
         return result
@@ -148,7 +150,9 @@ class Trainer:
     @property
     def _seconds_to_copy(self) -> float:
         """Longest wait for the mirror after a stop request: the launcher kills this process after its grace."""
-        return max(1.0, self.job.config.launch.grace_seconds - _EXIT_SECONDS)
+        given = self.job.runtime.environment.grace_seconds
+        grace = given if given is not None else self.job.config.launch.grace_seconds
+        return max(1.0, grace - _EXIT_SECONDS)
 
     def fit(self) -> None:
         """Train the steps that are left."""
