@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import logging
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -118,6 +119,8 @@ def faulty_store() -> Iterator[FaultyStore]:
     moto.start()
     try:
         host, port = moto.get_host_and_port()
+        # Objects of earlier servers of this process would still be there.
+        urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"", timeout=30).close()
         client = boto3.client(
             "s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
             aws_access_key_id="nobody", aws_secret_access_key="nothing",

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
-from distrain.environment import COMMAND, GRACE_SECONDS, LAUNCHER, STATUS_FOLDER, STORE_SOCKET
+from distrain.environment import COMMAND, GRACE, LAUNCHER, STATUS_FOLDER, STORE_SOCKET
 from distrain.errors import Stopped
 from distrain.failure_report import is_unfinished, mark_unfinished, read_failure
 from distrain.launcher.cluster import Topology
@@ -237,7 +237,7 @@ def common_variables(grace: float) -> dict[str, str]:
         **inherited,
         "PYTHONFAULTHANDLER": "1",
         LAUNCHER: str(os.getpid()),
-        GRACE_SECONDS: str(grace),
+        GRACE: str(grace),
         COMMAND: origin.command(sys.argv),
     }
 

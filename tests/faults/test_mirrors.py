@@ -90,7 +90,7 @@ def test_kills_in_uploads_without_the_folder(data: Path, tmp_path: Path, store: 
 @pytest.mark.short
 def test_a_second_job_ends_the_first(data: Path, tmp_path: Path, store: FaultyStore, undisturbed: Any) -> None:
     expected: TrainedRun = undisturbed()
-    store.fault = lambda method, path, _: "hold" if "/step-" in path else None
+    store.fault = lambda method, path, _: "hold" if method == "PUT" and "/step-" in path else None
     with Job(mirrored(data, tmp_path / "first"), tmp_path) as first:
         until(store.is_waiting.is_set, "an upload")
         with Job(mirrored(data, tmp_path / "second"), tmp_path) as second:
