@@ -193,11 +193,12 @@ class Agreement:
             time.sleep(_POLL_SECONDS)
         decision = replace(decision, port=port)
         store.set(f"decision/{self._round}", json.dumps(asdict(decision)))
-        self._round += 1
-        store.set("round", str(self._round))
-        if not decision.posts:
+        if not decision.posts:  # the last round stays the current one, for launchers that come a little later
             ended = {each.node for each in self.posts if not each.is_ready}
             self._wait_for_readers(len(set(self._expected) - {post.node} - ended))
+            return decision
+        self._round += 1
+        store.set("round", str(self._round))
         self._expected = decision.nodes
         return decision
 
@@ -213,7 +214,7 @@ class Agreement:
         return counting
 
     def _wait_for_readers(self, number: int) -> None:
-        """Wait until the others, which may come a little later, have read that the job ends: the store ends too."""
+        """Wait until the others have read that the job ends: the store ends with this process."""
         deadline = time.monotonic() + _READ_SECONDS
         while self._server.add("read", 0) < number and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
