@@ -78,6 +78,11 @@ class FetchError(Exception):
         super().__init__(reason)
         self.reason, self.cure, self.unreachable = reason, cure, unreachable
 
+    @property
+    def is_damage(self) -> bool:
+        """Whether the file itself is at fault: the store answers, and allows to read it."""
+        return self.cure is None
+
     def explained(self, where: str, kind: type[DataError], cure: str) -> DataError:
         """Return the error that the user sees: of this kind, or UnreachableError if a later attempt may succeed.
 

@@ -248,7 +248,7 @@ class Agreement:
                 is_posted = False  # the post may be lost; if it is not, the decision that names it counts
                 if not said:
                     said = True
-                    log.info("waiting for the launcher of the first node, at %s", self._address)
+                    log.info("waiting for the launcher of the first node, at %s", self._client.address)
             time.sleep(_POLL_SECONDS)
 
     @staticmethod
@@ -284,16 +284,12 @@ class Agreement:
         finally:
             ended.set()
 
-    @property
-    def _address(self) -> str:
-        return host_port(self._topology.host, self._topology.port)
-
 
 class _Client:
     """A connection to the store of the first node, made again after the link was lost."""
 
     def __init__(self, topology: Topology) -> None:
-        self._topology = topology
+        self._topology, self.address = topology, host_port(topology.host, topology.port)
         self._store: Any = None
 
     def ask(self, action: Callable[[Any], T]) -> T:
@@ -323,9 +319,8 @@ class _Client:
         self._store = None  # a call may still wait in it
         if errors and isinstance(errors[0], ConfigError):
             raise errors[0]
-        address = host_port(self._topology.host, self._topology.port)
         cause = str(errors[0]).partition("\n")[0][:200] if errors else f"no answer within {_ANSWER_SECONDS:g} s"
-        raise PeerLostError(f"the launcher of the first node, at {address}, does not answer: {cause}")
+        raise PeerLostError(f"the launcher of the first node, at {self.address}, does not answer: {cause}")
 
 
 def _wait_for_round(client: _Client, number: int, over: threading.Event, ended: threading.Event) -> None:

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -146,7 +145,7 @@ def _attempts(
     verdict, is_done = Verdict(EXIT_OK, ""), False
     for left in range(restarts, -1, -1):
         # Recorded before it waits for other nodes, where a scheduler may kill this process.
-        attempt = _Attempt(job, topology)
+        attempt = _Attempt(job, topology, stops, standby)
         if attempt.exhausted is not None:
             verdict = attempt.close(attempt.exhausted)
             break
@@ -157,8 +156,12 @@ def _attempts(
                     ended = verdict if is_done else _ended(topology.node, verdict, decision)
                     return attempt.close_elsewhere(agreement.posts, ended)
                 part = _part_of(topology, decision) if decision is not None else topology
-                with agreement.next_round() if agreement is not None else nullcontext(lambda: False) as is_over:
-                    verdict = attempt.run(part, store, stops, standby, is_over, restarts_left=left)
+                with (
+                    agreement.next_round()
+                    if agreement is not None
+                    else contextlib.nullcontext(lambda: False) as is_over
+                ):
+                    verdict = attempt.run(part, store, is_over, restarts_left=left)
         except AgainError as error:
             return attempt.close(verdict if is_done else Verdict(EXIT_AGAIN, str(error)))
         except ConfigError as error:
@@ -190,10 +193,12 @@ class _Attempt:
     Args:
         job: what to run.
         topology: this node among all nodes of the job.
+        stops: stop requests.
+        standby: processes that can become workers.
     """
 
-    def __init__(self, job: Job, topology: Topology) -> None:
-        self._job, self._node = job, topology.node
+    def __init__(self, job: Job, topology: Topology, stops: StopRequests, standby: Standby | None) -> None:
+        self._job, self._node, self._stops, self._standby = job, topology.node, stops, standby
         self._record: AttemptRecord | NodeRecord | None = None
         if job.trains and topology.node:
             self._record = NodeRecord(job.config, topology.node, topology.job)
@@ -210,33 +215,25 @@ class _Attempt:
         return self._record.close(verdict) if self._record is not None else verdict
 
     def run(
-        self,
-        part: Topology,
-        store: socket.socket | None,
-        stops: StopRequests,
-        standby: Standby | None,
-        is_over: Callable[[], bool],
-        restarts_left: int,
+        self, part: Topology, store: socket.socket | None, is_over: Callable[[], bool], restarts_left: int
     ) -> Verdict:
         """Run the processes of this node to their end, and record it; return what it means.
 
         Args:
             part: this node among those that take part.
             store: socket on which rank 0 will serve the store; None on other nodes than the first.
-            stops: stop requests.
-            standby: processes that can become workers.
             is_over: whether the attempt has ended on another node.
             restarts_left: how often the processes may be started again.
         """
         record, nodes = self._record, part.nodes
-        verdict = self._run_workers(part, store, stops, standby, is_over, restarts_left)
+        verdict = self._run_workers(part, store, is_over, restarts_left)
         if record is None or verdict.is_busy:
             return verdict
         lost = record.without_folder(verdict) if isinstance(record, AttemptRecord) else None
         if lost is not None:
             return record.close(lost)
         can_resume = not isinstance(record, AttemptRecord) or record.can_resume()
-        if restarts_left and stops.first is None and may_restart(verdict) and can_resume:
+        if restarts_left and self._stops.first is None and may_restart(verdict) and can_resume:
             return record.close(replace(verdict, code=EXIT_AGAIN))  # a fault after too many attempts without progress
         if isinstance(record, AttemptRecord) and verdict.code == EXIT_AGAIN and verdict.first is not None and nodes > 1:
             verdict = record.crash_elsewhere(nodes, verdict)  # guard: crash-elsewhere
@@ -248,22 +245,24 @@ class _Attempt:
         return self.close(cause_elsewhere(ends, verdict, complete=True) or verdict)
 
     def _run_workers(
-        self,
-        topology: Topology,
-        store: socket.socket | None,
-        stops: StopRequests,
-        standby: Standby | None,
-        is_over: Callable[[], bool],
-        restarts_left: int,
+        self, topology: Topology, store: socket.socket | None, is_over: Callable[[], bool], restarts_left: int
     ) -> Verdict:
-        job, timeouts = self._job, self._job.config.timeouts
+        job, stops, timeouts = self._job, self._stops, self._job.config.timeouts
         can_resume = self._record.can_resume if isinstance(self._record, AttemptRecord) else lambda: True
         with tempfile.TemporaryDirectory(prefix="distrain-launch-") as folder:
             try:
                 if topology.nodes > 1:
                     _wait_for_name(topology.host, timeouts.start_seconds, stops)
                 workers = Workers(
-                    job.command, job.environ, topology, job.processes, store, Path(folder), job.logs, stops, standby
+                    job.command,
+                    job.environ,
+                    topology,
+                    job.processes,
+                    store,
+                    Path(folder),
+                    job.logs,
+                    stops,
+                    self._standby,
                 )
                 exits = workers.wait(stops, job.grace, timeouts.start_seconds, is_over, restarts_left)
                 return decide(exits, stops.first, can_resume())

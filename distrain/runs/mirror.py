@@ -198,7 +198,7 @@ class Mirror:
             if state["step"] != step:
                 raise DataError(f"has the name of another step (it is of step {state['step']:,})")
         except (FetchError, DataError) as error:
-            if isinstance(error, FetchError) and error.cure is not None:  # not damaged: not allowed, or no answer
+            if isinstance(error, FetchError) and not error.is_damage:
                 raise
             log.warning("skipped %s/%s: %s", self, name, error)
             return None
@@ -221,7 +221,7 @@ class Mirror:
             self._store.consume(_name_of(step), extract)
         except FetchError as error:
             shutil.rmtree(work, ignore_errors=True)
-            if error.cure is not None:  # not damaged: not allowed, or no answer
+            if not error.is_damage:
                 raise
             log.warning("skipped %s/%s: %s", self, _name_of(step), error)
             self._states.pop(step)
@@ -252,7 +252,7 @@ class Mirror:
         try:
             return self._store.read(name)
         except FetchError as error:
-            if error.cure is not None:
+            if not error.is_damage:
                 raise
             log.warning("skipped %s/%s: %s", self, name, error)
             return None
