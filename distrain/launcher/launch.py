@@ -156,11 +156,8 @@ def _attempts(
                     ended = verdict if is_done else _ended(topology.node, verdict, decision)
                     return attempt.close_elsewhere(agreement.posts, ended)
                 part = _part_of(topology, decision) if decision is not None else topology
-                with (
-                    agreement.next_round()
-                    if agreement is not None
-                    else contextlib.nullcontext(lambda: False) as is_over
-                ):
+                never = contextlib.nullcontext(lambda: False)
+                with agreement.next_round() if agreement is not None else never as is_over:
                     verdict = attempt.run(part, store, is_over, restarts_left=left)
         except AgainError as error:
             return attempt.close(verdict if is_done else Verdict(EXIT_AGAIN, str(error)))
